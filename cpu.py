@@ -1,0 +1,237 @@
+"""Everything that only a machine without a GPU needs, for both engines. On a GPU machine nothing imports this file; delete it there and nothing changes.
+
+megatron-core and SGLang are written for CUDA. What stops them on a CPU is shallow: device strings, missing compiled extensions, two kernels. Each
+patch below says what it stands in for. Three parts:
+
+1. at import, in every process: environment and stand-ins without which `import transformers` or `import sglang` fails beside a CPU build of torch;
+2. patch_megatron(), in a trainer rank: CUDA calls answered by the CPU;
+3. patch_sglang(), in an engine's scheduler process: block-FP8 layers emulated, attention of a batch in one call instead of one call per request.
+
+Import it before torch is used and before transformers, megatron or sglang is imported. Written for megatron-core 0.16.1 and sglang 0.5.21.
+Shape letters: B requests, N new tokens per request, L tokens per request, T packed tokens, H heads, D head size, K input features.
+"""
+
+import contextlib
+import functools
+import importlib.machinery
+import logging
+import os
+import sys
+import types
+
+# One thread per process is fastest and steadiest here: every rank, and every engine process, then has a core of its own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron's jit_fuser would spend seconds in g++ at the first step and gain nothing
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+if torch.cuda.is_available():
+    raise ImportError("cpu.py replaces torch.cuda and must not be imported where CUDA works; guard the import with torch.cuda.is_available()")
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+FP8_MAX = 448.0
+
+# --- 1. stand-ins that imports need ---------------------------------------------------------------------------------------------------------
+
+if torch.version.cuda is None:
+    # PyPI's torchvision is built for CUDA; beside a CPU torch its operators are missing, and its import registers kernels for these two.
+    _torchvision = torch.library.Library("torchvision", "FRAGMENT")
+    for _operator in ("nms", "qnms"):
+        _torchvision.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+class _AbsentKernels(types.ModuleType):
+    """A module that imports; whatever is called in it says what is missing."""
+
+    __version__ = "0"
+    __path__ = []
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def absent(*args, **kwargs):
+            raise NotImplementedError(f"{self.__name__}.{name} needs a GPU: there is no CPU wheel of sgl_kernel")
+
+        return absent
+
+
+if "sgl_kernel" not in sys.modules:
+    _sgl_kernel = _AbsentKernels("sgl_kernel")
+    _sgl_kernel.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None, is_package=True)
+    sys.modules["sgl_kernel"] = _sgl_kernel
+
+
+
+def _through_fp32(product):
+    """A matrix product of BF16 tensors as BF16 hardware computes it: exact products, summed in fp32, rounded to BF16 once."""
+
+    @functools.wraps(product)
+    def wrapped(a, b, bias=None, **kwargs):
+        more = {} if bias is None else {"bias": bias.float()}
+        if a.dtype is torch.bfloat16 and b.dtype is torch.bfloat16 and not kwargs:
+            return product(a.float(), b.float(), **more).to(torch.bfloat16)
+        return product(a, b, **({} if bias is None else {"bias": bias}), **kwargs)
+
+    return wrapped
+
+
+if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    # A processor without BF16 instructions (no AVX512, no AMX) multiplies BF16 matrices 5 to 30 times slower than the same ones in fp32.
+    torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__ = map(_through_fp32, (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__))
+    F.linear = torch.nn.functional.linear = _through_fp32(F.linear)
+
+# ServerArgs without which SGLang does not start on a CPU, or starts something slow.
+SERVER_ARGS = dict(
+    device="cpu",
+    attention_backend="torch_native",
+    sampling_backend="pytorch",
+    disable_cuda_graph=True,
+    disable_overlap_schedule=True,
+    sleep_on_idle=True,  # else the scheduler spins on a core that a trainer needs
+    mem_fraction_static=0.1,
+    max_total_tokens=65536,
+    max_running_requests=256,
+    chunked_prefill_size=4096,
+)
+
+# --- 2. megatron-core -----------------------------------------------------------------------------------------------------------------------
+
+
+class _Stream:
+    """All CUDA streams are one; waiting, recording and synchronizing do nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __eq__(self, other):
+        return True
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self
+
+
+def _on_cpu(factory):
+    """A tensor factory that takes device="cuda" for the CPU (optimizer, gradient clipping and schedules write that literally)."""
+
+    @functools.wraps(factory)
+    def wrapped(*args, **kwargs):
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+def patch_megatron() -> None:
+    """Let unmodified megatron-core run on CPU tensors over gloo. Call before the first `import megatron`."""
+    cuda, cpu = torch.cuda, torch.device("cpu")
+    cuda.current_device = lambda: cpu  # used as device=torch.cuda.current_device()
+    cuda.synchronize = cuda.set_device = lambda *args, **kwargs: None
+    cuda.Stream = cuda.current_stream = cuda.default_stream = _Stream
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    # The "CUDA" generator is the CPU generator, so that Megatron's RNG tracker forks and restores the real one.
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+
+    torch.utils._device._device_constructors()  # caches the unwrapped factories, which `with torch.device("meta")` looks up
+    for name in ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    # The optimizers accept parameters by their type's name, "torch.cuda.BFloat16Tensor".
+    tensor_type = torch.Tensor.type
+    torch.Tensor.type = lambda self, *args, **kwargs: (
+        tensor_type(self, *args, **kwargs) if args or kwargs else tensor_type(self).replace("torch.", "torch.cuda.", 1)
+    )
+
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)  # it warns that the CPU generator moved: here it is the tracked one
+
+
+# --- 3. SGLang --------------------------------------------------------------------------------------------------------------------------------
+
+
+def patch_sglang() -> None:
+    """In the scheduler process, before the scheduler is built: FP8 layers and attention that a CPU can run, and run quickly."""
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+    from sglang.srt.layers.quantization import fp8
+
+    # Stock code asserts AMX here, and would repack the weights; they stay as they were delivered, which the read-back gate relies on.
+    fp8.Fp8LinearMethod.process_weights_after_loading_block_quant = lambda self, layer: layer.__dict__.pop("_dequantized", None)
+    fp8.Fp8LinearMethod.apply = fp8_linear
+    TorchNativeAttnBackend._run_sdpa_forward_decode = functools.partialmethod(batched_decode, TorchNativeAttnBackend._run_sdpa_forward_decode)
+    TorchNativeAttnBackend._run_sdpa_forward_extend = functools.partialmethod(batched_extend, TorchNativeAttnBackend._run_sdpa_forward_extend)
+
+
+def fp8_linear(self, layer, x_TK, bias=None):
+    """Block-FP8 linear with the numerics of the GPU kernel: FP8 weights, activations quantized per token and 128 features, fp32 accumulation.
+
+    The weights are dequantized to fp32 at the first use after each update; SGLang calls process_weights_after_loading at its end.
+    """
+    weight_NK = layer.__dict__.get("_dequantized")
+    if weight_NK is None:
+        scale_NK = layer.weight_scale_inv.repeat_interleave(128, 0)[: layer.weight.shape[0]].repeat_interleave(128, 1)[:, : layer.weight.shape[1]]
+        weight_NK = layer.__dict__["_dequantized"] = layer.weight.float() * scale_NK
+    T, K = x_TK.shape
+    groups = F.pad(x_TK.float(), (0, -K % 128)).view(T, -1, 128)
+    scale = groups.abs().amax(-1, keepdim=True).clamp_(min=1e-10) / FP8_MAX
+    x_TK = ((groups / scale).to(torch.float8_e4m3fn).float() * scale).view(T, -1)[:, :K].to(x_TK.dtype)
+    return F.linear(x_TK.float(), weight_NK, None if bias is None else bias.float()).to(x_TK.dtype)
+
+
+def _gather_kv(k_cache, v_cache, req_to_token, req_pool_indices, seq_lens_B, dtype):
+    """Cached keys and values of all requests as [B, H, L, D], and live_BL, which of the L places each request really has."""
+    L = int(seq_lens_B.max())
+    live_BL = torch.arange(L) < seq_lens_B[:, None]
+    slots_BL = req_to_token[req_pool_indices, :L].masked_fill(~live_BL, 0)
+    return k_cache[slots_BL].transpose(1, 2).to(dtype), v_cache[slots_BL].transpose(1, 2).to(dtype), live_BL
+
+
+def batched_decode(
+    self, stock, query_BHD, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens=None,
+    scaling=None, enable_gqa=False, causal=False, is_cross_attn=False, sliding_window_size=None,
+):  # fmt: skip
+    """One new token per request. Stock code makes one attention call per request and layer."""
+    if encoder_lens is not None or sliding_window_size is not None:
+        return stock(
+            self, query_BHD, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens,
+            scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
+        )  # fmt: skip
+    k_BHLD, v_BHLD, live_BL = _gather_kv(k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, query_BHD.dtype)
+    out_BH1D = F.scaled_dot_product_attention(
+        query_BHD[:, :, None], k_BHLD, v_BHLD, attn_mask=live_BL[:, None, None], scale=scaling, enable_gqa=enable_gqa
+    )
+    return output.copy_(out_BH1D[:, :, 0])
+
+
+# Above this many mask elements the padded block costs more memory than the loop over requests saves in time.
+MAX_MASK_ELEMENTS = 16_000_000
+
+
+def batched_extend(
+    self, stock, query_THD, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, extend_prefix_lens, extend_seq_lens,
+    encoder_lens=None, scaling=None, enable_gqa=False, causal=False, is_cross_attn=False, sliding_window_size=None,
+):  # fmt: skip
+    """N new tokens per request behind a cached prefix: padded to [B, N], causal by position."""
+    B, N, L = seq_lens.shape[0], int(extend_seq_lens.max()), int(seq_lens.max())
+    if encoder_lens is not None or not causal or sliding_window_size is not None or B * N * L > MAX_MASK_ELEMENTS:
+        return stock(
+            self, query_THD, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, extend_prefix_lens, extend_seq_lens,
+            encoder_lens, scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
+        )  # fmt: skip
+    k_BHLD, v_BHLD, live_BL = _gather_kv(k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, query_THD.dtype)
+    real_BN = torch.arange(N) < extend_seq_lens[:, None]
+    query_BNHD = query_THD.new_zeros(B, N, *query_THD.shape[1:])
+    query_BNHD[real_BN] = query_THD
+    position_BN = extend_prefix_lens[:, None] + torch.arange(N)
+    mask_BNL = (torch.arange(L) <= position_BN[:, :, None]) & live_BL[:, None]
+    out_BHND = F.scaled_dot_product_attention(
+        query_BNHD.transpose(1, 2), k_BHLD, v_BHLD, attn_mask=mask_BNL[:, None], scale=scaling, enable_gqa=enable_gqa
+    )
+    return output.copy_(out_BHND.transpose(1, 2)[real_BN])

@@ -1,0 +1,217 @@
+"""The border between Hugging Face and Megatron: which config field means what, and which tensors are the same.
+
+    config.json  -> arguments of TransformerConfig and GPTModel          megatron_arguments
+    tensor names <-> Megatron parameter names                            RULES, rule_of
+    tensors      <-> Megatron's stacked tensors, shard by shard          split_stacked, stack_parts
+
+Megatron stacks what Hugging Face keeps apart. linear_qkv holds, per group of heads that share one key and value, that group's query heads, then its
+key head, then its value head; linear_fc1 holds gate above up. Stacking commutes with tensor-parallel sharding: a rank's shard of linear_qkv is made of
+the same rank's slices of q, k and v. So both functions work on one rank's shard, and no full tensor is needed to convert either way.
+
+A config field that is in none of the lists below is refused by name: an ignored rope or activation setting would train a different model in silence.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from run import BadInput
+
+FAMILIES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+
+# Fields that enter the mapping.
+MAPPED = {
+    "model_type", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings",
+}  # fmt: skip
+# Fields that only one value of is implemented.
+REQUIRED = {
+    "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,), "attention_dropout": (0, 0.0),
+    "pretraining_tp": (1,), "rope_interleaved": (False,), "quantization_config": (None,), "is_llama_config": (True,),
+}  # fmt: skip
+# Fields that do not change what the model computes.
+IGNORED = {
+    "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "sliding_window",
+    "max_window_layers", "_name_or_path", "transformers.js_config", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
+    "is_encoder_decoder", "id2label", "label2id", "problem_type", "use_mrope",
+}  # fmt: skip
+
+
+def read_config(folder: str | Path) -> dict:
+    """config.json of a Hugging Face folder, checked field by field. Raises BadInput naming the field."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise BadInput(f"--model {folder} has no config.json: give a Hugging Face model folder on this machine (hub names are not resolved)")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path} is not JSON (line {error.lineno}: {error.msg})") from error
+    if config.get("model_type") not in FAMILIES:
+        raise BadInput(f"{path}: model_type {config.get('model_type')!r} is not supported; supported are {', '.join(FAMILIES)}")
+    for field, value in config.items():
+        if field == "layer_types":
+            if set(value or ()) - {"full_attention"}:
+                raise BadInput(f"{path}: layer_types holds {sorted(set(value))}; only full_attention is implemented")
+        elif field in REQUIRED:
+            if value not in REQUIRED[field]:
+                raise BadInput(f"{path}: {field} is {value!r}; only {REQUIRED[field][0]!r} is implemented")
+        elif field not in MAPPED | IGNORED:
+            raise BadInput(f"{path}: field {field!r} is unknown to the mapping in hf_names.py; if it does not change the model, add it to IGNORED there")
+    for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings"):
+        if not isinstance(config.get(field), int) or config[field] < 1:
+            raise BadInput(f"{path}: {field} is {config.get(field)!r}; it must be a positive integer")
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    if config["num_attention_heads"] % config["num_key_value_heads"]:
+        raise BadInput(f"{path}: num_attention_heads {config['num_attention_heads']} is not divisible by num_key_value_heads {config['num_key_value_heads']}")
+    if config.get("head_dim") is None:
+        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    config.setdefault("tie_word_embeddings", False)
+    rope_of(config)
+    return config
+
+
+def rope_of(config: dict) -> dict:
+    """GPTModel's rotary arguments. transformers 5 writes rope_parameters; before it were rope_theta and rope_scaling."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    if kind == "default":
+        return {"rotary_base": theta}
+    # Megatron has Llama 3's frequencies with these constants (rotary_pos_embedding.RotaryEmbedding._apply_scaling); only the factor is free.
+    fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    if kind == "llama3" and all(rope.get(k) == v for k, v in fixed.items()):
+        return {"rotary_base": theta, "rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    raise BadInput(f"rope settings {kind!r} with {rope} are not implemented; implemented are 'default', and 'llama3' with {fixed}")
+
+
+def megatron_arguments(config: dict, *, tp: int) -> tuple[dict, dict]:
+    """A checked config -> (arguments of TransformerConfig, arguments of GPTModel). Raises BadInput where tp does not divide."""
+    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if config[field] % tp:
+            raise BadInput(f"{field} {config[field]} is not divisible by --tp {tp}: use a --tp that divides it")
+    transformer = dict(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=config["num_attention_heads"],
+        num_query_groups=config["num_key_value_heads"],
+        kv_channels=config["head_dim"],
+        normalization="RMSNorm",
+        layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=config["model_type"] == "qwen2",
+        qk_layernorm=config["model_type"] == "qwen3",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    gpt = dict(
+        vocab_size=-(-config["vocab_size"] // tp) * tp,  # padded rows are masked in the softmax and left out of every export
+        max_sequence_length=config["max_position_embeddings"],
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=config["tie_word_embeddings"],
+        **rope_of(config),
+    )
+    return transformer, gpt
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one Megatron parameter is made of Hugging Face tensors."""
+
+    hf: tuple[str, ...]
+    """Hugging Face names in stacking order; inside a layer, without the layer's prefix."""
+    tp_dim: int | None = None
+    """Dimension that tensor parallelism splits; None: every rank holds it whole."""
+
+
+_QKV = ("self_attn.q_proj.{}", "self_attn.k_proj.{}", "self_attn.v_proj.{}")
+TOP_RULES = {
+    "embedding.word_embeddings.weight": Rule(("model.embed_tokens.weight",), tp_dim=0),
+    "decoder.final_layernorm.weight": Rule(("model.norm.weight",)),
+    "output_layer.weight": Rule(("lm_head.weight",), tp_dim=0),
+}
+LAYER_RULES = {
+    "input_layernorm.weight": Rule(("input_layernorm.weight",)),
+    "self_attention.linear_qkv.layer_norm_weight": Rule(("input_layernorm.weight",)),  # Transformer Engine fuses the norm into the linear
+    "self_attention.linear_qkv.weight": Rule(tuple(name.format("weight") for name in _QKV), tp_dim=0),
+    "self_attention.linear_qkv.bias": Rule(tuple(name.format("bias") for name in _QKV), tp_dim=0),
+    "self_attention.q_layernorm.weight": Rule(("self_attn.q_norm.weight",)),
+    "self_attention.k_layernorm.weight": Rule(("self_attn.k_norm.weight",)),
+    "self_attention.linear_proj.weight": Rule(("self_attn.o_proj.weight",), tp_dim=1),
+    "pre_mlp_layernorm.weight": Rule(("post_attention_layernorm.weight",)),
+    "mlp.linear_fc1.layer_norm_weight": Rule(("post_attention_layernorm.weight",)),
+    "mlp.linear_fc1.weight": Rule(("mlp.gate_proj.weight", "mlp.up_proj.weight"), tp_dim=0),
+    "mlp.linear_fc2.weight": Rule(("mlp.down_proj.weight",), tp_dim=1),
+}
+
+
+def rule_of(megatron_name: str) -> Rule:
+    """The rule of a parameter of GPTModel, with full Hugging Face names. Raises KeyError for a parameter no rule covers."""
+    if megatron_name in TOP_RULES:
+        return TOP_RULES[megatron_name]
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", megatron_name)
+    if match is None or match[2] not in LAYER_RULES:
+        raise KeyError(f"no rule in hf_names.py covers the Megatron parameter {megatron_name}")
+    rule = LAYER_RULES[match[2]]
+    return Rule(tuple(f"model.layers.{match[1]}.{name}" for name in rule.hf), rule.tp_dim)
+
+
+def split_stacked(stacked: torch.Tensor, parts: int, *, head_dim: int, groups: int) -> list[torch.Tensor]:
+    """One rank's shard of a stacked tensor -> that rank's slices of the Hugging Face tensors. groups: key-value heads on this rank."""
+    if parts == 3:
+        by_group = stacked.view(groups, -1, *stacked.shape[1:])  # [groups, (heads per group + 2) * head_dim, ...]
+        sizes = [by_group.shape[1] - 2 * head_dim, head_dim, head_dim]
+        return [part.reshape(-1, *stacked.shape[1:]) for part in by_group.split(sizes, dim=1)]
+    return list(stacked.chunk(parts))
+
+
+def stack_parts(parts: list[torch.Tensor], *, groups: int) -> torch.Tensor:
+    """The inverse of split_stacked."""
+    if len(parts) == 3:
+        return torch.cat([part.reshape(groups, -1, *part.shape[1:]) for part in parts], dim=1).reshape(-1, *parts[0].shape[1:])
+    return torch.cat(parts)
+
+
+# Linear layers inside a decoder layer, by the merged layer that SGLang builds of them.
+MERGED_LINEARS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+def unquantized_linears(config: dict, *, engine_tp: int) -> list[str]:
+    """Linear layers that stay BF16 under block FP8, by full Hugging Face module name, in every layer alike. lm_head always does.
+
+    SGLang's rule (Fp8LinearMethod.validate_block_quant_shapes): in a merged layer, and in any layer split over engine tensor parallelism, each part's
+    rows per rank must be a multiple of 128; under tensor parallelism so must the split columns of o_proj and down_proj.
+    This list serves both the engine's config (modules_to_not_convert) and the hand-off, so that they cannot disagree.
+    """
+    q_rows, kv_rows = config["num_attention_heads"] * config["head_dim"], config["num_key_value_heads"] * config["head_dim"]
+    must_divide = {
+        "qkv": (q_rows, kv_rows),
+        "o": (q_rows,) if engine_tp > 1 else (),
+        "gate_up": (config["intermediate_size"],),
+        "down": (config["intermediate_size"],) if engine_tp > 1 else (),
+    }
+    kept = [name for merged, sizes in must_divide.items() if any(size % (128 * engine_tp) for size in sizes) for name in MERGED_LINEARS[merged]]
+    return ["lm_head"] + [f"model.layers.{layer}.{name}" for layer in range(config["num_hidden_layers"]) for name in kept]
+
+
+def fp8_config(config: dict, *, engine_tp: int, scale_format: str = "fp32") -> dict:
+    """The quantization_config of a block-FP8 checkpoint, for SGLang's model override and for the config.json of an FP8 export."""
+    quantization = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": unquantized_linears(config, engine_tp=engine_tp),
+    }
+    return quantization | ({"scale_fmt": "ue8m0"} if scale_format == "ue8m0" else {})

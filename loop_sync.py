@@ -1,0 +1,89 @@
+"""The synchronous loop: rollout -> reward -> advantage -> train -> sync, one after the other; every rank is a trainer with an engine at its side.
+
+    torchrun loop_sync.py                                   the toy, on one CPU core or one GPU
+    torchrun --nproc-per-node 2 loop_sync.py                two ranks, data parallel
+    torchrun --nproc-per-node 2 loop_sync.py --tp 2         two ranks, tensor parallel
+
+             prompts                  samples with rewards                gradient               FP8 weights, version v + 1
+    stream ----------> rank's engine ----------------------> every rank ----------> optimizer --------------------------> rank's engine
+                       FP8, version v      all_gather          BF16                 FP32
+
+Nothing overlaps, so every token of a step was sampled by the weights that the step starts from: staleness is 0.
+"""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from itertools import islice
+
+import rollout  # noqa: I001  first: on a machine without a GPU it prepares the imports that follow
+import reward
+import run
+import train_step
+import weight_sync
+from hf_names import read_config
+from reward import RewardSettings
+from rollout import RolloutSettings
+from run import RunSettings
+from train_step import TrainSettings
+from weight_sync import SyncSettings
+
+
+@dataclass(frozen=True)
+class Settings:
+    run: RunSettings = RunSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    reward: RewardSettings = RewardSettings()
+    train: TrainSettings = TrainSettings()
+    sync: SyncSettings = SyncSettings()
+
+
+def main() -> None:
+    # Everything that can be wrong with the input is found before anything is started.
+    settings = run.parse_settings(Settings)
+    model, seed, steps = settings.run.model, settings.run.seed, settings.run.steps
+    config, world_size = read_config(model), int(os.environ["WORLD_SIZE"])
+    judge = reward.REWARDS[settings.reward.reward]
+    rollout.check_rollout_settings(settings.rollout, config, world_size=world_size)
+    data = rollout.load_data(model, settings.rollout, config, seed=seed)
+    train_step.check_train_settings(settings.train, config, world_size=world_size, steps=steps, longest=data.longest)
+
+    run.init_distributed()
+    trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed)
+    fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
+    weights = weight_sync.Weights(trainer.gpt, config, fp8, trainer.tp_group, settings.sync.bucket_bytes)
+    record = run.Run(settings, "sync")
+    record.say(weight_sync.describe(weights))
+    engine = rollout.start_engine(model, settings.rollout, config, seed=seed)
+    with engine or contextlib.nullcontext():
+        weight_sync.sync_weights(weights, engine, version=0, check=True)
+        record.log(record.log_eval(0, reward.evaluate(engine, data, settings.rollout, judge)))
+        for step in range(1, steps + 1):
+            watch = run.Stopwatch()
+            prompts = rollout.my_share(list(islice(data.stream, settings.rollout.prompts_per_step)), settings.rollout.engine_tp)
+            samples = rollout.generate(engine, prompts, data, settings.rollout, n=settings.rollout.samples_per_prompt)
+            rollout_s = watch.lap()
+
+            reward.compute_rewards(samples, judge)
+            reward.grpo_advantages(samples)  # one engine answered all of a group, so every group is whole here
+            samples = rollout.all_gather_samples(samples)
+            reward_s = watch.lap()
+
+            metrics = train_step.train_step(trainer, samples, temperature=settings.rollout.temperature)
+            train_s = watch.lap()
+
+            sync_bytes = weight_sync.sync_weights(weights, engine, version=step, check=settings.run.check_sync or step == steps)
+            sync_s = watch.lap()
+
+            metrics |= reward.batch_metrics(samples, version=step - 1)
+            metrics |= {"rollout_s": rollout_s, "reward_s": reward_s, "train_s": train_s, "sync_s": sync_s, "sync_bytes": sync_bytes}
+            if step % settings.run.eval_every == 0 or step == steps:
+                metrics |= record.log_eval(step, reward.evaluate(engine, data, settings.rollout, judge))
+            record.log({"step": step, **metrics})
+    for dtype in settings.run.export:
+        weight_sync.export_hf(weights, record.folder / f"model-{dtype}", source=model, dtype=dtype)
+    record.finish()
+
+
+if __name__ == "__main__":
+    run.run_main(main)

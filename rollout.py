@@ -1,0 +1,416 @@
+"""Prompts -> Samples: prompt data, the in-process SGLang engine, generation and evaluation.
+
+The engine is SGLang's own Engine: a tokenizer manager in this process, a scheduler with the model in a child process per engine rank. Tokens go in and
+tokens come out; the text of a response is for judges and readers and is never tokenized again. Its event loop runs in a thread of its own, so that
+generation can go on while the main thread trains, and so that signals stay the main thread's.
+
+Each engine starts with empty weights of the right shapes and quantization; weight_sync.py gives it its first.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+import torch
+import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    import cpu
+
+from sglang.srt.entrypoints.engine import Engine as SGLangEngine  # noqa: E402
+from sglang.srt.managers import io_struct  # noqa: E402
+from sglang.srt.server_args import ServerArgs  # noqa: E402
+from sglang.srt.utils import MultiprocessingSerializer  # noqa: E402
+from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket  # noqa: E402
+from transformers import AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
+
+from hf_names import fp8_config  # noqa: E402
+from run import BadInput, EngineDied, parse_overrides  # noqa: E402
+from toy.task import problems  # noqa: E402
+
+
+@dataclass
+class Sample:
+    """One prompt and, once generated, one response. Plain data: one JSON line holds all of it."""
+
+    prompt_ids: list[int]
+    prompt: str = ""
+    label: Any = None
+    group: int = -1
+    """The prompt's number in the run's prompt stream: the samples of one group answer the same prompt."""
+    response_ids: list[int] = field(default_factory=list)
+    response: str = ""
+    rollout_logprobs: list[float] = field(default_factory=list)
+    """Per response token, by the engine, at the sampling temperature."""
+    loss_mask: list[int] = field(default_factory=list)
+    """Per response token: 1 if the policy sampled it, 0 if it came from elsewhere (a tool's output)."""
+    weight_versions: list[int] = field(default_factory=list)
+    """Per response token: the version of the weights that sampled it."""
+    finish_reason: str = ""
+    """stop, length or abort."""
+    reward: float | None = None
+    advantage: float = 0.0
+    metadata: dict = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        return orjson.dumps(self, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+
+    @classmethod
+    def from_json(cls, line: bytes | str) -> "Sample":
+        return cls(**orjson.loads(line))
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """Prompts, sampling, and the engine."""
+
+    prompts: str = "toy"
+    """toy, or a JSONL file: prompt (text, or a list of chat messages), label, optionally metadata."""
+    eval_prompts: str = ""
+    """JSONL file of held-out prompts; the toy has its own. Empty with a prompts file: no evaluation."""
+    eval_samples: int = 512
+    """How many held-out prompts an evaluation answers, one answer each."""
+    prompts_per_step: int = 16
+    """Prompts in a step, over all engines."""
+    samples_per_prompt: int = 16
+    """Answers sampled for each prompt: the group that GRPO compares."""
+    temperature: float = 1.0
+    """Sampling temperature, of training and of evaluation. The trainer computes its log-probs at the same."""
+    max_response_tokens: int = 8
+    """A response is cut off after so many tokens."""
+    stop: tuple[str, ...] = ()
+    """Further tokens that end a response, beside the model's own end-of-sequence tokens."""
+    rollout_dtype: Literal["fp8", "bf16", "fp32"] = "fp8"
+    """What the engine computes with: block-scaled FP8 weights and activations, or plain BF16 or FP32."""
+    engine_tp: int = 1
+    """Ranks that share one engine (SGLang tensor parallelism)."""
+    sglang: tuple[str, ...] = ()
+    """Further ServerArgs fields, key=value; for instance mem_fraction_static=0.5."""
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(model_folder: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--model {model_folder} has no tokenizer that transformers can load ({error}): copy tokenizer.json and tokenizer_config.json") from error
+
+
+def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int) -> list[Sample]:
+    """All rows of a JSONL file as samples without a response. Raises BadInput naming file and line of the first row that cannot be used."""
+    if not Path(path).is_file():
+        raise BadInput(f"prompts file {path} does not exist: give a JSONL file, or leave the flag out for the toy task")
+    samples = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        where = f"{path} line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{where} is not JSON ({error.msg} at column {error.colno}): every line must be one object") from error
+        if not isinstance(row, dict) or not row.get("prompt"):
+            raise BadInput(f"{where} has no prompt: every line needs a non-empty \"prompt\", text or a list of chat messages")
+        if "label" not in row or not isinstance(row.get("metadata", {}), dict):
+            raise BadInput(f'{where} needs a "label" (null if the reward uses none), and "metadata", if given, must be an object')
+        prompt = row["prompt"]
+        if isinstance(prompt, list):
+            if tokenizer.chat_template is None:
+                raise BadInput(f"{where} holds chat messages, but the tokenizer has no chat template: give the prompt as text")
+            if not all(isinstance(message, dict) and isinstance(message.get("content"), str) and message.get("role") for message in prompt):
+                raise BadInput(f'{where}: every chat message needs a "role" and a text "content"')
+            prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        elif isinstance(prompt, str):
+            ids = tokenizer(prompt).input_ids
+        else:
+            raise BadInput(f"{where}: the prompt is a {type(prompt).__name__}; it must be text or a list of chat messages")
+        if not ids or len(ids) > max_prompt_tokens:
+            raise BadInput(
+                f"{where}: the prompt has {len(ids)} tokens; it must have 1 to {max_prompt_tokens} "
+                "(the model's context less --max-response-tokens): shorten it or lower that flag"
+            )
+        samples.append(Sample(ids, prompt, row["label"], metadata=row.get("metadata", {})))
+    if not samples:
+        raise BadInput(f"{path} holds no prompts")
+    return samples
+
+
+def toy_prompts(tokenizer: PreTrainedTokenizerBase, *, seed: int, held_out: bool) -> Iterator[Sample]:
+    """Endless problems of the toy task, as samples without a response."""
+    for group, row in enumerate(problems(seed=seed, held_out=held_out)):
+        yield Sample(tokenizer(row["prompt"]).input_ids, row["prompt"], row["label"], group)
+
+
+def shuffled(samples: list[Sample], *, seed: int) -> Iterator[Sample]:
+    """Endless passes over a file's prompts, each in a new seeded order, the same on every rank."""
+    rng, group = random.Random(seed), 0
+    while True:
+        for i in rng.sample(range(len(samples)), len(samples)):
+            yield replace(samples[i], group=group)
+            group += 1
+
+
+def end_tokens(model_folder: str, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> list[int]:
+    """Token ids that end a response: of generation_config.json, of the tokenizer, and of --stop."""
+    path = Path(model_folder) / "generation_config.json"
+    listed = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    ids = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
+    for text in stop:
+        token = tokenizer.convert_tokens_to_ids(text)
+        if token is None or token == tokenizer.unk_token_id:
+            raise BadInput(f"--stop {text!r} is not one token of this tokenizer: give a token such as {tokenizer.eos_token!r}")
+        ids.add(token)
+    ids.discard(None)
+    if not ids:
+        raise BadInput(f"{model_folder} names no end-of-sequence token in generation_config.json or its tokenizer: give one with --stop")
+    return sorted(ids)
+
+
+@dataclass
+class Data:
+    """What a run generates from."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stream: Iterator[Sample]
+    held_out: list[Sample]
+    """Evaluation prompts; empty where there are none."""
+    end_ids: list[int]
+    """Tokens that end a response."""
+    longest: int
+    """Prompt and response tokens of the longest possible sample."""
+
+
+def load_data(model_folder: str, settings: RolloutSettings, config: dict, *, seed: int) -> Data:
+    """Tokenizer and prompts, all checked. Raises BadInput."""
+    tokenizer = load_tokenizer(model_folder)
+    if len(tokenizer) > config["vocab_size"]:
+        raise BadInput(f"the tokenizer in {model_folder} has {len(tokenizer)} tokens, the model's vocab_size is {config['vocab_size']}: they do not belong together")
+    room = config["max_position_embeddings"] - settings.max_response_tokens
+    prompts = None if settings.prompts == "toy" else read_prompts(settings.prompts, tokenizer, max_prompt_tokens=room)
+    if settings.eval_prompts:
+        held_out = read_prompts(settings.eval_prompts, tokenizer, max_prompt_tokens=room)[: settings.eval_samples]
+    else:
+        held_out = list(islice(toy_prompts(tokenizer, seed=0, held_out=True), settings.eval_samples)) if prompts is None else []
+    longest = max(len(prompt.prompt_ids) for prompt in [*(prompts or []), *held_out]) + settings.max_response_tokens
+    stream = toy_prompts(tokenizer, seed=seed, held_out=False) if prompts is None else shuffled(prompts, seed=seed)
+    return Data(tokenizer, stream, held_out, end_tokens(model_folder, tokenizer, settings.stop), longest)
+
+
+def check_rollout_settings(settings: RolloutSettings, config: dict, *, world_size: int) -> None:
+    """Raise BadInput for what cannot work, before anything is started."""
+    if settings.temperature <= 0:
+        raise BadInput(f"--temperature {settings.temperature} must be above 0: a greedy rollout has no log-probs to learn from")
+    if settings.engine_tp < 1 or world_size % settings.engine_tp:
+        raise BadInput(f"--engine-tp {settings.engine_tp} does not divide the {world_size} ranks: use a divisor")
+    for field_name in ("num_attention_heads", "num_key_value_heads"):
+        if config[field_name] % settings.engine_tp:
+            raise BadInput(f"{field_name} {config[field_name]} is not divisible by --engine-tp {settings.engine_tp}: use a --engine-tp that divides it")
+    engines = world_size // settings.engine_tp
+    if settings.prompts_per_step < 1 or settings.prompts_per_step % engines:
+        raise BadInput(f"--prompts-per-step {settings.prompts_per_step} is not divisible by the {engines} engines: use a multiple of {engines}")
+    if settings.samples_per_prompt < 2:
+        raise BadInput(f"--samples-per-prompt {settings.samples_per_prompt}: GRPO compares answers to one prompt and needs at least 2")
+    if not 1 <= settings.max_response_tokens < config["max_position_embeddings"]:
+        raise BadInput(f"--max-response-tokens {settings.max_response_tokens} must lie below the model's context, {config['max_position_embeddings']}")
+    if settings.eval_samples < 1:
+        raise BadInput(f"--eval-samples {settings.eval_samples} must be at least 1")
+    _server_overrides(settings)
+
+
+# --- the engine -------------------------------------------------------------------------------------------------------------------------------
+
+
+def run_scheduler(*args, **kwargs) -> None:
+    """Entry point of the engine's child process, in place of SGLang's: what must happen there before SGLang starts."""
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # else the child's TCPStore waits for torchrun's agent for ever
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its engine
+    if not torch.cuda.is_available():
+        cpu.patch_sglang()
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    run_scheduler_process(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _main_module_hidden():
+    """Spawned children run the parent's main script again, to find functions that were defined there. The engine's need none, and save its imports."""
+    main = sys.modules["__main__"]
+    file, spec = main.__dict__.pop("__file__", None), main.__spec__
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
+
+
+class Engine(SGLangEngine):
+    """SGLang's Engine with token ids in and out, its event loop in a thread, and weight updates as methods that raise.
+
+    What differs between SGLang 0.5.14 (torch 2.11) and 0.5.21 is told apart here and nowhere else.
+    """
+
+    run_scheduler_process_func = staticmethod(run_scheduler)
+
+    @classmethod
+    def _launch_detokenizer_subprocesses(cls, *args, **kwargs):
+        return [], []  # tokens come back as tokens: there is nothing to detokenize, and a process less
+
+    def __init__(self, **server_args):
+        logging.getLogger("sglang.srt.entrypoints.engine").addFilter(lambda record: "SIGQUIT handler" not in record.getMessage())  # not an error
+        with _main_module_hidden():
+            super().__init__(**server_args)
+        self.version = -1
+        self._thread = threading.Thread(target=self.loop.run_forever, name="sglang-event-loop", daemon=True)
+        self._thread.start()
+
+    def call(self, coroutine):
+        """Run a coroutine on the engine's loop and wait for its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def shutdown(self):
+        """End the engine's child processes. Also called at exit; a second call does nothing."""
+        super().shutdown()
+        if self.loop.is_running():
+            self.loop.call_soon_threadsafe(self.loop.stop)
+
+    def generate_batch(self, prompts_ids: list[list[int]], sampling: dict) -> list[dict]:
+        """One response per prompt: SGLang's dicts with output_ids and meta_info, in order."""
+
+        async def generate():
+            return await self.async_generate(input_ids=prompts_ids, sampling_params=sampling, return_logprob=True)
+
+        return self.call(generate())
+
+    def begin_update(self) -> None:
+        """Open an update. Its first bucket empties the cache, so that nothing computed by older weights is left in it; the engine must be idle."""
+        self._flush = True
+        if hasattr(self.tokenizer_manager, "begin_weight_update"):  # 0.5.21; without it an update is refused
+            self._must(self.call(self.tokenizer_manager.begin_weight_update(io_struct.BeginWeightUpdateReqInput(), None)), "begin_weight_update")
+
+    def load(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        """Load full Hugging Face tensors, as one flat tensor of bytes in memory shared with the engine."""
+        named = sorted(named, key=lambda pair: -pair[1].element_size())  # widest first keeps every offset aligned
+        bucket = FlattenedTensorBucket(named_tensors=named)
+        self._update({"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}, "flattened_bucket", flush_cache=self._flush)
+        self._flush = False
+
+    def end_update(self, version: int) -> None:
+        """Finish the update: from here on the engine is at this version."""
+        if version <= self.version:
+            raise RuntimeError(f"weight version {version} does not follow {self.version}: versions must grow")
+        if hasattr(self.tokenizer_manager, "end_weight_update"):
+            self._must(self.call(self.tokenizer_manager.end_weight_update(io_struct.EndWeightUpdateReqInput(), None)), "end_weight_update")
+        self.version = version
+
+    def compare(self, named: list[tuple[str, torch.Tensor]]) -> torch.Tensor:
+        """What weight_sync.compare_loader reports about these tensors: int64 [engine tp, tensors, 3]. The engine's weights stay as they are."""
+        report = torch.zeros(self.server_args.tp_size, len(named), 3, dtype=torch.int64, device=named[0][1].device)
+        self.begin_update()
+        self._update([*named, ("report", report)], "weight_sync.compare_loader", flush_cache=False)
+        if hasattr(self.tokenizer_manager, "end_weight_update"):
+            self._must(self.call(self.tokenizer_manager.end_weight_update(io_struct.EndWeightUpdateReqInput(), None)), "end_weight_update")
+        return report.cpu()
+
+    def _update(self, payload, load_format: str, *, flush_cache: bool) -> None:
+        serialized = [MultiprocessingSerializer.serialize(payload) for _ in range(self.server_args.tp_size)]
+        request = io_struct.UpdateWeightsFromTensorReqInput(serialized_named_tensors=serialized, load_format=load_format, flush_cache=flush_cache)
+        self._must(self.call(self.tokenizer_manager.update_weights_from_tensor(request, None)), "update_weights_from_tensor")
+
+    @staticmethod
+    def _must(outcome: tuple[bool, str], what: str) -> None:
+        """SGLang reports a refused update as (False, message) and goes on; here it ends the run, because weights may be half updated."""
+        success, message = outcome[0], outcome[1]
+        if not success:
+            raise RuntimeError(f"SGLang refused {what}: {message}. The engine's weights are not usable.")
+
+
+def _server_overrides(settings: RolloutSettings) -> dict:
+    """--sglang as a dict. What another flag decides is not among the fields."""
+    names = getattr(ServerArgs, "__struct_fields__", None) or ServerArgs.__dataclass_fields__
+    decided = {"model_path", "dtype", "tp_size", "load_format", "quantization", "skip_tokenizer_init", "custom_weight_loader", "custom_sigquit_handler"}
+    return parse_overrides(settings.sglang, flag="--sglang", fields={name: None for name in names if name not in decided})
+
+
+def start_engine(model_folder: str, settings: RolloutSettings, config: dict, *, seed: int) -> Engine | None:
+    """The engine of this rank's group of --engine-tp ranks, on the group's first rank; None on the others. It has shapes, but no weights yet."""
+    rank = dist.get_rank()
+    if rank % settings.engine_tp:
+        return None
+    arguments = dict(
+        model_path=model_folder,
+        dtype={"fp8": "bfloat16", "bf16": "bfloat16", "fp32": "float32"}[settings.rollout_dtype],
+        load_format="dummy",
+        tp_size=settings.engine_tp,
+        skip_tokenizer_init=True,
+        custom_weight_loader=["weight_sync.compare_loader"],
+        custom_sigquit_handler=signal.getsignal(signal.SIGQUIT),
+        random_seed=seed + rank,
+        base_gpu_id=int(os.environ.get("LOCAL_RANK", 0)),
+        log_level="error",
+    )
+    if torch.cuda.is_available():
+        arguments.update(enable_memory_saver=True, mem_fraction_static=0.5)
+    else:
+        arguments.update(cpu.SERVER_ARGS)
+    if settings.rollout_dtype == "fp8":
+        arguments["json_model_override_args"] = json.dumps({"quantization_config": fp8_config(config, engine_tp=settings.engine_tp)})
+    return Engine(**{**arguments, **_server_overrides(settings)})
+
+
+# --- generation -------------------------------------------------------------------------------------------------------------------------------
+
+
+def generate(engine: Engine | None, prompts: list[Sample], data: Data, settings: RolloutSettings, *, n: int) -> list[Sample]:
+    """n responses to each of this engine's prompts, with log-probs at the sampling temperature, in order. Raises EngineDied if one was aborted."""
+    if engine is None or not prompts:
+        return []
+    sampling = {"temperature": settings.temperature, "max_new_tokens": settings.max_response_tokens, "stop_token_ids": data.end_ids}
+    samples = [replace(prompt, metadata=dict(prompt.metadata)) for prompt in prompts for _ in range(n)]
+    for sample, output in zip(samples, engine.generate_batch([sample.prompt_ids for sample in samples], sampling)):
+        sample.finish_reason = output["meta_info"]["finish_reason"]["type"]
+        if sample.finish_reason == "abort":
+            raise EngineDied(f"the engine aborted a request: {output['meta_info']['finish_reason'].get('message')}")
+        sample.response_ids = output["output_ids"]
+        sample.response = data.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
+        sample.rollout_logprobs = [logprob for logprob, *_ in output["meta_info"]["output_token_logprobs"]]
+        sample.loss_mask = [1] * len(sample.response_ids)
+        sample.weight_versions = [engine.version] * len(sample.response_ids)
+    return samples
+
+
+def my_share(prompts: list[Sample], engine_tp: int) -> list[Sample]:
+    """The prompts that this rank's engine answers: every engine takes its turn; none on ranks without one."""
+    engine, engines = dist.get_rank() // engine_tp, dist.get_world_size() // engine_tp
+    return prompts[engine::engines] if dist.get_rank() % engine_tp == 0 else []
+
+
+def all_gather_samples(samples: list[Sample]) -> list[Sample]:
+    """Every rank's samples on every rank, in rank order; as JSON lines in one tensor of bytes, never pickled. Collective over the default group (gloo)."""
+    mine = torch.from_numpy(np.frombuffer(b"\n".join(sample.to_json() for sample in samples), dtype=np.uint8).copy())
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([mine.numel()]))
+    longest = int(max(sizes))
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: mine.numel()] = mine
+    rows = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(rows, padded)
+    lines = [line for row, size in zip(rows, sizes) for line in bytes(row[: int(size)].numpy()).split(b"\n") if line]
+    return [Sample.from_json(line) for line in lines]

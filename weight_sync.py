@@ -1,0 +1,349 @@
+"""Megatron weights -> engine weights, every step; and Hugging Face folders in and out.
+
+What happens to one tensor on its way, for example linear_fc1 at tensor parallelism 2:
+
+    this rank's shard [gate half; up half]        BF16, where the optimizer left it
+      -> split into gate and up slices            hf_names.split_stacked
+      -> quantize each slice where it lives       fp8_quant, if its cut falls on a multiple of 128; else it is quantized after the gather
+      -> gather codes and scales                  one all_gather of bytes per bucket over the tensor-parallel group: half of what BF16 would move
+      -> hand the bucket to the engine            SGLang's load_weights, in its own process: shared memory on a CPU, CUDA IPC on a GPU
+
+Contract: whatever the parallel layout, the engine holds exactly quantize(full Hugging Face tensor), byte for byte. read_back proves it: it computes the
+expected bytes another way (gather BF16, then quantize the whole tensor), sends them through the same loader, and has every write replaced by a
+comparison with what the engine already holds.
+
+An update is all or nothing. Any failure raises and ends the run; an engine that got half of the new weights is never asked to generate again. Memory on
+top of the model is one bucket before and one after the gather.
+
+Unlike slime, no converted checkpoint is needed and no weights are loaded by the engine itself: it starts empty, and its first weights are a hand-off.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fp8_quant import BLOCK, quantize_blockwise
+from hf_names import LAYER_RULES, fp8_config, rule_of, split_stacked, stack_parts, unquantized_linears
+from run import BadInput
+
+Named = tuple[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SyncSettings:
+    """How weights travel from trainer to engine."""
+
+    bucket_bytes: int = 256 * 2**20
+    """Weights are gathered and handed over in buckets of about this many bytes; peak extra memory is a small multiple of it."""
+
+
+# --- from Megatron to full Hugging Face tensors -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A trainer rank's weights, and how they leave it."""
+
+    model: torch.nn.Module
+    """GPTModel, unwrapped; its parameters are this rank's shards."""
+    config: dict
+    """config.json, checked."""
+    fp8: frozenset[str]
+    """Hugging Face names of the weights that the engine holds in FP8."""
+    tp_group: dist.ProcessGroup
+    bucket_bytes: int
+
+
+@dataclass
+class Shard:
+    """This rank's part of one Hugging Face tensor."""
+
+    name: str
+    local: torch.Tensor
+    tp_dim: int | None
+    """Dimension to concatenate the ranks' parts along; None: already whole."""
+    quantize_whole: bool = False
+    """Quantize after the gather, because the cut does not fall on a block boundary."""
+
+
+def fp8_weights(config: dict, *, rollout_dtype: str, engine_tp: int) -> frozenset[str]:
+    """Hugging Face names of the weights that are handed over in FP8: under "fp8", every linear layer that the engine's config does not exempt."""
+    if rollout_dtype != "fp8":
+        return frozenset()
+    kept = set(unquantized_linears(config, engine_tp=engine_tp))
+    linears = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    modules = {f"model.layers.{layer}.{name}" for layer in range(config["num_hidden_layers"]) for name in linears}
+    return frozenset(f"{module}.weight" for module in modules - kept)
+
+
+@torch.no_grad()
+def walk(weights: Weights, *, quantize: bool) -> Iterator[Shard]:
+    """Every weight as shards of Hugging Face tensors, in the model's own order, which is the same on every rank.
+
+    quantize: turn each weight that the engine holds in FP8 into two shards, `name` (float8_e4m3fn) and `name_scale_inv` (float32).
+    """
+    config, tp = weights.config, weights.tp_group.size()
+    for megatron_name, parameter in weights.model.named_parameters():
+        rule = rule_of(megatron_name)
+        parts = split_stacked(parameter.detach(), len(rule.hf), head_dim=config["head_dim"], groups=config["num_key_value_heads"] // tp)
+        for name, part in zip(rule.hf, parts):
+            if not quantize or name not in weights.fp8:
+                yield Shard(name, part, rule.tp_dim)
+            elif tp == 1 or part.shape[rule.tp_dim] % BLOCK == 0:
+                codes, scale_inv = quantize_blockwise(part)
+                yield Shard(name, codes, rule.tp_dim)
+                yield Shard(f"{name}_scale_inv", scale_inv, rule.tp_dim)
+            else:
+                yield Shard(name, part, rule.tp_dim, quantize_whole=True)
+
+
+def gather_buckets(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]:
+    """Full tensors, a list of about bucket_bytes at a time. Collective: every tensor-parallel rank must iterate to the end."""
+    bucket, size = [], 0
+    for shard in walk(weights, quantize=quantize):
+        bucket.append(shard)
+        size += shard.local.nbytes * (1 if shard.tp_dim is None else weights.tp_group.size())
+        if size >= weights.bucket_bytes:
+            yield _gather(bucket, weights)
+            bucket, size = [], 0
+    if bucket:
+        yield _gather(bucket, weights)
+
+
+def _gather(bucket: list[Shard], weights: Weights) -> list[Named]:
+    """One all_gather of the bytes of all sharded tensors in the bucket; then each tensor is put together from the ranks' parts."""
+    tp = weights.tp_group.size()
+    split = [shard for shard in bucket if shard.tp_dim is not None and tp > 1]
+    whole = {id(shard): shard.local for shard in bucket}
+    if split:
+        mine = torch.cat([shard.local.contiguous().view(torch.uint8).flatten() for shard in split])
+        theirs = torch.empty(tp, mine.numel(), dtype=torch.uint8, device=mine.device)
+        dist.all_gather(list(theirs), mine, group=weights.tp_group)
+        offset = 0
+        for shard in split:
+            # Concatenated as bytes: torch.cat has no float8 kernel everywhere, and bytes are what the contract is about.
+            shape = (*shard.local.shape[:-1], -1)
+            parts = [row[offset : offset + shard.local.nbytes].view(shape) for row in theirs]
+            whole[id(shard)] = torch.cat(parts, dim=shard.tp_dim).view(shard.local.dtype)
+            offset += shard.local.nbytes
+    named = []
+    for shard in bucket:
+        tensor = whole[id(shard)]
+        if shard.name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensor = tensor[: weights.config["vocab_size"]]  # without the rows that pad the vocabulary to a multiple of tp
+        if shard.quantize_whole:
+            named += quantize_named(shard.name, tensor)
+        else:
+            named.append((shard.name, tensor))
+    return named
+
+
+def quantize_named(name: str, tensor: torch.Tensor) -> list[Named]:
+    """A full weight -> its FP8 pair under the names of a block-FP8 checkpoint."""
+    codes, scale_inv = quantize_blockwise(tensor)
+    return [(name, codes), (f"{name}_scale_inv", scale_inv)]
+
+
+# --- into the engine --------------------------------------------------------------------------------------------------------------------------
+
+
+def describe(weights: Weights) -> str:
+    """One line: which weights the engine holds in FP8, and which linear layers SGLang's block rule keeps from it."""
+    if not weights.fp8:
+        return "hand-off: every weight as the trainer holds it"
+    names = {name for rule in LAYER_RULES.values() for name in rule.hf if name.endswith("_proj.weight")}
+    kept = sorted(name for name in names if f"model.layers.0.{name}" not in weights.fp8)
+    reason = "; kept in BF16, because a merged layer's parts must have a multiple of 128 rows in SGLang: " + ", ".join(kept) if kept else ""
+    return f"hand-off: {len(weights.fp8)} weights in block FP8{reason}"
+
+
+def sync_weights(weights: Weights, engine, *, version: int, check: bool) -> int:
+    """hand_over, and if check is set the read-back gate; returns the bytes handed over."""
+    sent_bytes = hand_over(weights, engine, version=version)
+    if check:
+        read_back(weights, engine)
+    return sent_bytes
+
+
+def hand_over(weights: Weights, engine, *, version: int) -> int:
+    """Give the engine this version of the weights; returns the bytes handed over. Every trainer rank calls it; engine is None on ranks without one.
+
+    Raises RuntimeError if the engine refuses any part. Then the engine is half-updated and the run must end.
+    """
+    sent_bytes = 0
+    if engine is not None:
+        engine.begin_update()
+    for bucket in gather_buckets(weights, quantize=True):
+        sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
+        if engine is not None:
+            engine.load(bucket)
+    if engine is not None:
+        engine.end_update(version)
+    return sent_bytes
+
+
+@torch.no_grad()
+def read_back(weights: Weights, engine) -> int:
+    """Prove that the engine holds quantize(full tensor) for every weight; returns the bytes compared. Collective, like hand_over.
+
+    Raises RuntimeError naming the first tensors that differ, or saying how many of the engine's bytes no tensor accounted for.
+    """
+    compared_bytes = 0
+    for bucket in gather_buckets(weights, quantize=False):
+        named = [pair for name, tensor in bucket for pair in (quantize_named(name, tensor) if name in weights.fp8 else [(name, tensor)])]
+        if engine is None:
+            continue
+        report = engine.compare(named)  # [engine tp ranks, tensors, (compared, different, parameter bytes of that rank)]
+        bad = [f"{name} ({int(report[:, i, 1].sum())} of {int(report[:, i, 0].sum())} bytes)" for i, (name, _) in enumerate(named) if report[:, i, 1].any()]
+        if bad:
+            raise RuntimeError(f"read-back failed: the engine's weights are not quantize(full tensor) for {', '.join(bad[:5])}; {len(bad)} tensors in all")
+        compared_bytes += int(report[:, :, 0].sum())
+        parameter_bytes = int(report[:, 0, 2].sum())
+    if engine is not None and compared_bytes < parameter_bytes:
+        raise RuntimeError(f"read-back failed: the engine holds {parameter_bytes} bytes of parameters, but the hand-off covers {compared_bytes} of them")
+    return compared_bytes
+
+
+class _CompareWrites(TorchDispatchMode):
+    """Replaces every in-place write by a comparison of what is held with what would be written: copies, and the zeros of vocabulary padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.compared = self.different = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function not in (torch.ops.aten.copy_.default, torch.ops.aten.fill_.Scalar):
+            return function(*args, **(kwargs or {}))
+        held, value = args[0], torch.as_tensor(args[1])
+        expected = value.to(device=held.device, dtype=held.dtype).expand_as(held)
+        self.compared += held.nbytes
+        self.different += int((held.contiguous().view(torch.uint8) != expected.contiguous().view(torch.uint8)).sum())
+        return held
+
+
+def compare_loader(model: torch.nn.Module, named_tensors: list[Named]) -> None:
+    """Runs in the engine as SGLang's custom_weight_loader: compares instead of loading. The last tensor is the report, in memory shared with the caller."""
+    *named, (_, report) = named_tensors
+    mine = report[dist.get_rank()]  # the engine's own world: its tensor-parallel ranks
+    mine[:, 2] = sum(parameter.nbytes for parameter in model.parameters())
+    for i, (name, tensor) in enumerate(named):
+        with _CompareWrites() as writes:
+            model.load_weights([(name, tensor)])
+        mine[i, 0], mine[i, 1] = writes.compared, writes.different
+    if report.is_cuda:
+        torch.cuda.synchronize()
+
+
+# --- Hugging Face folders ---------------------------------------------------------------------------------------------------------------------
+
+
+class HFWeights:
+    """The tensors of a folder of safetensors files, read slice by slice."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            raise BadInput(f"{folder} has no *.safetensors file: weights in other formats are not read; save the model with safetensors")
+        self.file_of = {}
+        for file in files:
+            try:
+                opened = safe_open(file, "pt")
+            except SafetensorError as error:
+                raise BadInput(f"{file} is not a complete safetensors file ({error}): copy it again") from error
+            self.file_of.update((name, opened) for name in opened.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.file_of[name].get_slice(name).get_shape())
+
+    def slice(self, name: str, dim: int | None, start: int, stop: int) -> torch.Tensor:
+        view = self.file_of[name].get_slice(name)
+        return view[:] if dim is None else view[start:stop] if dim == 0 else view[:, start:stop]
+
+
+@torch.no_grad()
+def load_hf(model: torch.nn.Module, folder: str | Path, config: dict, *, tp_group: dist.ProcessGroup) -> None:
+    """Fill a GPTModel from a Hugging Face folder, each rank reading its own slices. Raises BadInput listing missing and misshapen tensors."""
+    weights, tp, rank = HFWeights(folder), tp_group.size(), tp_group.rank()
+    problems = []
+    for megatron_name, parameter in model.named_parameters():
+        rule = rule_of(megatron_name)
+        rows = [part.shape for part in split_stacked(parameter, len(rule.hf), head_dim=config["head_dim"], groups=config["num_key_value_heads"] // tp)]
+        parts = []
+        for name, shape in zip(rule.hf, rows):
+            full = tuple(size * tp if dim == rule.tp_dim else size for dim, size in enumerate(shape))
+            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                full = (config["vocab_size"], full[1])
+            if name not in weights.file_of:
+                problems.append(f"{name} is missing")
+            elif weights.shape(name) != full:
+                problems.append(f"{name} has shape {weights.shape(name)}, config.json implies {full}")
+            else:
+                size = None if rule.tp_dim is None else shape[rule.tp_dim]
+                part = weights.slice(name, rule.tp_dim, *((0, 0) if size is None else (rank * size, min((rank + 1) * size, full[rule.tp_dim]))))
+                padding = shape[0] - part.shape[0]  # rows that pad the vocabulary
+                parts.append(torch.nn.functional.pad(part, (0, 0, 0, padding)) if padding else part)
+        if len(parts) == len(rule.hf):
+            parameter.copy_(stack_parts(parts, groups=config["num_key_value_heads"] // tp))
+    if problems:
+        raise BadInput(f"the weights in {folder} do not fit its config.json: {'; '.join(problems[:6])}; {len(problems)} problems in all")
+
+
+EXPORTED_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+MAX_FILE_BYTES = 4 * 2**30
+
+
+def export_hf(weights: Weights, target: Path, *, source: str | Path, dtype: str) -> None:
+    """Write the weights as a Hugging Face folder that transformers (bf16) or SGLang (bf16, fp8) loads. Collective; the first rank writes.
+
+    dtype: "bf16", or "fp8" for block-scaled e4m3 with quantization_config in config.json. Config, tokenizer and templates are copied from source.
+    The weights of a model being written stand in files named *.part until all are there.
+    """
+    is_writer = dist.get_rank() == 0
+    fp8 = fp8_weights(weights.config, rollout_dtype=dtype, engine_tp=1)
+    if is_writer:
+        target.mkdir(parents=True, exist_ok=True)
+    files, pending, pending_bytes = [], {}, 0
+
+    def flush():
+        nonlocal pending, pending_bytes
+        path = target / f"{len(files) + 1:05d}.part"
+        save_file(pending, path, metadata={"format": "pt"})
+        files.append((path, list(pending), pending_bytes))
+        pending, pending_bytes = {}, 0
+
+    for name, tensor in (pair for bucket in gather_buckets(weights, quantize=False) for pair in bucket):
+        if not is_writer:
+            continue
+        tensor = tensor.to(torch.bfloat16)
+        for named, value in quantize_named(name, tensor) if name in fp8 else [(name, tensor)]:
+            pending[named] = value.cpu().contiguous()
+            pending_bytes += value.nbytes
+        if pending_bytes > MAX_FILE_BYTES:
+            flush()
+    if not is_writer:
+        return
+    if pending:
+        flush()
+    index = {"metadata": {"total_size": sum(size for *_, size in files)}, "weight_map": {}}
+    for i, (path, names, _) in enumerate(files):
+        final = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+        path.rename(target / final)
+        index["weight_map"].update(dict.fromkeys(names, final))
+    if len(files) > 1:
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for pattern in EXPORTED_FILES:
+        for file in Path(source).glob(pattern):
+            shutil.copy(file, target / file.name)
+    exported_config = json.loads((Path(source) / "config.json").read_text()) | {"dtype": "bfloat16"}
+    if dtype == "fp8":
+        exported_config["quantization_config"] = fp8_config(weights.config, engine_tp=1)
+    (target / "config.json").write_text(json.dumps(exported_config, indent=2) + "\n")
