@@ -32,7 +32,7 @@ class VocabParallelLogprobs(torch.autograd.Function):
         log_z_T, logprobs_T, entropy_T = (torch.empty(T, dtype=torch.float32, device=logits_TV.device) for _ in range(3))
         for at in range(0, T, chunk):
             rows = slice(at, at + chunk)
-            x_tV = logits_TV[rows, :real].float().div_(temperature)
+            x_tV = logits_TV[rows, :real].float() / temperature  # not in place: of fp32 logits, float() is no copy
             max_t = x_tV.amax(dim=-1)
             if group.size() > 1:
                 dist.all_reduce(max_t, op=dist.ReduceOp.MAX, group=group)
@@ -60,7 +60,7 @@ class VocabParallelLogprobs(torch.autograd.Function):
         d_logits_TV = torch.zeros_like(logits_TV)
         for at in range(0, len(labels_T), ctx.chunk):
             rows = slice(at, at + ctx.chunk)
-            logp_tV = logits_TV[rows, : ctx.real].float().div_(ctx.temperature) - log_z_T[rows, None]
+            logp_tV = logits_TV[rows, : ctx.real].float() / ctx.temperature - log_z_T[rows, None]
             p_tV = logp_tV.exp()
             d_tV = torch.zeros_like(p_tV)
             if d_entropy_T is not None:
