@@ -48,7 +48,7 @@ class RunSettings:
     """Hugging Face folder (Qwen3, Qwen2.5 or Llama; safetensors) to train and to generate with."""
     name: str = ""
     """Name of the run folder below runs/; empty: the loop's name and the time."""
-    steps: int = 60
+    steps: int = 80
     """Training steps: each is one rollout, one optimizer step, one weight hand-off."""
     eval_every: int = 10
     """Evaluate on the held-out prompts every so many steps, and before the first and after the last."""

@@ -55,9 +55,9 @@ class TrainSettings:
     """dtype of model weights and activations; main weights, gradients and Adam state are fp32 either way."""
     microbatch_tokens: int = 8192
     """At most this many tokens in one forward pass of one rank."""
-    lr: float = 1e-4
-    """Peak learning rate. The toy learns at 1e-4; pretrained models want about 1e-6."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr: float = 2e-4
+    """Peak learning rate. Right for the toy; pretrained models want about 1e-6."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the learning rate goes from --lr to --min-lr over the run."""
     lr_warmup_steps: int = 0
     """Steps of linear warm-up from 0."""

@@ -1,0 +1,172 @@
+"""A real SGLang engine beside a real Megatron trainer in one process: hand-off, read-back, and that both compute the same log-probs.
+
+Two engines are started for the whole file: one in fp32, where every difference is an error, and one in FP8, as runs use it. Not covered: CUDA, engine
+tensor parallelism, requests in flight during an update.
+"""
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from megatron.core import parallel_state as mpu
+from sglang.srt.managers import io_struct
+
+import rollout
+import train_step
+import weight_sync
+from hf_names import read_config
+from rollout import RolloutSettings
+from run import REPOSITORY, BadInput
+
+TOY = str(REPOSITORY / "toy")
+
+
+class Pair:
+    """A trainer and an engine with the toy's weights."""
+
+    def __init__(self, train_dtype: str, rollout_dtype: str):
+        if mpu.model_parallel_is_initialized():
+            mpu.destroy_model_parallel()
+        self.config = read_config(TOY)
+        self.settings = RolloutSettings(rollout_dtype=rollout_dtype)
+        self.data = rollout.load_data(TOY, self.settings, self.config, seed=3)
+        self.trainer = train_step.build_trainer(TOY, train_step.TrainSettings(train_dtype=train_dtype), self.config, steps=50, seed=1)
+        fp8 = weight_sync.fp8_weights(self.config, rollout_dtype=rollout_dtype, engine_tp=1)
+        self.weights = weight_sync.Weights(self.trainer.gpt, self.config, fp8, self.trainer.tp_group, bucket_bytes=400_000)  # several buckets
+        self.engine = rollout.start_engine(TOY, self.settings, self.config, seed=1)
+        self.sync()
+
+    def sync(self) -> None:
+        weight_sync.sync_weights(self.weights, self.engine, version=self.engine.version + 1, check=True)
+
+    def generate(self, prompts: int = 16, n: int = 2, **changes) -> list[rollout.Sample]:
+        settings = RolloutSettings(rollout_dtype=self.settings.rollout_dtype, **changes)
+        return rollout.generate(self.engine, self.data.held_out[:prompts], self.data, settings, n=n)
+
+    def differences(self, samples: list[rollout.Sample], temperature: float = 1.0) -> np.ndarray:
+        """|log-prob by the trainer - by the engine| of every response token."""
+        batches = train_step.local_microbatches(self.trainer, samples)
+        logprobs = train_step.compute_logprobs(self.trainer, batches, temperature=temperature)
+        return np.concatenate([(ours - batch.rollout_logprobs_T)[batch.mask_T > 0].abs().numpy() for ours, batch in zip(logprobs, batches)])
+
+
+@pytest.fixture(scope="module")
+def exact(one_rank):
+    pair = Pair("fp32", "fp32")
+    yield pair
+    pair.engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def fp8(one_rank, exact):  # the fp32 tests come first; ending one engine ends all children of this process
+    exact.engine.shutdown()
+    pair = Pair("bf16", "fp8")
+    yield pair
+    pair.engine.shutdown()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_agree_in_fp32_at_the_sampling_temperature(exact, temperature):
+    samples = exact.generate(temperature=temperature)
+    assert exact.differences(samples, temperature).max() < 1e-4
+    assert exact.differences(samples, 1.3).max() > 1e-2  # the temperature is part of the policy
+
+
+def test_responses_end_where_they_should(exact):
+    whole = exact.generate(max_response_tokens=8)
+    assert all(sample.response_ids[-1] == 2 for sample in whole if sample.finish_reason == "stop")
+    assert sum(sample.finish_reason == "stop" for sample in whole) > len(whole) * 0.9
+    cut = exact.generate(max_response_tokens=2)
+    assert all(len(sample.response_ids) == 2 and sample.finish_reason == "length" for sample in cut)
+    assert all(len(s.rollout_logprobs) == len(s.loss_mask) == len(s.weight_versions) == len(s.response_ids) for s in whole + cut)
+
+
+def test_a_group_answers_its_prompt_in_order(exact):
+    samples = exact.generate(prompts=3, n=4)
+    assert [sample.group for sample in samples] == [0] * 4 + [1] * 4 + [2] * 4
+    assert all(sample.prompt_ids == exact.data.held_out[sample.group].prompt_ids for sample in samples)
+
+
+def test_new_weights_reach_the_engine(exact):
+    before = exact.generate()
+    with torch.no_grad():
+        for parameter in exact.trainer.gpt.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    assert exact.differences(before).max() > 1e-2  # the engine's samples were drawn from the old weights
+    exact.sync()
+    after = exact.generate()
+    assert exact.differences(after).max() < 1e-4  # nor is anything left in its prefix cache
+    assert {version for sample in after for version in sample.weight_versions} == {1}
+
+
+def test_versions_grow(exact):
+    with pytest.raises(RuntimeError, match="does not follow"):
+        exact.engine.end_update(exact.engine.version)
+    weight_sync.hand_over(exact.weights, exact.engine, version=exact.engine.version + 1)
+
+
+def test_the_gate_finds_one_changed_value(exact):
+    parameter = exact.trainer.gpt.decoder.layers[1].mlp.linear_fc2.weight
+    original = parameter.detach().clone()
+    with torch.no_grad():
+        parameter[5, 7] += 1.0
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.down_proj\.weight \([1-4] of"):
+        weight_sync.read_back(exact.weights, exact.engine)
+    with torch.no_grad():
+        parameter.copy_(original)
+    assert weight_sync.read_back(exact.weights, exact.engine) > 0  # comparing has not written anything
+
+
+def test_fp8_engine_holds_the_quantized_weights(fp8):
+    # sync() ran the gate; here: what it compared is every byte of the engine, about one per linear weight.
+    compared = weight_sync.read_back(fp8.weights, fp8.engine)
+    linear = sum(p.numel() for name, p in fp8.trainer.gpt.named_parameters() if "linear" in name and "norm" not in name)
+    assert linear < compared < linear * 1.1
+
+
+def test_fp8_gate_finds_one_flipped_code(fp8):
+    # The largest value of a block must stay, or its scale would change too: halve a value that is neither.
+    parameter = fp8.trainer.gpt.decoder.layers[0].self_attention.linear_proj.weight
+    original = parameter.detach().clone()
+    with torch.no_grad():
+        block = parameter[:128, :128]
+        row, column = divmod(int((block.abs() - block.abs().max() / 2).abs().argmin()), 128)
+        parameter[row, column] /= 2
+    with pytest.raises(RuntimeError, match=r"o_proj\.weight \(1 of .* 1 tensors in all"):
+        weight_sync.read_back(fp8.weights, fp8.engine)
+    with torch.no_grad():
+        parameter.copy_(original)
+
+
+def test_fp8_mismatch_is_small_but_there(fp8):
+    differences = fp8.differences(fp8.generate(prompts=64, n=4))
+    assert 1e-4 < differences.mean() < 0.1
+
+
+def test_sglang_loads_the_fp8_export(fp8, tmp_path):
+    """SGLang reads the exported folder from disk, over other weights, and then holds what the hand-off would have delivered."""
+    weight_sync.export_hf(fp8.weights, tmp_path / "fp8", source=TOY, dtype="fp8")
+    with pytest.raises(BadInput, match="quantization_config"):  # to train from, it is refused: FP8 is for inference
+        read_config(tmp_path / "fp8")
+    originals = [parameter.detach().clone() for parameter in fp8.trainer.gpt.parameters()]
+    with torch.no_grad():
+        for parameter in fp8.trainer.gpt.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    fp8.sync()
+    with torch.no_grad():
+        for parameter, original in zip(fp8.trainer.gpt.parameters(), originals):
+            parameter.copy_(original)
+    with pytest.raises(RuntimeError, match="read-back failed"):
+        weight_sync.read_back(fp8.weights, fp8.engine)
+    request = io_struct.UpdateWeightFromDiskReqInput(model_path=str(tmp_path / "fp8"), load_format="auto")
+    success, message, *_ = fp8.engine.call(fp8.engine.tokenizer_manager.update_weights_from_disk(request, None))
+    assert success, message
+    assert weight_sync.read_back(fp8.weights, fp8.engine) > 0
+
+
+def test_shutdown_leaves_no_process(fp8):
+    children = [child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(child.cmdline())]
+    assert children
+    fp8.engine.shutdown()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
