@@ -27,6 +27,9 @@ import orjson
 import torch
 import torch.distributed as dist
 
+from run import BadInput, EngineDied, check_installation, parse_overrides
+
+check_installation()
 if not torch.cuda.is_available():
     import cpu
 
@@ -38,7 +41,6 @@ from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket  # noqa: 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 
 from hf_names import fp8_config  # noqa: E402
-from run import BadInput, EngineDied, parse_overrides  # noqa: E402
 from toy.task import problems  # noqa: E402
 
 
@@ -288,7 +290,7 @@ class Engine(SGLangEngine):
     def shutdown(self):
         """End the engine's child processes. Also called at exit; a second call does nothing."""
         super().shutdown()
-        if self.loop.is_running():
+        if hasattr(self, "loop") and self.loop.is_running():  # no loop: the engine died while it was being started
             self.loop.call_soon_threadsafe(self.loop.stop)
 
     def generate_batch(self, prompts_ids: list[list[int]], sampling: dict) -> list[dict]:
@@ -363,11 +365,10 @@ def start_engine(model_folder: str, settings: RolloutSettings, config: dict, *, 
         custom_weight_loader=["weight_sync.compare_loader"],
         custom_sigquit_handler=signal.getsignal(signal.SIGQUIT),
         random_seed=seed + rank,
-        base_gpu_id=int(os.environ.get("LOCAL_RANK", 0)),
         log_level="error",
     )
     if torch.cuda.is_available():
-        arguments.update(enable_memory_saver=True, mem_fraction_static=0.5)
+        arguments.update(base_gpu_id=int(os.environ["LOCAL_RANK"]), enable_memory_saver=True, mem_fraction_static=0.5)
     else:
         arguments.update(cpu.SERVER_ARGS)
     if settings.rollout_dtype == "fp8":

@@ -10,6 +10,7 @@ Only global rank 0 writes. Lines are flushed as they are written, so that whatev
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import signal
@@ -30,6 +31,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 warnings.simplefilter("ignore")
 
 REPOSITORY = Path(__file__).resolve().parent
+CPU_SGLANG = "0.5.21"  # the version that cpu.py is written for
 
 
 class BadInput(Exception):
@@ -58,6 +60,23 @@ class RunSettings:
     """Read every weight back from the engine after every hand-off; always done after the first and the last."""
     export: tuple[str, ...] = ("bf16",)
     """Write the trained weights as Hugging Face folders at the end: any of bf16, fp8; none with an empty list."""
+
+
+def check_installation() -> None:
+    """End the program, exit code 2, with the right install line if the packages are those of another kind of machine. Called before sglang's import."""
+    missing = {name for name in ("sglang", "sgl_kernel", "megatron") if importlib.util.find_spec(name) is None}
+    has_gpu = torch.cuda.is_available()
+    line = "pip install -r requirements-gpu.txt" if has_gpu else "pip install -r requirements.txt && pip install --no-deps -r requirements-engine.txt"
+    if missing & {"sglang", "megatron"}:
+        problem = "sglang or megatron-core is not installed"
+    elif has_gpu and "sgl_kernel" in missing:
+        problem = "this machine has a GPU, but sglang's GPU kernels (sglang-kernel) are not installed"
+    elif not has_gpu and importlib.metadata.version("sglang") != CPU_SGLANG:
+        problem = f"no GPU is visible, and without one only sglang {CPU_SGLANG} runs; installed is {importlib.metadata.version('sglang')}"
+    else:
+        return
+    print(f"error: {problem}. In a fresh virtual environment: {line}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def parse_settings(settings_class: type):

@@ -1,0 +1,229 @@
+"""loop_sync.py as a user starts it: a whole run on two ranks, wrong input, a dying engine, Ctrl-C.
+
+Bad input is given to main() in this process, which is the code path of a real start up to the first process group; one real start shows the exit code.
+Not covered: learning to 0.9 (README.md shows a run), several nodes, GPUs.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import loop_sync
+import psutil
+import pytest
+import torch
+from conftest import ROOT, torchrun, write_model
+from safetensors.torch import load_file, save_file
+
+import run
+from toy.task import problems
+
+QUICK = ["--steps", "2", "--eval-every", "2", "--eval-samples", "16", "--prompts-per-step", "4", "--samples-per-prompt", "4"]
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tp2(tmp_path_factory):
+    """Two ranks, tensor parallel, FP8 rollouts, the gate after every step."""
+    folder = tmp_path_factory.mktemp("tp2")
+    done = torchrun(ROOT / "loop_sync.py", *QUICK, "--tp", "2", "--name", "a", "--check-sync", "--export", "bf16", "fp8", ranks=2, cwd=folder)
+    return done, folder / "runs" / "a"
+
+
+def test_the_record_of_a_run(tp2):
+    done, folder = tp2
+    assert "held-out accuracy" in done.stdout.splitlines()[-1] and "runs/a" in done.stdout.splitlines()[-1]
+    start, *steps = metrics_of(folder)
+    assert start["step"] == 0 and 0.2 < start["held_out"] < 0.6 and [row["step"] for row in steps] == [1, 2]
+    for row in steps:
+        assert row["logprob_shift"] == 0.0 and row["ratio"] == 1.0 and row["staleness_max"] == 0
+        assert 0 < row["mismatch_abs"] < 0.1 and 0 <= row["reward"] <= 1 and row["grad_norm"] > 0
+        assert all(math.isfinite(value) for value in row.values())
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["train"]["tp"] == 2 and settings["world_size"] == 2 and settings["versions"]["sglang"]
+    sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
+    assert sample["prompt"] == next(problems(seed=0, held_out=True))["prompt"]
+
+
+def test_every_metric_is_explained_in_the_readme(tp2):
+    glossary = (ROOT / "README.md").read_text()
+    assert [key for row in metrics_of(tp2[1]) for key in row if f"`{key}`" not in glossary] == []
+
+
+def test_both_exports_hold_the_trained_weights(tp2):
+    bf16, fp8 = (load_file(tp2[1] / f"model-{dtype}" / "model.safetensors") for dtype in ("bf16", "fp8"))
+    toy = load_file(ROOT / "toy" / "model.safetensors")
+    assert bf16.keys() == toy.keys() and any(not torch.equal(bf16[name], toy[name]) for name in toy)
+    assert set(fp8) - set(bf16) == {f"{name}_scale_inv" for name in bf16 if "_proj" in name}
+
+
+def test_with_learning_rate_zero_nothing_drifts(tmp_path):
+    """Twenty hand-offs of unchanged weights leave policy and mismatch where they were, in BF16 and FP8."""
+    means = {}
+    for dtype in ("bf16", "fp8"):
+        torchrun(ROOT / "loop_sync.py", *QUICK, "--steps", "20", "--prompts-per-step", "16", "--lr", "0", "--rollout-dtype", dtype, "--name", dtype,
+                 "--export", ranks=1, cwd=tmp_path)  # fmt: skip
+        rows = metrics_of(tmp_path / "runs" / dtype)[1:]
+        assert len(rows) == 20 and all(row["lr"] == 0 for row in rows)
+        early, late = (sum(row["mismatch_abs"] for row in half) / 10 for half in (rows[:10], rows[10:]))
+        assert late == pytest.approx(early, rel=0.5)
+        means[dtype] = (early + late) / 2
+    assert means["bf16"] < means["fp8"]  # what FP8 costs
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path):
+    """Call main() as torchrun would on one rank, and fail should anything be started."""
+
+    def call(*arguments, ranks=1):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["loop_sync.py", *map(str, arguments)])
+        for name, value in dict(RANK=0, WORLD_SIZE=ranks, LOCAL_RANK=0).items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(run, "init_distributed", lambda: pytest.fail("a process group was started"))
+        loop_sync.main()
+
+    return call
+
+
+def test_unknown_flags_name_the_nearest(start, capsys):
+    with pytest.raises(SystemExit) as ended:
+        start("--temperatur", "1.0")
+    assert ended.value.code == 2 and "--temperature" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--model", "no/such/folder"], "no/such/folder has no config.json"),
+    (["--temperature", "0"], "must be above 0"),
+    (["--prompts", "absent.jsonl"], "absent.jsonl does not exist"),
+    (["--tp", "3"], "--tp 3 does not divide"),
+    (["--prompts-per-step", "0"], "--prompts-per-step 0"),
+    (["--max-response-tokens", "600"], "context, 512"),
+    (["--stop", "nonsense"], "not one token"),
+    (["--export", "int4"], "none of: bf16, fp8"),
+    (["--steps", "0"], "--steps 0"),
+    (["--megatron", "num_layer=3"], "nearest"),
+])  # fmt: skip
+def test_bad_flags_stop_before_anything_starts(start, arguments, message):
+    with pytest.raises(run.BadInput, match=message):
+        start(*arguments)
+
+
+def test_a_batch_that_does_not_divide(start):
+    with pytest.raises(run.BadInput, match="not divisible by the 2 engines: use a multiple of 2"):
+        start("--prompts-per-step", "5", ranks=2)
+
+
+def test_a_used_run_name_is_refused(start, tmp_path):
+    (tmp_path / "runs" / "old").mkdir(parents=True)
+    (tmp_path / "runs" / "old" / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(run.BadInput, match="already holds a run"):
+        start("--name", "old")
+
+
+def test_a_foreign_tokenizer_is_refused(start, tmp_path):
+    with pytest.raises(run.BadInput, match="do not belong together"):
+        start("--model", write_model(tmp_path / "tiny", "qwen3", vocab_size=16))
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda weights: weights.pop("model.norm.weight"), r"model\.norm\.weight is missing"),
+    (lambda weights: weights.update({"lm_head.weight": torch.zeros(8, 128)}), r"lm_head\.weight has shape \(8, 128\), config\.json implies \(96, 128\)"),
+])  # fmt: skip
+def test_weights_that_do_not_fit_the_config(one_rank, tmp_path, damage, message):
+    """Found while the trainer loads them, before any engine starts."""
+    folder = write_model(tmp_path, "qwen3")
+    weights = load_file(folder / "model.safetensors")
+    damage(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(run.BadInput, match=message):
+        loop_sync.train_step.mpu.destroy_model_parallel()
+        loop_sync.train_step.build_trainer(str(folder), loop_sync.TrainSettings(), loop_sync.read_config(folder), steps=1, seed=1)
+
+
+def test_a_truncated_weights_file_is_named(tmp_path):
+    folder = write_model(tmp_path, "qwen3")
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(run.BadInput, match="not a complete safetensors file"):
+        loop_sync.weight_sync.HFWeights(folder)
+
+
+def test_bad_input_is_exit_code_2_without_a_traceback(tmp_path):
+    done = torchrun(ROOT / "loop_sync.py", "--temperature", "-1", ranks=2, cwd=tmp_path, check=False)
+    assert "error: --temperature -1.0 must be above 0" in done.stderr and "exitcode  : 2" in done.stderr
+    assert "Traceback" not in done.stderr.split("error:")[0] and not (tmp_path / "runs").exists()
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------------------------------
+
+
+class Started:
+    """A long run on two ranks, in a process group of its own as a terminal gives it, waited for until its third step is recorded."""
+
+    def __init__(self, folder: Path):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "loop_sync.py")]
+        command += ["--steps", "5000", "--name", "long", "--eval-samples", "16", "--prompts-per-step", "4"]
+        self.output = open(folder / "output", "w+")
+        self.process = subprocess.Popen(command, cwd=folder, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True)
+        self.metrics = folder / "runs" / "long" / "metrics.jsonl"
+        self.wait_for(lambda: self.metrics.exists() and len(self.metrics.read_text().splitlines()) > 3, 240)
+        self.family = psutil.Process(self.process.pid).children(recursive=True)
+
+    def wait_for(self, condition, seconds):
+        end = time.time() + seconds
+        while not condition():
+            assert time.time() < end and self.process.poll() is None, self.text()
+            time.sleep(0.2)
+
+    def engine(self) -> psutil.Process:
+        """The scheduler of one rank: the child of a child that is multiprocessing's spawn_main."""
+        return next(process for process in self.family if "spawn_main" in " ".join(process.cmdline()))
+
+    def end(self, seconds: float) -> int:
+        """Exit code; fails if the run or any process of it is still there after so many seconds."""
+        try:
+            code = self.process.wait(seconds)
+            _, alive = psutil.wait_procs(self.family, timeout=10)
+            assert not alive, [process.cmdline() for process in alive]
+            return code
+        finally:
+            for process in self.family:
+                if process.is_running():
+                    process.kill()
+
+    def text(self) -> str:
+        self.output.seek(0)
+        return self.output.read()[-5000:]
+
+
+def test_a_dying_engine_ends_the_run_with_its_error(tmp_path):
+    started = Started(tmp_path)
+    before = started.metrics.read_text()
+    started.engine().kill()
+    assert started.end(60) != 0
+    assert "a process of the SGLang engine died" in started.text()
+    rows = started.metrics.read_text()
+    assert rows.startswith(before) and [json.loads(line)["step"] for line in rows.splitlines()] == list(range(len(rows.splitlines())))
+
+
+def test_ctrl_c_ends_every_process(tmp_path):
+    started = Started(tmp_path)
+    os.killpg(started.process.pid, signal.SIGINT)
+    assert started.end(60) != 0
+    assert "interrupted" in started.text()
+    assert all(json.loads(line) for line in started.metrics.read_text().splitlines())
