@@ -15,6 +15,7 @@ import rollout
 import train_step
 import weight_sync
 from hf_names import read_config
+from reward import exact_match
 from rollout import RolloutSettings
 from run import REPOSITORY, BadInput
 
@@ -79,6 +80,12 @@ def test_responses_end_where_they_should(exact):
     cut = exact.generate(max_response_tokens=2)
     assert all(len(sample.response_ids) == 2 and sample.finish_reason == "length" for sample in cut)
     assert all(len(s.rollout_logprobs) == len(s.loss_mask) == len(s.weight_versions) == len(s.response_ids) for s in whole + cut)
+
+
+def test_the_toy_starts_undecided(exact):
+    # Between 0.2 and 0.5 at temperature 1: most groups of 16 answers then hold right and wrong ones, and there is something to learn.
+    samples = exact.generate(prompts=512, n=1)
+    assert 0.2 < sum(exact_match(sample) for sample in samples) / 512 < 0.5
 
 
 def test_a_group_answers_its_prompt_in_order(exact):
