@@ -244,9 +244,30 @@ def run_scheduler(*args, **kwargs) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its engine
     if not torch.cuda.is_available():
         cpu.patch_sglang()
+    _load_block_scales_of_llama()
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     run_scheduler_process(*args, **kwargs)
+
+
+def _load_block_scales_of_llama() -> None:
+    """SGLang's Llama (0.5.14 and 0.5.21) looks for the scales of block FP8 as weight_scale, holds them as weight_scale_inv, and drops them with a warning.
+
+    While it loads, let it find them under the name it looks for. The read-back gate is what noticed: no byte of them had been written.
+    """
+    from sglang.srt.models.llama import LlamaForCausalLM
+
+    stock = LlamaForCausalLM.load_weights
+
+    def load_weights(self, weights):
+        named_parameters = self.named_parameters
+        self.named_parameters = lambda: [(name.replace(".weight_scale_inv", ".weight_scale"), parameter) for name, parameter in named_parameters()]
+        try:
+            return stock(self, weights)
+        finally:
+            del self.named_parameters
+
+    LlamaForCausalLM.load_weights = load_weights
 
 
 @contextlib.contextmanager

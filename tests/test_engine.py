@@ -14,6 +14,7 @@ from sglang.srt.managers import io_struct
 import rollout
 import train_step
 import weight_sync
+from conftest import write_model
 from hf_names import read_config
 from reward import exact_match
 from rollout import RolloutSettings
@@ -23,18 +24,18 @@ TOY = str(REPOSITORY / "toy")
 
 
 class Pair:
-    """A trainer and an engine with the toy's weights."""
+    """A trainer and an engine with the same weights, the toy's unless another folder is given."""
 
-    def __init__(self, train_dtype: str, rollout_dtype: str):
+    def __init__(self, train_dtype: str, rollout_dtype: str, folder: str = TOY):
         if mpu.model_parallel_is_initialized():
             mpu.destroy_model_parallel()
-        self.config = read_config(TOY)
+        self.config = read_config(folder)
         self.settings = RolloutSettings(rollout_dtype=rollout_dtype)
-        self.data = rollout.load_data(TOY, self.settings, self.config, seed=3)
-        self.trainer = train_step.build_trainer(TOY, train_step.TrainSettings(train_dtype=train_dtype), self.config, steps=50, seed=1)
+        self.data = rollout.load_data(folder, self.settings, self.config, seed=3)
+        self.trainer = train_step.build_trainer(folder, train_step.TrainSettings(train_dtype=train_dtype), self.config, steps=50, seed=1)
         fp8 = weight_sync.fp8_weights(self.config, rollout_dtype=rollout_dtype, engine_tp=1)
         self.weights = weight_sync.Weights(self.trainer.gpt, self.config, fp8, self.trainer.tp_group, bucket_bytes=400_000)  # several buckets
-        self.engine = rollout.start_engine(TOY, self.settings, self.config, seed=1)
+        self.engine = rollout.start_engine(folder, self.settings, self.config, seed=1)
         self.sync()
 
     def sync(self) -> None:
@@ -177,3 +178,18 @@ def test_shutdown_leaves_no_process(fp8):
     fp8.engine.shutdown()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
+
+
+RAGGED = dict(hidden_size=192, num_attention_heads=3, num_key_value_heads=1, head_dim=64, intermediate_size=384)
+
+
+@pytest.mark.parametrize("family, shape, kept", [("llama", RAGGED, 3), ("qwen2", dict(num_attention_heads=2), 0)])
+def test_fp8_of_other_families(fp8, tmp_path, family, shape, kept):
+    """Llama in SmolLM2's proportions: q, k, v stay BF16 (192 and 64 rows), o and down have ragged blocks. Qwen2 with biases. The gate ran at the first sync."""
+    fp8.engine.shutdown()
+    pair = Pair("bf16", "fp8", str(write_model(tmp_path, family, dtype=torch.bfloat16, **shape)))
+    try:
+        assert len(pair.weights.fp8) == (7 - kept) * pair.config["num_hidden_layers"]
+        assert 1e-4 < pair.differences(pair.generate()).mean() < 0.2  # random weights are rougher than trained ones
+    finally:
+        pair.engine.shutdown()
