@@ -24,8 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron's jit_fuser would spend seconds in g++ at the first step and gain nothing
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+import torch
+import torch.nn.functional as F
 
 if torch.cuda.is_available():
     raise ImportError("cpu.py replaces torch.cuda and must not be imported where CUDA works; guard the import with torch.cuda.is_available()")

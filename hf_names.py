@@ -36,8 +36,8 @@ REQUIRED = {
 # Fields that do not change what the model computes.
 IGNORED = {
     "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
-    "sliding_window", "max_window_layers", "_name_or_path", "transformers.js_config", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
-    "is_encoder_decoder", "unk_token_id", "_model_name_or_path", "id2label", "label2id", "problem_type", "use_mrope",
+    "sliding_window", "max_window_layers", "_name_or_path", "transformers.js_config", "output_attentions", "output_hidden_states", "return_dict",
+    "chunk_size_feed_forward", "is_encoder_decoder", "unk_token_id", "_model_name_or_path", "id2label", "label2id", "problem_type", "use_mrope",
 }  # fmt: skip
 
 

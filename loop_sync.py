@@ -16,7 +16,7 @@ import os
 from dataclasses import dataclass
 from itertools import islice
 
-import rollout  # noqa: I001  first: on a machine without a GPU it prepares the imports that follow
+import rollout  # first: on a machine without a GPU it prepares the imports that follow
 import reward
 import run
 import train_step

@@ -33,15 +33,15 @@ check_installation()
 if not torch.cuda.is_available():
     import cpu
 
-from sglang.srt.entrypoints.engine import Engine as SGLangEngine  # noqa: E402
-from sglang.srt.managers import io_struct  # noqa: E402
-from sglang.srt.server_args import ServerArgs  # noqa: E402
-from sglang.srt.utils import MultiprocessingSerializer  # noqa: E402
-from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket  # noqa: E402
-from transformers import AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
+from sglang.srt.entrypoints.engine import Engine as SGLangEngine
+from sglang.srt.managers import io_struct
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils import MultiprocessingSerializer
+from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_names import fp8_config  # noqa: E402
-from toy.task import problems  # noqa: E402
+from hf_names import fp8_config
+from toy.task import problems
 
 
 @dataclass
@@ -110,7 +110,7 @@ def load_tokenizer(model_folder: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise BadInput(f"--model {model_folder} has no tokenizer that transformers can load ({error}): copy tokenizer.json and tokenizer_config.json") from error
+        raise BadInput(f"--model {model_folder}: no tokenizer loads ({error}); copy tokenizer.json and tokenizer_config.json there") from error
 
 
 def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int) -> list[Sample]:
@@ -202,7 +202,7 @@ def load_data(model_folder: str, settings: RolloutSettings, config: dict, *, see
     """Tokenizer and prompts, all checked. Raises BadInput."""
     tokenizer = load_tokenizer(model_folder)
     if len(tokenizer) > config["vocab_size"]:
-        raise BadInput(f"the tokenizer in {model_folder} has {len(tokenizer)} tokens, the model's vocab_size is {config['vocab_size']}: they do not belong together")
+        raise BadInput(f"{model_folder}: the tokenizer has {len(tokenizer)} tokens, the model {config['vocab_size']}: they do not belong together")
     room = config["max_position_embeddings"] - settings.max_response_tokens
     prompts = None if settings.prompts == "toy" else read_prompts(settings.prompts, tokenizer, max_prompt_tokens=room)
     if settings.eval_prompts:
@@ -369,7 +369,7 @@ def _server_overrides(settings: RolloutSettings) -> dict:
     """--sglang as a dict. What another flag decides is not among the fields."""
     names = getattr(ServerArgs, "__struct_fields__", None) or ServerArgs.__dataclass_fields__
     decided = {"model_path", "dtype", "tp_size", "load_format", "quantization", "skip_tokenizer_init", "custom_weight_loader", "custom_sigquit_handler"}
-    return parse_overrides(settings.sglang, flag="--sglang", fields={name: None for name in names if name not in decided})
+    return parse_overrides(settings.sglang, flag="--sglang", fields=[name for name in names if name not in decided])
 
 
 def start_engine(model_folder: str, settings: RolloutSettings, config: dict, *, seed: int) -> Engine | None:

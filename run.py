@@ -9,6 +9,7 @@ Only global rank 0 writes. Lines are flushed as they are written, so that whatev
 """
 
 import dataclasses
+import difflib
 import importlib.metadata
 import importlib.util
 import json
@@ -95,13 +96,11 @@ def parse_settings(settings_class: type):
     return settings
 
 
-def parse_overrides(pairs: tuple[str, ...], *, flag: str, fields: dict[str, object]) -> dict:
+def parse_overrides(pairs: tuple[str, ...], *, flag: str, fields: list[str]) -> dict:
     """("key=value", …) -> {key: value}; values are read as JSON where they are JSON (true, 4, 0.1, null), else as text.
 
     fields: the names that may be set. An unknown one raises BadInput naming the nearest.
     """
-    import difflib
-
     overrides = {}
     for pair in pairs:
         key, separator, text = pair.partition("=")

@@ -13,7 +13,6 @@ Shape letters: T packed tokens of a micro-batch, V vocabulary on this tensor-par
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -25,24 +24,24 @@ if not torch.cuda.is_available():
 
     cpu.patch_megatron()
 
-from megatron.core import parallel_state as mpu  # noqa: E402
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.core.transformer import TransformerConfig  # noqa: E402
-from megatron.core.transformer.module import Float16Module  # noqa: E402
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
 
-from hf_names import megatron_arguments  # noqa: E402
-from local_spec import complete_local_spec  # noqa: E402
-from losses import logprobs_and_entropy, mismatch, ppo_loss  # noqa: E402
-from rollout import Sample  # noqa: E402
-from run import BadInput, parse_overrides  # noqa: E402
-from weight_sync import load_hf  # noqa: E402
+from hf_names import megatron_arguments
+from local_spec import complete_local_spec
+from losses import logprobs_and_entropy, mismatch, ppo_loss
+from rollout import Sample
+from run import BadInput, parse_overrides
+from weight_sync import load_hf
 
 
 @dataclass(frozen=True)
@@ -117,14 +116,15 @@ def check_train_settings(settings: TrainSettings, config: dict, *, world_size: i
         raise BadInput("--clip-low must lie in (0, 1), --clip-high and --clip-grad be positive, --tis-cap not negative")
     if settings.microbatch_tokens < longest:
         raise BadInput(f"--microbatch-tokens {settings.microbatch_tokens} is less than the longest possible sample, {longest} tokens: raise it")
-    _overrides(settings, config)
+    _overrides(settings, config, TransformerConfig)
 
 
-def _overrides(settings: TrainSettings, config: dict) -> dict:
-    """--megatron as a dict. What config.json or another flag decides is not among the fields."""
-    fields = {field.name: None for cls in (TransformerConfig, OptimizerConfig) for field in dataclasses.fields(cls)}
+def _overrides(settings: TrainSettings, config: dict, config_class: type) -> dict:
+    """The part of --megatron that are fields of config_class. What config.json or another flag decides is no field that can be set."""
+    fields = [field.name for cls in (TransformerConfig, OptimizerConfig) for field in dataclasses.fields(cls)]
     decided = set(megatron_arguments(config, tp=settings.tp)[0]) | {"tensor_model_parallel_size", "sequence_parallel", "params_dtype", "bf16", "fp16", "lr"}
-    return parse_overrides(settings.megatron, flag="--megatron", fields={name: None for name in fields if name not in decided})
+    overrides = parse_overrides(settings.megatron, flag="--megatron", fields=[name for name in fields if name not in decided])
+    return {name: value for name, value in overrides.items() if name in config_class.__dataclass_fields__}
 
 
 def build_trainer(model_folder: str, settings: TrainSettings, config: dict, *, steps: int, seed: int) -> Trainer:
@@ -133,9 +133,6 @@ def build_trainer(model_folder: str, settings: TrainSettings, config: dict, *, s
     model_parallel_cuda_manual_seed(seed)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.train_dtype]
     use_te = has_transformer_engine()
-    overrides = _overrides(settings, config)
-    of = lambda cls: {key: value for key, value in overrides.items() if key in {field.name for field in dataclasses.fields(cls)}}  # noqa: E731
-
     model_arguments, gpt_arguments = megatron_arguments(config, tp=settings.tp)
     common = dict(
         tensor_model_parallel_size=settings.tp,
@@ -154,7 +151,7 @@ def build_trainer(model_folder: str, settings: TrainSettings, config: dict, *, s
         gradient_accumulation_fusion=False,
         persist_layer_norm=use_te,
     )
-    transformer = TransformerConfig(**{**model_arguments, **common, **of(TransformerConfig)})
+    transformer = TransformerConfig(**{**model_arguments, **common, **_overrides(settings, config, TransformerConfig)})
     spec = get_gpt_decoder_block_spec(transformer, use_transformer_engine=use_te, normalization="RMSNorm")
     if not use_te:
         spec = complete_local_spec(spec, qk_layernorm=transformer.qk_layernorm)
@@ -176,7 +173,7 @@ def build_trainer(model_folder: str, settings: TrainSettings, config: dict, *, s
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    optimizer = get_megatron_optimizer(OptimizerConfig(**{**optimizer_arguments, **of(OptimizerConfig)}), [ddp])
+    optimizer = get_megatron_optimizer(OptimizerConfig(**{**optimizer_arguments, **_overrides(settings, config, OptimizerConfig)}), [ddp])
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -20,7 +20,7 @@ Unlike slime, no converted checkpoint is needed and no weights are loaded by the
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -114,7 +114,7 @@ def test_ppo_loss(tis_cap):
     for i in range(64):  # the weight is a constant: finite differences with it fixed
         high, low = (oracle_ppo(logprobs[i] + h, old[i], rollout[i], advantages[i], *arguments.values()) for h in (1e-6, -1e-6))
         assert abs(tensors[0].grad[i].item() - (high - low) / 2e-6) < 1e-3
-    clipped = [(a > 0 and l - o > np.log(1.28)) or (a < 0 and l - o < np.log(0.8)) for l, o, a in zip(logprobs, old, advantages)]
+    clipped = [(a > 0 and new - o > np.log(1.28)) or (a < 0 and new - o < np.log(0.8)) for new, o, a in zip(logprobs, old, advantages)]
     assert statistics["clipfrac"].tolist() == [float(x) for x in clipped]
 
 

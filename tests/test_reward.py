@@ -12,7 +12,8 @@ from rollout import Sample
 
 
 def answer(response="", label="", *, group=0, reward=None, finish="stop") -> Sample:
-    return Sample([1], label=label, group=group, response_ids=[5, 2], response=response, loss_mask=[1, 1], weight_versions=[3, 3], reward=reward, finish_reason=finish)
+    answered = dict(response_ids=[5, 2], response=response, loss_mask=[1, 1], weight_versions=[3, 3], finish_reason=finish)
+    return Sample([1], label=label, group=group, reward=reward, **answered)
 
 
 def test_exact_match_wants_an_ended_answer():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
-import rollout  # noqa: I001
+import rollout 
 import run
 import train_step
 import weight_sync
@@ -28,10 +28,9 @@ from transformers import AutoModelForCausalLM
 def fixed_samples(vocab: int) -> list[rollout.Sample]:
     """24 ragged samples with everything the loss looks at; one wholly masked, as a sample whose judge failed."""
     generator = torch.Generator().manual_seed(0)
-    draw = lambda n: torch.randint(3, vocab, (n,), generator=generator).tolist()  # noqa: E731
     samples = []
     for i in range(24):
-        prompt, response = draw(3 + i % 5), draw(1 + (7 * i) % 11)
+        prompt, response = (torch.randint(3, vocab, (n,), generator=generator).tolist() for n in (3 + i % 5, 1 + (7 * i) % 11))
         logprobs = (-torch.rand(len(response), generator=generator) * 5).tolist()
         mask = [0 if i == 3 or (i == 5 and j == 0) else 1 for j in range(len(response))]
         samples.append(rollout.Sample(prompt, response_ids=response, rollout_logprobs=logprobs, loss_mask=mask, advantage=(i % 7 - 3) / 2))
@@ -73,8 +72,11 @@ def hand_off_errors(weights, folder: str) -> list[str]:
         else:
             expected[name] = tensor
     got = dict(pair for bucket in weight_sync.gather_buckets(weights, quantize=True) for pair in bucket)
-    same = lambda a, b: a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))  # noqa: E731
-    return sorted(set(got) ^ set(expected)) + [name for name in got.keys() & expected.keys() if not same(got[name], expected[name])]
+    return sorted(set(got) ^ set(expected)) + [name for name in got.keys() & expected.keys() if not same_bytes(got[name], expected[name])]
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def main() -> None:
