@@ -67,3 +67,12 @@ def one_rank():
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield run
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def fresh_megatron(one_rank):
+    """Megatron's parallel state is global to a process: drop what an earlier test has set up."""
+    from megatron.core import parallel_state as mpu
+
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()

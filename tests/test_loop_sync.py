@@ -145,14 +145,13 @@ def test_a_foreign_tokenizer_is_refused(start, tmp_path):
     (lambda weights: weights.pop("model.norm.weight"), r"model\.norm\.weight is missing"),
     (lambda weights: weights.update({"lm_head.weight": torch.zeros(8, 128)}), r"lm_head\.weight has shape \(8, 128\), config\.json implies \(96, 128\)"),
 ])  # fmt: skip
-def test_weights_that_do_not_fit_the_config(one_rank, tmp_path, damage, message):
+def test_weights_that_do_not_fit_the_config(fresh_megatron, tmp_path, damage, message):
     """Found while the trainer loads them, before any engine starts."""
     folder = write_model(tmp_path, "qwen3")
     weights = load_file(folder / "model.safetensors")
     damage(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(run.BadInput, match=message):
-        loop_sync.train_step.mpu.destroy_model_parallel()
         loop_sync.train_step.build_trainer(str(folder), loop_sync.TrainSettings(), loop_sync.read_config(folder), steps=1, seed=1)
 
 

@@ -62,7 +62,7 @@ def test_settings_that_cannot_work(models, changes, message):
         check_train_settings(TrainSettings(**changes), read_config(models["qwen3"]), world_size=4, steps=10, longest=40)
 
 
-def test_a_batch_without_a_token_that_counts_is_an_error(one_rank, models):
+def test_a_batch_without_a_token_that_counts_is_an_error(fresh_megatron, models):
     trainer = train_step.build_trainer(str(models["llama"]), TrainSettings(), read_config(models["llama"]), steps=1, seed=1)
     masked = [Sample([5, 6], response_ids=[7], rollout_logprobs=[-1.0], loss_mask=[0], advantage=1.0)]
     with pytest.raises(RuntimeError, match="none of the 1 samples"):
