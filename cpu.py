@@ -203,11 +203,16 @@ def batched_decode(
             self, query_BHD, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens,
             scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
         )  # fmt: skip
-    k_BHLD, v_BHLD, live_BL = _gather_kv(k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, query_BHD.dtype)
-    out_BH1D = F.scaled_dot_product_attention(
-        query_BHD[:, :, None], k_BHLD, v_BHLD, attn_mask=live_BL[:, None, None], scale=scaling, enable_gqa=enable_gqa
-    )
-    return output.copy_(out_BH1D[:, :, 0])
+    # Requests of about one length make one call: padded all to the longest, a single long answer would cost as much as if every one were long.
+    classes_B = (seq_lens - 1).clamp(min=31).log2().int()
+    for length_class in classes_B.unique():
+        rows = (classes_B == length_class).nonzero()[:, 0]
+        k_BHLD, v_BHLD, live_BL = _gather_kv(k_cache, v_cache, req_to_token, req_pool_indices[rows], seq_lens[rows], query_BHD.dtype)
+        out_BH1D = F.scaled_dot_product_attention(
+            query_BHD[rows, :, None], k_BHLD, v_BHLD, attn_mask=live_BL[:, None, None], scale=scaling, enable_gqa=enable_gqa
+        )
+        output[rows] = out_BH1D[:, :, 0]
+    return output
 
 
 # Above this many mask elements the padded block costs more memory than the loop over requests saves in time.

@@ -6,6 +6,8 @@ refuses sequence parallelism and its attention refuses packed sequences; these t
 Shape letters: B sequences, L tokens per sequence, T packed tokens of all sequences, H heads, D head size.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -25,10 +27,10 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal attention over packed sequences (PackedSeqParams, layout thd): padded once to [B, L], one call for all of them.
+    """Causal attention over packed sequences (PackedSeqParams, layout thd): neighbours of about one length are padded to [B, L] and make one call.
 
-    Padding stands behind each sequence, where a causal mask keeps it from being seen. On a CPU in fp32: the backward pass of PyTorch's BF16 attention
-    is several times slower there.
+    plan_microbatches brings sequences of about one length together: up to 32 tokens, up to 64, and so on. Padding stands behind each sequence, where a
+    causal mask keeps it from being seen. On a CPU in fp32: the backward pass of PyTorch's BF16 attention is several times slower there.
     """
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, cp_comm_type=None, pg_collection=None, **_):
@@ -38,8 +40,13 @@ class PackedAttention(torch.nn.Module):
     def forward(self, q_THD, k_THD, v_THD, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
         if packed_seq_params is None:
             raise NotImplementedError("PackedAttention takes packed sequences only: pass packed_seq_params")
-        lengths_B = packed_seq_params.cu_seqlens_q.diff()
-        real_BL = torch.arange(packed_seq_params.max_seqlen_q, device=q_THD.device) < lengths_B[:, None]
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        runs = [list(run) for _, run in itertools.groupby(lengths, key=lambda length: max(length - 1, 31).bit_length())]
+        parts = zip(runs, *(x_THD.split([sum(run) for run in runs]) for x_THD in (q_THD, k_THD, v_THD)))
+        return torch.cat([self._attend(torch.tensor(run, device=q_THD.device), *qkv) for run, *qkv in parts])
+
+    def _attend(self, lengths_B, q_THD, k_THD, v_THD):
+        real_BL = torch.arange(int(lengths_B.max()), device=q_THD.device) < lengths_B[:, None]
         dtype = q_THD.dtype if q_THD.is_cuda else torch.float32
 
         def pad(x_THD):

@@ -14,7 +14,6 @@ Nothing overlaps, so every token of a step was sampled by the weights that the s
 import contextlib
 import os
 from dataclasses import dataclass
-from itertools import islice
 
 import rollout  # first: on a machine without a GPU it prepares the imports that follow
 import reward
@@ -42,43 +41,44 @@ def main() -> None:
     # Everything that can be wrong with the input is found before anything is started.
     settings = run.parse_settings(Settings)
     model, seed, steps = settings.run.model, settings.run.seed, settings.run.steps
-    config, world_size = read_config(model), int(os.environ["WORLD_SIZE"])
-    judge = reward.REWARDS[settings.reward.reward]
-    rollout.check_rollout_settings(settings.rollout, config, world_size=world_size)
+    config = read_config(model)
+    trainer_ranks = rollout_ranks = int(os.environ["WORLD_SIZE"])
+    rollout.check_rollout_settings(settings.rollout, config, world_size=rollout_ranks)
     data = rollout.load_data(model, settings.rollout, config, seed=seed)
-    train_step.check_train_settings(settings.train, config, world_size=world_size, steps=steps, longest=data.longest)
+    train_step.check_train_settings(settings.train, config, world_size=trainer_ranks, steps=steps, longest=data.longest)
 
-    run.init_distributed()
-    trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed)
+    everyone = run.init_distributed()
+    record = run.Run(settings, "sync", everyone)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
-    weights = weight_sync.Weights(trainer.gpt, config, fp8, trainer.tp_group, settings.sync.bucket_bytes)
-    record = run.Run(settings, "sync")
-    record.say(weight_sync.describe(weights))
+    record.say(weight_sync.describe(fp8))
+    trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed)
+    weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
     engine = rollout.start_engine(model, settings.rollout, config, seed=seed)
+    judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges)
     with engine or contextlib.nullcontext():
         weight_sync.sync_weights(weights, engine, version=0, check=True)
-        record.log(record.log_eval(0, reward.evaluate(engine, data, settings.rollout, judge)))
+        record.log(record.log_eval(0, reward.evaluate(engine, data, settings.rollout, judge, everyone)))
         for step in range(1, steps + 1):
             watch = run.Stopwatch()
-            prompts = rollout.my_share(list(islice(data.stream, settings.rollout.prompts_per_step)), settings.rollout.engine_tp)
+            prompts = rollout.next_prompts(data, settings.rollout)
             samples = rollout.generate(engine, prompts, data, settings.rollout, n=settings.rollout.samples_per_prompt)
-            rollout_s = watch.lap()
+            rollout_s = watch.lap("rollout")
 
             reward.compute_rewards(samples, judge)
             reward.grpo_advantages(samples)  # one engine answered all of a group, so every group is whole here
-            samples = rollout.all_gather_samples(samples)
-            reward_s = watch.lap()
+            samples = rollout.all_gather_samples(samples, everyone)
+            reward_s = watch.lap("reward")
 
             metrics = train_step.train_step(trainer, samples, temperature=settings.rollout.temperature)
-            train_s = watch.lap()
+            train_s = watch.lap("train")
 
             sync_bytes = weight_sync.sync_weights(weights, engine, version=step, check=settings.run.check_sync or step == steps)
-            sync_s = watch.lap()
+            sync_s = watch.lap("sync")
 
-            metrics |= reward.batch_metrics(samples, version=step - 1)
+            metrics |= reward.batch_metrics(samples, version=step - 1) | record.trace(watch, engine, judge)
             metrics |= {"rollout_s": rollout_s, "reward_s": reward_s, "train_s": train_s, "sync_s": sync_s, "sync_bytes": sync_bytes}
             if step % settings.run.eval_every == 0 or step == steps:
-                metrics |= record.log_eval(step, reward.evaluate(engine, data, settings.rollout, judge))
+                metrics |= record.log_eval(step, reward.evaluate(engine, data, settings.rollout, judge, everyone))
             record.log({"step": step, **metrics})
     for dtype in settings.run.export:
         weight_sync.export_hf(weights, record.folder / f"model-{dtype}", source=model, dtype=dtype)

@@ -30,7 +30,8 @@ def main() -> None:
         learning.plot([row["step"] for row in evaluations], [row["held_out"] for row in evaluations], "o-", color=color, label=f"{folder.name}: held-out")
         mismatch.plot(x, [row["mismatch_abs"] for row in steps], color=color, label=f"{folder.name}: mean |difference|")
         mismatch.plot(x, [row["mismatch_k3"] for row in steps], ":", color=color, label=f"{folder.name}: k3")
-        for stage, style in (("rollout_s", "-"), ("train_s", "--"), ("sync_s", ":")):
+        stages = [stage for stage in ("rollout_s", "wait_s", "train_s", "sync_s") if stage in steps[0]]
+        for stage, style in zip(stages, ("-", "--", ":")):
             times.plot(x, [row[stage] for row in steps], style, color=color, label=f"{folder.name}: {stage}")
     learning.set(title="learning", xlabel="step", ylim=(0, 1))
     mismatch.set(title="log-probs: trainer against engine", xlabel="step", yscale="log")

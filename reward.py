@@ -1,6 +1,6 @@
 """Samples -> rewards -> advantages.
 
-A reward is a plain function of one finished sample; a fork writes its own and passes it to compute_rewards:
+A reward is a plain function of one finished sample; a fork writes its own and gives it to Judge:
 
     def my_reward(sample: Sample) -> float:
         return float(len(sample.response) < 100)
@@ -13,10 +13,17 @@ import math
 import traceback
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import Literal
 
-from rollout import Data, Engine, RolloutSettings, Sample, all_gather_samples, generate, my_share
+import torch.distributed as dist
+
+import math_judge
+from engine import Engine
+from rollout import Data, RolloutSettings, Sample, all_gather_samples, generate, my_share
+from run import Row
 
 Reward = Callable[[Sample], float]
 
@@ -27,6 +34,8 @@ class RewardSettings:
 
     reward: Literal["exact", "math"] = "exact"
     """exact: the response equals the label and ended by itself. math: the last \\boxed{} or final number has the label's value (math-verify)."""
+    judges: int = 32
+    """How many answers a rank judges at a time, in threads: a reward function that waits for a service then does not wait in line."""
 
 
 def exact_match(sample: Sample) -> float:
@@ -35,41 +44,47 @@ def exact_match(sample: Sample) -> float:
 
 
 def math_reward(sample: Sample) -> float:
-    """1 if the last \\boxed{} of the response, or else its last number, equals the label in value: 0.5, 1/2 and \\frac{1}{2} are one answer.
-
-    Parsing and comparison are math-verify's, which evaluates nothing: it parses LaTeX to SymPy under a time limit.
-    """
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-
-    gold = parse(f"\\boxed{{{sample.label}}}")
-    if not gold:
-        raise ValueError(f"the label {sample.label!r} is not a mathematical expression")
-    _, boxed, tail = sample.response.rpartition("\\boxed{")
-    if boxed:
-        answer = parse(boxed + tail, extraction_config=[LatexExtractionConfig(boxed_match_priority=0)])
-    else:
-        answer = parse(sample.response, extraction_config=[ExprExtractionConfig(), LatexExtractionConfig()])
-    return float(bool(answer) and verify(gold, answer))
+    """1 if the last \\boxed{} of the response, or else its last number, equals the label in value: 0.5, 1/2 and \\frac{1}{2} are one answer."""
+    return float(math_judge.equal_in_worker(sample.response, str(sample.label)))
 
 
 REWARDS: dict[str, Reward] = {"exact": exact_match, "math": math_reward}
 
 
-def compute_rewards(samples: list[Sample], reward: Reward) -> None:
-    """Set sample.reward on each, None where the reward function failed; the first failure is printed. Raises RuntimeError if it fails on all."""
-    errors = 0
-    for sample in samples:
+class Judge:
+    """A reward function and the threads that call it."""
+
+    def __init__(self, reward: Reward, threads: int = 32):
+        self.reward, self.threads, self.row = reward, ThreadPoolExecutor(threads, "judge"), Row()
+        self._lock, self._busy, self._failed = Lock(), 0, False
+
+    def score(self, sample: Sample) -> None:
+        """Set sample.reward; None, with the reason in the metadata, where the reward function fails. The first failure is printed."""
+        self._count(1)
         try:
-            sample.reward = float(reward(sample))
+            sample.reward = float(self.reward(sample))
             if not math.isfinite(sample.reward):
                 raise ValueError(f"the reward function returned {sample.reward}")
-        except Exception as error:  # whatever a user's judge may raise: counted, shown, and the sample set aside
-            if not errors:
-                print(f"reward error on the response {sample.response!r}:\n{traceback.format_exc()}", flush=True)
+        except Exception as error:  # whatever a user's reward function may raise: counted, shown, and the sample set aside
             sample.reward, sample.metadata["reward_error"] = None, repr(error)
-            errors += 1
-    if samples and errors == len(samples):
-        raise RuntimeError(f"the reward function failed on all {errors} samples; the first error is printed above")
+            with self._lock:
+                if not self._failed:
+                    print(f"reward error, the first on this rank, on the response {sample.response!r}:\n{traceback.format_exc()}", flush=True)
+                self._failed = True
+        finally:
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._busy += change
+            self.row.mark("reward" if self._busy else "wait")
+
+
+def compute_rewards(samples: list[Sample], judge: Judge) -> None:
+    """Judge all samples, as many at a time as there are threads. Raises RuntimeError if the reward function fails on all of them."""
+    list(judge.threads.map(judge.score, samples))
+    if samples and all(sample.reward is None for sample in samples):
+        raise RuntimeError(f"the reward function failed on all {len(samples)} samples; the first error is printed above")
 
 
 def grpo_advantages(samples: list[Sample]) -> None:
@@ -91,11 +106,11 @@ def grpo_advantages(samples: list[Sample]) -> None:
             sample.advantage = (sample.reward - mean) / (math.sqrt(variance) + 1e-6)
 
 
-def evaluate(engine: Engine | None, data: Data, settings: RolloutSettings, reward: Reward) -> list[Sample]:
-    """One scored answer to every held-out prompt, on every rank; empty where there are none. Collective."""
+def evaluate(engine: Engine | None, data: Data, settings: RolloutSettings, judge: Judge, group: dist.ProcessGroup) -> list[Sample]:
+    """One scored answer to every held-out prompt, on every rank of the group; empty where there are none. Collective."""
     samples = generate(engine, my_share(data.held_out, settings.engine_tp), data, settings, n=1)
-    compute_rewards(samples, reward)
-    return sorted(all_gather_samples(samples), key=lambda sample: sample.group)
+    compute_rewards(samples, judge)
+    return sorted(all_gather_samples(samples, group), key=lambda sample: sample.group)
 
 
 def batch_metrics(samples: list[Sample], *, version: int) -> dict[str, float]:
@@ -112,4 +127,5 @@ def batch_metrics(samples: list[Sample], *, version: int) -> dict[str, float]:
         "response_tokens": sum(len(sample.response_ids) for sample in samples) / len(samples),
         "truncated": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         "staleness_max": max(ages),
+        "staleness": [ages.count(age) for age in range(max(ages) + 1)],
     }

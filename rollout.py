@@ -1,45 +1,33 @@
-"""Prompts -> Samples: prompt data, the in-process SGLang engine, generation and evaluation.
+"""Prompts -> Samples: prompt data, engine settings, generation, and the exchange of samples between ranks.
 
-The engine is SGLang's own Engine: a tokenizer manager in this process, a scheduler with the model in a child process per engine rank. Tokens go in and
-tokens come out; the text of a response is for judges and readers and is never tokenized again. Its event loop runs in a thread of its own, so that
-generation can go on while the main thread trains, and so that signals stay the main thread's.
-
-Each engine starts with empty weights of the right shapes and quantization; weight_sync.py gives it its first.
+Tokens go into the engine and tokens come out; the text of a response is for judges and readers and is never tokenized again. Each engine starts with empty
+weights of the right shapes and quantization; weight_sync.py gives it its first.
 """
 
-import asyncio
-import contextlib
 import json
-import logging
 import os
 import random
 import signal
-import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import orjson
 import torch
 import torch.distributed as dist
 
-from run import BadInput, EngineDied, check_installation, parse_overrides
+from run import BadInput, EngineDied, all_gather_bytes, check_installation, parse_overrides
 
 check_installation()
 if not torch.cuda.is_available():
     import cpu
 
-from sglang.srt.entrypoints.engine import Engine as SGLangEngine
-from sglang.srt.managers import io_struct
 from sglang.srt.server_args import ServerArgs
-from sglang.srt.utils import MultiprocessingSerializer
-from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from engine import Engine
 from hf_names import fp8_config
 from toy.task import problems
 
@@ -53,6 +41,8 @@ class Sample:
     label: Any = None
     group: int = -1
     """The prompt's number in the run's prompt stream: the samples of one group answer the same prompt."""
+    index: int = 0
+    """Place in its group; (group, index) names a sample."""
     response_ids: list[int] = field(default_factory=list)
     response: str = ""
     rollout_logprobs: list[float] = field(default_factory=list)
@@ -235,136 +225,6 @@ def check_rollout_settings(settings: RolloutSettings, config: dict, *, world_siz
     _server_overrides(settings)
 
 
-# --- the engine -------------------------------------------------------------------------------------------------------------------------------
-
-
-def run_scheduler(*args, **kwargs) -> None:
-    """Entry point of the engine's child process, in place of SGLang's: what must happen there before SGLang starts."""
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # else the child's TCPStore waits for torchrun's agent for ever
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its engine
-    if not torch.cuda.is_available():
-        cpu.patch_sglang()
-    _load_block_scales_of_llama()
-    from sglang.srt.managers.scheduler import run_scheduler_process
-
-    run_scheduler_process(*args, **kwargs)
-
-
-def _load_block_scales_of_llama() -> None:
-    """SGLang's Llama (0.5.14 and 0.5.21) looks for the scales of block FP8 as weight_scale, holds them as weight_scale_inv, and drops them with a warning.
-
-    While it loads, let it find them under the name it looks for. The read-back gate is what noticed: no byte of them had been written.
-    """
-    from sglang.srt.models.llama import LlamaForCausalLM
-
-    stock = LlamaForCausalLM.load_weights
-
-    def load_weights(self, weights):
-        named_parameters = self.named_parameters
-        self.named_parameters = lambda: [(name.replace(".weight_scale_inv", ".weight_scale"), parameter) for name, parameter in named_parameters()]
-        try:
-            return stock(self, weights)
-        finally:
-            del self.named_parameters
-
-    LlamaForCausalLM.load_weights = load_weights
-
-
-@contextlib.contextmanager
-def _main_module_hidden():
-    """Spawned children run the parent's main script again, to find functions that were defined there. The engine's need none, and save its imports."""
-    main = sys.modules["__main__"]
-    file, spec = main.__dict__.pop("__file__", None), main.__spec__
-    main.__spec__ = None
-    try:
-        yield
-    finally:
-        main.__spec__ = spec
-        if file is not None:
-            main.__file__ = file
-
-
-class Engine(SGLangEngine):
-    """SGLang's Engine with token ids in and out, its event loop in a thread, and weight updates as methods that raise.
-
-    What differs between SGLang 0.5.14 (torch 2.11) and 0.5.21 is told apart here and nowhere else.
-    """
-
-    run_scheduler_process_func = staticmethod(run_scheduler)
-
-    @classmethod
-    def _launch_detokenizer_subprocesses(cls, *args, **kwargs):
-        return [], []  # tokens come back as tokens: there is nothing to detokenize, and a process less
-
-    def __init__(self, **server_args):
-        logging.getLogger("sglang.srt.entrypoints.engine").addFilter(lambda record: "SIGQUIT handler" not in record.getMessage())  # not an error
-        with _main_module_hidden():
-            super().__init__(**server_args)
-        self.version = -1
-        self._thread = threading.Thread(target=self.loop.run_forever, name="sglang-event-loop", daemon=True)
-        self._thread.start()
-
-    def call(self, coroutine):
-        """Run a coroutine on the engine's loop and wait for its result."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
-
-    def shutdown(self):
-        """End the engine's child processes. Also called at exit; a second call does nothing."""
-        super().shutdown()
-        if hasattr(self, "loop") and self.loop.is_running():  # no loop: the engine died while it was being started
-            self.loop.call_soon_threadsafe(self.loop.stop)
-
-    def generate_batch(self, prompts_ids: list[list[int]], sampling: dict) -> list[dict]:
-        """One response per prompt: SGLang's dicts with output_ids and meta_info, in order."""
-
-        async def generate():
-            return await self.async_generate(input_ids=prompts_ids, sampling_params=sampling, return_logprob=True)
-
-        return self.call(generate())
-
-    def begin_update(self) -> None:
-        """Open an update. Its first bucket empties the cache, so that nothing computed by older weights is left in it; the engine must be idle."""
-        self._flush = True
-        if hasattr(self.tokenizer_manager, "begin_weight_update"):  # 0.5.21; without it an update is refused
-            self._must(self.call(self.tokenizer_manager.begin_weight_update(io_struct.BeginWeightUpdateReqInput(), None)), "begin_weight_update")
-
-    def load(self, named: list[tuple[str, torch.Tensor]]) -> None:
-        """Load full Hugging Face tensors, as one flat tensor of bytes in memory shared with the engine."""
-        named = sorted(named, key=lambda pair: -pair[1].element_size())  # widest first keeps every offset aligned
-        bucket = FlattenedTensorBucket(named_tensors=named)
-        self._update({"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}, "flattened_bucket", flush_cache=self._flush)
-        self._flush = False
-
-    def end_update(self, version: int) -> None:
-        """Finish the update: from here on the engine is at this version."""
-        if version <= self.version:
-            raise RuntimeError(f"weight version {version} does not follow {self.version}: versions must grow")
-        if hasattr(self.tokenizer_manager, "end_weight_update"):
-            self._must(self.call(self.tokenizer_manager.end_weight_update(io_struct.EndWeightUpdateReqInput(), None)), "end_weight_update")
-        self.version = version
-
-    def compare(self, named: list[tuple[str, torch.Tensor]]) -> torch.Tensor:
-        """What weight_sync.compare_loader reports about these tensors: int64 [engine tp, tensors, 3]. The engine's weights stay as they are."""
-        report = torch.zeros(self.server_args.tp_size, len(named), 3, dtype=torch.int64, device=named[0][1].device)
-        self.begin_update()
-        self._update([*named, ("report", report)], "weight_sync.compare_loader", flush_cache=False)
-        if hasattr(self.tokenizer_manager, "end_weight_update"):
-            self._must(self.call(self.tokenizer_manager.end_weight_update(io_struct.EndWeightUpdateReqInput(), None)), "end_weight_update")
-        return report.cpu()
-
-    def _update(self, payload, load_format: str, *, flush_cache: bool) -> None:
-        serialized = [MultiprocessingSerializer.serialize(payload) for _ in range(self.server_args.tp_size)]
-        request = io_struct.UpdateWeightsFromTensorReqInput(serialized_named_tensors=serialized, load_format=load_format, flush_cache=flush_cache)
-        self._must(self.call(self.tokenizer_manager.update_weights_from_tensor(request, None)), "update_weights_from_tensor")
-
-    @staticmethod
-    def _must(outcome: tuple[bool, str], what: str) -> None:
-        """SGLang reports a refused update as (False, message) and goes on; here it ends the run, because weights may be half updated."""
-        success, message = outcome[0], outcome[1]
-        if not success:
-            raise RuntimeError(f"SGLang refused {what}: {message}. The engine's weights are not usable.")
-
-
 def _server_overrides(settings: RolloutSettings) -> dict:
     """--sglang as a dict. What another flag decides is not among the fields."""
     names = getattr(ServerArgs, "__struct_fields__", None) or ServerArgs.__dataclass_fields__
@@ -400,22 +260,49 @@ def start_engine(model_folder: str, settings: RolloutSettings, config: dict, *, 
 # --- generation -------------------------------------------------------------------------------------------------------------------------------
 
 
-def generate(engine: Engine | None, prompts: list[Sample], data: Data, settings: RolloutSettings, *, n: int) -> list[Sample]:
-    """n responses to each of this engine's prompts, with log-probs at the sampling temperature, in order. Raises EngineDied if one was aborted."""
-    if engine is None or not prompts:
-        return []
-    sampling = {"temperature": settings.temperature, "max_new_tokens": settings.max_response_tokens, "stop_token_ids": data.end_ids}
-    samples = [replace(prompt, metadata=dict(prompt.metadata)) for prompt in prompts for _ in range(n)]
-    for sample, output in zip(samples, engine.generate_batch([sample.prompt_ids for sample in samples], sampling)):
+def sampling_params(data: Data, settings: RolloutSettings) -> dict:
+    """How the engine samples."""
+    return {"temperature": settings.temperature, "max_new_tokens": settings.max_response_tokens, "stop_token_ids": data.end_ids}
+
+
+def copies(prompt: Sample, n: int) -> list[Sample]:
+    """A group: n samples of one prompt, still without responses."""
+    return [replace(prompt, index=index, metadata=dict(prompt.metadata)) for index in range(n)]
+
+
+def fill(samples: list[Sample], outputs: list[dict], data: Data) -> None:
+    """Write the engine's outputs into the samples they answer."""
+    for sample, output in zip(samples, outputs):
         sample.finish_reason = output["meta_info"]["finish_reason"]["type"]
-        if sample.finish_reason == "abort":
-            raise EngineDied(f"the engine aborted a request: {output['meta_info']['finish_reason'].get('message')}")
         sample.response_ids = output["output_ids"]
         sample.response = data.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
         sample.rollout_logprobs = [logprob for logprob, *_ in output["meta_info"]["output_token_logprobs"]]
         sample.loss_mask = [1] * len(sample.response_ids)
-        sample.weight_versions = [engine.version] * len(sample.response_ids)
+        sample.weight_versions = output["weight_versions"]
+        if sample.finish_reason == "abort":
+            sample.metadata["abort"] = output["meta_info"]["finish_reason"].get("message")
+
+
+def generate(engine: Engine | None, prompts: list[Sample], data: Data, settings: RolloutSettings, *, n: int) -> list[Sample]:
+    """n responses to each of this engine's prompts, with log-probs at the sampling temperature, in order. Raises EngineDied if one was aborted."""
+    if engine is None or not prompts:
+        return []
+    samples = [sample for prompt in prompts for sample in copies(prompt, n)]
+    fill(samples, engine.call(engine.generate([sample.prompt_ids for sample in samples], sampling_params(data, settings))), data)
+    check_aborts(samples)
     return samples
+
+
+def check_aborts(samples: list[Sample]) -> None:
+    """Raise EngineDied if the engine gave up on one of these."""
+    for sample in samples:
+        if sample.finish_reason == "abort":
+            raise EngineDied(f"the engine aborted sample {sample.index} of group {sample.group}: {sample.metadata['abort']}")
+
+
+def next_prompts(data: Data, settings: RolloutSettings) -> list[Sample]:
+    """This rank's share of the prompts of the next step."""
+    return my_share(list(islice(data.stream, settings.prompts_per_step)), settings.engine_tp)
 
 
 def my_share(prompts: list[Sample], engine_tp: int) -> list[Sample]:
@@ -424,15 +311,7 @@ def my_share(prompts: list[Sample], engine_tp: int) -> list[Sample]:
     return prompts[engine::engines] if dist.get_rank() % engine_tp == 0 else []
 
 
-def all_gather_samples(samples: list[Sample]) -> list[Sample]:
-    """Every rank's samples on every rank, in rank order; as JSON lines in one tensor of bytes, never pickled. Collective over the default group (gloo)."""
-    mine = torch.from_numpy(np.frombuffer(b"\n".join(sample.to_json() for sample in samples), dtype=np.uint8).copy())
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([mine.numel()]))
-    longest = int(max(sizes))
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: mine.numel()] = mine
-    rows = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
-    dist.all_gather(rows, padded)
-    lines = [line for row, size in zip(rows, sizes) for line in bytes(row[: int(size)].numpy()).split(b"\n") if line]
-    return [Sample.from_json(line) for line in lines]
+def all_gather_samples(samples: list[Sample], group: dist.ProcessGroup) -> list[Sample]:
+    """Every rank's samples on every rank of the group, in rank order; as JSON lines in tensors of bytes, never pickled. Collective (gloo)."""
+    gathered = all_gather_bytes(b"\n".join(sample.to_json() for sample in samples), group)
+    return [Sample.from_json(line) for lines in gathered for line in lines.split(b"\n") if line]

@@ -3,19 +3,23 @@
     runs/NAME/settings.json    every setting as resolved, versions and the command line
     runs/NAME/metrics.jsonl    one object a step; README.md explains each key
     runs/NAME/samples.jsonl    a few generated answers of every evaluation, with their rewards
+    runs/NAME/trace.json       what every rank did when, in Chrome's trace format: open it at ui.perfetto.dev
     runs/NAME/model-bf16/      the trained weights as a Hugging Face folder
 
 Only global rank 0 writes. Lines are flushed as they are written, so that whatever ends a run, the record up to then is there.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -25,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import tyro
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 # The engines warn at import about what a CPU lacks; they say it in every process. Errors still show.
@@ -116,34 +121,113 @@ def parse_overrides(pairs: tuple[str, ...], *, flag: str, fields: list[str]) -> 
     return overrides
 
 
-def init_distributed() -> None:
-    """Join torchrun's default process group: gloo for CPU tensors, NCCL for CUDA tensors where there are any."""
+def init_distributed(rollout_ranks: int = 0) -> dist.ProcessGroup:
+    """Join torchrun's process groups and return the one that all ranks share: gloo for CPU tensors, NCCL for CUDA tensors where there are any.
+
+    With rollout_ranks, the last so many ranks are a default world of their own and the others, the trainers, another: megatron-core builds its groups from
+    the default world. The shared group is made beside the two from the same store, as SGLang makes its weight-update groups.
+    """
+    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+        backend = "cpu:gloo,cuda:nccl"
+    if not rollout_ranks:
+        dist.init_process_group(backend)
+        return dist.group.WORLD
+    from sglang.srt.utils import init_custom_process_group
+
+    store, rank, world_size = next(rendezvous("env://"))
+    trainers = world_size - rollout_ranks
+    name, size, rank_there = ("trainers", trainers, rank) if rank < trainers else ("rollout", rollout_ranks, rank - trainers)
+    dist.init_process_group(backend, store=dist.PrefixStore(name, store), world_size=size, rank=rank_there)
+    return init_custom_process_group(backend, store=dist.PrefixStore("shared", store), world_size=world_size, rank=rank, group_name="shared")
+
+
+def all_gather_bytes(mine: bytes, group: dist.ProcessGroup) -> list[bytes]:
+    """Every rank's bytes on every rank of the group, in rank order. Collective (gloo)."""
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
+    dist.all_gather(sizes, torch.tensor([len(mine)]), group=group)
+    padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+    padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else padded[:0]
+    rows = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(rows, padded, group=group)
+    return [row[: int(size)].numpy().tobytes() for row, size in zip(rows, sizes)]
+
+
+@contextlib.contextmanager
+def main_module_hidden():
+    """Spawned children run the parent's main script again, to find functions that were defined there. Ours need none of it, and save its imports."""
+    main = sys.modules["__main__"]
+    file, spec = main.__dict__.pop("__file__", None), main.__spec__
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
+
+
+def end_with_parent() -> None:
+    """In a spawned child: end when the parent is gone, however it went, and be it before this is called."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def broadcast_bytes(mine: bytes, group: dist.ProcessGroup) -> bytes:
+    """The bytes of the group's rank 0 on every rank. Collective (gloo)."""
+    size = torch.tensor([len(mine)])
+    dist.broadcast(size, group=group, group_src=0)
+    data = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if group.rank() == 0 else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(data, group=group, group_src=0)
+    return data.numpy().tobytes()
 
 
 class Stopwatch:
-    """Seconds between calls of lap()."""
+    """Seconds between calls of lap(), which are also kept as spans of the timeline: (stage, from, to), in seconds since the epoch."""
 
     def __init__(self):
-        self.last = time.perf_counter()
+        self.started = self.last = time.time()
+        self.spans: list[tuple[str, float, float]] = []
 
-    def lap(self) -> float:
-        previous, self.last = self.last, time.perf_counter()
+    def lap(self, stage: str) -> float:
+        previous, self.last = self.last, time.time()
+        self.spans.append((stage, previous, self.last))
         return self.last - previous
 
 
-class Run:
-    """The run folder and the progress bar. Metrics given to log() must be the same on every rank; only rank 0 writes."""
+class Row:
+    """What a part of this rank does when, as spans of the timeline; any thread may mark a change."""
 
-    def __init__(self, settings, loop: str):
-        self.is_writer = dist.get_rank() == 0
-        names = [settings.run.name or f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}"]
-        dist.broadcast_object_list(names)
-        self.folder = Path("runs") / names[0]
+    def __init__(self):
+        self._lock, self._spans, self._activity, self._since = threading.Lock(), [], "wait", time.time()
+
+    def mark(self, activity: str) -> None:
+        """From now on it does this."""
+        if activity != self._activity:
+            with self._lock:
+                self._close()
+                self._activity = activity
+
+    def take(self) -> list[tuple[str, float, float]]:
+        """(activity, from, to), in seconds since the epoch, since the last call and up to now."""
+        with self._lock:
+            self._close()
+            spans, self._spans = self._spans, []
+        return spans
+
+    def _close(self) -> None:
+        now = time.time()
+        self._spans.append((self._activity, self._since, now))
+        self._since = now
+
+
+class Run:
+    """The run folder and the progress bar. group: all ranks of the run; its rank 0, a trainer, is the one that writes. trains: whether this rank does."""
+
+    def __init__(self, settings, loop: str, group: dist.ProcessGroup, trains: bool = True):
+        self.group, self.trains, self.is_writer = group, trains, group.rank() == 0
+        name = settings.run.name or f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path("runs") / broadcast_bytes(name.encode(), group).decode()
         self.started = time.time()
         self.accuracy = []
         if not self.is_writer:
@@ -152,8 +236,10 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.metrics_file = open(self.folder / "metrics.jsonl", "a", buffering=1)
             self.samples_file = open(self.folder / "samples.jsonl", "a", buffering=1)
+            self.trace_file = open(self.folder / "trace.json", "w", buffering=1)
+            self.trace_file.write("[\n")
             versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "sglang", "transformers")}
-            record = {"command": sys.argv, "world_size": dist.get_world_size(), "versions": versions, **dataclasses.asdict(settings)}
+            record = {"command": sys.argv, "world_size": group.size(), "versions": versions, **dataclasses.asdict(settings)}
             (self.folder / "settings.json").write_text(json.dumps(record, indent=2) + "\n")
         except OSError as error:
             raise BadInput(f"the run folder {self.folder} cannot be written ({error.strerror}): run where you may write, or choose --name") from error
@@ -170,9 +256,34 @@ class Run:
             return
         self.metrics_file.write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in metrics.items()}) + "\n")
         if "reward" in metrics:
-            stages = "  ".join(f"{stage} {metrics[f'{stage}_s']:.2f} s" for stage in ("rollout", "train", "sync"))
+            stages = "  ".join(f"{stage} {metrics[f'{stage}_s']:.2f} s" for stage in ("rollout", "wait", "train", "sync") if f"{stage}_s" in metrics)
             self.bar.set_postfix_str(f"reward {metrics['reward']:.2f}  {stages}", refresh=False)
             self.bar.update()
+
+    def trace(self, watch: Stopwatch, engine, judge) -> dict[str, float]:
+        """Add every rank's step to trace.json; returns the step's seconds and the shares of it that trainers and engines wait. Collective.
+
+        watch: of the step. engine: None on ranks without one. A trainer waits while it neither trains nor hands over weights, an engine while it generates
+        nothing. Clocks of several machines are taken as they are.
+        """
+        rows = {"trainer": watch.spans} if self.trains else {}
+        rows |= {"engine": engine.row.take(), "judge": judge.row.take()} if engine else {}
+        ranks = [json.loads(row) for row in all_gather_bytes(json.dumps(rows).encode(), self.group)]
+        if not self.is_writer:
+            return {}
+        for rank, rows in enumerate(ranks):
+            for row, spans in rows.items():
+                for stage, start, end in spans:
+                    times = {"ts": round((start - self.started) * 1e6), "dur": round((end - start) * 1e6)}  # microseconds
+                    self.trace_file.write(json.dumps({"name": stage, "ph": "X", **times, "pid": f"rank {rank}", "tid": row}) + ",\n")
+
+        def waiting(row: str, busy: tuple[str, ...]) -> float:
+            rows = [rank[row] for rank in ranks if row in rank]
+            busy_s = sum(max(min(end, watch.last) - max(start, watch.started), 0) for spans in rows for stage, start, end in spans if stage in busy)
+            return 1 - busy_s / len(rows) / step_s
+
+        step_s = watch.last - watch.started
+        return {"step_s": step_s, "trainer_wait": waiting("trainer", ("train", "sync")), "engine_wait": waiting("engine", ("rollout",))}
 
     def log_eval(self, step: int, samples: list) -> dict:
         """The held-out accuracy on the console and as a metric, the first answers in samples.jsonl; {} where there are no samples."""
@@ -193,6 +304,8 @@ class Run:
         self.bar.close()
         self.metrics_file.close()
         self.samples_file.close()
+        self.trace_file.write("{}]\n")
+        self.trace_file.close()
         learned = f"held-out accuracy {self.accuracy[0]:.3f} -> {self.accuracy[-1]:.3f}" if self.accuracy else "no held-out prompts to judge by"
         print(f"{learned} in {self.bar.total} steps, {time.time() - self.started:.0f} s; metrics, samples and weights are in {self.folder}", flush=True)
 
@@ -214,6 +327,13 @@ def run_main(main: Callable[[], None]) -> None:
     except EngineDied as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except RuntimeError as error:
+        if "by peer" not in str(error):
+            raise
+        # Another rank is gone. It is the cause, and torchrun must see it first: it then ends this rank while it waits.
+        print(f"error: rank {os.environ['RANK']} lost its connection to another rank; torchrun names that rank below", file=sys.stderr, flush=True)
+        time.sleep(20)
+        raise
     except KeyboardInterrupt:
         print(f"interrupted: rank {os.environ.get('RANK', '0')} has ended its engine", file=sys.stderr, flush=True)
         sys.exit(130)

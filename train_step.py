@@ -199,7 +199,8 @@ def plan_microbatches(lengths: list[int], *, microbatch_tokens: int, dp: int) ->
     """Which samples form which micro-batch of which data-parallel rank: plan[rank][micro-batch] = indices into lengths.
 
     Every rank gets the same number of micro-batches (collectives inside the model must pair up), as few as the token budget allows, of about equal
-    size: longest sample first, each into the bin that holds least. A bin may be empty when there are fewer samples than bins.
+    size: longest sample first, each into the bin that holds least; so samples of about one length stand together. A bin may be empty when there are fewer
+    samples than bins.
     """
     bins = dp * max(1, -(-sum(lengths) // (dp * microbatch_tokens)))
     while True:
@@ -212,7 +213,7 @@ def plan_microbatches(lengths: list[int], *, microbatch_tokens: int, dp: int) ->
             break
         bins += dp
     by_load = sorted(range(bins), key=lambda b: -loads[b])
-    return [[sorted(members[b]) for b in by_load[rank::dp]] for rank in range(dp)]
+    return [[members[b] for b in by_load[rank::dp]] for rank in range(dp)]
 
 
 @dataclass

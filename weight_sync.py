@@ -19,10 +19,12 @@ Unlike slime, no converted checkpoint is needed and no weights are loaded by the
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8_quant import BLOCK, quantize_blockwise
 from hf_names import LAYER_RULES, fp8_config, rule_of, split_stacked, stack_parts, unquantized_linears
-from run import BadInput
+from run import BadInput, broadcast_bytes
 
 Named = tuple[str, torch.Tensor]
 
@@ -50,16 +52,17 @@ class SyncSettings:
 
 @dataclass(frozen=True)
 class Weights:
-    """A trainer rank's weights, and how they leave it."""
+    """A rank's end of the path that weights take: the trainer's, or in the asynchronous loop also a rollout rank's, where they only arrive."""
 
-    model: torch.nn.Module
-    """GPTModel, unwrapped; its parameters are this rank's shards."""
+    trainer: Any
+    """train_step.Trainer: its gpt has this rank's shards as parameters. None on a rank that does not train."""
     config: dict
     """config.json, checked."""
     fp8: frozenset[str]
     """Hugging Face names of the weights that the engine holds in FP8."""
-    tp_group: dist.ProcessGroup
     bucket_bytes: int
+    broadcast_group: dist.ProcessGroup | None = None
+    """Asynchronous loop: the group of all ranks, over which its rank 0 sends every bucket. None where each trainer has its engine at its side."""
 
 
 @dataclass
@@ -90,8 +93,8 @@ def walk(weights: Weights, *, quantize: bool) -> Iterator[Shard]:
 
     quantize: turn each weight that the engine holds in FP8 into two shards, `name` (float8_e4m3fn) and `name_scale_inv` (float32).
     """
-    config, tp = weights.config, weights.tp_group.size()
-    for megatron_name, parameter in weights.model.named_parameters():
+    config, tp = weights.config, weights.trainer.tp_group.size()
+    for megatron_name, parameter in weights.trainer.gpt.named_parameters():
         rule = rule_of(megatron_name)
         parts = split_stacked(parameter.detach(), len(rule.hf), head_dim=config["head_dim"], groups=config["num_key_value_heads"] // tp)
         for name, part in zip(rule.hf, parts):
@@ -105,12 +108,36 @@ def walk(weights: Weights, *, quantize: bool) -> Iterator[Shard]:
                 yield Shard(name, part, rule.tp_dim, quantize_whole=True)
 
 
+def buckets_of(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]:
+    """Full tensors, a list of about bucket_bytes at a time, on trainers and rollout ranks alike. Collective: every rank must iterate to the end."""
+    gathered = None if weights.trainer is None else gather_buckets(weights, quantize=quantize)
+    return gathered if weights.broadcast_group is None else broadcast_buckets(gathered, weights.broadcast_group)
+
+
+def broadcast_buckets(gathered: Iterator[list[Named]] | None, group: dist.ProcessGroup) -> Iterator[list[Named]]:
+    """Rank 0's buckets on all ranks: names, dtypes and shapes as JSON, then all the bytes as one tensor. gathered: None on ranks that have none."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    while True:
+        bucket = None if gathered is None else sorted(next(gathered, []), key=lambda pair: -pair[1].element_size())  # widest first: aligned offsets
+        header = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in bucket or []]
+        header = json.loads(broadcast_bytes(json.dumps(header).encode(), group))
+        if not header:
+            return
+        dtypes = [getattr(torch, dtype) for _, dtype, _ in header]
+        sizes = [math.prod(shape) * dtype.itemsize for (*_, shape), dtype in zip(header, dtypes)]
+        flat = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        if group.rank() == 0:
+            torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in bucket], out=flat)
+        dist.broadcast(flat, group=group, group_src=0)
+        yield bucket or [(name, part.view(dtype).view(shape)) for (name, _, shape), dtype, part in zip(header, dtypes, flat.split(sizes))]
+
+
 def gather_buckets(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]:
-    """Full tensors, a list of about bucket_bytes at a time. Collective: every tensor-parallel rank must iterate to the end."""
+    """A trainer's buckets. Collective over the tensor-parallel group."""
     bucket, size = [], 0
     for shard in walk(weights, quantize=quantize):
         bucket.append(shard)
-        size += shard.local.nbytes * (1 if shard.tp_dim is None else weights.tp_group.size())
+        size += shard.local.nbytes * (1 if shard.tp_dim is None else weights.trainer.tp_group.size())
         if size >= weights.bucket_bytes:
             yield _gather(bucket, weights)
             bucket, size = [], 0
@@ -120,13 +147,13 @@ def gather_buckets(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]
 
 def _gather(bucket: list[Shard], weights: Weights) -> list[Named]:
     """One all_gather of the bytes of all sharded tensors in the bucket; then each tensor is put together from the ranks' parts."""
-    tp = weights.tp_group.size()
+    tp = weights.trainer.tp_group.size()
     split = [shard for shard in bucket if shard.tp_dim is not None and tp > 1]
     whole = {id(shard): shard.local for shard in bucket}
     if split:
         mine = torch.cat([shard.local.contiguous().view(torch.uint8).flatten() for shard in split])
         theirs = torch.empty(tp, mine.numel(), dtype=torch.uint8, device=mine.device)
-        dist.all_gather(list(theirs), mine, group=weights.tp_group)
+        dist.all_gather(list(theirs), mine, group=weights.trainer.tp_group)
         offset = 0
         for shard in split:
             # Concatenated as bytes: torch.cat has no float8 kernel everywhere, and bytes are what the contract is about.
@@ -155,14 +182,14 @@ def quantize_named(name: str, tensor: torch.Tensor) -> list[Named]:
 # --- into the engine --------------------------------------------------------------------------------------------------------------------------
 
 
-def describe(weights: Weights) -> str:
+def describe(fp8: frozenset[str]) -> str:
     """One line: which weights the engine holds in FP8, and which linear layers SGLang's block rule keeps from it."""
-    if not weights.fp8:
+    if not fp8:
         return "hand-off: every weight as the trainer holds it"
     names = {name for rule in LAYER_RULES.values() for name in rule.hf if name.endswith("_proj.weight")}
-    kept = sorted(name for name in names if f"model.layers.0.{name}" not in weights.fp8)
+    kept = sorted(name for name in names if f"model.layers.0.{name}" not in fp8)
     reason = "; kept in BF16, because a merged layer's parts must have a multiple of 128 rows in SGLang: " + ", ".join(kept) if kept else ""
-    return f"hand-off: {len(weights.fp8)} weights in block FP8{reason}"
+    return f"hand-off: {len(fp8)} weights in block FP8{reason}"
 
 
 def sync_weights(weights: Weights, engine, *, version: int, check: bool) -> int:
@@ -174,17 +201,17 @@ def sync_weights(weights: Weights, engine, *, version: int, check: bool) -> int:
 
 
 def hand_over(weights: Weights, engine, *, version: int) -> int:
-    """Give the engine this version of the weights; returns the bytes handed over. Every trainer rank calls it; engine is None on ranks without one.
+    """Give the engine this version of the weights; returns the bytes handed over. Every rank calls it; engine is None on ranks without one.
 
-    Raises RuntimeError if the engine refuses any part. Then the engine is half-updated and the run must end.
+    The engine is paused only when the first bucket is there. Raises RuntimeError if the engine refuses any part. Then it is half-updated and the run must end.
     """
     sent_bytes = 0
-    if engine is not None:
-        engine.begin_update()
-    for bucket in gather_buckets(weights, quantize=True):
+    for bucket in buckets_of(weights, quantize=True):
+        if engine is not None and not sent_bytes:
+            engine.begin_update()
         sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
         if engine is not None:
-            engine.load(bucket)
+            engine.load(bucket, version=version)
     if engine is not None:
         engine.end_update(version)
     return sent_bytes
@@ -197,7 +224,7 @@ def read_back(weights: Weights, engine) -> int:
     Raises RuntimeError naming the first tensors that differ, or saying how many of the engine's bytes no tensor accounted for.
     """
     compared_bytes = 0
-    for bucket in gather_buckets(weights, quantize=False):
+    for bucket in buckets_of(weights, quantize=False):
         named = [pair for name, tensor in bucket for pair in (quantize_named(name, tensor) if name in weights.fp8 else [(name, tensor)])]
         if engine is None:
             continue

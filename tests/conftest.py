@@ -4,14 +4,18 @@ Starting an engine costs about twenty seconds of imports, so the tests of one fi
 torchrun worker script in tests/workers/.
 """
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import psutil
 import pytest
 import torch
 
@@ -54,6 +58,66 @@ def torchrun(*arguments, ranks: int, timeout: int = 600, cwd: Path = ROOT, check
     done = subprocess.run(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout)
     assert not check or done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Started:
+    """A long run on two ranks, in a process group of its own as a terminal gives it, waited for until rows lines of metrics are there.
+
+    rows=0: only until both ranks have begun to start.
+    """
+
+    def __init__(self, folder: Path, script: str, *flags: str, rows: int):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / script)]
+        command += ["--steps", "5000", "--name", "long", *flags]
+        self.output = open(folder / "output", "w+")
+        self.process = subprocess.Popen(command, cwd=folder, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True)
+        self.metrics = folder / "runs" / "long" / "metrics.jsonl"
+        self.family = []
+        self.wait_for(lambda: self.metrics.exists() and len(self.metrics.read_text().splitlines()) >= rows, 240)
+        self.family = psutil.Process(self.process.pid).children(recursive=True)
+
+    def wait_for(self, condition, seconds):
+        end = time.time() + seconds
+        while not condition():
+            assert time.time() < end and self.process.poll() is None, self.text()
+            time.sleep(0.2)
+
+    def rank(self, rank: int) -> psutil.Process:
+        return next(p for p in psutil.Process(self.process.pid).children() if p.environ().get("RANK") == str(rank))
+
+    def engine(self) -> psutil.Process:
+        """The scheduler process of one rank, by the title it gives itself."""
+        return next(process for process in self.family if process.cmdline()[0].startswith("sglang::scheduler"))
+
+    def end(self, seconds: float) -> int:
+        """Exit code; fails if the run or any process of it is still there after so many seconds."""
+        code = self.process.wait(seconds)
+        _, alive = psutil.wait_procs(self.family, timeout=30)  # a child that was just importing notices after its imports
+        assert not alive, [process.cmdline() for process in alive]
+        return code
+
+    def text(self) -> str:
+        self.output.seek(0)
+        return self.output.read()[-5000:]
+
+
+@pytest.fixture
+def start_loop(tmp_path):
+    """Start a loop that would run for hours; whatever is left of it at the end is killed."""
+    runs = []
+
+    def start(script: str, *flags: str, rows: int) -> Started:
+        runs.append(Started(tmp_path, script, *flags, rows=rows))
+        return runs[-1]
+
+    yield start
+    for process in (process for run in runs for process in [*run.family, run.process]):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,11 @@
 """A real SGLang engine beside a real Megatron trainer in one process: hand-off, read-back, and that both compute the same log-probs.
 
 Two engines are started for the whole file: one in fp32, where every difference is an error, and one in FP8, as runs use it. Not covered: CUDA, engine
-tensor parallelism, requests in flight during an update.
+tensor parallelism.
 """
+
+import asyncio
+import time
 
 import numpy as np
 import psutil
@@ -11,6 +14,7 @@ import torch
 from megatron.core import parallel_state as mpu
 from sglang.srt.managers import io_struct
 
+import engine as engine_module
 import rollout
 import train_step
 import weight_sync
@@ -34,7 +38,7 @@ class Pair:
         self.data = rollout.load_data(folder, self.settings, self.config, seed=3)
         self.trainer = train_step.build_trainer(folder, train_step.TrainSettings(train_dtype=train_dtype), self.config, steps=50, seed=1)
         fp8 = weight_sync.fp8_weights(self.config, rollout_dtype=rollout_dtype, engine_tp=1)
-        self.weights = weight_sync.Weights(self.trainer.gpt, self.config, fp8, self.trainer.tp_group, bucket_bytes=400_000)  # several buckets
+        self.weights = weight_sync.Weights(self.trainer, self.config, fp8, bucket_bytes=400_000)  # several buckets
         self.engine = rollout.start_engine(folder, self.settings, self.config, seed=1)
         self.sync()
 
@@ -105,6 +109,43 @@ def test_new_weights_reach_the_engine(exact):
     after = exact.generate()
     assert exact.differences(after).max() < 1e-4  # nor is anything left in its prefix cache
     assert {version for sample in after for version in sample.weight_versions} == {1}
+
+
+@pytest.mark.parametrize("reported", [True, False])
+def test_an_update_in_flight(exact, monkeypatch, reported):
+    """Requests are paused, get new weights, and go on. Each token's version names the weights that sampled it: by SGLang's spans, and counted on arrival.
+
+    In fp32 the tokens from before the update have the old weights' log-probs to 1e-4. Those after it have the new weights' within the mismatch that FP8
+    rollouts have as well, not to 1e-4: an update in flight leaves keys and values in the cache that older weights computed.
+    """
+    monkeypatch.setattr(engine_module, "REPORTS_VERSIONS", reported)
+    engine, sampling = exact.engine, {**rollout.sampling_params(exact.data, exact.settings), "max_new_tokens": 150, "ignore_eos": True}
+    samples = [sample for prompt in exact.data.held_out[:8] for sample in rollout.copies(prompt, 2)]
+    before = engine.version
+    running = asyncio.run_coroutine_threadsafe(engine.generate([sample.prompt_ids for sample in samples], sampling), engine.loop)
+    time.sleep(0.7)
+    old_weights = [parameter.detach().clone() for parameter in exact.trainer.gpt.parameters()]
+    with torch.no_grad():
+        for parameter in exact.trainer.gpt.parameters():
+            parameter.add_(torch.randn_like(parameter) * 1e-3)  # several optimizer steps at --lr 2e-4
+    weight_sync.sync_weights(exact.weights, engine, version=before + 1, check=True)  # comparing needs no idle engine either
+    rollout.fill(samples, running.result(), exact.data)
+    versions = np.concatenate([sample.weight_versions for sample in samples])
+    assert all(sample.weight_versions == sorted(sample.weight_versions) for sample in samples) and set(versions) == {before, before + 1}
+    new_differences = by_sample(exact, samples)
+    for parameter, old in zip(exact.trainer.gpt.parameters(), old_weights):
+        parameter.data.copy_(old)
+    old_differences = by_sample(exact, samples)
+    early, late = versions == before, versions == before + 1
+    print(new_differences[late].mean(), old_differences[late].mean(), new_differences[early].mean(), old_differences[early].max())
+    assert old_differences[early].max() < 1e-4 < new_differences[early].mean()
+    assert new_differences[late].mean() < 0.05 and old_differences[late].mean() > 1e-3
+    exact.sync()
+
+
+def by_sample(pair, samples: list[rollout.Sample]) -> np.ndarray:
+    """pair.differences in the samples' own order: a batch brings samples of one length together."""
+    return np.concatenate([pair.differences([sample]) for sample in samples])
 
 
 def test_versions_grow(exact):

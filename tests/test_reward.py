@@ -1,13 +1,13 @@
 """reward.py: judging answers, and GRPO's advantages.
 
-Not covered: slow judges, and judges in other processes.
+Not covered: judges that never return.
 """
 
 import math
 
 import pytest
 
-from reward import batch_metrics, compute_rewards, exact_match, grpo_advantages, math_reward
+from reward import Judge, batch_metrics, compute_rewards, exact_match, grpo_advantages, math_reward
 from rollout import Sample
 
 
@@ -57,7 +57,7 @@ def test_a_failing_judge_is_counted_not_scored_zero(capsys):
             raise KeyError("judge is broken")
         return float("nan") if sample.label == "c" else float(sample.label == "a")
 
-    compute_rewards(samples, judge)
+    compute_rewards(samples, Judge(judge))
     grpo_advantages(samples)
     assert [sample.reward for sample in samples] == [1.0, None, None, 0.0]
     assert samples[1].loss_mask == [0, 0] and samples[1].advantage == 0 and "judge is broken" in samples[1].metadata["reward_error"]
@@ -68,4 +68,4 @@ def test_a_failing_judge_is_counted_not_scored_zero(capsys):
 
 def test_a_judge_that_fails_on_everything_stops_the_run():
     with pytest.raises(RuntimeError, match="all 2 samples"):
-        compute_rewards([answer(), answer()], lambda sample: 1 / 0)
+        compute_rewards([answer(), answer()], Judge(lambda sample: 1 / 0))

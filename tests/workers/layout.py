@@ -44,7 +44,7 @@ def build(folder: str, tp: int, dtype: str, microbatch_tokens: int):
     settings = train_step.TrainSettings(tp=tp, train_dtype=dtype, microbatch_tokens=microbatch_tokens, lr=1e-3)
     trainer = train_step.build_trainer(folder, settings, config, steps=4, seed=1)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
-    return trainer, weight_sync.Weights(trainer.gpt, config, fp8, trainer.tp_group, bucket_bytes=200_000)
+    return trainer, weight_sync.Weights(trainer, config, fp8, bucket_bytes=200_000)
 
 
 def logprob_error(trainer, folder: str, temperature: float) -> float:

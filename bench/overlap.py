@@ -1,0 +1,124 @@
+"""What overlapping generation and training gains, and where it gains nothing: loop_sync.py against loop_async.py on the same two ranks and the same work.
+
+    python bench/overlap.py [tail] [judge] [compute]        about five minutes a workload
+    python bench/overlap.py accuracy                        held-out accuracy of both loops after 80 steps, three seeds each; about fifteen minutes
+
+    tail       answers of 16 tokens, one of each group of 16 has 256; 64 samples a step
+    judge      a reward that takes 0.5 s, as a call to a service does; 64 samples a step
+    compute    the toy as it is: 256 short answers, nothing to wait for
+
+The synchronous loop trains and generates on both ranks, the asynchronous one trains on one and generates on the other. Runs alternate, because timings on a
+shared machine are only comparable side by side. Printed: samples a second and the shares of a step that trainers and engines wait, over all steps but the
+first three and the last two; and the bound of the asynchronous step, max(rollout, train, sync), from two measurements of the stages. As they ran: seconds
+of the asynchronous step in which engines generated, trainers trained, weights were handed over; what the step takes beyond the bound are bubbles. Alone:
+rollout in the asynchronous loop without a trainer's work, train and sync in the synchronous loop on one rank; what the stages lose beyond that bound they
+lose to each other, on cores that share caches and memory, and to the processes beside them.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+STEPS = 12
+WORKLOADS = {
+    "tail": ["--prompts-per-step", "4", "--samples-per-prompt", "16", "--max-response-tokens", "256", "--max-staleness", "4"],
+    "judge": ["--prompts-per-step", "8", "--samples-per-prompt", "8", "--judges", "128", "--max-staleness", "2"],
+    "compute": [],
+}
+
+
+def worker(loop: str, workload: str, stage: str, arguments: list[str]) -> None:
+    """One rank of one run: the loop's own main(), with the workload's lengths and judge, and for the stage alone without what else a step does."""
+    import rollout
+    import reward
+    import run
+    import train_step
+    from engine import Engine
+
+    generate = Engine.generate
+
+    async def with_a_tail(self, prompts_ids, sampling, *, request_ids=None):
+        lengths = [256 if i % 16 == 15 else 16 for i in range(len(prompts_ids))]
+        return await generate(self, prompts_ids, [{**sampling, "max_new_tokens": n, "ignore_eos": True} for n in lengths], request_ids=request_ids)
+
+    def slow_judge(sample: rollout.Sample) -> float:
+        time.sleep(0.5)
+        return reward.exact_match(sample)
+
+    if workload == "tail":
+        Engine.generate = with_a_tail
+        reward.REWARDS["exact"] = lambda sample: float(sum(sample.response_ids) % 2)  # no such answer is right: any rule that tells them apart will do
+    if workload == "judge":
+        reward.REWARDS["exact"] = slow_judge
+    if stage == "rollout":
+        train_step.train_step = lambda trainer, samples, temperature: {"tokens": sum(len(sample.response_ids) for sample in samples)}
+    sys.argv = [f"loop_{loop}.py", *arguments]
+    run.run_main(__import__(f"loop_{loop}").main)
+
+
+def measure(loop: str, workload: str, *, ranks: int = 2, stage: str = "all", steps: int = STEPS, more: tuple[str, ...] = ()) -> list[dict]:
+    """The rows of metrics.jsonl of one run."""
+    arguments = ["--steps", str(steps), "--eval-samples", "2", "--eval-every", str(steps), "--export", "--name", "run", *WORKLOADS[workload], *more]
+    if loop == "sync" and "--max-staleness" in arguments:
+        at = arguments.index("--max-staleness")
+        del arguments[at : at + 2]
+    with tempfile.TemporaryDirectory() as folder:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [*torchrun, __file__, "worker", loop, workload, stage, *arguments]
+        done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{loop} {workload} {stage} ended with {done.returncode}:\n{done.stderr[-5000:]}")
+        return [json.loads(line) for line in (Path(folder) / "runs/run/metrics.jsonl").read_text().splitlines()]
+
+
+def mean(rows: list[dict], key: str) -> float:
+    return sum(row[key] for row in rows[4:-2]) / len(rows[4:-2])  # row 0 is the evaluation before the first step
+
+
+def overlap(workload: str) -> None:
+    flags = WORKLOADS[workload]
+    samples = int(flags[1]) * int(flags[3]) if flags else 256
+    results = {"sync": [], "async": []}
+    for _ in range(2):
+        for loop, runs in results.items():
+            rows = measure(loop, workload)
+            runs.append({key: mean(rows, key) for key in ("step_s", "train_s", "sync_s", "trainer_wait", "engine_wait")})
+            waits = "trainer waits {trainer_wait:4.0%}, engine waits {engine_wait:4.0%}".format(**runs[-1])
+            print(f"{workload:8} {loop:5}  {samples / runs[-1]['step_s']:6.1f} samples/s   step {runs[-1]['step_s']:.2f} s   {waits}", flush=True)
+    sync_s, async_s = (sum(row["step_s"] for row in runs) / 2 for runs in results.values())
+    print(f"{workload:8} async / sync = {sync_s / async_s:.2f} in samples a second")
+    ran = {stage: sum(row[f"{stage}_s"] for row in results["async"]) / 2 for stage in ("train", "sync")}
+    ran["rollout"] = sum(row["step_s"] * (1 - row["engine_wait"]) for row in results["async"]) / 2
+    rows, rollout_alone = measure("sync", workload, ranks=1), mean(measure("async", workload, stage="rollout"), "step_s")
+    alone = {"train": mean(rows, "train_s"), "sync": mean(rows, "sync_s"), "rollout": rollout_alone}
+    for how, stages in (("as they ran", ran), ("alone", alone)):
+        bound_s, times = max(stages.values()), ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in stages.items())
+        print(f"{workload:8} bound, stages {how}: max({times}) = {bound_s:.2f} s; the async step takes {async_s / bound_s:.2f} of it", flush=True)
+    print(flush=True)
+
+
+def accuracy() -> None:
+    final = {"sync": [], "async": []}
+    for seed in (1, 2, 3):
+        for loop, results in final.items():
+            rows = measure(loop, "compute", steps=80, more=("--seed", str(seed), "--eval-samples", "1024"))
+            results.append(rows[-1]["held_out"])
+            print(f"seed {seed} {loop:5} held-out accuracy {rows[0]['held_out']:.3f} -> {results[-1]:.3f}", flush=True)
+    means = {loop: sum(results) / len(results) for loop, results in final.items()}
+    print(f"means: sync {means['sync']:.3f}, async {means['async']:.3f}, difference {means['async'] - means['sync']:+.3f}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        worker(*sys.argv[2:5], sys.argv[5:])
+    elif sys.argv[1:] == ["accuracy"]:
+        accuracy()
+    else:
+        for workload in sys.argv[1:] or WORKLOADS:
+            overlap(workload)

@@ -1,0 +1,212 @@
+"""The inference engine: SGLang's own Engine, in this process, with token ids in and out and weight updates as methods that raise.
+
+A tokenizer manager runs in this process and a scheduler with the model in a child process per engine rank. The engine's event loop runs in a thread of its
+own: generation goes on while the main thread trains or waits, and signals stay the main thread's. Everything below that is `async` runs on that loop;
+call() brings a result from there to the main thread.
+
+An update never needs an idle engine. Requests that run are paused in place and go on with the new weights, on the keys and values they have cached; which
+version sampled which token is reported per token. New requests never read what older weights have cached, because every request's cache key carries the
+version it started with (SGLang's extra_key): nothing has to be flushed.
+
+What differs between SGLang 0.5.14 (torch 2.11) and 0.5.21 is told apart here and nowhere else.
+"""
+
+import asyncio
+import importlib.util
+import logging
+import os
+import signal
+import threading
+
+import torch
+
+if not torch.cuda.is_available():
+    import cpu
+
+from sglang.srt.entrypoints.engine import Engine as SGLangEngine
+from sglang.srt.managers import io_struct
+from sglang.srt.utils import MultiprocessingSerializer
+from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+
+from run import Row, end_with_parent, main_module_hidden
+
+# 0.5.21 reports the weight versions of a response as spans. Where it does not, tokens are counted as they arrive.
+REPORTS_VERSIONS = importlib.util.find_spec("sglang.srt.utils.weight_versions") is not None
+
+
+def run_scheduler(*args, **kwargs) -> None:
+    """Entry point of the engine's child process, in place of SGLang's: what must happen there before SGLang starts."""
+    end_with_parent()  # SGLang asks for the same, but only later, and a parent that is killed before would not be noticed
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # else the child's TCPStore waits for torchrun's agent for ever
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its engine
+    if not torch.cuda.is_available():
+        cpu.patch_sglang()
+    _load_block_scales_of_llama()
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    run_scheduler_process(*args, **kwargs)
+
+
+def _load_block_scales_of_llama() -> None:
+    """SGLang's Llama (0.5.14 and 0.5.21) looks for the scales of block FP8 as weight_scale, holds them as weight_scale_inv, and drops them with a warning.
+
+    While it loads, let it find them under the name it looks for. The read-back gate is what noticed: no byte of them had been written.
+    """
+    from sglang.srt.models.llama import LlamaForCausalLM
+
+    stock = LlamaForCausalLM.load_weights
+
+    def load_weights(self, weights):
+        named_parameters = self.named_parameters
+        self.named_parameters = lambda: [(name.replace(".weight_scale_inv", ".weight_scale"), parameter) for name, parameter in named_parameters()]
+        try:
+            return stock(self, weights)
+        finally:
+            del self.named_parameters
+
+    LlamaForCausalLM.load_weights = load_weights
+
+
+class Engine(SGLangEngine):
+    """SGLang's Engine; version is that of the weights it holds, -1 before the first update."""
+
+    run_scheduler_process_func = staticmethod(run_scheduler)
+
+    @classmethod
+    def _launch_detokenizer_subprocesses(cls, *args, **kwargs):
+        return [], []  # tokens come back as tokens: there is nothing to detokenize, and a process less
+
+    def __init__(self, **server_args):
+        logging.getLogger("sglang.srt.entrypoints.engine").addFilter(lambda record: "SIGQUIT handler" not in record.getMessage())  # not an error
+        with main_module_hidden():
+            super().__init__(weight_version="-1", **server_args)
+        self.version = -1
+        self.row = Row()
+        self._requests, self._paused = 0, False
+        self._thread = threading.Thread(target=self.loop.run_forever, name="sglang-event-loop", daemon=True)
+        self._thread.start()
+
+    def call(self, coroutine):
+        """Run a coroutine on the engine's loop and wait for its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def shutdown(self):
+        """End the engine's child processes. Also called at exit; a second call does nothing."""
+        super().shutdown()
+        if hasattr(self, "loop") and self.loop.is_running():  # no loop: the engine died while it was being started
+            self.loop.call_soon_threadsafe(self.loop.stop)
+
+    # --- generation
+
+    async def generate(self, prompts_ids: list[list[int]], sampling: dict, *, request_ids: list[str] | None = None) -> list[dict]:
+        """One response per prompt, in order: SGLang's dicts with output_ids and meta_info, and weight_versions, one per token."""
+        request = io_struct.GenerateReqInput(
+            input_ids=prompts_ids,
+            sampling_params=sampling,
+            rid=request_ids,
+            return_logprob=True,
+            extra_key=str(self.version),
+            stream=not REPORTS_VERSIONS,
+        )
+        self._count_requests(len(prompts_ids))
+        try:
+            stream = self.tokenizer_manager.generate_request(request, None)
+            if not REPORTS_VERSIONS:
+                return await self._count_versions(stream, len(prompts_ids))
+            outputs = await anext(stream)
+        finally:
+            self._count_requests(-len(prompts_ids))
+        for output in outputs:
+            spans = output["meta_info"]["weight_versions"]
+            output["weight_versions"] = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
+        return outputs
+
+    async def _count_versions(self, stream, n: int) -> list[dict]:
+        """Versions by arrival: replies come in order, so what arrives before an update's reply was sampled before that update."""
+        outputs, versions = [None] * n, [[] for _ in range(n)]
+        async for output in stream:
+            i = output["index"]
+            outputs[i] = output
+            versions[i] += [self.version] * (len(output["output_ids"]) - len(versions[i]))
+        for output, output_versions in zip(outputs, versions):
+            output["weight_versions"] = output_versions
+        return outputs
+
+    async def abort(self, request_ids: list[str]) -> None:
+        """Stop these requests; each returns what it has, with finish reason abort."""
+        for request_id in request_ids:
+            self.tokenizer_manager.abort_request(request_id)
+
+    async def drain(self) -> None:
+        """Wait until no request is running or queued."""
+        while self._requests:
+            await asyncio.sleep(0.002)
+
+    def _count_requests(self, change: int) -> None:
+        self._requests += change
+        self._mark()
+
+    def _mark(self) -> None:
+        self.row.mark("sync" if self._paused else "rollout" if self._requests else "wait")
+
+    # --- weights
+
+    def begin_update(self) -> None:
+        """Pause what is running, in place, and open an update."""
+        self.call(self._pause())
+        if hasattr(self.tokenizer_manager, "begin_weight_update"):  # 0.5.21; without it an update is refused
+            self._must(self.call(self.tokenizer_manager.begin_weight_update(io_struct.BeginWeightUpdateReqInput(), None)), "begin_weight_update")
+
+    def load(self, named: list[tuple[str, torch.Tensor]], *, version: int) -> None:
+        """Load full Hugging Face tensors of this version, as one flat tensor of bytes in memory shared with the engine."""
+        named = sorted(named, key=lambda pair: -pair[1].element_size())  # widest first keeps every offset aligned
+        bucket = FlattenedTensorBucket(named_tensors=named)
+        self._update({"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}, "flattened_bucket", version)
+
+    def end_update(self, version: int) -> None:
+        """Finish the update and let the requests go on: from here on the engine is at this version."""
+        if version <= self.version:
+            raise RuntimeError(f"weight version {version} does not follow {self.version}: versions must grow")
+        self._close_update()
+        self.version = version
+        self.call(self._continue())
+
+    def compare(self, named: list[tuple[str, torch.Tensor]]) -> torch.Tensor:
+        """What weight_sync.compare_loader reports about these tensors: int64 [engine tp, tensors, 3]. The engine's weights stay as they are."""
+        report = torch.zeros(self.server_args.tp_size, len(named), 3, dtype=torch.int64, device=named[0][1].device)
+        self.begin_update()
+        self._update([*named, ("report", report)], "weight_sync.compare_loader", None)
+        self._close_update()
+        self.call(self._continue())
+        return report.cpu()
+
+    async def _pause(self) -> None:
+        self._paused = True
+        self._mark()
+        await self.tokenizer_manager.pause_generation(io_struct.PauseGenerationReqInput(mode="in_place"))
+
+    async def _continue(self) -> None:
+        await self.tokenizer_manager.continue_generation(io_struct.ContinueGenerationReqInput())
+        self._paused = False
+        self._mark()
+
+    def _update(self, payload, load_format: str, version: int | None) -> None:
+        serialized = [MultiprocessingSerializer.serialize(payload) for _ in range(self.server_args.tp_size)]
+        request = io_struct.UpdateWeightsFromTensorReqInput(
+            serialized_named_tensors=serialized,
+            load_format=load_format,
+            flush_cache=False,
+            weight_version=None if version is None else str(version),
+        )
+        self._must(self.call(self.tokenizer_manager.update_weights_from_tensor(request, None)), "update_weights_from_tensor")
+
+    def _close_update(self) -> None:
+        if hasattr(self.tokenizer_manager, "end_weight_update"):
+            self._must(self.call(self.tokenizer_manager.end_weight_update(io_struct.EndWeightUpdateReqInput(), None)), "end_weight_update")
+
+    @staticmethod
+    def _must(outcome: tuple[bool, str], what: str) -> None:
+        """SGLang reports a refused update as (False, message) and goes on; here it ends the run, because weights may be half updated."""
+        success, message = outcome[0], outcome[1]
+        if not success:
+            raise RuntimeError(f"SGLang refused {what}: {message}. The engine's weights are not usable.")

@@ -1,0 +1,149 @@
+"""Groups in flight: generation in the background, for the asynchronous loop.
+
+Each rollout rank keeps a queue of groups, oldest first, that its engine answers and its judge scores while the trainers train. Once a step it refills the
+queue, waits until a step's worth is finished, and hands that over:
+
+    version v arrives -> start new groups ... -> b finished groups -> hand over -> (trainers train version v + 1) -> version v + 1 arrives -> ...
+
+With b groups a step and K = --max-staleness, the queue holds (K + 1) b groups. That number is all there is to the bound: the b groups at its head were
+started when version v - K arrived, so no token of theirs is older, and they are due now. A step waits for its due groups, however long one of them takes,
+and never trains newer ones instead; so nothing starves, nothing is too old, and with K = 0 the steps are those of the synchronous loop. A long answer has
+K steps of time before anything waits for it, and is continued over them on ever newer weights: long tails want a larger K.
+
+--oversample S lets a step go on without up to S of its due groups: newer finished ones take their place. Those left behind are carried over while the bound
+allows; then they are stopped, and counted as dropped. With K = 0 nothing newer is in flight, so S groups more are started than a step needs.
+
+The queue belongs to the engine's event loop: everything `async` below runs there, so there are no locks.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Literal
+
+import torch.distributed as dist
+
+from engine import Engine
+from reward import Judge, grpo_advantages
+from rollout import Data, RolloutSettings, Sample, check_aborts, copies, fill, sampling_params
+from run import BadInput
+
+DROPPED = "dropped"
+
+
+@dataclass(frozen=True)
+class InFlightSettings:
+    """How far generation runs ahead of training."""
+
+    rollout_ranks: int = 1
+    """The last so many ranks generate; the others train."""
+    max_staleness: int = 1
+    """A token is trained at most so many weight versions after the one that sampled it; 0: generation waits for training."""
+    oversample: int = 0
+    """Groups that a step may leave behind, over all engines, rather than wait for their last answer."""
+    updates: Literal["in_flight", "drain"] = "in_flight"
+    """New weights reach requests in flight (paused in place, continued), or wait until none is running."""
+
+
+def split_ranks(settings: InFlightSettings, rollout: RolloutSettings, *, world_size: int) -> tuple[int, int]:
+    """How many ranks train and how many generate. Raises BadInput for settings that cannot work, before anything is started."""
+    if world_size < 2:
+        raise BadInput("the asynchronous loop needs a rank that trains and one that generates: use `torchrun --nproc-per-node 2 loop_async.py`")
+    if not 1 <= settings.rollout_ranks < world_size:
+        raise BadInput(f"--rollout-ranks {settings.rollout_ranks} must leave at least one of the {world_size} ranks to each side: use 1 to {world_size - 1}")
+    if settings.max_staleness < 0:
+        raise BadInput(f"--max-staleness {settings.max_staleness} must not be negative")
+    engines = settings.rollout_ranks // rollout.engine_tp
+    if settings.oversample < 0 or settings.oversample % max(engines, 1):
+        raise BadInput(f"--oversample {settings.oversample} must be a multiple of the {engines} engines, and not negative")
+    return world_size - settings.rollout_ranks, settings.rollout_ranks
+
+
+@dataclass
+class Group:
+    """The samples of one prompt, on their way."""
+
+    samples: list[Sample]
+    version: int
+    """Of the weights when it was started: no token of it is older."""
+    stopped: bool = False
+    task: asyncio.Task = field(init=False)
+
+    def request_ids(self) -> list[str]:
+        return [f"group-{sample.group}-{sample.index}" for sample in self.samples]
+
+
+class InFlight:
+    """A rollout rank's queue; on ranks without an engine it is empty and does nothing."""
+
+    def __init__(self, engine: Engine | None, data: Data, rollout: RolloutSettings, settings: InFlightSettings, judge: Judge, *, steps: int):
+        self.engine, self.data, self.rollout, self.settings, self.judge, self.steps = engine, data, rollout, settings, judge, steps
+        engines = settings.rollout_ranks // rollout.engine_tp
+        self.per_step, self.oversample = rollout.prompts_per_step // engines, settings.oversample // engines
+        self.prompts = islice(data.stream, dist.get_rank() // rollout.engine_tp, None, engines)  # every engine takes its turn, as in rollout.my_share
+        self.queue: list[Group] = []
+
+    def next_step(self, version: int) -> list[Sample]:
+        """This rank's samples for the step that trains weights `version`, and those that are dropped now, without responses; blocks until they are there.
+
+        Raises what went wrong in the background: EngineDied for a request that the engine gave up on.
+        """
+        return self.engine.call(self._next_step(version)) if self.engine else []
+
+    def drain(self) -> None:
+        """With --updates drain: block until no request is running."""
+        if self.engine and self.settings.updates == "drain":
+            self.engine.call(self.engine.drain())
+
+    async def _next_step(self, version: int) -> list[Sample]:
+        steps_ahead = min(self.settings.max_staleness + 1, self.steps - version)
+        while len(self.queue) < max(steps_ahead * self.per_step, self.per_step + self.oversample):
+            group = Group(copies(next(self.prompts), self.rollout.samples_per_prompt), version)
+            group.task = asyncio.ensure_future(self._answer(group))
+            self.queue.append(group)
+
+        while not self._ready():
+            await asyncio.wait([group.task for group in self.queue if not group.task.done()], return_when=asyncio.FIRST_COMPLETED)
+        taken = [group for group in self.queue if group.task.done()][: self.per_step]
+        left = [group for group in self.queue if group not in taken]
+
+        last = version + 1 == self.steps
+        dropped = [group for group in left if last or version + 1 - group.version > self.settings.max_staleness]
+        for group in dropped:
+            group.stopped = True
+            await self.engine.abort(group.request_ids())
+        self.queue = [group for group in left if group not in dropped]
+        marks = [Sample(sample.prompt_ids, group=sample.group, index=sample.index, finish_reason=DROPPED) for group in dropped for sample in group.samples]
+        return [sample for group in taken for sample in group.samples] + marks
+
+    def _ready(self) -> bool:
+        """A step's worth is finished, and of the due groups no more are missing than may be left behind. Raises what a group raised in the background."""
+        for group in self.queue:
+            if group.task.done():
+                group.task.result()
+        unfinished_due = sum(not group.task.done() for group in self.queue[: self.per_step])
+        return sum(group.task.done() for group in self.queue) >= self.per_step and unfinished_due <= self.oversample
+
+    async def _answer(self, group: Group) -> None:
+        """Generate, judge, compare: a group is finished when its advantages are known. Judges run in threads and hold nothing up."""
+        prompts_ids = [sample.prompt_ids for sample in group.samples]
+        outputs = await self.engine.generate(prompts_ids, sampling_params(self.data, self.rollout), request_ids=group.request_ids())
+        if group.stopped:
+            return
+        fill(group.samples, outputs, self.data)
+        check_aborts(group.samples)
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(*(loop.run_in_executor(self.judge.threads, self.judge.score, sample) for sample in group.samples))
+        grpo_advantages(group.samples)
+
+
+def without_dropped(samples: list[Sample], *, version: int, max_staleness: int) -> tuple[list[Sample], int]:
+    """The samples to train and how many were dropped. Raises RuntimeError should a token be older than the bound: the invariant of this loop."""
+    kept = [sample for sample in samples if sample.finish_reason != DROPPED]
+    for sample in kept:
+        if not all(version - max_staleness <= token_version <= version for token_version in sample.weight_versions):
+            raise RuntimeError(
+                f"sample {sample.index} of group {sample.group} has tokens of the weight versions {sorted(set(sample.weight_versions))}; "
+                f"training version {version} with --max-staleness {max_staleness} may see none older than {version - max_staleness}"
+            )
+    return kept, len(samples) - len(kept)

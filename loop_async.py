@@ -1,0 +1,93 @@
+"""The asynchronous loop: the last ranks generate while the first ranks train; one step's samples are handed over while later ones are on their way.
+
+    torchrun --nproc-per-node 2 loop_async.py                                       one trainer, one engine
+    torchrun --nproc-per-node 4 loop_async.py --tp 2 --rollout-ranks 2              two trainers, two engines
+    torchrun --nproc-per-node 2 loop_async.py --max-staleness 0                     nothing runs ahead: the synchronous result
+
+    process groups, W ranks of which the last R generate:
+    rank            0 ............ W-R-1   W-R ............ W-1
+    default world   [ trainers: DP, TP ]   [ rollout, engines ]      Megatron's groups are made from the trainers' world
+    everyone        [ samples and timelines -> all;   FP8 weights: rank 0 -> all ]
+
+Every rank runs the same loop body, so collectives come in one order on all of them. What overlaps is inside the engines: they answer the groups of the next
+steps all the while. Invariants: no trained token is older than --max-staleness versions; every group is trained once or counted as dropped.
+"""
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+import rollout  # first: on a machine without a GPU it prepares the imports that follow
+import in_flight
+import reward
+import run
+import train_step
+import weight_sync
+from hf_names import read_config
+from in_flight import InFlightSettings
+from reward import RewardSettings
+from rollout import RolloutSettings
+from run import RunSettings
+from train_step import TrainSettings
+from weight_sync import SyncSettings
+
+
+@dataclass(frozen=True)
+class Settings:
+    run: RunSettings = RunSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    in_flight: InFlightSettings = InFlightSettings()
+    reward: RewardSettings = RewardSettings()
+    train: TrainSettings = TrainSettings()
+    sync: SyncSettings = SyncSettings()
+
+
+def main() -> None:
+    # Everything that can be wrong with the input is found before anything is started.
+    settings = run.parse_settings(Settings)
+    model, seed, steps = settings.run.model, settings.run.seed, settings.run.steps
+    config = read_config(model)
+    trainer_ranks, rollout_ranks = in_flight.split_ranks(settings.in_flight, settings.rollout, world_size=int(os.environ["WORLD_SIZE"]))
+    trains = int(os.environ["RANK"]) < trainer_ranks
+    rollout.check_rollout_settings(settings.rollout, config, world_size=rollout_ranks)
+    data = rollout.load_data(model, settings.rollout, config, seed=seed)
+    train_step.check_train_settings(settings.train, config, world_size=trainer_ranks, steps=steps, longest=data.longest)
+
+    everyone = run.init_distributed(rollout_ranks)
+    record = run.Run(settings, "async", everyone, trains)
+    fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
+    record.say(weight_sync.describe(fp8))
+    trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed) if trains else None
+    weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes, broadcast_group=everyone)
+    engine = None if trains else rollout.start_engine(model, settings.rollout, config, seed=seed)
+    judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges)
+    with engine or contextlib.nullcontext():
+        weight_sync.sync_weights(weights, engine, version=0, check=True)
+        record.log(record.log_eval(0, reward.evaluate(engine, data, settings.rollout, judge, everyone)))
+        groups = in_flight.InFlight(engine, data, settings.rollout, settings.in_flight, judge, steps=steps)
+        for step in range(1, steps + 1):
+            watch = run.Stopwatch()
+            # The engines start new groups, and hand over finished ones. No trained token is older than the bound, or this raises.
+            samples = rollout.all_gather_samples(groups.next_step(version=step - 1), everyone)
+            samples, dropped = in_flight.without_dropped(samples, version=step - 1, max_staleness=settings.in_flight.max_staleness)
+            wait_s = watch.lap("wait")
+
+            metrics = train_step.train_step(trainer, samples, temperature=settings.rollout.temperature) if trains else {}
+            train_s = watch.lap("train")
+
+            groups.drain()  # only if asked to; else requests in flight are paused while the weights change, and go on
+            sync_bytes = weight_sync.sync_weights(weights, engine, version=step, check=settings.run.check_sync or step == steps)
+            sync_s = watch.lap("sync")
+
+            metrics |= reward.batch_metrics(samples, version=step - 1) | record.trace(watch, engine, judge)
+            metrics |= {"dropped": dropped, "wait_s": wait_s, "train_s": train_s, "sync_s": sync_s, "sync_bytes": sync_bytes}
+            if step % settings.run.eval_every == 0 or step == steps:
+                metrics |= record.log_eval(step, reward.evaluate(engine, data, settings.rollout, judge, everyone))
+            record.log({"step": step, **metrics})
+    for dtype in settings.run.export if trains else ():
+        weight_sync.export_hf(weights, record.folder / f"model-{dtype}", source=model, dtype=dtype)
+    record.finish()
+
+
+if __name__ == "__main__":
+    run.run_main(main)

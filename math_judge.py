@@ -1,0 +1,57 @@
+"""Whether a response gives the right mathematical answer, judged in processes of their own.
+
+math-verify limits its time with an alarm signal, which only the main thread of a process can receive, and SymPy can compute for ever on what a model writes.
+So neither runs in the judge's threads: workers do, which import nothing else and end with the process that started them.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from run import end_with_parent, main_module_hidden
+
+TIMEOUT_S = 60
+_lock, _pool = threading.Lock(), None
+
+
+def equal(response: str, label: str) -> bool:
+    """Whether the last \\boxed{} of the response, or else its last number, equals the label in value. Raises ValueError for a label that is no mathematics.
+
+    Parsing and comparison are math-verify's, which evaluates nothing: it parses LaTeX to SymPy.
+    """
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    gold = parse(f"\\boxed{{{label}}}")
+    if not gold:
+        raise ValueError(f"the label {label!r} is not a mathematical expression")
+    _, boxed, tail = response.rpartition("\\boxed{")
+    if boxed:
+        answer = parse(boxed + tail, extraction_config=[LatexExtractionConfig(boxed_match_priority=0)])
+    else:
+        answer = parse(response, extraction_config=[ExprExtractionConfig(), LatexExtractionConfig()])
+    return bool(answer) and bool(verify(gold, answer))
+
+
+def equal_in_worker(response: str, label: str) -> bool:
+    """equal(), in a worker process; from any thread. Raises TimeoutError after TIMEOUT_S."""
+    global _pool
+    for attempt in range(2):
+        with _lock:
+            _pool = _pool or ProcessPoolExecutor(max(1, os.cpu_count() // 4), multiprocessing.get_context("spawn"), _start_worker)
+            with main_module_hidden():
+                future = _pool.submit(equal, response, label)
+        try:
+            return future.result(TIMEOUT_S)
+        except BrokenProcessPool:  # a worker was killed: memory ran out, or an engine ended, which ends all children of its process
+            with _lock:
+                _pool = None
+            if attempt:
+                raise
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    end_with_parent()

@@ -1,0 +1,153 @@
+"""in_flight.py without SGLang: which groups a step gets, when it waits, what is dropped. A stand-in engine answers after random times.
+
+These are the promises of the asynchronous loop that do not depend on the engine: no token older than the bound, every group trained once or counted as
+dropped, no group left waiting while newer ones train, never more than (K + 1) steps' worth on its way. test_loop_async.py shows them on the real stack.
+"""
+
+import asyncio
+import random
+
+import pytest
+
+import in_flight
+from hf_names import read_config
+from in_flight import DROPPED, InFlight, InFlightSettings, split_ranks, without_dropped
+from reward import Judge
+from rollout import RolloutSettings, Sample, load_data
+from run import REPOSITORY, BadInput, EngineDied, Row
+
+TOY = str(REPOSITORY / "toy")
+PER_STEP, STEPS = 3, 25
+
+
+class StandIn:
+    """Answers each group after a time of its own; the first token is of the version it was started with, the last of the one it ended with."""
+
+    def __init__(self, seconds):
+        self.loop, self.version, self.seconds, self.started, self.aborted, self.row = asyncio.new_event_loop(), 0, seconds, [], [], Row()
+
+    def call(self, coroutine):
+        return self.loop.run_until_complete(coroutine)
+
+    async def generate(self, prompts_ids, sampling, *, request_ids):
+        group, first = int(request_ids[0].split("-")[1]), self.version
+        self.started.append(group)
+        await asyncio.sleep(self.seconds(group))
+        meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [(-1.0, 5, None), (-1.0, 2, None)]}
+        return [{"output_ids": [5, 2], "meta_info": meta, "weight_versions": [first, self.version]} for _ in prompts_ids]
+
+    async def abort(self, request_ids):
+        self.aborted.append(int(request_ids[0].split("-")[1]))
+
+
+@pytest.fixture
+def data(one_rank):
+    return load_data(TOY, RolloutSettings(), read_config(TOY), seed=1)
+
+
+def run_steps(data, seconds, *, train_s=0.002, judge=lambda sample: float(sample.group % 2), steps=STEPS, **settings) -> tuple[list[list[Sample]], StandIn]:
+    """The loop's body with a trainer that only takes time. Returns what each step was given."""
+    engine = StandIn(seconds)
+    rollout = RolloutSettings(prompts_per_step=PER_STEP, samples_per_prompt=2)
+    groups = InFlight(engine, data, rollout, InFlightSettings(**settings), Judge(judge, 4), steps=steps)
+    given = []
+    for version in range(steps):
+        given.append(groups.next_step(version))
+        assert len(groups.queue) <= (groups.settings.max_staleness + 1) * PER_STEP
+        engine.call(asyncio.sleep(train_s))
+        engine.version = version + 1
+    assert not groups.queue
+    return given, engine
+
+
+def groups_of(samples: list[Sample], *, dropped: bool) -> list[int]:
+    return sorted({sample.group for sample in samples if (sample.finish_reason == DROPPED) == dropped})
+
+
+@pytest.mark.parametrize("bound", [0, 1, 4])
+@pytest.mark.parametrize("train_s", [0.0, 0.02])
+def test_without_oversampling_the_steps_are_those_of_the_synchronous_loop(data, bound, train_s):
+    rng = random.Random(bound)
+    given, engine = run_steps(data, lambda group: rng.choice([0, 0, 0, 0.05]), train_s=train_s, max_staleness=bound)
+    for version, samples in enumerate(given):
+        assert groups_of(samples, dropped=False) == list(range(version * PER_STEP, (version + 1) * PER_STEP))
+        assert all(sample.reward == sample.group % 2 for sample in samples)
+        kept, dropped = without_dropped(samples, version=version, max_staleness=bound)
+        assert len(kept) == 2 * PER_STEP and dropped == 0
+    assert engine.started == list(range(STEPS * PER_STEP)) and engine.aborted == []  # nothing is started that cannot be trained
+
+
+def test_the_bound_is_used_not_only_kept(data):
+    """With a slow trainer the queue is full: every token is exactly K old, once the first K steps are over."""
+    given, _ = run_steps(data, lambda group: 0, train_s=0.01, max_staleness=2)
+    ages = [{version - sample.weight_versions[0] for sample in samples} for version, samples in enumerate(given)]
+    assert ages[2:] == [{2}] * (STEPS - 2)
+
+
+@pytest.mark.parametrize("bound, oversample", [(0, 1), (1, 1), (2, 3)])
+def test_oversampling_leaves_stragglers_and_loses_count_of_none(data, bound, oversample):
+    rng = random.Random(7)
+    given, engine = run_steps(data, lambda group: 0.5 if group % 5 == 0 else rng.random() * 0.004, max_staleness=bound, oversample=oversample)
+    trained, dropped = ([group for samples in given for group in groups_of(samples, dropped=kind)] for kind in (False, True))
+    assert sorted(trained + dropped) == engine.started and len(trained) == STEPS * PER_STEP  # each group once, and every step is full
+    assert dropped and set(engine.aborted) == set(dropped)
+    for version, samples in enumerate(given):
+        assert len(groups_of(samples, dropped=True)) <= oversample or version == STEPS - 1
+        without_dropped(samples, version=version, max_staleness=bound)  # raises if a token is too old
+
+
+def test_a_straggler_is_carried_over_while_the_bound_allows(data):
+    # K = 2: group 0 takes longer than two steps; steps go on with newer groups, and it is trained, late, not dropped.
+    given, engine = run_steps(data, lambda group: 0.06 if group == 0 else 0.001, train_s=0.03, max_staleness=2, oversample=1)
+    assert 0 not in groups_of(given[0], dropped=False) and 0 in groups_of(given[2], dropped=False) + groups_of(given[1], dropped=False)
+    assert 0 not in engine.aborted
+
+
+def test_nothing_newer_is_trained_while_a_due_group_is_missing(data):
+    """No oversampling: a slow group holds its step, however many newer ones are ready."""
+    given, _ = run_steps(data, lambda group: 0.1 if group == 4 else 0, max_staleness=4, steps=4)
+    assert groups_of(given[1], dropped=False) == [3, 4, 5]
+
+
+def test_what_fails_in_the_background_is_raised_in_the_loop(data):
+    def seconds(group):
+        if group == 7:
+            raise EngineDied("the engine gave up")
+        return 0
+
+    with pytest.raises(EngineDied, match="gave up"):
+        run_steps(data, seconds)
+
+
+def test_a_failing_judge_masks_its_samples(data, capsys):
+    given, _ = run_steps(data, lambda group: 0, judge=lambda sample: 1 / sample.group, steps=2)
+    broken = [sample for sample in given[0] if sample.group == 0]
+    assert all(sample.reward is None and not any(sample.loss_mask) for sample in broken)
+    assert all(all(sample.loss_mask) for sample in given[0] if sample.group)
+    assert capsys.readouterr().out.count("ZeroDivisionError") == 1  # shown once
+
+
+def test_a_token_older_than_the_bound_stops_the_run():
+    sample = Sample([1], group=9, response_ids=[5, 2], weight_versions=[3, 4])
+    assert without_dropped([sample], version=5, max_staleness=2) == ([sample], 0)
+    with pytest.raises(RuntimeError, match="group 9 has tokens of the weight versions .3, 4.; training version 5 .* none older than 4"):
+        without_dropped([sample], version=5, max_staleness=1)
+    with pytest.raises(RuntimeError, match="group 9"):
+        without_dropped([sample], version=3, max_staleness=1)  # from the future: the trainer missed an update
+
+
+@pytest.mark.parametrize("changes, world_size, message", [
+    ({}, 1, "torchrun --nproc-per-node 2 loop_async.py"),
+    (dict(rollout_ranks=2), 2, "--rollout-ranks 2 must leave at least one of the 2 ranks to each side: use 1 to 1"),
+    (dict(rollout_ranks=0), 2, "--rollout-ranks 0"),
+    (dict(max_staleness=-1), 2, "--max-staleness -1"),
+    (dict(rollout_ranks=2, oversample=3), 4, "--oversample 3 must be a multiple of the 2 engines"),
+])  # fmt: skip
+def test_settings_that_cannot_work(changes, world_size, message):
+    with pytest.raises(BadInput, match=message):
+        split_ranks(InFlightSettings(**changes), RolloutSettings(), world_size=world_size)
+
+
+def test_ranks_are_split():
+    assert split_ranks(InFlightSettings(rollout_ranks=3), RolloutSettings(), world_size=8) == (5, 3)
+    assert in_flight.DROPPED not in ("stop", "length", "abort")  # SGLang's own reasons
