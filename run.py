@@ -36,6 +36,7 @@ from tqdm import tqdm
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 warnings.simplefilter("ignore")
 
+ROWS = ("trainer", "engine", "judge")  # of each rank's part of the timeline
 REPOSITORY = Path(__file__).resolve().parent
 CPU_SGLANG = "0.5.21"  # the version that cpu.py is written for
 
@@ -237,7 +238,9 @@ class Run:
             self.metrics_file = open(self.folder / "metrics.jsonl", "a", buffering=1)
             self.samples_file = open(self.folder / "samples.jsonl", "a", buffering=1)
             self.trace_file = open(self.folder / "trace.json", "w", buffering=1)
-            self.trace_file.write("[\n")
+            names = [{"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}} for rank in range(group.size())]
+            names += [{"name": "thread_name", "ph": "M", "pid": n["pid"], "tid": i, "args": {"name": row}} for n in names for i, row in enumerate(ROWS)]
+            self.trace_file.write("[" + ",\n".join(map(json.dumps, names)))
             versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "sglang", "transformers")}
             record = {"command": sys.argv, "world_size": group.size(), "versions": versions, **dataclasses.asdict(settings)}
             (self.folder / "settings.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -275,7 +278,7 @@ class Run:
             for row, spans in rows.items():
                 for stage, start, end in spans:
                     times = {"ts": round((start - self.started) * 1e6), "dur": round((end - start) * 1e6)}  # microseconds
-                    self.trace_file.write(json.dumps({"name": stage, "ph": "X", **times, "pid": f"rank {rank}", "tid": row}) + ",\n")
+                    self.trace_file.write(",\n" + json.dumps({"name": stage, "ph": "X", **times, "pid": rank, "tid": ROWS.index(row)}))
 
         def waiting(row: str, busy: tuple[str, ...]) -> float:
             rows = [rank[row] for rank in ranks if row in rank]
@@ -304,7 +307,7 @@ class Run:
         self.bar.close()
         self.metrics_file.close()
         self.samples_file.close()
-        self.trace_file.write("{}]\n")
+        self.trace_file.write("]\n")
         self.trace_file.close()
         learned = f"held-out accuracy {self.accuracy[0]:.3f} -> {self.accuracy[-1]:.3f}" if self.accuracy else "no held-out prompts to judge by"
         print(f"{learned} in {self.bar.total} steps, {time.time() - self.started:.0f} s; metrics, samples and weights are in {self.folder}", flush=True)

@@ -93,14 +93,16 @@ def test_several_trainers_and_engines(two_and_two):
 
 
 def test_the_timeline_has_a_row_for_every_rank(two_and_two):
-    events = [event for event in two_and_two.trace if event]
-    names = {(event["pid"], event["tid"]): set() for event in events}
+    rows = {(event["pid"], event["tid"]): event["args"]["name"] for event in two_and_two.trace if event["name"] == "thread_name"}
+    events = [event for event in two_and_two.trace if event["ph"] == "X"]
+    assert len(events) + 4 + len(rows) == len(two_and_two.trace) and all(event["dur"] >= 0 for event in events)
+    names = {row: set() for row in rows}
     for event in events:
         names[event["pid"], event["tid"]].add(event["name"])
-        assert event["ph"] == "X" and event["dur"] >= 0
-    assert {row for row in names if row[1] == "trainer"} == {("rank 0", "trainer"), ("rank 1", "trainer")}
-    assert names["rank 0", "trainer"] == {"wait", "train", "sync"}
-    assert names["rank 2", "engine"] >= {"rollout", "sync"} and "reward" in names["rank 3", "judge"]
+    trainer, engine, judge = range(3)
+    assert [rows[0, i] for i in range(3)] == ["trainer", "engine", "judge"]
+    assert names[0, trainer] == names[1, trainer] == {"wait", "train", "sync"} and names[2, trainer] == names[0, engine] == set()
+    assert names[2, engine] >= {"rollout", "sync"} and "reward" in names[3, judge]
     for row in names:  # spans of one row follow one another
         spans = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if (event["pid"], event["tid"]) == row)
         assert all(end <= start + 2 for (_, end), (start, _) in zip(spans, spans[1:]))
