@@ -149,6 +149,14 @@ def patch_megatron() -> None:
     )
 
     import megatron.core.tensor_parallel.random as megatron_random
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)  # 0.16.1 tests this name, which is not defined without Transformer Engine
+    # The sizes of an all-to-all are made NumPy arrays only if they have been on a GPU.
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
 
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)  # it warns that the CPU generator moved: here it is the tracked one
@@ -165,6 +173,8 @@ def patch_sglang() -> None:
     # Stock code asserts AMX here, and would repack the weights; they stay as they were delivered, which the read-back gate relies on.
     fp8.Fp8LinearMethod.process_weights_after_loading_block_quant = lambda self, layer: layer.__dict__.pop("_dequantized", None)
     fp8.Fp8LinearMethod.apply = fp8_linear
+    fp8.Fp8MoEMethod.process_weights_after_loading_block_quant = lambda self, layer: layer.__dict__.pop("_dequantized", None)
+    fp8.Fp8MoEMethod.apply = fp8_experts
     TorchNativeAttnBackend._run_sdpa_forward_decode = functools.partialmethod(batched_decode, TorchNativeAttnBackend._run_sdpa_forward_decode)
     TorchNativeAttnBackend._run_sdpa_forward_extend = functools.partialmethod(batched_extend, TorchNativeAttnBackend._run_sdpa_forward_extend)
 
@@ -176,13 +186,42 @@ def fp8_linear(self, layer, x_TK, bias=None):
     """
     weight_NK = layer.__dict__.get("_dequantized")
     if weight_NK is None:
-        scale_NK = layer.weight_scale_inv.repeat_interleave(128, 0)[: layer.weight.shape[0]].repeat_interleave(128, 1)[:, : layer.weight.shape[1]]
-        weight_NK = layer.__dict__["_dequantized"] = layer.weight.float() * scale_NK
+        weight_NK = layer.__dict__["_dequantized"] = dequantize(layer.weight, layer.weight_scale_inv)
+    return F.linear(through_fp8(x_TK), weight_NK, None if bias is None else bias.float()).to(x_TK.dtype)
+
+
+def dequantize(codes_NK, scale_inv):
+    """Block-scaled e4m3 weights, of one matrix or of several stacked, in fp32."""
+    N, K = codes_NK.shape[-2:]
+    return codes_NK.float() * scale_inv.repeat_interleave(128, -2)[..., :N, :].repeat_interleave(128, -1)[..., :K]
+
+
+def through_fp8(x_TK):
+    """Activations rounded as the GPU kernels round them: e4m3, one scale per token and 128 features; returned in fp32."""
     T, K = x_TK.shape
     groups = F.pad(x_TK.float(), (0, -K % 128)).view(T, -1, 128)
     scale = groups.abs().amax(-1, keepdim=True).clamp_(min=1e-10) / FP8_MAX
-    x_TK = ((groups / scale).to(torch.float8_e4m3fn).float() * scale).view(T, -1)[:, :K].to(x_TK.dtype)
-    return F.linear(x_TK.float(), weight_NK, None if bias is None else bias.float()).to(x_TK.dtype)
+    return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).view(T, -1)[:, :K].to(x_TK.dtype).float()
+
+
+def fp8_experts(self, layer, dispatch_output):
+    """A block-FP8 mixture of experts: each expert's gate, up and down as fp8_linear, summed with the router's weights."""
+    from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+
+    if "_dequantized" not in layer.__dict__:
+        layer.__dict__["_dequantized"] = [
+            dequantize(layer.w13_weight, layer.w13_weight_scale_inv),
+            dequantize(layer.w2_weight, layer.w2_weight_scale_inv),
+        ]
+    gate_up, down = layer.__dict__["_dequantized"]
+    x_TK, (weights_TE, experts_TE, *_) = dispatch_output.hidden_states, dispatch_output.topk_output
+    quantized_TK, out_TK = through_fp8(x_TK), torch.zeros_like(x_TK, dtype=torch.float32)
+    for expert in experts_TE.unique().tolist():
+        token, place = (experts_TE == expert).nonzero(as_tuple=True)
+        gate, up = F.linear(quantized_TK[token], gate_up[expert]).to(x_TK.dtype).chunk(2, dim=-1)
+        hidden = F.linear(through_fp8(F.silu(gate) * up), down[expert]).to(x_TK.dtype)
+        out_TK.index_add_(0, token, hidden.float() * weights_TE[token, place, None].float())
+    return StandardCombineInput(hidden_states=out_TK.to(x_TK.dtype))
 
 
 def _gather_kv(k_cache, v_cache, req_to_token, req_pool_indices, seq_lens_B, dtype):

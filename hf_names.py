@@ -1,7 +1,7 @@
 """The border between Hugging Face and Megatron: which config field means what, and which tensors are the same.
 
     config.json  -> arguments of TransformerConfig and GPTModel          megatron_arguments
-    tensor names <-> Megatron parameter names                            RULES, rule_of
+    tensor names <-> Megatron parameter names                            TOP_RULES, LAYER_RULES, rule_of
     tensors      <-> Megatron's stacked tensors, shard by shard          split_stacked, stack_parts
 
 Megatron stacks what Hugging Face keeps apart. linear_qkv holds, per group of heads that share one key and value, that group's query heads, then its
@@ -13,6 +13,7 @@ A config field that is in none of the lists below is refused by name: an ignored
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,22 +22,31 @@ import torch.nn.functional as F
 
 from run import BadInput
 
-FAMILIES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+FAMILIES = {
+    "qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "glm4_moe": "Glm4MoeForCausalLM",
+}  # fmt: skip
 
 # Fields that enter the mapping.
 MAPPED = {
     "model_type", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings",
+    "partial_rotary_factor", "attention_bias",
+}  # fmt: skip
+MAPPED_MOE = {
+    "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "n_shared_experts",
+    "first_k_dense_replace", "routed_scaling_factor", "n_group", "topk_group", "use_qk_norm", "num_nextn_predict_layers",
 }  # fmt: skip
 # Fields that only one value of is implemented.
 REQUIRED = {
-    "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,), "attention_dropout": (0, 0.0),
+    "hidden_act": ("silu",), "mlp_bias": (False,), "use_sliding_window": (False,), "attention_dropout": (0, 0.0),
     "pretraining_tp": (1,), "rope_interleaved": (False,), "quantization_config": (None,), "is_llama_config": (True,),
+    "decoder_sparse_step": (1,), "mlp_only_layers": ([], None), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",),
 }  # fmt: skip
 # Fields that do not change what the model computes.
 IGNORED = {
     "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
     "sliding_window", "max_window_layers", "_name_or_path", "transformers.js_config", "output_attentions", "output_hidden_states", "return_dict",
+    "output_router_logits", "router_aux_loss_coef",
     "chunk_size_feed_forward", "is_encoder_decoder", "unk_token_id", "_model_name_or_path", "id2label", "label2id", "problem_type", "use_mrope",
 }  # fmt: skip
 
@@ -59,7 +69,7 @@ def read_config(folder: str | Path) -> dict:
         elif field in REQUIRED:
             if value not in REQUIRED[field]:
                 raise BadInput(f"{path}: {field} is {value!r}; only {REQUIRED[field][0]!r} is implemented")
-        elif field not in MAPPED | IGNORED:
+        elif field not in MAPPED | IGNORED | (MAPPED_MOE if config["model_type"] in ("qwen3_moe", "glm4_moe") else set()):
             raise BadInput(f"{path}: field {field!r} is unknown to the mapping in hf_names.py; if it does not change the model, add it to IGNORED there")
     for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings"):
         if not isinstance(config.get(field), int) or config[field] < 1:
@@ -70,6 +80,11 @@ def read_config(folder: str | Path) -> dict:
     if config.get("head_dim") is None:
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     config.setdefault("tie_word_embeddings", False)
+    config["num_experts"] = next((config[field] for field in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(field)), 0)
+    if config["num_experts"] and not config.get("norm_topk_prob"):
+        raise BadInput(f"{path}: norm_topk_prob is {config.get('norm_topk_prob')!r}; only True is implemented: expert weights that sum to one")
+    if config.get("attention_bias") and config["model_type"] != "glm4_moe":
+        raise BadInput(f"{path}: attention_bias is True, which is implemented for glm4_moe only")
     rope_of(config)
     return config
 
@@ -78,9 +93,10 @@ def rope_of(config: dict) -> dict:
     """GPTModel's rotary arguments. transformers 5 writes rope_parameters; before it were rope_theta and rope_scaling."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    percent = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     if kind == "default":
-        return {"rotary_base": theta}
+        return {"rotary_base": theta, "rotary_percent": percent}
     # Megatron has Llama 3's frequencies with these constants (rotary_pos_embedding.RotaryEmbedding._apply_scaling); only the factor is free.
     fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     if kind == "llama3" and all(rope.get(k) == v for k, v in fixed.items()):
@@ -105,11 +121,13 @@ def megatron_arguments(config: dict, *, tp: int) -> tuple[dict, dict]:
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=config["model_type"] == "qwen2",
-        qk_layernorm=config["model_type"] == "qwen3",
+        add_qkv_bias=config["model_type"] == "qwen2" or bool(config.get("attention_bias")),
+        qk_layernorm=config["model_type"] in ("qwen3", "qwen3_moe") or bool(config.get("use_qk_norm")),
         hidden_dropout=0.0,
         attention_dropout=0.0,
     )
+    if config["num_experts"]:
+        transformer |= _moe_arguments(config)
     gpt = dict(
         vocab_size=-(-config["vocab_size"] // tp) * tp,  # padded rows are masked in the softmax and left out of every export
         max_sequence_length=config["max_position_embeddings"],
@@ -120,6 +138,38 @@ def megatron_arguments(config: dict, *, tp: int) -> tuple[dict, dict]:
     return transformer, gpt
 
 
+def _moe_arguments(config: dict) -> dict:
+    """TransformerConfig's mixture of experts. Softmax over the chosen experts' logits equals Qwen3's softmax over all, chosen, and normalised to sum to one.
+
+    GLM-4.5 scores by sigmoid; a correction bias enters the choice but not the weight. The bias is the model's, not adjusted in training here.
+    """
+    moe = dict(
+        num_moe_experts=config["num_experts"],
+        moe_router_topk=config["num_experts_per_tok"],
+        moe_ffn_hidden_size=config["moe_intermediate_size"],
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",
+        moe_layer_freq=[int(is_sparse(config, layer)) for layer in range(config["num_hidden_layers"])],
+    )
+    if config["model_type"] == "glm4_moe":
+        grouped = config.get("n_group", 1) > 1
+        moe |= dict(
+            moe_router_score_function="sigmoid",
+            moe_router_enable_expert_bias=True,
+            moe_router_bias_update_rate=0.0,
+            moe_router_topk_scaling_factor=config["routed_scaling_factor"],
+            moe_router_num_groups=config["n_group"] if grouped else None,
+            moe_router_group_topk=config["topk_group"] if grouped else None,
+            moe_shared_expert_intermediate_size=config["moe_intermediate_size"] * config["n_shared_experts"] or None,
+        )
+    return moe
+
+
+def is_sparse(config: dict, layer: int) -> bool:
+    """Whether a decoder layer has experts; GLM-4.5's first layers are dense."""
+    return bool(config.get("num_experts")) and layer >= config.get("first_k_dense_replace", 0)
+
+
 @dataclass(frozen=True)
 class Rule:
     """How one Megatron parameter is made of Hugging Face tensors."""
@@ -128,6 +178,12 @@ class Rule:
     """Hugging Face names in stacking order; inside a layer, without the layer's prefix."""
     tp_dim: int | None = None
     """Dimension that tensor parallelism splits; None: every rank holds it whole."""
+    expert: int | None = None
+    """Number of the expert among those of this expert-parallel rank, for which {} stands in the names; None: no expert's."""
+
+    def names(self, expert: int) -> list[str]:
+        """Hugging Face names, with the expert's number in the whole model."""
+        return [name.format(expert) for name in self.hf]
 
 
 _QKV = ("self_attn.q_proj.{}", "self_attn.k_proj.{}", "self_attn.v_proj.{}")
@@ -148,7 +204,21 @@ LAYER_RULES = {
     "mlp.linear_fc1.layer_norm_weight": Rule(("post_attention_layernorm.weight",)),
     "mlp.linear_fc1.weight": Rule(("mlp.gate_proj.weight", "mlp.up_proj.weight"), tp_dim=0),
     "mlp.linear_fc2.weight": Rule(("mlp.down_proj.weight",), tp_dim=1),
+    "mlp.router.weight": Rule(("mlp.gate.weight",)),
+    "mlp.router.expert_bias": Rule(("mlp.gate.e_score_correction_bias",)),
+    "mlp.shared_experts.linear_fc1.weight": Rule(("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"), tp_dim=0),
+    "mlp.shared_experts.linear_fc2.weight": Rule(("mlp.shared_experts.down_proj.weight",), tp_dim=1),
+    "mlp.experts.linear_fc1.weight": Rule(("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"), tp_dim=0),
+    "mlp.experts.linear_fc2.weight": Rule(("mlp.experts.{}.down_proj.weight",), tp_dim=1),
 }
+# The experts' parameters as Megatron's SequentialMLP names them, and as Transformer Engine's grouped linear does.
+_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12]\.weight)|(linear_fc[12]\.weight)(\d+))")
+
+
+def parameters_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """All that is converted: the parameters, and the router's correction bias, which Megatron keeps as a buffer."""
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name.endswith("router.expert_bias"))
 
 
 def rule_of(megatron_name: str) -> Rule:
@@ -156,10 +226,13 @@ def rule_of(megatron_name: str) -> Rule:
     if megatron_name in TOP_RULES:
         return TOP_RULES[megatron_name]
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", megatron_name)
-    if match is None or match[2] not in LAYER_RULES:
+    inside, expert = match[2] if match else "", None
+    if moe := _EXPERT.fullmatch(inside):
+        inside, expert = f"mlp.experts.{moe[2] or moe[3]}", int(moe[1] or moe[4])
+    if inside not in LAYER_RULES:
         raise KeyError(f"no rule in hf_names.py covers the Megatron parameter {megatron_name}")
-    rule = LAYER_RULES[match[2]]
-    return Rule(tuple(f"model.layers.{match[1]}.{name}" for name in rule.hf), rule.tp_dim)
+    rule = LAYER_RULES[inside]
+    return Rule(tuple(f"model.layers.{match[1]}.{name}" for name in rule.hf), rule.tp_dim, expert)
 
 
 def split_stacked(stacked: torch.Tensor, parts: int, *, head_dim: int, groups: int) -> list[torch.Tensor]:
@@ -178,31 +251,38 @@ def stack_parts(parts: list[torch.Tensor], *, groups: int) -> torch.Tensor:
     return torch.cat(parts)
 
 
-# Linear layers inside a decoder layer, by the merged layer that SGLang builds of them.
-MERGED_LINEARS = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
+def merged_linears(config: dict, layer: int) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], bool]]:
+    """The linear layers of a decoder layer as SGLang merges them: (names in the layer, rows of their parts, whether SGLang's rule binds it at engine TP 1)."""
+    q_rows, kv_rows = config["num_attention_heads"] * config["head_dim"], config["num_key_value_heads"] * config["head_dim"]
+    merged = {
+        "qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (q_rows, kv_rows), True),
+        "o": (("self_attn.o_proj",), (q_rows,), False),
+    }
+    if is_sparse(config, layer):
+        prefix, rows = "mlp.shared_experts", config["moe_intermediate_size"] * (config.get("n_shared_experts") or 0)
+        projections = ("gate_proj", "up_proj", "down_proj")
+        experts = tuple(f"mlp.experts.{expert}.{projection}" for expert in range(config["num_experts"]) for projection in projections)
+        merged["experts"] = (experts, (config["moe_intermediate_size"],), True)
+    else:
+        prefix, rows = "mlp", config["intermediate_size"]
+    if rows:
+        merged |= {"gate_up": ((f"{prefix}.gate_proj", f"{prefix}.up_proj"), (rows,), True), "down": ((f"{prefix}.down_proj",), (rows,), False)}
+    return merged
 
 
 def unquantized_linears(config: dict, *, engine_tp: int) -> list[str]:
     """Linear layers that stay BF16 under block FP8, by full Hugging Face module name, in every layer alike. lm_head always does.
 
-    SGLang's rule (Fp8LinearMethod.validate_block_quant_shapes): in a merged layer, and in any layer split over engine tensor parallelism, each part's
-    rows per rank must be a multiple of 128; under tensor parallelism so must the split columns of o_proj and down_proj.
+    SGLang's rule (Fp8LinearMethod.validate_block_quant_shapes, and the like for experts): in a merged layer, and in any layer split over engine tensor
+    parallelism, each part's rows per rank must be a multiple of 128; under tensor parallelism so must the split columns of o_proj and down_proj.
     This list serves both the engine's config (modules_to_not_convert) and the hand-off, so that they cannot disagree.
     """
-    q_rows, kv_rows = config["num_attention_heads"] * config["head_dim"], config["num_key_value_heads"] * config["head_dim"]
-    must_divide = {
-        "qkv": (q_rows, kv_rows),
-        "o": (q_rows,) if engine_tp > 1 else (),
-        "gate_up": (config["intermediate_size"],),
-        "down": (config["intermediate_size"],) if engine_tp > 1 else (),
-    }
-    kept = [name for merged, sizes in must_divide.items() if any(size % (128 * engine_tp) for size in sizes) for name in MERGED_LINEARS[merged]]
-    return ["lm_head"] + [f"model.layers.{layer}.{name}" for layer in range(config["num_hidden_layers"]) for name in kept]
+    kept = ["lm_head"]
+    for layer in range(config["num_hidden_layers"]):
+        for merged, (names, sizes, always) in merged_linears(config, layer).items():
+            if (always or engine_tp > 1) and any(size % (128 * engine_tp) for size in sizes):
+                kept += [f"model.layers.{layer}.{name}" for name in (*names, *(["mlp.experts"] if merged == "experts" else []))]
+    return kept
 
 
 def fp8_config(config: dict, *, engine_tp: int, scale_format: str = "fp32") -> dict:

@@ -56,7 +56,7 @@ def main() -> None:
     everyone = run.init_distributed(rollout_ranks)
     record = run.Run(settings, "async", everyone, trains)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
-    record.say(weight_sync.describe(fp8))
+    record.say(weight_sync.describe(config, fp8))
     trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed) if trains else None
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes, broadcast_group=everyone)
     engine = None if trains else rollout.start_engine(model, settings.rollout, config, seed=seed)

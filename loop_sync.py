@@ -50,7 +50,7 @@ def main() -> None:
     everyone = run.init_distributed()
     record = run.Run(settings, "sync", everyone)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
-    record.say(weight_sync.describe(fp8))
+    record.say(weight_sync.describe(config, fp8))
     trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed)
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
     engine = rollout.start_engine(model, settings.rollout, config, seed=seed)

@@ -41,7 +41,7 @@ from local_spec import complete_local_spec
 from losses import logprobs_and_entropy, mismatch, ppo_loss
 from rollout import Sample
 from run import BadInput, parse_overrides
-from weight_sync import load_hf
+from weight_sync import Layout, load_hf
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class TrainSettings:
 
     tp: int = 1
     """Tensor-parallel size; the remaining factor of the world is data parallel. Sequence parallelism comes with it."""
+    ep: int = 1
+    """Expert-parallel size: experts are split over so many ranks of tensor and data parallelism. An expert itself is then not split."""
     train_dtype: Literal["bf16", "fp32"] = "bf16"
     """dtype of model weights and activations; main weights, gradients and Adam state are fp32 either way."""
     microbatch_tokens: int = 8192
@@ -88,7 +90,7 @@ class Trainer:
     gpt: GPTModel  # the same parameters, unwrapped
     optimizer: object
     scheduler: OptimizerParamScheduler
-    tp_group: dist.ProcessGroup
+    layout: Layout
     dp_group: dist.ProcessGroup
 
 
@@ -108,6 +110,8 @@ def check_train_settings(settings: TrainSettings, config: dict, *, world_size: i
     if settings.tp < 1 or world_size % settings.tp:
         raise BadInput(f"--tp {settings.tp} does not divide the {world_size} ranks: use a --tp that divides --nproc-per-node times the nodes")
     megatron_arguments(config, tp=settings.tp)
+    if settings.ep < 1 or world_size % settings.ep or config["num_experts"] % settings.ep or (settings.ep > 1 and not config["num_experts"]):
+        raise BadInput(f"--ep {settings.ep} must divide the {world_size} ranks and the model's {config['num_experts']} experts: use 1 for a dense model")
     if settings.lr < 0 or settings.min_lr < 0 or settings.min_lr > settings.lr:
         raise BadInput(f"--lr {settings.lr} and --min-lr {settings.min_lr} must satisfy 0 <= min-lr <= lr")
     if not 0 <= settings.lr_warmup_steps < steps:
@@ -129,13 +133,16 @@ def _overrides(settings: TrainSettings, config: dict, config_class: type) -> dic
 
 def build_trainer(model_folder: str, settings: TrainSettings, config: dict, *, steps: int, seed: int) -> Trainer:
     """Megatron's process groups, the model with the folder's weights, and its optimizer. Collective over the default process group."""
-    mpu.initialize_model_parallel(tensor_model_parallel_size=settings.tp)
+    experts = dict(expert_model_parallel_size=settings.ep, expert_tensor_parallel_size=1 if settings.ep > 1 else settings.tp)
+    mpu.initialize_model_parallel(tensor_model_parallel_size=settings.tp, **experts)
+    layout = Layout(mpu.get_tensor_model_parallel_group(), mpu.get_expert_tensor_and_model_parallel_group(), settings.ep)
     model_parallel_cuda_manual_seed(seed)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.train_dtype]
     use_te = has_transformer_engine()
     model_arguments, gpt_arguments = megatron_arguments(config, tp=settings.tp)
     common = dict(
         tensor_model_parallel_size=settings.tp,
+        **experts,
         sequence_parallel=settings.tp > 1,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -149,6 +156,7 @@ def build_trainer(model_folder: str, settings: TrainSettings, config: dict, *, s
         bias_dropout_fusion=use_te,
         apply_rope_fusion=use_te,
         gradient_accumulation_fusion=False,
+        moe_grouped_gemm=use_te,
         persist_layer_norm=use_te,
     )
     transformer = TransformerConfig(**{**model_arguments, **common, **_overrides(settings, config, TransformerConfig)})
@@ -158,7 +166,7 @@ def build_trainer(model_folder: str, settings: TrainSettings, config: dict, *, s
     gpt = GPTModel(transformer, spec, **gpt_arguments)
     if torch.cuda.is_available():
         gpt.cuda(torch.cuda.current_device())
-    load_hf(gpt, model_folder, config, tp_group=mpu.get_tensor_model_parallel_group())  # before the optimizer copies FP32 main weights
+    load_hf(gpt, model_folder, config, layout=layout)  # before the optimizer copies FP32 main weights
 
     wrapped = Float16Module(transformer, gpt) if dtype is torch.bfloat16 else gpt
     ddp = DistributedDataParallel(transformer, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True), wrapped)
@@ -189,7 +197,7 @@ def build_trainer(model_folder: str, settings: TrainSettings, config: dict, *, s
     )
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = optimizer.scale_loss
-    return Trainer(settings, config, ddp, gpt, optimizer, scheduler, mpu.get_tensor_model_parallel_group(), mpu.get_data_parallel_group())
+    return Trainer(settings, config, ddp, gpt, optimizer, scheduler, layout, mpu.get_data_parallel_group())
 
 
 # --- samples -> micro-batches -----------------------------------------------------------------------------------------------------------------
@@ -273,7 +281,7 @@ def _schedule(trainer: Trainer, batches: list[MicroBatch], loss_function, *, tem
 
         def loss(logits_1TV):
             logprobs_T, entropy_T = logprobs_and_entropy(
-                logits_1TV[0], batch.labels_T, temperature=temperature, vocab_size=trainer.config["vocab_size"], group=trainer.tp_group
+                logits_1TV[0], batch.labels_T, temperature=temperature, vocab_size=trainer.config["vocab_size"], group=trainer.layout.tp_group
             )
             summed, report = loss_function(batch, logprobs_T, entropy_T)
             return summed, batch.mask_T.sum().int(), report

@@ -20,6 +20,7 @@ Unlike slime, no converted checkpoint is needed and no weights are loaded by the
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8_quant import BLOCK, quantize_blockwise
-from hf_names import LAYER_RULES, fp8_config, rule_of, split_stacked, stack_parts, unquantized_linears
+from hf_names import Rule, fp8_config, merged_linears, parameters_of, rule_of, split_stacked, stack_parts, unquantized_linears
 from run import BadInput, broadcast_bytes
 
 Named = tuple[str, torch.Tensor]
@@ -65,14 +66,38 @@ class Weights:
     """Asynchronous loop: the group of all ranks, over which its rank 0 sends every bucket. None where each trainer has its engine at its side."""
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The groups of ranks that weights are split over."""
+
+    tp_group: dist.ProcessGroup
+    expert_group: dist.ProcessGroup
+    """Ranks that hold one layer's experts: expert-parallel ranks times the tensor-parallel ranks of an expert, of which the latter count faster."""
+    ep: int
+
+    def group(self, rule: Rule) -> dist.ProcessGroup:
+        return self.tp_group if rule.expert is None else self.expert_group
+
+    def tp(self, rule: Rule) -> int:
+        """Over how many ranks tensor parallelism splits what the rule is about."""
+        return self.tp_group.size() if rule.expert is None else self.expert_group.size() // self.ep
+
+    def names(self, rule: Rule, config: dict) -> list[list[str]]:
+        """The rule's Hugging Face names, once; for an expert's parameter, once for each expert-parallel rank, as each holds other experts."""
+        if rule.expert is None:
+            return [list(rule.hf)]
+        here = config["num_experts"] // self.ep
+        return [rule.names(rank * here + rule.expert) for rank in range(self.ep)]
+
+
 @dataclass
 class Shard:
-    """This rank's part of one Hugging Face tensor."""
+    """This rank's part of one Hugging Face tensor; of an expert's tensor, its part of one of those that the expert-parallel ranks hold at this place."""
 
-    name: str
+    names: list[str]
+    """One name; of an expert's tensor, one for each expert-parallel rank."""
     local: torch.Tensor
-    tp_dim: int | None
-    """Dimension to concatenate the ranks' parts along; None: already whole."""
+    rule: Rule
     quantize_whole: bool = False
     """Quantize after the gather, because the cut does not fall on a block boundary."""
 
@@ -82,9 +107,13 @@ def fp8_weights(config: dict, *, rollout_dtype: str, engine_tp: int) -> frozense
     if rollout_dtype != "fp8":
         return frozenset()
     kept = set(unquantized_linears(config, engine_tp=engine_tp))
-    linears = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    modules = {f"model.layers.{layer}.{name}" for layer in range(config["num_hidden_layers"]) for name in linears}
-    return frozenset(f"{module}.weight" for module in modules - kept)
+    return frozenset(f"{module}.weight" for module in linear_modules(config) if module not in kept)
+
+
+def linear_modules(config: dict) -> list[str]:
+    """Full Hugging Face names of all linear modules in decoder layers, without routers."""
+    layers = range(config["num_hidden_layers"])
+    return [f"model.layers.{layer}.{name}" for layer in layers for names, *_ in merged_linears(config, layer).values() for name in names]
 
 
 @torch.no_grad()
@@ -93,19 +122,20 @@ def walk(weights: Weights, *, quantize: bool) -> Iterator[Shard]:
 
     quantize: turn each weight that the engine holds in FP8 into two shards, `name` (float8_e4m3fn) and `name_scale_inv` (float32).
     """
-    config, tp = weights.config, weights.trainer.tp_group.size()
-    for megatron_name, parameter in weights.trainer.gpt.named_parameters():
+    config, layout = weights.config, weights.trainer.layout
+    for megatron_name, parameter in parameters_of(weights.trainer.gpt):
         rule = rule_of(megatron_name)
+        tp = layout.tp(rule)
         parts = split_stacked(parameter.detach(), len(rule.hf), head_dim=config["head_dim"], groups=config["num_key_value_heads"] // tp)
-        for name, part in zip(rule.hf, parts):
-            if not quantize or name not in weights.fp8:
-                yield Shard(name, part, rule.tp_dim)
+        for names, part in zip(map(list, zip(*layout.names(rule, config))), parts):
+            if not quantize or names[0] not in weights.fp8:
+                yield Shard(names, part, rule)
             elif tp == 1 or part.shape[rule.tp_dim] % BLOCK == 0:
                 codes, scale_inv = quantize_blockwise(part)
-                yield Shard(name, codes, rule.tp_dim)
-                yield Shard(f"{name}_scale_inv", scale_inv, rule.tp_dim)
+                yield Shard(names, codes, rule)
+                yield Shard([f"{name}_scale_inv" for name in names], scale_inv, rule)
             else:
-                yield Shard(name, part, rule.tp_dim, quantize_whole=True)
+                yield Shard(names, part, rule, quantize_whole=True)
 
 
 def buckets_of(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]:
@@ -137,7 +167,7 @@ def gather_buckets(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]
     bucket, size = [], 0
     for shard in walk(weights, quantize=quantize):
         bucket.append(shard)
-        size += shard.local.nbytes * (1 if shard.tp_dim is None else weights.trainer.tp_group.size())
+        size += shard.local.nbytes * (len(shard.names) if shard.rule.tp_dim is None else weights.trainer.layout.group(shard.rule).size())
         if size >= weights.bucket_bytes:
             yield _gather(bucket, weights)
             bucket, size = [], 0
@@ -146,30 +176,29 @@ def gather_buckets(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]
 
 
 def _gather(bucket: list[Shard], weights: Weights) -> list[Named]:
-    """One all_gather of the bytes of all sharded tensors in the bucket; then each tensor is put together from the ranks' parts."""
-    tp = weights.trainer.tp_group.size()
-    split = [shard for shard in bucket if shard.tp_dim is not None and tp > 1]
-    whole = {id(shard): shard.local for shard in bucket}
-    if split:
+    """One all_gather of the bytes of all split tensors in the bucket, and one of its experts'; then each tensor is put together from the ranks' parts."""
+    layout = weights.trainer.layout
+    whole = {id(shard): [shard.local] for shard in bucket}  # one tensor for each name
+    for group in dict.fromkeys((layout.tp_group, layout.expert_group)):  # Megatron may have one group for both
+        split = [shard for shard in bucket if shard.rule.tp_dim is not None and group.size() > 1 and layout.group(shard.rule) is group]
+        if not split:
+            continue
         mine = torch.cat([shard.local.contiguous().view(torch.uint8).flatten() for shard in split])
-        theirs = torch.empty(tp, mine.numel(), dtype=torch.uint8, device=mine.device)
-        dist.all_gather(list(theirs), mine, group=weights.trainer.tp_group)
+        theirs = torch.empty(group.size(), mine.numel(), dtype=torch.uint8, device=mine.device)
+        dist.all_gather(list(theirs), mine, group=group)
         offset = 0
         for shard in split:
             # Concatenated as bytes: torch.cat has no float8 kernel everywhere, and bytes are what the contract is about.
-            shape = (*shard.local.shape[:-1], -1)
+            shape, tp = (*shard.local.shape[:-1], -1), layout.tp(shard.rule)
             parts = [row[offset : offset + shard.local.nbytes].view(shape) for row in theirs]
-            whole[id(shard)] = torch.cat(parts, dim=shard.tp_dim).view(shard.local.dtype)
+            whole[id(shard)] = [torch.cat(parts[i : i + tp], dim=shard.rule.tp_dim).view(shard.local.dtype) for i in range(0, len(parts), tp)]
             offset += shard.local.nbytes
     named = []
     for shard in bucket:
-        tensor = whole[id(shard)]
-        if shard.name in ("model.embed_tokens.weight", "lm_head.weight"):
-            tensor = tensor[: weights.config["vocab_size"]]  # without the rows that pad the vocabulary to a multiple of tp
-        if shard.quantize_whole:
-            named += quantize_named(shard.name, tensor)
-        else:
-            named.append((shard.name, tensor))
+        for name, tensor in zip(shard.names, whole[id(shard)]):
+            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                tensor = tensor[: weights.config["vocab_size"]]  # without the rows that pad the vocabulary to a multiple of tp
+            named += quantize_named(name, tensor) if shard.quantize_whole else [(name, tensor)]
     return named
 
 
@@ -182,12 +211,11 @@ def quantize_named(name: str, tensor: torch.Tensor) -> list[Named]:
 # --- into the engine --------------------------------------------------------------------------------------------------------------------------
 
 
-def describe(fp8: frozenset[str]) -> str:
+def describe(config: dict, fp8: frozenset[str]) -> str:
     """One line: which weights the engine holds in FP8, and which linear layers SGLang's block rule keeps from it."""
     if not fp8:
         return "hand-off: every weight as the trainer holds it"
-    names = {name for rule in LAYER_RULES.values() for name in rule.hf if name.endswith("_proj.weight")}
-    kept = sorted(name for name in names if f"model.layers.0.{name}" not in fp8)
+    kept = sorted({re.sub(r"model\.layers\.\d+\.|\.\d+", "", module) for module in linear_modules(config) if f"{module}.weight" not in fp8})
     reason = "; kept in BF16, because a merged layer's parts must have a multiple of 128 rows in SGLang: " + ", ".join(kept) if kept else ""
     return f"hand-off: {len(fp8)} weights in block FP8{reason}"
 
@@ -300,15 +328,16 @@ class HFWeights:
 
 
 @torch.no_grad()
-def load_hf(model: torch.nn.Module, folder: str | Path, config: dict, *, tp_group: dist.ProcessGroup) -> None:
+def load_hf(model: torch.nn.Module, folder: str | Path, config: dict, *, layout: Layout) -> None:
     """Fill a GPTModel from a Hugging Face folder, each rank reading its own slices. Raises BadInput listing missing and misshapen tensors."""
-    weights, tp, rank = HFWeights(folder), tp_group.size(), tp_group.rank()
-    problems = []
-    for megatron_name, parameter in model.named_parameters():
+    weights, problems = HFWeights(folder), []
+    for megatron_name, parameter in parameters_of(model):
         rule = rule_of(megatron_name)
+        tp, group = layout.tp(rule), layout.group(rule)
+        rank, names = group.rank() % tp, layout.names(rule, config)[group.rank() // tp]
         rows = [part.shape for part in split_stacked(parameter, len(rule.hf), head_dim=config["head_dim"], groups=config["num_key_value_heads"] // tp)]
         parts = []
-        for name, shape in zip(rule.hf, rows):
+        for name, shape in zip(names, rows):
             full = tuple(size * tp if dim == rule.tp_dim else size for dim, size in enumerate(shape))
             if name in ("model.embed_tokens.weight", "lm_head.weight"):
                 full = (config["vocab_size"], full[1])
@@ -353,7 +382,7 @@ def export_hf(weights: Weights, target: Path, *, source: str | Path, dtype: str)
     for name, tensor in (pair for bucket in gather_buckets(weights, quantize=False) for pair in bucket):
         if not is_writer:
             continue
-        tensor = tensor.to(torch.bfloat16)
+        tensor = tensor if name.endswith("e_score_correction_bias") else tensor.to(torch.bfloat16)  # the router's choice is made in fp32
         for named, value in quantize_named(name, tensor) if name in fp8 else [(name, tensor)]:
             pending[named] = value.cpu().contiguous()
             pending_bytes += value.nbytes

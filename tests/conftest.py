@@ -29,6 +29,17 @@ SMALL = dict(
 FAMILIES = {
     "qwen3": (transformers.Qwen3Config, dict(head_dim=64, tie_word_embeddings=False)),
     "qwen2": (transformers.Qwen2Config, dict(tie_word_embeddings=True)),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        dict(head_dim=64, tie_word_embeddings=False, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256, norm_topk_prob=True),
+    ),
+    "glm4_moe": (
+        transformers.Glm4MoeConfig,
+        dict(
+            head_dim=64, tie_word_embeddings=False, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=256, n_shared_experts=1,
+            first_k_dense_replace=1, routed_scaling_factor=1.7, norm_topk_prob=True, n_group=1, topk_group=1, use_qk_norm=True, attention_bias=True,
+        ),
+    ),
     "llama": (transformers.LlamaConfig, dict(tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 50000.0})),
 }
 
@@ -41,6 +52,9 @@ def write_model(folder: Path, family: str, *, dtype=torch.float32, **changes) ->
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.05)
     model.to(dtype).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(ROOT / "toy").save_pretrained(folder)
     return folder

@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from hf_names import MERGED_LINEARS, read_config, rope_of, split_stacked, stack_parts, unquantized_linears
+from hf_names import merged_linears, read_config, rope_of, split_stacked, stack_parts, unquantized_linears
 from run import BadInput
 
 
@@ -54,7 +54,7 @@ def test_llama3_rope_and_older_spelling():
     old = {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                                                "original_max_position_embeddings": 8192}}  # fmt: skip
     assert rope_of(old) == {"rotary_base": 5e5, "rope_scaling": True, "rope_scaling_factor": 32.0}
-    assert rope_of({"rope_theta": 1e6}) == {"rotary_base": 1e6}
+    assert rope_of({"rope_theta": 1e6}) == {"rotary_base": 1e6, "rotary_percent": 1.0}
 
 
 SHAPE = dict(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=512)
@@ -69,5 +69,5 @@ SHAPE = dict(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, 
     (dict(intermediate_size=384), 2, ["qkv", "gate_up", "down"]),
 ])  # fmt: skip
 def test_what_stays_bf16_follows_from_shapes(changes, engine_tp, kept):
-    expected = ["lm_head"] + [f"model.layers.0.{name}" for merged in kept for name in MERGED_LINEARS[merged]]
+    expected = ["lm_head"] + [f"model.layers.0.{name}" for merged in kept for name in merged_linears(SHAPE, 0)[merged][0]]
     assert unquantized_linears(SHAPE | changes, engine_tp=engine_tp) == expected
