@@ -221,8 +221,11 @@ def parameters_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name.endswith("router.expert_bias"))
 
 
-def rule_of(megatron_name: str) -> Rule:
-    """The rule of a parameter of GPTModel, with full Hugging Face names. Raises KeyError for a parameter no rule covers."""
+def rule_of(megatron_name: str, *, first_layer: int = 0) -> Rule:
+    """The rule of a parameter of GPTModel, with full Hugging Face names. Raises KeyError for a parameter no rule covers.
+
+    first_layer: number, in the whole model, of the first layer of this pipeline stage.
+    """
     if megatron_name in TOP_RULES:
         return TOP_RULES[megatron_name]
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", megatron_name)
@@ -232,7 +235,7 @@ def rule_of(megatron_name: str) -> Rule:
     if inside not in LAYER_RULES:
         raise KeyError(f"no rule in hf_names.py covers the Megatron parameter {megatron_name}")
     rule = LAYER_RULES[inside]
-    return Rule(tuple(f"model.layers.{match[1]}.{name}" for name in rule.hf), rule.tp_dim, expert)
+    return Rule(tuple(f"model.layers.{first_layer + int(match[1])}.{name}" for name in rule.hf), rule.tp_dim, expert)
 
 
 def split_stacked(stacked: torch.Tensor, parts: int, *, head_dim: int, groups: int) -> list[torch.Tensor]:

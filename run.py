@@ -174,12 +174,12 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def broadcast_bytes(mine: bytes, group: dist.ProcessGroup) -> bytes:
-    """The bytes of the group's rank 0 on every rank. Collective (gloo)."""
+def broadcast_bytes(mine: bytes, group: dist.ProcessGroup, *, source: int = 0) -> bytes:
+    """The bytes of one rank of the group on all of its ranks. Collective (gloo)."""
     size = torch.tensor([len(mine)])
-    dist.broadcast(size, group=group, group_src=0)
-    data = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if group.rank() == 0 else torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(data, group=group, group_src=0)
+    dist.broadcast(size, group=group, group_src=source)
+    data = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if group.rank() == source else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(data, group=group, group_src=source)
     return data.numpy().tobytes()
 
 
@@ -264,10 +264,10 @@ class Run:
             self.bar.update()
 
     def trace(self, watch: Stopwatch, engine, judge) -> dict[str, float]:
-        """Add every rank's step to trace.json; returns the step's seconds and the shares of it that trainers and engines wait. Collective.
+        """Add every rank's step to trace.json; returns the step's seconds and the shares of it that trainers and engines wait. Collective: the step's end.
 
-        watch: of the step. engine: None on ranks without one. A trainer waits while it neither trains nor hands over weights, an engine while it generates
-        nothing. Clocks of several machines are taken as they are.
+        watch: of the step. engine: None on ranks without one. A trainer waits while it neither trains nor hands over weights, for the last rank at the
+        step's end too; an engine waits while it generates nothing. Clocks of several machines are taken as they are.
         """
         rows = {"trainer": watch.spans} if self.trains else {}
         rows |= {"engine": engine.row.take(), "judge": judge.row.take()} if engine else {}
@@ -282,10 +282,11 @@ class Run:
 
         def waiting(row: str, busy: tuple[str, ...]) -> float:
             rows = [rank[row] for rank in ranks if row in rank]
-            busy_s = sum(max(min(end, watch.last) - max(start, watch.started), 0) for spans in rows for stage, start, end in spans if stage in busy)
+            busy_s = sum(max(min(end, ended) - max(start, watch.started), 0) for spans in rows for stage, start, end in spans if stage in busy)
             return 1 - busy_s / len(rows) / step_s
 
-        step_s = watch.last - watch.started
+        ended = time.time()
+        step_s = ended - watch.started
         return {"step_s": step_s, "trainer_wait": waiting("trainer", ("train", "sync")), "engine_wait": waiting("engine", ("rollout",))}
 
     def log_eval(self, step: int, samples: list) -> dict:

@@ -12,6 +12,7 @@ Shape letters: T packed tokens of a micro-batch, V vocabulary on this tensor-par
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,12 +36,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from hf_names import megatron_arguments
 from local_spec import complete_local_spec
 from losses import logprobs_and_entropy, mismatch, ppo_loss
 from rollout import Sample
-from run import BadInput, parse_overrides
+from run import BadInput, broadcast_bytes, parse_overrides
 from weight_sync import Layout, load_hf
 
 
@@ -50,6 +52,8 @@ class TrainSettings:
 
     tp: int = 1
     """Tensor-parallel size; the remaining factor of the world is data parallel. Sequence parallelism comes with it."""
+    pp: int = 1
+    """Pipeline-parallel size: the layers are split over so many ranks."""
     ep: int = 1
     """Expert-parallel size: experts are split over so many ranks of tensor and data parallelism. An expert itself is then not split."""
     train_dtype: Literal["bf16", "fp32"] = "bf16"
@@ -109,9 +113,17 @@ def check_train_settings(settings: TrainSettings, config: dict, *, world_size: i
     """Raise BadInput for what cannot work, before anything is started. longest: prompt plus response tokens of the longest possible sample."""
     if settings.tp < 1 or world_size % settings.tp:
         raise BadInput(f"--tp {settings.tp} does not divide the {world_size} ranks: use a --tp that divides --nproc-per-node times the nodes")
+    if settings.pp < 1 or world_size % (settings.tp * settings.pp):
+        raise BadInput(f"--tp {settings.tp} times --pp {settings.pp} does not divide the {world_size} ranks: use another --pp")
+    if (layers_in_last_stage(config, settings.pp) or 1) < 1:
+        raise BadInput(f"--pp {settings.pp} leaves the last stage without layers, of which the model has {config['num_hidden_layers']}: use a smaller --pp")
     megatron_arguments(config, tp=settings.tp)
-    if settings.ep < 1 or world_size % settings.ep or config["num_experts"] % settings.ep or (settings.ep > 1 and not config["num_experts"]):
-        raise BadInput(f"--ep {settings.ep} must divide the {world_size} ranks and the model's {config['num_experts']} experts: use 1 for a dense model")
+    stage_ranks = world_size // settings.pp
+    if settings.ep < 1 or stage_ranks % settings.ep or config["num_experts"] % settings.ep or (settings.ep > 1 and not config["num_experts"]):
+        raise BadInput(
+            f"--ep {settings.ep} must divide the {stage_ranks} ranks of a pipeline stage and the model's {config['num_experts']} experts: "
+            "use another --ep, and 1 for a dense model"
+        )
     if settings.lr < 0 or settings.min_lr < 0 or settings.min_lr > settings.lr:
         raise BadInput(f"--lr {settings.lr} and --min-lr {settings.min_lr} must satisfy 0 <= min-lr <= lr")
     if not 0 <= settings.lr_warmup_steps < steps:
@@ -131,18 +143,17 @@ def _overrides(settings: TrainSettings, config: dict, config_class: type) -> dic
     return {name: value for name, value in overrides.items() if name in config_class.__dataclass_fields__}
 
 
-def build_trainer(model_folder: str, settings: TrainSettings, config: dict, *, steps: int, seed: int) -> Trainer:
-    """Megatron's process groups, the model with the folder's weights, and its optimizer. Collective over the default process group."""
-    experts = dict(expert_model_parallel_size=settings.ep, expert_tensor_parallel_size=1 if settings.ep > 1 else settings.tp)
-    mpu.initialize_model_parallel(tensor_model_parallel_size=settings.tp, **experts)
-    layout = Layout(mpu.get_tensor_model_parallel_group(), mpu.get_expert_tensor_and_model_parallel_group(), settings.ep)
-    model_parallel_cuda_manual_seed(seed)
+def build_gpt(settings: TrainSettings, config: dict) -> tuple[GPTModel, Layout]:
+    """This rank's part of the model, not yet filled, and how the whole is split. Megatron's process groups must be there."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.train_dtype]
     use_te = has_transformer_engine()
     model_arguments, gpt_arguments = megatron_arguments(config, tp=settings.tp)
     common = dict(
         tensor_model_parallel_size=settings.tp,
-        **experts,
+        pipeline_model_parallel_size=settings.pp,
+        num_layers_in_last_pipeline_stage=layers_in_last_stage(config, settings.pp),
+        expert_model_parallel_size=settings.ep,
+        expert_tensor_parallel_size=expert_tp(settings),
         sequence_parallel=settings.tp > 1,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -163,11 +174,39 @@ def build_trainer(model_folder: str, settings: TrainSettings, config: dict, *, s
     spec = get_gpt_decoder_block_spec(transformer, use_transformer_engine=use_te, normalization="RMSNorm")
     if not use_te:
         spec = complete_local_spec(spec, qk_layernorm=transformer.qk_layernorm)
-    gpt = GPTModel(transformer, spec, **gpt_arguments)
+    gpt = GPTModel(transformer, spec, pre_process=mpu.is_pipeline_first_stage(), post_process=mpu.is_pipeline_last_stage(), **gpt_arguments)
+    layout = Layout(
+        mpu.get_tensor_model_parallel_group(),
+        mpu.get_expert_tensor_and_model_parallel_group(),
+        settings.ep,
+        mpu.get_pipeline_model_parallel_group(),
+        get_transformer_layer_offset(transformer),
+    )
+    return gpt, layout
+
+
+def expert_tp(settings: TrainSettings) -> int:
+    """Over how many ranks one expert is split: as the rest of the layer, unless experts are spread over ranks."""
+    return 1 if settings.ep > 1 else settings.tp
+
+
+def layers_in_last_stage(config: dict, pp: int) -> int | None:
+    """None where the layers divide evenly; else what is left for the last stage, which also has the output layer, when the others have equally many."""
+    layers = config["num_hidden_layers"]
+    return None if layers % pp == 0 else layers - (pp - 1) * -(-layers // pp)
+
+
+def build_trainer(model_folder: str, settings: TrainSettings, config: dict, *, steps: int, seed: int) -> Trainer:
+    """Megatron's process groups, the model with the folder's weights, and its optimizer. Collective over the default process group."""
+    experts = dict(expert_model_parallel_size=settings.ep, expert_tensor_parallel_size=expert_tp(settings))
+    mpu.initialize_model_parallel(settings.tp, settings.pp, **experts)
+    model_parallel_cuda_manual_seed(seed)
+    gpt, layout = build_gpt(settings, config)
     if torch.cuda.is_available():
         gpt.cuda(torch.cuda.current_device())
     load_hf(gpt, model_folder, config, layout=layout)  # before the optimizer copies FP32 main weights
 
+    transformer, dtype = gpt.config, gpt.config.params_dtype
     wrapped = Float16Module(transformer, gpt) if dtype is torch.bfloat16 else gpt
     ddp = DistributedDataParallel(transformer, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True), wrapped)
     optimizer_arguments = dict(
@@ -341,7 +380,7 @@ def train_step(trainer: Trainer, samples: list[Sample], *, temperature: float) -
     trainer.ddp.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     reports = _schedule(trainer, batches, loss_function, temperature=temperature, forward_only=False)
-    metrics = _global_means(reports, trainer.dp_group)
+    metrics = _global_means(reports, trainer)
     if not metrics["tokens"]:
         raise RuntimeError(f"none of the {len(samples)} samples has a token that counts: every loss_mask is 0")
     if not np.isfinite(metrics["loss"]):
@@ -354,13 +393,20 @@ def train_step(trainer: Trainer, samples: list[Sample], *, temperature: float) -
     return {**metrics, "grad_norm": float(grad_norm), "lr": lr}
 
 
-def _global_means(reports: list[dict], group: dist.ProcessGroup) -> dict[str, float]:
-    """Sums over all micro-batches and ranks, divided by the global number of tokens; and the largest mismatch."""
-    names = list(reports[0]["sums"])
-    sums = torch.stack([torch.stack([report["sums"][name].double() for name in names]) for report in reports]).sum(0)
-    largest = torch.stack([report["max"] for report in reports]).max()
-    dist.all_reduce(sums, group=group)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    totals = dict(zip(names, sums.tolist()))
-    tokens = totals.pop("tokens")
-    return {"tokens": int(tokens), **{name: total / max(tokens, 1) for name, total in totals.items()}, "mismatch_max": float(largest)}
+def _global_means(reports: list[dict], trainer: Trainer) -> dict[str, float]:
+    """Sums over all micro-batches and ranks, divided by the global number of tokens; and the largest mismatch.
+
+    Only the last pipeline stage has reports; it tells the others.
+    """
+    means = {}
+    if reports:
+        names = list(reports[0]["sums"])
+        sums = torch.stack([torch.stack([report["sums"][name].double() for name in names]) for report in reports]).sum(0)
+        largest = torch.stack([report["max"] for report in reports]).max()
+        dist.all_reduce(sums, group=trainer.dp_group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=trainer.dp_group)
+        totals = dict(zip(names, sums.tolist()))
+        tokens = totals.pop("tokens")
+        means = {"tokens": int(tokens), **{name: total / max(tokens, 1) for name, total in totals.items()}, "mismatch_max": float(largest)}
+    stages = trainer.layout.pp_group
+    return json.loads(broadcast_bytes(json.dumps(means).encode(), stages, source=stages.size() - 1))

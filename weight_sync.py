@@ -74,6 +74,9 @@ class Layout:
     expert_group: dist.ProcessGroup
     """Ranks that hold one layer's experts: expert-parallel ranks times the tensor-parallel ranks of an expert, of which the latter count faster."""
     ep: int
+    pp_group: dist.ProcessGroup
+    first_layer: int
+    """Number, in the whole model, of the first layer of this pipeline stage."""
 
     def group(self, rule: Rule) -> dist.ProcessGroup:
         return self.tp_group if rule.expert is None else self.expert_group
@@ -124,7 +127,9 @@ def walk(weights: Weights, *, quantize: bool) -> Iterator[Shard]:
     """
     config, layout = weights.config, weights.trainer.layout
     for megatron_name, parameter in parameters_of(weights.trainer.gpt):
-        rule = rule_of(megatron_name)
+        if megatron_name == "output_layer.weight" and config["tie_word_embeddings"]:
+            continue  # the last pipeline stage's copy of the first stage's embedding
+        rule = rule_of(megatron_name, first_layer=layout.first_layer)
         tp = layout.tp(rule)
         parts = split_stacked(parameter.detach(), len(rule.hf), head_dim=config["head_dim"], groups=config["num_key_value_heads"] // tp)
         for names, part in zip(map(list, zip(*layout.names(rule, config))), parts):
@@ -140,30 +145,38 @@ def walk(weights: Weights, *, quantize: bool) -> Iterator[Shard]:
 
 def buckets_of(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]:
     """Full tensors, a list of about bucket_bytes at a time, on trainers and rollout ranks alike. Collective: every rank must iterate to the end."""
-    gathered = None if weights.trainer is None else gather_buckets(weights, quantize=quantize)
+    gathered = None if weights.trainer is None else trainer_buckets(weights, quantize=quantize)
     return gathered if weights.broadcast_group is None else broadcast_buckets(gathered, weights.broadcast_group)
 
 
-def broadcast_buckets(gathered: Iterator[list[Named]] | None, group: dist.ProcessGroup) -> Iterator[list[Named]]:
-    """Rank 0's buckets on all ranks: names, dtypes and shapes as JSON, then all the bytes as one tensor. gathered: None on ranks that have none."""
+def trainer_buckets(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]:
+    """Full tensors of the whole model on every trainer: one pipeline stage after the other."""
+    group = weights.trainer.layout.pp_group
+    for stage in range(group.size()):
+        gathered = gather_buckets(weights, quantize=quantize) if stage == group.rank() else None
+        yield from gathered if group.size() == 1 else broadcast_buckets(gathered, group, source=stage)
+
+
+def broadcast_buckets(gathered: Iterator[list[Named]] | None, group: dist.ProcessGroup, *, source: int = 0) -> Iterator[list[Named]]:
+    """One rank's buckets on all ranks: names, dtypes and shapes as JSON, then all the bytes as one tensor. gathered: None on ranks that have none."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     while True:
         bucket = None if gathered is None else sorted(next(gathered, []), key=lambda pair: -pair[1].element_size())  # widest first: aligned offsets
         header = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in bucket or []]
-        header = json.loads(broadcast_bytes(json.dumps(header).encode(), group))
+        header = json.loads(broadcast_bytes(json.dumps(header).encode(), group, source=source))
         if not header:
             return
         dtypes = [getattr(torch, dtype) for _, dtype, _ in header]
         sizes = [math.prod(shape) * dtype.itemsize for (*_, shape), dtype in zip(header, dtypes)]
         flat = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        if group.rank() == 0:
+        if group.rank() == source:
             torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in bucket], out=flat)
-        dist.broadcast(flat, group=group, group_src=0)
+        dist.broadcast(flat, group=group, group_src=source)
         yield bucket or [(name, part.view(dtype).view(shape)) for (name, _, shape), dtype, part in zip(header, dtypes, flat.split(sizes))]
 
 
 def gather_buckets(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]:
-    """A trainer's buckets. Collective over the tensor-parallel group."""
+    """The buckets of this pipeline stage. Collective over its tensor- and expert-parallel ranks."""
     bucket, size = [], 0
     for shard in walk(weights, quantize=quantize):
         bucket.append(shard)
@@ -332,7 +345,9 @@ def load_hf(model: torch.nn.Module, folder: str | Path, config: dict, *, layout:
     """Fill a GPTModel from a Hugging Face folder, each rank reading its own slices. Raises BadInput listing missing and misshapen tensors."""
     weights, problems = HFWeights(folder), []
     for megatron_name, parameter in parameters_of(model):
-        rule = rule_of(megatron_name)
+        rule = rule_of(megatron_name, first_layer=layout.first_layer)
+        if megatron_name == "output_layer.weight" and config["tie_word_embeddings"]:
+            rule = rule_of("embedding.word_embeddings.weight")
         tp, group = layout.tp(rule), layout.group(rule)
         rank, names = group.rank() % tp, layout.names(rule, config)[group.rank() // tp]
         rows = [part.shape for part in split_stacked(parameter, len(rule.hf), head_dim=config["head_dim"], groups=config["num_key_value_heads"] // tp)]
@@ -379,7 +394,7 @@ def export_hf(weights: Weights, target: Path, *, source: str | Path, dtype: str)
         files.append((path, list(pending), pending_bytes))
         pending, pending_bytes = {}, 0
 
-    for name, tensor in (pair for bucket in gather_buckets(weights, quantize=False) for pair in bucket):
+    for name, tensor in (pair for bucket in trainer_buckets(weights, quantize=False) for pair in bucket):
         if not is_writer:
             continue
         tensor = tensor if name.endswith("e_score_correction_bias") else tensor.to(torch.bfloat16)  # the router's choice is made in fp32

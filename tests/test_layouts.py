@@ -1,4 +1,4 @@
-"""The trainer and the hand-off at every parallel layout: one rank, two data-, tensor- or expert-parallel ones, for every family.
+"""The trainer and the hand-off at every parallel layout: data, tensor, expert and pipeline parallelism, for every family.
 
 What must hold, and why it matters:
 - log-probs equal transformers' on the same weights: the mapping, the packing and the temperature are right;
@@ -6,7 +6,7 @@ What must hold, and why it matters:
 - the exported folder holds the very bytes that were loaded: nothing is lost on the way in or out;
 - loss and gradient norm of a batch do not depend on ranks or micro-batches: normalisation is global.
 
-fp32 throughout, so that tolerances are tight. Not covered here: engines (test_engine.py), pipeline and context parallelism.
+fp32 throughout, so that tolerances are tight. Not covered here: engines (test_engine.py), context parallelism.
 """
 
 import json
@@ -14,21 +14,24 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import torchrun
+from conftest import torchrun, write_model
 from safetensors.torch import load_file
 
-LAYOUTS = {"one rank": (1, 1, 1), "dp 2": (2, 1, 1), "tp 2": (2, 2, 1), "ep 2": (2, 1, 2), "tp 2 ep 2": (2, 2, 2)}  # ranks, tp, ep
+LAYOUTS = {
+    "one rank": (1, 1, 1, 1), "dp 2": (2, 1, 1, 1), "tp 2": (2, 2, 1, 1), "ep 2": (2, 1, 2, 1), "tp 2 ep 2": (2, 2, 2, 1),
+    "pp 2": (2, 1, 1, 2), "tp 2 pp 2": (4, 2, 1, 2), "pp 2 ep 2": (4, 1, 2, 2),
+}  # ranks, tp, ep, pp
 FAMILIES = {"qwen3": 1, "qwen2": 1, "llama": 1, "qwen3_moe": 2, "glm4_moe": 2}  # and the largest ep that is tested
-CASES = [(layout, family) for layout, (*_, ep) in LAYOUTS.items() for family in FAMILIES if ep <= FAMILIES[family]]
+CASES = [(layout, family) for layout, (_, _, ep, _) in LAYOUTS.items() for family in FAMILIES if ep <= FAMILIES[family]]
 
 
 @pytest.fixture(scope="module")
 def reports(models, tmp_path_factory):
     found = {}
-    for layout, (ranks, tp, ep) in LAYOUTS.items():
+    for layout, (ranks, *splits) in LAYOUTS.items():
         out = tmp_path_factory.mktemp("layout")
         folders = [f"{family}={models[family]}" for family in FAMILIES if (layout, family) in CASES]
-        torchrun("tests/workers/layout.py", out, tp, ep, *folders, ranks=ranks)
+        torchrun("tests/workers/layout.py", out, *splits, *folders, ranks=ranks)
         found[layout] = json.loads((out / "report.json").read_text()), out
     return found
 
@@ -57,6 +60,16 @@ class TestEachLayout:
                 for metric, value in reference.items():
                     # approx_kl is a difference of nearly equal numbers, and 0 at the first step.
                     assert step[metric] == pytest.approx(value, rel=1e-5, abs=1e-6), metric
+
+
+def test_four_tensor_parallel_ranks(tmp_path):
+    """Models with four key-value heads. At tp 4 every shard of q, k and v is cut inside a block, and is gathered before it is quantized."""
+    (tmp_path / "out").mkdir()
+    folders = {family: write_model(tmp_path / family, family, num_attention_heads=8, num_key_value_heads=4) for family in FAMILIES}
+    torchrun("tests/workers/layout.py", tmp_path / "out", 4, 1, 1, *(f"{family}={folder}" for family, folder in folders.items()), ranks=4)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    for ranks in report.values():
+        assert max(rank["logprob_error"] for rank in ranks) < 2e-5 and [rank["hand_off_errors"] for rank in ranks] == [[]] * 4
 
 
 def test_the_first_update_starts_from_ratio_one(reports):

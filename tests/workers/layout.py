@@ -1,6 +1,6 @@
 """One parallel layout, run under torchrun by test_layouts.py: every family through load, forward, hand-off bytes, export and one optimizer step.
 
-    torchrun --nproc-per-node N layout.py OUT_FOLDER TP EP FAMILY=MODEL_FOLDER …
+    torchrun --nproc-per-node N layout.py OUT_FOLDER TP EP PP FAMILY=MODEL_FOLDER …
 
 Rank 0 writes OUT_FOLDER/report.json; the test compares reports of different layouts. No engine is started.
 """
@@ -37,11 +37,11 @@ def fixed_samples(vocab: int) -> list[rollout.Sample]:
     return samples
 
 
-def build(folder: str, tp: int, ep: int, dtype: str, microbatch_tokens: int):
+def build(folder: str, tp: int, ep: int, pp: int, dtype: str, microbatch_tokens: int):
     if mpu.model_parallel_is_initialized():
         mpu.destroy_model_parallel()
     config = read_config(folder)
-    settings = train_step.TrainSettings(tp=tp, ep=ep, train_dtype=dtype, microbatch_tokens=microbatch_tokens, lr=1e-3)
+    settings = train_step.TrainSettings(tp=tp, ep=ep, pp=pp, train_dtype=dtype, microbatch_tokens=microbatch_tokens, lr=1e-3)
     trainer = train_step.build_trainer(folder, settings, config, steps=4, seed=1)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
     return trainer, weight_sync.Weights(trainer, config, fp8, bucket_bytes=200_000)
@@ -71,7 +71,7 @@ def hand_off_errors(weights, folder: str) -> list[str]:
             expected[name], expected[f"{name}_scale_inv"] = quantize_blockwise(tensor)
         else:
             expected[name] = tensor
-    got = dict(pair for bucket in weight_sync.gather_buckets(weights, quantize=True) for pair in bucket)
+    got = dict(pair for bucket in weight_sync.trainer_buckets(weights, quantize=True) for pair in bucket)
     return sorted(set(got) ^ set(expected)) + [name for name in got.keys() & expected.keys() if not same_bytes(got[name], expected[name])]
 
 
@@ -80,15 +80,15 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def main() -> None:
-    out, tp, ep = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    out, tp, ep, pp = Path(sys.argv[1]), *map(int, sys.argv[2:5])
     run.init_distributed()
     report = {}
-    for family, folder in (pair.split("=") for pair in sys.argv[4:]):
-        trainer, weights = build(folder, tp, ep, "fp32", 4096)
+    for family, folder in (pair.split("=") for pair in sys.argv[5:]):
+        trainer, weights = build(folder, tp, ep, pp, "fp32", 4096)
         mine = {"logprob_error": logprob_error(trainer, folder, 0.7), "hand_off_errors": hand_off_errors(weights, folder)}
         weight_sync.export_hf(weights, out / family, source=folder, dtype="bf16")
         for microbatch_tokens in (4096, 64):
-            trainer, weights = build(folder, tp, ep, "fp32", microbatch_tokens)
+            trainer, weights = build(folder, tp, ep, pp, "fp32", microbatch_tokens)
             steps = [train_step.train_step(trainer, fixed_samples(trainer.config["vocab_size"]), temperature=0.7) for _ in range(2)]
             mine[f"steps_{microbatch_tokens}"] = steps
         reports = [None] * dist.get_world_size()

@@ -1,0 +1,63 @@
+"""Which Hugging Face tensors the ranks of a large layout deliver, found without weights and without the ranks; run by test_large_models.py.
+
+    python large_model.py FOLDER TP EP PP
+
+Every pipeline stage is built on the meta device, with process groups that are stand-ins. Prints {name: shape} as JSON; fails on a name delivered twice.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
+
+import rollout  # noqa: F401  first, as in the loops
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import train_step
+import weight_sync
+from hf_names import read_config
+
+FOLDER, (TP, EP, PP) = sys.argv[1], map(int, sys.argv[2:])
+
+
+def build_as(rank: int, world_size: int, settings: train_step.TrainSettings, config: dict):
+    """build_gpt as that rank of a larger world would call it."""
+    if dist.is_initialized():
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    experts = dict(expert_model_parallel_size=EP, expert_tensor_parallel_size=train_step.expert_tp(settings))
+    mpu.initialize_model_parallel(TP, PP, **experts, create_gloo_process_groups=False)
+    model_parallel_cuda_manual_seed(1)
+    return train_step.build_gpt(settings, config)
+
+
+def main() -> None:
+    torch.cuda.current_device = lambda: torch.device("meta")  # where Megatron puts its parameters
+    config, world_size = read_config(FOLDER), max(TP, EP) * PP
+    settings = train_step.TrainSettings(tp=TP, pp=PP, ep=EP)
+    train_step.check_train_settings(settings, config, world_size=world_size, steps=1, longest=8192)
+    delivered = {}
+    for stage in range(PP):
+        gpt, layout = build_as(stage * world_size // PP, world_size, settings, config)
+        assert sum(parameter.nbytes for parameter in gpt.parameters() if not parameter.is_meta) < 2**30  # Megatron allocates routers on the CPU
+        weights = weight_sync.Weights(type("Trainer", (), {"gpt": gpt, "layout": layout}), config, frozenset(), bucket_bytes=1)
+        for shard in weight_sync.walk(weights, quantize=False):
+            shape = list(shard.local.shape)
+            if shard.rule.tp_dim is not None:
+                shape[shard.rule.tp_dim] *= layout.tp(shard.rule)
+            if shard.names[0] in ("model.embed_tokens.weight", "lm_head.weight"):
+                shape[0] = min(shape[0], config["vocab_size"])
+            for name in shard.names:
+                assert name not in delivered, name
+                delivered[name] = shape
+    print(json.dumps(delivered))
+
+
+if __name__ == "__main__":
+    main()
