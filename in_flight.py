@@ -59,7 +59,7 @@ def split_ranks(settings: InFlightSettings, rollout: RolloutSettings, *, world_s
     return world_size - settings.rollout_ranks, settings.rollout_ranks
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """The samples of one prompt, on their way."""
 

@@ -9,7 +9,7 @@
 
 The synchronous loop trains and generates on both ranks, the asynchronous one trains on one and generates on the other. Runs alternate, because timings on a
 shared machine are only comparable side by side. Printed: samples a second and the shares of a step that trainers and engines wait, over all steps but the
-first three and the last two; and the bound of the asynchronous step, max(rollout, train, sync), from two measurements of the stages. As they ran: seconds
+first quarter and the last two; and the bound of the asynchronous step, max(rollout, train, sync), from two measurements of the stages. As they ran: seconds
 of the asynchronous step in which engines generated, trainers trained, weights were handed over; what the step takes beyond the bound are bubbles. Alone:
 rollout in the asynchronous loop without a trainer's work, train and sync in the synchronous loop on one rank; what the stages lose beyond that bound they
 lose to each other, on cores that share caches and memory, and to the processes beside them.
@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-STEPS = 12
+STEPS = {"tail": 12, "judge": 32, "compute": 20}
 WORKLOADS = {
     "tail": ["--prompts-per-step", "4", "--samples-per-prompt", "16", "--max-response-tokens", "256", "--max-staleness", "4"],
     "judge": ["--prompts-per-step", "8", "--samples-per-prompt", "16", "--judges", "256", "--max-staleness", "2"],
@@ -62,9 +62,10 @@ def worker(loop: str, workload: str, stage: str, arguments: list[str]) -> None:
     run.run_main(__import__(f"loop_{loop}").main)
 
 
-def measure(loop: str, workload: str, *, ranks: int = 2, stage: str = "all", steps: int = STEPS, more: tuple[str, ...] = ()) -> list[dict]:
+def measure(loop: str, workload: str, *, ranks: int = 2, stage: str = "all", steps: int | None = None, more: tuple[str, ...] = ()) -> list[dict]:
     """The rows of metrics.jsonl of one run."""
-    arguments = ["--steps", str(steps), "--eval-samples", "2", "--eval-every", str(steps), "--export", "--name", "run", *WORKLOADS[workload], *more]
+    steps = str(steps or STEPS[workload])
+    arguments = ["--steps", steps, "--eval-samples", "2", "--eval-every", steps, "--export", "--name", "run", *WORKLOADS[workload], *more]
     if loop == "sync" and "--max-staleness" in arguments:
         at = arguments.index("--max-staleness")
         del arguments[at : at + 2]
@@ -78,7 +79,8 @@ def measure(loop: str, workload: str, *, ranks: int = 2, stage: str = "all", ste
 
 
 def mean(rows: list[dict], key: str) -> float:
-    return sum(row[key] for row in rows[4:-2]) / len(rows[4:-2])  # row 0 is the evaluation before the first step
+    steady = rows[1 + len(rows) // 4 : -2]  # row 0 is the evaluation before the first step
+    return sum(row[key] for row in steady) / len(steady)
 
 
 def overlap(workload: str) -> None:
