@@ -26,9 +26,9 @@ if not torch.cuda.is_available():
 from sglang.srt.entrypoints.engine import Engine as SGLangEngine
 from sglang.srt.managers import io_struct
 from sglang.srt.utils import MultiprocessingSerializer
-from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
 from run import Row, end_with_parent, main_module_hidden
+from weight_sync import pack
 
 # 0.5.21 reports the weight versions of a response as spans. Where it does not, tokens are counted as they arrive.
 REPORTS_VERSIONS = importlib.util.find_spec("sglang.srt.utils.weight_versions") is not None
@@ -82,7 +82,7 @@ class Engine(SGLangEngine):
             super().__init__(weight_version="-1", **server_args)
         self.version = -1
         self.row = Row()
-        self._requests, self._paused = 0, False
+        self._requests, self._paused, self._released = 0, False, False
         self._thread = threading.Thread(target=self.loop.run_forever, name="sglang-event-loop", daemon=True)
         self._thread.start()
 
@@ -151,23 +151,39 @@ class Engine(SGLangEngine):
 
     # --- weights
 
+    def release_memory(self) -> None:
+        """On a GPU that engine and trainer share: give back what weights and cache occupy, and the next update takes it again. Nothing may be running.
+
+        On a CPU, nothing is done: the system takes what is not used.
+        """
+        if torch.cuda.is_available():
+            self.call(self.tokenizer_manager.release_memory_occupation(io_struct.ReleaseMemoryOccupationReqInput(tags=["kv_cache", "weights"]), None))
+            self._released = True
+
+    def _resume_memory(self, tag: str) -> None:
+        self.call(self.tokenizer_manager.resume_memory_occupation(io_struct.ResumeMemoryOccupationReqInput(tags=[tag]), None))
+
     def begin_update(self) -> None:
         """Pause what is running, in place, and open an update."""
         self.call(self._pause())
+        if self._released:  # weights now; the cache when the trainer's buckets are gone
+            self._resume_memory("weights")
         if hasattr(self.tokenizer_manager, "begin_weight_update"):  # 0.5.21; without it an update is refused
             self._must(self.call(self.tokenizer_manager.begin_weight_update(io_struct.BeginWeightUpdateReqInput(), None)), "begin_weight_update")
 
     def load(self, named: list[tuple[str, torch.Tensor]], *, version: int) -> None:
-        """Load full Hugging Face tensors of this version, as one flat tensor of bytes in memory shared with the engine."""
-        named = sorted(named, key=lambda pair: -pair[1].element_size())  # widest first keeps every offset aligned
-        bucket = FlattenedTensorBucket(named_tensors=named)
-        self._update({"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}, "flattened_bucket", version)
+        """Load full Hugging Face tensors of this version, as one message of bytes in memory shared with the engine."""
+        header, flat = pack(named)
+        self._update([("header", torch.frombuffer(bytearray(header), dtype=torch.uint8)), ("bytes", flat)], "weight_sync.load_bucket", version)
 
     def end_update(self, version: int) -> None:
         """Finish the update and let the requests go on: from here on the engine is at this version."""
         if version <= self.version:
             raise RuntimeError(f"weight version {version} does not follow {self.version}: versions must grow")
         self._close_update()
+        if self._released:
+            self._resume_memory("kv_cache")
+            self._released = False
         self.version = version
         self.call(self._continue())
 

@@ -38,28 +38,47 @@ FP8_MAX = 448.0  # torch.finfo(torch.float8_e4m3fn).max
 AMAX_FLOOR = 1e-12
 
 
+SLAB = 2**18  # elements: what a CPU's cache holds in fp32; whole rows of blocks, whose temporaries then stay small, and which are several times faster
+
+
 def quantize_blockwise(weight_NK: torch.Tensor, *, scale_format: str = "fp32") -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a matrix to e4m3 with one scale per 128 x 128 block.
 
     weight_NK: floating point, any device. Returns (codes [N, K] float8_e4m3fn, scale_inv [ceil(N/128), ceil(K/128)] float32), on the same device.
     Raises ValueError for anything but a matrix, an unknown scale format, and non-finite weights (their block would be silently lost).
+    On a GPU the kernel in fp8_kernel.py does the same arithmetic in one pass over the weight.
     """
     if weight_NK.dim() != 2:
         raise ValueError(f"block quantization takes a matrix, got shape {tuple(weight_NK.shape)}")
     if scale_format not in ("fp32", "ue8m0"):
         raise ValueError(f"scale_format {scale_format!r} is not 'fp32' or 'ue8m0'")
     N, K = weight_NK.shape
+    codes_NK = torch.empty(N, K, dtype=torch.float8_e4m3fn, device=weight_NK.device)
+    scale_nk = torch.empty(-(-N // BLOCK), -(-K // BLOCK), dtype=torch.float32, device=weight_NK.device)
+    if weight_NK.is_cuda:
+        from fp8_kernel import quantize_into  # Triton comes with torch for GPUs only
+
+        quantize_into(weight_NK, codes_NK, scale_nk, power_of_two=scale_format == "ue8m0")
+    else:
+        rows = BLOCK * max(1, SLAB // (BLOCK * K))
+        for slab_NK, slab_codes_NK, slab_scale_nk in zip(weight_NK.split(rows), codes_NK.split(rows), scale_nk.split(rows // BLOCK)):
+            quantize_slab(slab_NK, slab_codes_NK, slab_scale_nk, power_of_two=scale_format == "ue8m0")
+    if not torch.isfinite(scale_nk).all():
+        raise ValueError(f"a weight of shape {(N, K)} holds NaN or infinity and cannot be quantized")
+    return codes_NK, scale_nk
+
+
+def quantize_slab(weight_NK: torch.Tensor, codes_NK: torch.Tensor, scale_nk: torch.Tensor, *, power_of_two: bool) -> None:
+    """The arithmetic, written into codes and scales. A block that holds NaN or infinity gets such a scale."""
+    N, K = weight_NK.shape
     padded_NK = F.pad(weight_NK.float(), (0, -K % BLOCK, 0, -N % BLOCK))  # zeros never raise a block's maximum
     blocks_nBkB = padded_NK.view(padded_NK.shape[0] // BLOCK, BLOCK, padded_NK.shape[1] // BLOCK, BLOCK)
-    amax_nk = blocks_nBkB.abs().amax(dim=(1, 3))
-    if not torch.isfinite(amax_nk).all():
-        raise ValueError(f"a weight of shape {(N, K)} holds NaN or infinity and cannot be quantized")
-    scale_nk = amax_nk.clamp(min=AMAX_FLOOR) / FP8_MAX
-    if scale_format == "ue8m0":
+    torch.div(blocks_nBkB.abs().amax(dim=(1, 3)).clamp(min=AMAX_FLOOR), FP8_MAX, out=scale_nk)
+    if power_of_two:
         mantissa_nk, exponent_nk = torch.frexp(scale_nk)  # scale = mantissa * 2^exponent, mantissa in [0.5, 1): exact where log2 would round
-        scale_nk = torch.ldexp(torch.ones_like(scale_nk), exponent_nk - (mantissa_nk == 0.5).int())
-    codes_nBkB = (blocks_nBkB / scale_nk[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return codes_nBkB.view(padded_NK.shape)[:N, :K].contiguous(), scale_nk
+        scale_nk.copy_(torch.ldexp(torch.ones_like(scale_nk), exponent_nk - (mantissa_nk == 0.5).int()))
+    scaled_NK = (blocks_nBkB / scale_nk[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).view(padded_NK.shape)
+    codes_NK.copy_(scaled_NK[:N, :K])
 
 
 def dequantize_blockwise(codes_NK: torch.Tensor, scale_inv_nk: torch.Tensor, *, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

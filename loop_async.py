@@ -18,6 +18,7 @@ import os
 from dataclasses import dataclass
 
 import rollout  # first: on a machine without a GPU it prepares the imports that follow
+import hf_folder
 import in_flight
 import reward
 import run
@@ -85,7 +86,7 @@ def main() -> None:
                 metrics |= record.log_eval(step, reward.evaluate(engine, data, settings.rollout, judge, everyone))
             record.log({"step": step, **metrics})
     for dtype in settings.run.export if trains else ():
-        weight_sync.export_hf(weights, record.folder / f"model-{dtype}", source=model, dtype=dtype)
+        hf_folder.export_hf(weights, record.folder / f"model-{dtype}", source=model, dtype=dtype)
     record.finish()
 
 

@@ -16,6 +16,7 @@ import os
 from dataclasses import dataclass
 
 import rollout  # first: on a machine without a GPU it prepares the imports that follow
+import hf_folder
 import reward
 import run
 import train_step
@@ -69,6 +70,7 @@ def main() -> None:
             samples = rollout.all_gather_samples(samples, everyone)
             reward_s = watch.lap("reward")
 
+            rollout.release_memory(engine)  # on a GPU; the hand-off takes it back
             metrics = train_step.train_step(trainer, samples, temperature=settings.rollout.temperature)
             train_s = watch.lap("train")
 
@@ -81,7 +83,7 @@ def main() -> None:
                 metrics |= record.log_eval(step, reward.evaluate(engine, data, settings.rollout, judge, everyone))
             record.log({"step": step, **metrics})
     for dtype in settings.run.export:
-        weight_sync.export_hf(weights, record.folder / f"model-{dtype}", source=model, dtype=dtype)
+        hf_folder.export_hf(weights, record.folder / f"model-{dtype}", source=model, dtype=dtype)
     record.finish()
 
 

@@ -243,7 +243,7 @@ def start_engine(model_folder: str, settings: RolloutSettings, config: dict, *, 
         load_format="dummy",
         tp_size=settings.engine_tp,
         skip_tokenizer_init=True,
-        custom_weight_loader=["weight_sync.compare_loader"],
+        custom_weight_loader=["weight_sync.load_bucket", "weight_sync.compare_loader"],
         custom_sigquit_handler=signal.getsignal(signal.SIGQUIT),
         random_seed=seed + rank,
         log_level="error",
@@ -291,6 +291,12 @@ def generate(engine: Engine | None, prompts: list[Sample], data: Data, settings:
     fill(samples, engine.call(engine.generate([sample.prompt_ids for sample in samples], sampling_params(data, settings))), data)
     check_aborts(samples)
     return samples
+
+
+def release_memory(engine: Engine | None) -> None:
+    """Let the trainer have the GPU memory of this rank's engine, if it has one, until the next hand-off."""
+    if engine is not None:
+        engine.release_memory()
 
 
 def check_aborts(samples: list[Sample]) -> None:

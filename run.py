@@ -329,7 +329,7 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except EngineDied as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
         sys.exit(1)
     except RuntimeError as error:
         if "by peer" not in str(error):

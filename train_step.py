@@ -13,6 +13,7 @@ Shape letters: T packed tokens of a micro-batch, V vocabulary on this tensor-par
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,12 +39,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from hf_folder import load_hf
 from hf_names import megatron_arguments
-from local_spec import complete_local_spec
+from local_spec import complete_local_spec, zigzag
 from losses import logprobs_and_entropy, mismatch, ppo_loss
 from rollout import Sample
 from run import BadInput, broadcast_bytes, parse_overrides
-from weight_sync import Layout, load_hf
+from weight_sync import Layout
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,14 @@ class TrainSettings:
     """Tensor-parallel size; the remaining factor of the world is data parallel. Sequence parallelism comes with it."""
     pp: int = 1
     """Pipeline-parallel size: the layers are split over so many ranks."""
+    cp: int = 1
+    """Context-parallel size: every sequence is split over so many ranks."""
     ep: int = 1
-    """Expert-parallel size: experts are split over so many ranks of tensor and data parallelism. An expert itself is then not split."""
+    """Expert-parallel size: experts are split over so many ranks of tensor, context and data parallelism. An expert itself is then not split."""
     train_dtype: Literal["bf16", "fp32"] = "bf16"
     """dtype of model weights and activations; main weights, gradients and Adam state are fp32 either way."""
     microbatch_tokens: int = 8192
-    """At most this many tokens in one forward pass of one rank."""
+    """At most this many tokens in one forward pass of one rank; with --cp C a sequence may have C times as many."""
     lr: float = 2e-4
     """Peak learning rate. Right for the toy; pretrained models want about 1e-6."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -95,7 +99,9 @@ class Trainer:
     optimizer: object
     scheduler: OptimizerParamScheduler
     layout: Layout
-    dp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup  # each of its ranks has other samples
+    cp_group: dist.ProcessGroup  # each of its ranks has another part of the same sequences
+    dp_cp_group: dist.ProcessGroup  # both: what sums over tokens go over
 
 
 def has_transformer_engine() -> bool:
@@ -113,8 +119,9 @@ def check_train_settings(settings: TrainSettings, config: dict, *, world_size: i
     """Raise BadInput for what cannot work, before anything is started. longest: prompt plus response tokens of the longest possible sample."""
     if settings.tp < 1 or world_size % settings.tp:
         raise BadInput(f"--tp {settings.tp} does not divide the {world_size} ranks: use a --tp that divides --nproc-per-node times the nodes")
-    if settings.pp < 1 or world_size % (settings.tp * settings.pp):
-        raise BadInput(f"--tp {settings.tp} times --pp {settings.pp} does not divide the {world_size} ranks: use another --pp")
+    if settings.pp < 1 or settings.cp < 1 or world_size % (settings.tp * settings.pp * settings.cp):
+        split = f"--tp {settings.tp} times --pp {settings.pp} times --cp {settings.cp}"
+        raise BadInput(f"{split} does not divide the {world_size} ranks: use another --pp or --cp")
     if (layers_in_last_stage(config, settings.pp) or 1) < 1:
         raise BadInput(f"--pp {settings.pp} leaves the last stage without layers, of which the model has {config['num_hidden_layers']}: use a smaller --pp")
     megatron_arguments(config, tp=settings.tp)
@@ -130,8 +137,9 @@ def check_train_settings(settings: TrainSettings, config: dict, *, world_size: i
         raise BadInput(f"--lr-warmup-steps {settings.lr_warmup_steps} must be smaller than --steps {steps}")
     if not 0 < settings.clip_low < 1 or settings.clip_high <= 0 or settings.tis_cap < 0 or settings.clip_grad <= 0:
         raise BadInput("--clip-low must lie in (0, 1), --clip-high and --clip-grad be positive, --tis-cap not negative")
-    if settings.microbatch_tokens < longest:
-        raise BadInput(f"--microbatch-tokens {settings.microbatch_tokens} is less than the longest possible sample, {longest} tokens: raise it")
+    if settings.microbatch_tokens * settings.cp < padded_length(longest, settings.cp):
+        room = f"--microbatch-tokens {settings.microbatch_tokens} times --cp {settings.cp}"
+        raise BadInput(f"{room} is less than the longest possible sample, {padded_length(longest, settings.cp)} tokens: raise one of them")
     _overrides(settings, config, TransformerConfig)
 
 
@@ -151,6 +159,7 @@ def build_gpt(settings: TrainSettings, config: dict) -> tuple[GPTModel, Layout]:
     common = dict(
         tensor_model_parallel_size=settings.tp,
         pipeline_model_parallel_size=settings.pp,
+        context_parallel_size=settings.cp,
         num_layers_in_last_pipeline_stage=layers_in_last_stage(config, settings.pp),
         expert_model_parallel_size=settings.ep,
         expert_tensor_parallel_size=expert_tp(settings),
@@ -199,7 +208,7 @@ def layers_in_last_stage(config: dict, pp: int) -> int | None:
 def build_trainer(model_folder: str, settings: TrainSettings, config: dict, *, steps: int, seed: int) -> Trainer:
     """Megatron's process groups, the model with the folder's weights, and its optimizer. Collective over the default process group."""
     experts = dict(expert_model_parallel_size=settings.ep, expert_tensor_parallel_size=expert_tp(settings))
-    mpu.initialize_model_parallel(settings.tp, settings.pp, **experts)
+    mpu.initialize_model_parallel(settings.tp, settings.pp, context_parallel_size=settings.cp, **experts)
     model_parallel_cuda_manual_seed(seed)
     gpt, layout = build_gpt(settings, config)
     if torch.cuda.is_available():
@@ -236,7 +245,8 @@ def build_trainer(model_folder: str, settings: TrainSettings, config: dict, *, s
     )
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = optimizer.scale_loss
-    return Trainer(settings, config, ddp, gpt, optimizer, scheduler, layout, mpu.get_data_parallel_group())
+    groups = mpu.get_data_parallel_group(), mpu.get_context_parallel_group(), mpu.get_data_parallel_group(with_context_parallel=True)
+    return Trainer(settings, config, ddp, gpt, optimizer, scheduler, layout, *groups)
 
 
 # --- samples -> micro-batches -----------------------------------------------------------------------------------------------------------------
@@ -276,36 +286,47 @@ class MicroBatch:
     old_logprobs_T: torch.Tensor | None = None
 
 
-def collate(samples: list[Sample], *, multiple_of: int, device: torch.device) -> MicroBatch:
-    """Concatenate prompt + response of each sample. A masked filler sequence brings T to a multiple of multiple_of (sequence parallelism), and above 0.
+def padded_length(length: int, cp: int) -> int:
+    """Length of a sequence in a micro-batch: under context parallelism a multiple of 2 cp, see zigzag."""
+    return length if cp == 1 else -(-length // (2 * cp)) * 2 * cp
+
+
+def collate(samples: list[Sample], *, tp: int = 1, cp: int = 1, cp_rank: int = 0, device: torch.device) -> MicroBatch:
+    """Concatenate prompt + response of each sample. A masked filler sequence brings T to a multiple that sequence parallelism can split, and above 0.
 
     Example, prompt [5, 6], response [7, 8] with log-probs [a, b]:   tokens 5 6 7 8   labels 6 7 8 8   mask 0 1 1 0   rollout_logprobs 0 a b 0
+    Under context parallelism the fields hold this rank's tokens of every sequence, and packed the bounds of the whole sequences.
     """
     sequences = [np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64) for sample in samples]
-    filler = -sum(map(len, sequences)) % multiple_of if sequences else multiple_of
-    lengths = [len(sequence) for sequence in sequences] + ([filler] if filler else [])
+    lengths = [padded_length(len(sequence), cp) for sequence in sequences]
+    multiple_of = tp if cp == 1 else cp * math.lcm(2, tp)
+    filler = -sum(lengths) % multiple_of if lengths else multiple_of
+    lengths += [filler] if filler else []
     T, ends = sum(lengths), np.cumsum(lengths)
     tokens, labels = np.zeros(T, np.int64), np.zeros(T, np.int64)
     mask, advantages, rollout_logprobs = (np.zeros(T, np.float32) for _ in range(3))
-    for sample, sequence, end in zip(samples, sequences, ends):
-        tokens[end - len(sequence) : end] = sequence
-        labels[end - len(sequence) : end] = np.append(sequence[1:], sequence[-1])
+    for sample, sequence, start in zip(samples, sequences, ends - lengths):
+        end = start + len(sequence)
+        tokens[start:end] = sequence
+        labels[start:end] = np.append(sequence[1:], sequence[-1])
         answer = slice(end - len(sample.response_ids) - 1, end - 1)
         mask[answer] = sample.loss_mask
         advantages[answer] = sample.advantage
         rollout_logprobs[answer] = sample.rollout_logprobs
     cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=device)
     packed = PackedSeqParams("thd", cu_seqlens, cu_seqlens, cu_seqlens, cu_seqlens, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
+    mine = zigzag(lengths, cp, cp_rank)
     arrays = (tokens, labels, mask, advantages, rollout_logprobs)
-    return MicroBatch(*(torch.from_numpy(array).to(device) for array in arrays), packed=packed)
+    return MicroBatch(*(torch.from_numpy(array)[mine].to(device) for array in arrays), packed=packed)
 
 
 def local_microbatches(trainer: Trainer, samples: list[Sample]) -> list[MicroBatch]:
-    """This data-parallel rank's share of a global batch; every rank passes the same samples in the same order."""
-    lengths = [len(sample.prompt_ids) + len(sample.response_ids) for sample in samples]
-    plan = plan_microbatches(lengths, microbatch_tokens=trainer.settings.microbatch_tokens, dp=trainer.dp_group.size())
-    device = next(trainer.gpt.parameters()).device
-    return [collate([samples[i] for i in bin], multiple_of=trainer.settings.tp, device=device) for bin in plan[trainer.dp_group.rank()]]
+    """This rank's share of a global batch; every rank passes the same samples in the same order."""
+    tp, cp = trainer.settings.tp, trainer.settings.cp
+    lengths = [padded_length(len(sample.prompt_ids) + len(sample.response_ids), cp) for sample in samples]
+    plan = plan_microbatches(lengths, microbatch_tokens=trainer.settings.microbatch_tokens * cp, dp=trainer.dp_group.size())
+    split = dict(tp=tp, cp=cp, cp_rank=trainer.cp_group.rank(), device=next(trainer.gpt.parameters()).device)
+    return [collate([samples[i] for i in bin], **split) for bin in plan[trainer.dp_group.rank()]]
 
 
 # --- forward, backward, step ------------------------------------------------------------------------------------------------------------------
@@ -403,8 +424,8 @@ def _global_means(reports: list[dict], trainer: Trainer) -> dict[str, float]:
         names = list(reports[0]["sums"])
         sums = torch.stack([torch.stack([report["sums"][name].double() for name in names]) for report in reports]).sum(0)
         largest = torch.stack([report["max"] for report in reports]).max()
-        dist.all_reduce(sums, group=trainer.dp_group)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=trainer.dp_group)
+        dist.all_reduce(sums, group=trainer.dp_cp_group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=trainer.dp_cp_group)
         totals = dict(zip(names, sums.tolist()))
         tokens = totals.pop("tokens")
         means = {"tokens": int(tokens), **{name: total / max(tokens, 1) for name, total in totals.items()}, "mismatch_max": float(largest)}

@@ -1,4 +1,4 @@
-"""Megatron weights -> engine weights, every step; and Hugging Face folders in and out.
+"""Megatron weights -> engine weights, every step.
 
 What happens to one tensor on its way, for example linear_fc1 at tensor parallelism 2:
 
@@ -6,36 +6,34 @@ What happens to one tensor on its way, for example linear_fc1 at tensor parallel
       -> split into gate and up slices            hf_names.split_stacked
       -> quantize each slice where it lives       fp8_quant, if its cut falls on a multiple of 128; else it is quantized after the gather
       -> gather codes and scales                  one all_gather of bytes per bucket over the tensor-parallel group: half of what BF16 would move
-      -> hand the bucket to the engine            SGLang's load_weights, in its own process: shared memory on a CPU, CUDA IPC on a GPU
+      -> hand the bucket to the engine            load_bucket, in the engine's process: shared memory on a CPU, CUDA IPC on a GPU
 
 Contract: whatever the parallel layout, the engine holds exactly quantize(full Hugging Face tensor), byte for byte. read_back proves it: it computes the
 expected bytes another way (gather BF16, then quantize the whole tensor), sends them through the same loader, and has every write replaced by a
 comparison with what the engine already holds.
 
-An update is all or nothing. Any failure raises and ends the run; an engine that got half of the new weights is never asked to generate again. Memory on
-top of the model is one bucket before and one after the gather.
+An update is all or nothing. A failure in any phase (quantize, gather, send, load, end of update) ends the run and names the phase and the tensors; the
+engine is paused from the first tensor to the last, so it cannot generate with half of the new weights. Memory on top of the model is a few times
+bucket_bytes, or a few times the largest tensor where that is larger: bench/weight_sync.py measures it.
 
 Unlike slime, no converted checkpoint is needed and no weights are loaded by the engine itself: it starts empty, and its first weights are a hand-off.
 """
 
+import contextlib
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8_quant import BLOCK, quantize_blockwise
-from hf_names import Rule, fp8_config, merged_linears, parameters_of, rule_of, split_stacked, stack_parts, unquantized_linears
-from run import BadInput, broadcast_bytes
+from hf_names import Rule, merged_linears, parameters_of, rule_of, split_stacked, unquantized_linears
+from run import broadcast_bytes
 
 Named = tuple[str, torch.Tensor]
 
@@ -136,7 +134,8 @@ def walk(weights: Weights, *, quantize: bool) -> Iterator[Shard]:
             if not quantize or names[0] not in weights.fp8:
                 yield Shard(names, part, rule)
             elif tp == 1 or part.shape[rule.tp_dim] % BLOCK == 0:
-                codes, scale_inv = quantize_blockwise(part)
+                with phase("quantize", names):
+                    codes, scale_inv = quantize_blockwise(part)
                 yield Shard(names, codes, rule)
                 yield Shard([f"{name}_scale_inv" for name in names], scale_inv, rule)
             else:
@@ -150,29 +149,84 @@ def buckets_of(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]:
 
 
 def trainer_buckets(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]:
-    """Full tensors of the whole model on every trainer: one pipeline stage after the other."""
-    group = weights.trainer.layout.pp_group
-    for stage in range(group.size()):
-        gathered = gather_buckets(weights, quantize=quantize) if stage == group.rank() else None
-        yield from gathered if group.size() == 1 else broadcast_buckets(gathered, group, source=stage)
+    """Full tensors of the whole model on every trainer: one pipeline stage after the other.
+
+    A stage's tensor-parallel ranks all have the bucket. Each sends its own part of the bytes to the other stages, where the parts are gathered: tensor-parallel
+    ranks share a machine and stages do not, so the slow links carry every byte once per machine.
+    """
+    layout = weights.trainer.layout
+    for stage in range(layout.pp_group.size()):
+        gathered = gather_buckets(weights, quantize=quantize) if stage == layout.pp_group.rank() else None
+        yield from gathered if layout.pp_group.size() == 1 else broadcast_buckets(gathered, layout.pp_group, source=stage, parts=layout.tp_group)
 
 
-def broadcast_buckets(gathered: Iterator[list[Named]] | None, group: dist.ProcessGroup, *, source: int = 0) -> Iterator[list[Named]]:
-    """One rank's buckets on all ranks: names, dtypes and shapes as JSON, then all the bytes as one tensor. gathered: None on ranks that have none."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def broadcast_buckets(
+    gathered: Iterator[list[Named]] | None, group: dist.ProcessGroup, *, source: int = 0, parts: dist.ProcessGroup | None = None
+) -> Iterator[list[Named]]:
+    """One rank's buckets on all ranks of the group. gathered: None on ranks that have none.
+
+    parts: ranks that are each the source, or each not, of such a group of their own, and have the same buckets: each sends or receives a part, and they
+    gather what they have received.
+    """
+    n = parts.size() if parts else 1
     while True:
-        bucket = None if gathered is None else sorted(next(gathered, []), key=lambda pair: -pair[1].element_size())  # widest first: aligned offsets
-        header = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in bucket or []]
-        header = json.loads(broadcast_bytes(json.dumps(header).encode(), group, source=source))
-        if not header:
-            return
-        dtypes = [getattr(torch, dtype) for _, dtype, _ in header]
-        sizes = [math.prod(shape) * dtype.itemsize for (*_, shape), dtype in zip(header, dtypes)]
-        flat = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        if group.rank() == source:
-            torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in bucket], out=flat)
-        dist.broadcast(flat, group=group, group_src=source)
-        yield bucket or [(name, part.view(dtype).view(shape)) for (name, _, shape), dtype, part in zip(header, dtypes, flat.split(sizes))]
+        bucket = [] if gathered is None else next(gathered, [])
+        with phase("send", [name for name, _ in bucket] or ["what another rank sends"]):
+            header, flat = pack(bucket, multiple_of=n) if group.rank() == source else (b"", None)
+            header = broadcast_bytes(header, group, source=source)
+            if header == b"[]":
+                return
+            if flat is None:
+                nbytes = sum(nbytes for *_, nbytes in entries(header))
+                flat = torch.empty(-(-nbytes // n) * n, dtype=torch.uint8, device=_device())
+            rows = flat.view(n, -1)
+            mine = rows[parts.rank() if parts else 0]
+            dist.broadcast(mine, group=group, group_src=source)
+            if n > 1 and group.rank() != source:
+                dist.all_gather(list(rows), mine.clone(), group=parts)
+        yield bucket or unpack(header, flat)
+        del bucket, flat, rows, mine  # before the next are made
+
+
+def pack(named: list[Named], *, multiple_of: int = 1) -> tuple[bytes, torch.Tensor]:
+    """Tensors as one message: names, dtypes and shapes as JSON, and all their bytes as one uint8 tensor, zeros added up to a multiple.
+
+    Widest dtypes first, so that every tensor is aligned.
+    """
+    named = sorted(named, key=lambda pair: -pair[1].element_size())
+    header = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in named]
+    parts = [tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in named] or [torch.empty(0, dtype=torch.uint8)]
+    padding = -sum(map(len, parts)) % multiple_of
+    return json.dumps(header).encode(), torch.cat([*parts, *([parts[0].new_zeros(padding)] if padding else [])])
+
+
+def entries(header: bytes) -> list[tuple[str, torch.dtype, list[int], int]]:
+    """(name, dtype, shape, bytes) of every tensor that pack describes."""
+    described = [(name, getattr(torch, dtype), shape) for name, dtype, shape in json.loads(header)]
+    return [(name, dtype, shape, math.prod(shape) * dtype.itemsize) for name, dtype, shape in described]
+
+
+def unpack(header: bytes, flat: torch.Tensor) -> list[Named]:
+    """The tensors of a message, as views of its bytes."""
+    described = entries(header)
+    sizes = [nbytes for *_, nbytes in described]
+    parts = flat[: sum(sizes)].split(sizes)
+    return [(name, part.view(dtype).view(shape)) for (name, dtype, shape, _), part in zip(described, parts)]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def phase(name: str, tensors: list[str]):
+    """What fails inside is told in which phase of the hand-off, and about which tensors: both are in the traceback."""
+    try:
+        yield
+    except Exception as error:
+        about = tensors[0] if len(tensors) == 1 else f"{tensors[0]} to {tensors[-1]}, {len(tensors)} tensors"
+        error.add_note(f"The weight hand-off failed in phase {name!r}: {about}. An engine that holds half of the new weights stays paused; the run ends.")
+        raise
 
 
 def gather_buckets(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]:
@@ -182,15 +236,28 @@ def gather_buckets(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]
         bucket.append(shard)
         size += shard.local.nbytes * (len(shard.names) if shard.rule.tp_dim is None else weights.trainer.layout.group(shard.rule).size())
         if size >= weights.bucket_bytes:
-            yield _gather(bucket, weights)
-            bucket, size = [], 0
+            gathered, bucket, size = _gather(bucket, weights), [], 0
+            yield gathered
+            del gathered  # before the next is made: this is what bounds the memory
     if bucket:
         yield _gather(bucket, weights)
 
 
 def _gather(bucket: list[Shard], weights: Weights) -> list[Named]:
     """One all_gather of the bytes of all split tensors in the bucket, and one of its experts'; then each tensor is put together from the ranks' parts."""
-    layout = weights.trainer.layout
+    with phase("gather", [name for shard in bucket for name in shard.names]):
+        whole = _whole(bucket, weights.trainer.layout)
+    named = []
+    for shard, tensors in zip(bucket, whole):
+        for name, tensor in zip(shard.names, tensors):
+            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                tensor = tensor[: weights.config["vocab_size"]]  # without the rows that pad the vocabulary to a multiple of tp
+            named += quantize_named(name, tensor) if shard.quantize_whole else [(name, tensor)]
+    return named
+
+
+def _whole(bucket: list[Shard], layout: Layout) -> list[list[torch.Tensor]]:
+    """For every shard its full tensors, one for each of its names."""
     whole = {id(shard): [shard.local] for shard in bucket}  # one tensor for each name
     for group in dict.fromkeys((layout.tp_group, layout.expert_group)):  # Megatron may have one group for both
         split = [shard for shard in bucket if shard.rule.tp_dim is not None and group.size() > 1 and layout.group(shard.rule) is group]
@@ -206,18 +273,13 @@ def _gather(bucket: list[Shard], weights: Weights) -> list[Named]:
             parts = [row[offset : offset + shard.local.nbytes].view(shape) for row in theirs]
             whole[id(shard)] = [torch.cat(parts[i : i + tp], dim=shard.rule.tp_dim).view(shard.local.dtype) for i in range(0, len(parts), tp)]
             offset += shard.local.nbytes
-    named = []
-    for shard in bucket:
-        for name, tensor in zip(shard.names, whole[id(shard)]):
-            if name in ("model.embed_tokens.weight", "lm_head.weight"):
-                tensor = tensor[: weights.config["vocab_size"]]  # without the rows that pad the vocabulary to a multiple of tp
-            named += quantize_named(name, tensor) if shard.quantize_whole else [(name, tensor)]
-    return named
+    return [whole[id(shard)] for shard in bucket]
 
 
 def quantize_named(name: str, tensor: torch.Tensor) -> list[Named]:
     """A full weight -> its FP8 pair under the names of a block-FP8 checkpoint."""
-    codes, scale_inv = quantize_blockwise(tensor)
+    with phase("quantize", [name]):
+        codes, scale_inv = quantize_blockwise(tensor)
     return [(name, codes), (f"{name}_scale_inv", scale_inv)]
 
 
@@ -244,17 +306,20 @@ def sync_weights(weights: Weights, engine, *, version: int, check: bool) -> int:
 def hand_over(weights: Weights, engine, *, version: int) -> int:
     """Give the engine this version of the weights; returns the bytes handed over. Every rank calls it; engine is None on ranks without one.
 
-    The engine is paused only when the first bucket is there. Raises RuntimeError if the engine refuses any part. Then it is half-updated and the run must end.
+    The engine is paused when the first bucket is there, and goes on when the last has been loaded. Whatever raises in between leaves it paused for good.
     """
     sent_bytes = 0
     for bucket in buckets_of(weights, quantize=True):
-        if engine is not None and not sent_bytes:
-            engine.begin_update()
-        sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
         if engine is not None:
-            engine.load(bucket, version=version)
+            with phase("load", [name for name, _ in bucket]):
+                if not sent_bytes:
+                    engine.begin_update()
+                engine.load(bucket, version=version)
+        sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
+        del bucket
     if engine is not None:
-        engine.end_update(version)
+        with phase("end of update", [f"version {version}"]):
+            engine.end_update(version)
     return sent_bytes
 
 
@@ -299,6 +364,29 @@ class _CompareWrites(TorchDispatchMode):
         return held
 
 
+def load_bucket(model: torch.nn.Module, message: list[Named]) -> None:
+    """Runs in the engine as SGLang's custom_weight_loader: the header and the bytes of a packed bucket -> SGLang's own load_weights.
+
+    Returns when the copies have been made, not only queued: the sender may then use the memory for the next bucket. What SGLang answers to an update of its
+    own formats says only that the copies are queued.
+    """
+    (_, header), (_, flat) = message
+    loading = []
+
+    def noted():
+        for name, tensor in unpack(header.cpu().numpy().tobytes(), flat):
+            loading[:] = [name]
+            yield name, tensor
+
+    try:
+        model.load_weights(noted())
+    except Exception as error:
+        error.add_note(f"The engine failed to load {loading[0]}.")
+        raise
+    if flat.is_cuda:
+        torch.cuda.synchronize()
+
+
 def compare_loader(model: torch.nn.Module, named_tensors: list[Named]) -> None:
     """Runs in the engine as SGLang's custom_weight_loader: compares instead of loading. The last tensor is the report, in memory shared with the caller."""
     *named, (_, report) = named_tensors
@@ -311,113 +399,3 @@ def compare_loader(model: torch.nn.Module, named_tensors: list[Named]) -> None:
         mine[i, 0], mine[i, 1] = writes.compared, writes.different
     if report.is_cuda:
         torch.cuda.synchronize()
-
-
-# --- Hugging Face folders ---------------------------------------------------------------------------------------------------------------------
-
-
-class HFWeights:
-    """The tensors of a folder of safetensors files, read slice by slice."""
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            raise BadInput(f"{folder} has no *.safetensors file: weights in other formats are not read; save the model with safetensors")
-        self.file_of = {}
-        for file in files:
-            try:
-                opened = safe_open(file, "pt")
-            except SafetensorError as error:
-                raise BadInput(f"{file} is not a complete safetensors file ({error}): copy it again") from error
-            self.file_of.update((name, opened) for name in opened.keys())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.file_of[name].get_slice(name).get_shape())
-
-    def slice(self, name: str, dim: int | None, start: int, stop: int) -> torch.Tensor:
-        view = self.file_of[name].get_slice(name)
-        return view[:] if dim is None else view[start:stop] if dim == 0 else view[:, start:stop]
-
-
-@torch.no_grad()
-def load_hf(model: torch.nn.Module, folder: str | Path, config: dict, *, layout: Layout) -> None:
-    """Fill a GPTModel from a Hugging Face folder, each rank reading its own slices. Raises BadInput listing missing and misshapen tensors."""
-    weights, problems = HFWeights(folder), []
-    for megatron_name, parameter in parameters_of(model):
-        rule = rule_of(megatron_name, first_layer=layout.first_layer)
-        if megatron_name == "output_layer.weight" and config["tie_word_embeddings"]:
-            rule = rule_of("embedding.word_embeddings.weight")
-        tp, group = layout.tp(rule), layout.group(rule)
-        rank, names = group.rank() % tp, layout.names(rule, config)[group.rank() // tp]
-        rows = [part.shape for part in split_stacked(parameter, len(rule.hf), head_dim=config["head_dim"], groups=config["num_key_value_heads"] // tp)]
-        parts = []
-        for name, shape in zip(names, rows):
-            full = tuple(size * tp if dim == rule.tp_dim else size for dim, size in enumerate(shape))
-            if name in ("model.embed_tokens.weight", "lm_head.weight"):
-                full = (config["vocab_size"], full[1])
-            if name not in weights.file_of:
-                problems.append(f"{name} is missing")
-            elif weights.shape(name) != full:
-                problems.append(f"{name} has shape {weights.shape(name)}, config.json implies {full}")
-            else:
-                size = None if rule.tp_dim is None else shape[rule.tp_dim]
-                part = weights.slice(name, rule.tp_dim, *((0, 0) if size is None else (rank * size, min((rank + 1) * size, full[rule.tp_dim]))))
-                padding = shape[0] - part.shape[0]  # rows that pad the vocabulary
-                parts.append(torch.nn.functional.pad(part, (0, 0, 0, padding)) if padding else part)
-        if len(parts) == len(rule.hf):
-            parameter.copy_(stack_parts(parts, groups=config["num_key_value_heads"] // tp))
-    if problems:
-        raise BadInput(f"the weights in {folder} do not fit its config.json: {'; '.join(problems[:6])}; {len(problems)} problems in all")
-
-
-EXPORTED_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
-MAX_FILE_BYTES = 4 * 2**30
-
-
-def export_hf(weights: Weights, target: Path, *, source: str | Path, dtype: str) -> None:
-    """Write the weights as a Hugging Face folder that transformers (bf16) or SGLang (bf16, fp8) loads. Collective; the first rank writes.
-
-    dtype: "bf16", or "fp8" for block-scaled e4m3 with quantization_config in config.json. Config, tokenizer and templates are copied from source.
-    The weights of a model being written stand in files named *.part until all are there.
-    """
-    is_writer = dist.get_rank() == 0
-    fp8 = fp8_weights(weights.config, rollout_dtype=dtype, engine_tp=1)
-    if is_writer:
-        target.mkdir(parents=True, exist_ok=True)
-    files, pending, pending_bytes = [], {}, 0
-
-    def flush():
-        nonlocal pending, pending_bytes
-        path = target / f"{len(files) + 1:05d}.part"
-        save_file(pending, path, metadata={"format": "pt"})
-        files.append((path, list(pending), pending_bytes))
-        pending, pending_bytes = {}, 0
-
-    for name, tensor in (pair for bucket in trainer_buckets(weights, quantize=False) for pair in bucket):
-        if not is_writer:
-            continue
-        tensor = tensor if name.endswith("e_score_correction_bias") else tensor.to(torch.bfloat16)  # the router's choice is made in fp32
-        for named, value in quantize_named(name, tensor) if name in fp8 else [(name, tensor)]:
-            pending[named] = value.cpu().contiguous()
-            pending_bytes += value.nbytes
-        if pending_bytes > MAX_FILE_BYTES:
-            flush()
-    if not is_writer:
-        return
-    if pending:
-        flush()
-    index = {"metadata": {"total_size": sum(size for *_, size in files)}, "weight_map": {}}
-    for i, (path, names, _) in enumerate(files):
-        final = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
-        path.rename(target / final)
-        index["weight_map"].update(dict.fromkeys(names, final))
-    if len(files) > 1:
-        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for pattern in EXPORTED_FILES:
-        for file in Path(source).glob(pattern):
-            shutil.copy(file, target / file.name)
-    exported_config = json.loads((Path(source) / "config.json").read_text()) | {"dtype": "bfloat16"}
-    if dtype == "fp8":
-        exported_config["quantization_config"] = fp8_config(weights.config, engine_tp=1)
-    (target / "config.json").write_text(json.dumps(exported_config, indent=2) + "\n")

@@ -15,6 +15,7 @@ from megatron.core import parallel_state as mpu
 from sglang.srt.managers import io_struct
 
 import engine as engine_module
+import hf_folder
 import rollout
 import train_step
 import weight_sync
@@ -194,7 +195,7 @@ def test_fp8_mismatch_is_small_but_there(fp8):
 
 def test_sglang_loads_the_fp8_export(fp8, tmp_path):
     """SGLang reads the exported folder from disk, over other weights, and then holds what the hand-off would have delivered."""
-    weight_sync.export_hf(fp8.weights, tmp_path / "fp8", source=TOY, dtype="fp8")
+    hf_folder.export_hf(fp8.weights, tmp_path / "fp8", source=TOY, dtype="fp8")
     with pytest.raises(BadInput, match="quantization_config"):  # to train from, it is refused: FP8 is for inference
         read_config(tmp_path / "fp8")
     originals = [parameter.detach().clone() for parameter in fp8.trainer.gpt.parameters()]

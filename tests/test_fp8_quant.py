@@ -1,13 +1,18 @@
 """fp8_quant.py: the arithmetic that the hand-off's byte-exactness is defined by.
 
-Checked by hand-computable cases, by an independent scalar implementation of e4m3 rounding in float64, and by properties. Not covered: the GPU kernel.
+Checked by hand-computable cases, by an independent scalar implementation of e4m3 rounding in float64, and by properties. The GPU kernel is
+compared with it bit for bit, without a GPU in Triton's interpreter.
 """
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from fp8_quant import BLOCK, dequantize_blockwise, quantize_blockwise
 
@@ -94,3 +99,12 @@ def test_ue8m0_scales_are_powers_of_two_and_never_smaller():
 def test_refuses_what_it_cannot_represent(bad, message):
     with pytest.raises(ValueError, match=message):
         quantize_blockwise(bad)
+
+
+def test_the_gpu_kernel_has_the_same_bits():
+    """On a GPU where there is one; else in Triton's interpreter, which has to be asked for before the first import of Triton: in a process of its own."""
+    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, ROOT / "tests" / "workers" / "kernel_bits.py"]
+    done = subprocess.run(command, env={**os.environ, **interpreted}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["8", "cases", "equal"]

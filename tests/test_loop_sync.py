@@ -151,7 +151,7 @@ def test_a_truncated_weights_file_is_named(tmp_path):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(run.BadInput, match="not a complete safetensors file"):
-        loop_sync.weight_sync.HFWeights(folder)
+        loop_sync.hf_folder.HFWeights(folder)
 
 
 def test_bad_input_is_exit_code_2_without_a_traceback(tmp_path):

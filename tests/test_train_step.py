@@ -16,7 +16,7 @@ def test_collate_by_hand():
         Sample([5, 6], response_ids=[7, 8], rollout_logprobs=[-0.5, -0.25], loss_mask=[1, 1], advantage=2.0),
         Sample([9], response_ids=[3], rollout_logprobs=[-1.0], loss_mask=[0], advantage=-1.0),
     ]
-    batch = collate(samples, multiple_of=4, device=torch.device("cpu"))
+    batch = collate(samples, tp=4, device=torch.device("cpu"))
     assert batch.tokens_T.tolist() == [5, 6, 7, 8, 9, 3, 0, 0]  # two filler tokens make 8
     assert batch.labels_T.tolist() == [6, 7, 8, 8, 3, 3, 0, 0]
     assert batch.mask_T.tolist() == [0, 1, 1, 0, 0, 0, 0, 0]  # token 6 predicts 7, the first answer token; the second sample is masked
@@ -26,8 +26,21 @@ def test_collate_by_hand():
 
 
 def test_an_empty_micro_batch_is_filler_only():
-    batch = collate([], multiple_of=2, device=torch.device("cpu"))
+    batch = collate([], tp=2, device=torch.device("cpu"))
     assert len(batch.tokens_T) == 2 and batch.mask_T.sum() == 0
+
+
+def test_context_parallel_ranks_share_each_sequence():
+    # A sequence of 5 tokens is padded to 8, four chunks of 2. Rank 0 holds the first and the last, rank 1 the two between; 3 tokens are padded to 4.
+    samples = [
+        Sample([5, 6, 7], response_ids=[8, 9], rollout_logprobs=[-1.0, -2.0], loss_mask=[1, 1]),
+        Sample([4], response_ids=[3, 3], rollout_logprobs=[0.0, 0.0], loss_mask=[1, 1]),
+    ]
+    first, second = (collate(samples, cp=2, cp_rank=rank, device=torch.device("cpu")) for rank in range(2))
+    assert first.tokens_T.tolist() == [5, 6, 0, 0, 4, 0] and second.tokens_T.tolist() == [7, 8, 9, 0, 3, 3]
+    assert first.labels_T.tolist() == [6, 7, 0, 0, 3, 0] and second.labels_T.tolist() == [8, 9, 9, 0, 3, 3]
+    assert second.mask_T.tolist() == [1, 1, 0, 0, 1, 0] and first.mask_T.tolist() == [0, 0, 0, 0, 1, 0]
+    assert first.packed.cu_seqlens_q.tolist() == second.packed.cu_seqlens_q.tolist() == [0, 8, 12]
 
 
 @pytest.mark.parametrize("dp", [1, 2, 4])
@@ -48,6 +61,7 @@ def test_fewer_samples_than_ranks_leaves_an_empty_bin():
 
 @pytest.mark.parametrize("changes, message", [
     (dict(tp=3), "--tp 3 does not divide the 4 ranks"),
+    (dict(cp=3), "--cp 3 does not divide the 4 ranks"),
     (dict(tp=4), "num_key_value_heads 2 is not divisible by --tp 4"),
     (dict(lr=-1.0), "--lr -1.0"),
     (dict(min_lr=1.0), "min-lr"),

@@ -1,6 +1,6 @@
 """One parallel layout, run under torchrun by test_layouts.py: every family through load, forward, hand-off bytes, export and one optimizer step.
 
-    torchrun --nproc-per-node N layout.py OUT_FOLDER TP EP PP FAMILY=MODEL_FOLDER …
+    torchrun --nproc-per-node N layout.py OUT_FOLDER TP EP PP CP FAMILY=MODEL_FOLDER …
 
 Rank 0 writes OUT_FOLDER/report.json; the test compares reports of different layouts. No engine is started.
 """
@@ -8,15 +8,18 @@ Rank 0 writes OUT_FOLDER/report.json; the test compares reports of different lay
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
-import rollout 
+import rollout
+import hf_folder
 import run
 import train_step
 import weight_sync
 from fp8_quant import quantize_blockwise
 from hf_names import read_config
+from local_spec import zigzag
 from megatron.core import parallel_state as mpu
 
 import torch
@@ -37,33 +40,52 @@ def fixed_samples(vocab: int) -> list[rollout.Sample]:
     return samples
 
 
-def build(folder: str, tp: int, ep: int, pp: int, dtype: str, microbatch_tokens: int):
+def build(folder: str, tp: int, ep: int, pp: int, cp: int, dtype: str, microbatch_tokens: int):
     if mpu.model_parallel_is_initialized():
         mpu.destroy_model_parallel()
     config = read_config(folder)
-    settings = train_step.TrainSettings(tp=tp, ep=ep, pp=pp, train_dtype=dtype, microbatch_tokens=microbatch_tokens, lr=1e-3)
+    settings = train_step.TrainSettings(tp=tp, ep=ep, pp=pp, cp=cp, train_dtype=dtype, microbatch_tokens=microbatch_tokens, lr=1e-3)
     trainer = train_step.build_trainer(folder, settings, config, steps=4, seed=1)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
-    return trainer, weight_sync.Weights(trainer, config, fp8, bucket_bytes=200_000)
+    return trainer, weight_sync.Weights(trainer, config, fp8, bucket_bytes=200_000, broadcast_group=dist.group.WORLD)
 
 
-def logprob_error(trainer, folder: str, temperature: float) -> float:
-    """Largest |trainer - transformers| over the response tokens of this rank's samples, in fp32."""
+def whole(mine: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
+    """The ranks' parts of a tensor, one after the other."""
+    parts = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(parts, mine.contiguous(), group=group)
+    return torch.cat(parts, dim=dim)
+
+
+def errors(trainer, folder: str, temperature: float) -> dict[str, float]:
+    """Largest |trainer - transformers| of the logits, and of the log-probs at the temperature, over every position of this rank's samples, in fp32."""
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    worst = 0.0
     batches = train_step.local_microbatches(trainer, fixed_samples(trainer.config["vocab_size"]))
-    for batch, logprobs_T in zip(batches, train_step.compute_logprobs(trainer, batches, temperature=temperature)):
-        bounds = batch.packed.cu_seqlens_q.tolist()
-        for start, end in zip(bounds, bounds[1:]):
+    seen, stock = [], train_step.logprobs_and_entropy
+
+    def keep_logits(logits_TV, *rest, **named):
+        seen.append(logits_TV.detach().clone())
+        return stock(logits_TV, *rest, **named)
+
+    with mock.patch.object(train_step, "logprobs_and_entropy", keep_logits):
+        logprobs = train_step.compute_logprobs(trainer, batches, temperature=temperature)
+    worst = {"logits": 0.0, "logprobs": 0.0}
+    for batch, logits_TV, logprobs_T in zip(batches, seen, logprobs):  # only the last pipeline stage has any
+        lengths, cp = batch.packed.cu_seqlens_q.diff().tolist(), trainer.cp_group
+        in_order = torch.cat([zigzag(lengths, cp.size(), rank) for rank in range(cp.size())]).argsort()
+        tokens_T, labels_T, logprobs_T, logits_TV = (whole(x, cp, 0)[in_order] for x in (batch.tokens_T, batch.labels_T, logprobs_T, logits_TV))
+        logits_TV = whole(logits_TV, trainer.layout.tp_group, -1)[:, : trainer.config["vocab_size"]]
+        for ours_LV, tokens_L, labels_L, logprobs_L in zip(*(x.split(lengths) for x in (logits_TV, tokens_T, labels_T, logprobs_T))):
             with torch.no_grad():
-                logits = reference(batch.tokens_T[None, start:end]).logits[0] / temperature
-            expected = logits.log_softmax(-1).gather(1, batch.labels_T[start:end, None])[:, 0]
-            worst = max(worst, (expected - logprobs_T[start:end])[:-1].abs().max().item() if end - start > 1 else 0.0)
+                expected_LV = reference(tokens_L[None]).logits[0]
+            expected_L = (expected_LV / temperature).log_softmax(-1).gather(1, labels_L[:, None])[:, 0]
+            worst["logits"] = max(worst["logits"], (expected_LV - ours_LV).abs().max().item())
+            worst["logprobs"] = max(worst["logprobs"], (expected_L - logprobs_L).abs().max().item())
     return worst
 
 
 def hand_off_errors(weights, folder: str) -> list[str]:
-    """Names whose handed-over bytes are not quantize(full tensor) of the folder's file, plus names that are missing or too many."""
+    """Names whose bytes, as this rank receives them from rank 0, are not quantize(full tensor) of the folder's file, plus names missing or too many."""
     source = load_file(Path(folder) / "model.safetensors")
     expected = {}
     for name, tensor in source.items():
@@ -71,7 +93,7 @@ def hand_off_errors(weights, folder: str) -> list[str]:
             expected[name], expected[f"{name}_scale_inv"] = quantize_blockwise(tensor)
         else:
             expected[name] = tensor
-    got = dict(pair for bucket in weight_sync.trainer_buckets(weights, quantize=True) for pair in bucket)
+    got = dict(pair for bucket in weight_sync.buckets_of(weights, quantize=True) for pair in bucket)
     return sorted(set(got) ^ set(expected)) + [name for name in got.keys() & expected.keys() if not same_bytes(got[name], expected[name])]
 
 
@@ -80,15 +102,15 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def main() -> None:
-    out, tp, ep, pp = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+    out, *splits = Path(sys.argv[1]), *map(int, sys.argv[2:6])
     run.init_distributed()
     report = {}
-    for family, folder in (pair.split("=") for pair in sys.argv[5:]):
-        trainer, weights = build(folder, tp, ep, pp, "fp32", 4096)
-        mine = {"logprob_error": logprob_error(trainer, folder, 0.7), "hand_off_errors": hand_off_errors(weights, folder)}
-        weight_sync.export_hf(weights, out / family, source=folder, dtype="bf16")
+    for family, folder in (pair.split("=") for pair in sys.argv[6:]):
+        trainer, weights = build(folder, *splits, "fp32", 4096)
+        mine = {"errors": errors(trainer, folder, 0.7), "hand_off_errors": hand_off_errors(weights, folder)}
+        hf_folder.export_hf(weights, out / family, source=folder, dtype="bf16")
         for microbatch_tokens in (4096, 64):
-            trainer, weights = build(folder, tp, ep, pp, "fp32", microbatch_tokens)
+            trainer, weights = build(folder, *splits, "fp32", microbatch_tokens)
             steps = [train_step.train_step(trainer, fixed_samples(trainer.config["vocab_size"]), temperature=0.7) for _ in range(2)]
             mine[f"steps_{microbatch_tokens}"] = steps
         reports = [None] * dist.get_world_size()

@@ -1,0 +1,125 @@
+"""Hugging Face folders in and out: a Megatron model filled from safetensors files, and its weights written as such files again.
+
+Reading needs no communication: every rank reads its own slices. Writing gathers as the hand-off to the engine does, bucket by bucket, and the first rank
+writes; no rank ever holds the whole model.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from hf_names import fp8_config, parameters_of, rule_of, split_stacked, stack_parts
+from run import BadInput
+from weight_sync import Layout, Weights, fp8_weights, quantize_named, trainer_buckets
+
+
+class HFWeights:
+    """The tensors of a folder of safetensors files, read slice by slice."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            raise BadInput(f"{folder} has no *.safetensors file: weights in other formats are not read; save the model with safetensors")
+        self.file_of = {}
+        for file in files:
+            try:
+                opened = safe_open(file, "pt")
+            except SafetensorError as error:
+                raise BadInput(f"{file} is not a complete safetensors file ({error}): copy it again") from error
+            self.file_of.update((name, opened) for name in opened.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.file_of[name].get_slice(name).get_shape())
+
+    def slice(self, name: str, dim: int | None, start: int, stop: int) -> torch.Tensor:
+        view = self.file_of[name].get_slice(name)
+        return view[:] if dim is None else view[start:stop] if dim == 0 else view[:, start:stop]
+
+
+@torch.no_grad()
+def load_hf(model: torch.nn.Module, folder: str | Path, config: dict, *, layout: Layout) -> None:
+    """Fill a GPTModel from a Hugging Face folder, each rank reading its own slices. Raises BadInput listing missing and misshapen tensors."""
+    weights, problems = HFWeights(folder), []
+    for megatron_name, parameter in parameters_of(model):
+        rule = rule_of(megatron_name, first_layer=layout.first_layer)
+        if megatron_name == "output_layer.weight" and config["tie_word_embeddings"]:
+            rule = rule_of("embedding.word_embeddings.weight")
+        tp, group = layout.tp(rule), layout.group(rule)
+        rank, names = group.rank() % tp, layout.names(rule, config)[group.rank() // tp]
+        rows = [part.shape for part in split_stacked(parameter, len(rule.hf), head_dim=config["head_dim"], groups=config["num_key_value_heads"] // tp)]
+        parts = []
+        for name, shape in zip(names, rows):
+            full = tuple(size * tp if dim == rule.tp_dim else size for dim, size in enumerate(shape))
+            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                full = (config["vocab_size"], full[1])
+            if name not in weights.file_of:
+                problems.append(f"{name} is missing")
+            elif weights.shape(name) != full:
+                problems.append(f"{name} has shape {weights.shape(name)}, config.json implies {full}")
+            else:
+                size = None if rule.tp_dim is None else shape[rule.tp_dim]
+                part = weights.slice(name, rule.tp_dim, *((0, 0) if size is None else (rank * size, min((rank + 1) * size, full[rule.tp_dim]))))
+                padding = shape[0] - part.shape[0]  # rows that pad the vocabulary
+                parts.append(torch.nn.functional.pad(part, (0, 0, 0, padding)) if padding else part)
+        if len(parts) == len(rule.hf):
+            parameter.copy_(stack_parts(parts, groups=config["num_key_value_heads"] // tp))
+    if problems:
+        raise BadInput(f"the weights in {folder} do not fit its config.json: {'; '.join(problems[:6])}; {len(problems)} problems in all")
+
+
+EXPORTED_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+MAX_FILE_BYTES = 4 * 2**30
+
+
+def export_hf(weights: Weights, target: Path, *, source: str | Path, dtype: str) -> None:
+    """Write the weights as a Hugging Face folder that transformers (bf16) or SGLang (bf16, fp8) loads. Collective; the first rank writes.
+
+    dtype: "bf16", or "fp8" for block-scaled e4m3 with quantization_config in config.json. Config, tokenizer and templates are copied from source.
+    The weights of a model being written stand in files named *.part until all are there.
+    """
+    is_writer = dist.get_rank() == 0
+    fp8 = fp8_weights(weights.config, rollout_dtype=dtype, engine_tp=1)
+    if is_writer:
+        target.mkdir(parents=True, exist_ok=True)
+    files, pending, pending_bytes = [], {}, 0
+
+    def flush():
+        nonlocal pending, pending_bytes
+        path = target / f"{len(files) + 1:05d}.part"
+        save_file(pending, path, metadata={"format": "pt"})
+        files.append((path, list(pending), pending_bytes))
+        pending, pending_bytes = {}, 0
+
+    for name, tensor in (pair for bucket in trainer_buckets(weights, quantize=False) for pair in bucket):
+        if not is_writer:
+            continue
+        tensor = tensor if name.endswith("e_score_correction_bias") else tensor.to(torch.bfloat16)  # the router's choice is made in fp32
+        for named, value in quantize_named(name, tensor) if name in fp8 else [(name, tensor)]:
+            pending[named] = value.cpu().contiguous()
+            pending_bytes += value.nbytes
+        if pending_bytes > MAX_FILE_BYTES:
+            flush()
+    if not is_writer:
+        return
+    if pending:
+        flush()
+    index = {"metadata": {"total_size": sum(size for *_, size in files)}, "weight_map": {}}
+    for i, (path, names, _) in enumerate(files):
+        final = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+        path.rename(target / final)
+        index["weight_map"].update(dict.fromkeys(names, final))
+    if len(files) > 1:
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for pattern in EXPORTED_FILES:
+        for file in Path(source).glob(pattern):
+            shutil.copy(file, target / file.name)
+    exported_config = json.loads((Path(source) / "config.json").read_text()) | {"dtype": "bfloat16"}
+    if dtype == "fp8":
+        exported_config["quantization_config"] = fp8_config(weights.config, engine_tp=1)
+    (target / "config.json").write_text(json.dumps(exported_config, indent=2) + "\n")

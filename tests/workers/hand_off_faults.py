@@ -1,0 +1,115 @@
+"""A fault injected into each phase of a hand-off, run under torchrun by test_weight_sync.py: two tensor-parallel trainers, an engine beside rank 0.
+
+    torchrun --nproc-per-node 2 hand_off_faults.py OUT_FILE
+
+Rank 0 writes {phase: what happened} as JSON. Faults of the trainers are raised on both ranks, so that neither waits for the other. The engine is mended by a
+whole hand-off before the next fault, but for the last one, which kills it.
+"""
+
+import asyncio
+import contextlib
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
+
+import rollout
+import run
+import train_step
+import weight_sync
+from hf_names import read_config
+
+import torch
+import torch.distributed as dist
+
+TOY = str(run.REPOSITORY / "toy")
+
+
+def failing_from(call: int, stock):
+    """The function, which from its call-th call on raises instead."""
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) >= call:
+            raise RuntimeError("injected")
+        return stock(*args, **kwargs)
+
+    return wrapped
+
+
+@contextlib.contextmanager
+def not_a_number(trainer):
+    """One weight of the second layer is NaN, as after a broken optimizer step: the first buckets are in the engine by the time it is found."""
+    weight = trainer.gpt.decoder.layers[1].mlp.linear_fc2.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight[3, 5] = float("nan")
+    yield
+    with torch.no_grad():
+        weight.copy_(kept)
+
+
+@contextlib.contextmanager
+def misshapen(trainer):
+    """A tensor that does not fit the engine's parameter: SGLang's loader refuses it in the engine's own process."""
+    stock = weight_sync.pack
+
+    def pack(named):
+        return stock([(name, tensor[:-1] if name == "model.layers.1.input_layernorm.weight" else tensor) for name, tensor in named])
+
+    with mock.patch("engine.pack", pack):
+        yield
+
+
+def answers(engine) -> bool:
+    """Whether the engine answers a request within two seconds."""
+
+    async def answered():
+        request = asyncio.ensure_future(engine.generate([[5, 6, 7]], {"max_new_tokens": 2}))
+        done, _ = await asyncio.wait([request], timeout=2)
+        return bool(done)
+
+    return engine.call(answered())
+
+
+def main() -> None:
+    run.init_distributed()
+    config = read_config(TOY)
+    trainer = train_step.build_trainer(TOY, train_step.TrainSettings(tp=2), config, steps=1, seed=1)
+    fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
+    weights = weight_sync.Weights(trainer, config, fp8, bucket_bytes=100_000, broadcast_group=dist.group.WORLD)
+    engine = rollout.start_engine(TOY, rollout.RolloutSettings(), config, seed=1) if dist.get_rank() == 0 else None
+    version, report = 0, {}
+    weight_sync.hand_over(weights, engine, version=version)
+    faults = {
+        "quantize": not_a_number(trainer),
+        "gather": mock.patch("weight_sync.dist.all_gather", failing_from(3, dist.all_gather)),
+        "send": mock.patch("weight_sync.broadcast_bytes", failing_from(3, weight_sync.broadcast_bytes)),
+        "end of update": mock.patch("engine.Engine._close_update", failing_from(1, None)) if engine else contextlib.nullcontext(),
+        "load": misshapen(trainer),
+    }
+    for fault, injected in faults.items():
+        error = None
+        with injected:
+            try:
+                weight_sync.hand_over(weights, engine, version=version + 1)
+            except (RuntimeError, ValueError, run.EngineDied) as raised:
+                error = raised
+        report[fault] = {"error": repr(error), "notes": getattr(error, "__notes__", [])}
+        if fault == "load":
+            break
+        if engine:
+            report[fault] |= {"version": engine.version, "answers": answers(engine)}
+            engine._close_update()  # what a run never does: mend the engine with a whole hand-off, for the next fault
+        version += 1
+        weight_sync.hand_over(weights, engine, version=version)
+        report[fault]["answers_when_mended"] = engine is None or answers(engine)
+    if engine:
+        Path(sys.argv[1]).write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    run.run_main(main)
