@@ -29,6 +29,7 @@ from rollout import Data, RolloutSettings, Sample, check_aborts, copies, fill, s
 from run import BadInput
 
 DROPPED = "dropped"
+HEAD_START_S = 0.01  # the finished groups are handed over before new ones start: starting requests keeps the interpreter busy, and trainers waiting
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class InFlight:
 
     async def _answer(self, group: Group) -> None:
         """Generate, judge, compare: a group is finished when its advantages are known. Judges run in threads and hold nothing up."""
+        await asyncio.sleep(HEAD_START_S)
         prompts_ids = [sample.prompt_ids for sample in group.samples]
         outputs = await self.engine.generate(prompts_ids, sampling_params(self.data, self.rollout), request_ids=group.request_ids())
         if group.stopped:

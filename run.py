@@ -218,8 +218,9 @@ class Row:
 
     def _close(self) -> None:
         now = time.time()
-        self._spans.append((self._activity, self._since, now))
-        self._since = now
+        if now - self._since > 1e-4:  # what is shorter is told as part of what follows: hundreds of answers judged in microseconds are one span
+            self._spans.append((self._activity, self._since, now))
+            self._since = now
 
 
 class Run:

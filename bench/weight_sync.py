@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 SIZES = {  # hidden, layers, intermediate
-    "25M": (512, 6, 1536),
-    "114M": (1024, 8, 3072),
-    "403M": (2048, 8, 5632),
+    "21M": (512, 6, 1536),
+    "102M": (1024, 8, 3072),
+    "361M": (2048, 8, 5632),
 }
 BUCKET_BYTES = 8 * 2**20
 ROUNDS = 5
