@@ -17,6 +17,7 @@ import logging
 import os
 import signal
 import threading
+import time
 
 import torch
 
@@ -157,6 +158,8 @@ class Engine(SGLangEngine):
         On a CPU, nothing is done: the system takes what is not used.
         """
         if torch.cuda.is_available():
+            while not self.call(self.tokenizer_manager.flush_cache()).success:
+                time.sleep(0.01)  # the last answer arrives before the scheduler knows that it is idle, and SGLang asserts that it is
             self.call(self.tokenizer_manager.release_memory_occupation(io_struct.ReleaseMemoryOccupationReqInput(tags=["kv_cache", "weights"]), None))
             self._released = True
 

@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 STEPS = {"tail": 12, "judge": 32, "compute": 20}
 WORKLOADS = {
     "tail": ["--prompts-per-step", "4", "--samples-per-prompt", "16", "--max-response-tokens", "256", "--max-staleness", "4"],
-    "judge": ["--prompts-per-step", "8", "--samples-per-prompt", "16", "--judges", "256", "--max-staleness", "2"],
+    "judge": ["--prompts-per-step", "8", "--samples-per-prompt", "16", "--judges", "256", "--max-staleness", "4"],
     "compute": [],
 }
 

@@ -64,6 +64,16 @@ class TestEachLayout:
                     assert step[metric] == pytest.approx(value, rel=1e-5, abs=1e-6), metric
 
 
+@pytest.mark.parametrize("layout, family", CASES)
+def test_bf16_differs_by_its_rounding(reports, layout, family):
+    """BF16 keeps 8 bits, and every split rounds other sums: the gradient norm moves by under 2 %, the loss by under 0.02. A lost factor of 2 would show."""
+    expected = reports["one rank"][0][family][0]["step_bf16"]
+    for rank in reports[layout][0][family]:
+        step = rank["step_bf16"]
+        assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.02) and step["loss"] == pytest.approx(expected["loss"], abs=0.02)
+        assert step["tokens"] == expected["tokens"] and step["logprob_shift"] == 0.0
+
+
 def test_four_tensor_parallel_ranks(tmp_path):
     """Models with four key-value heads. At tp 4 every shard of q, k and v is cut inside a block, and is gathered before it is quantized."""
     (tmp_path / "out").mkdir()

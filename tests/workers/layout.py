@@ -113,6 +113,8 @@ def main() -> None:
             trainer, weights = build(folder, *splits, "fp32", microbatch_tokens)
             steps = [train_step.train_step(trainer, fixed_samples(trainer.config["vocab_size"]), temperature=0.7) for _ in range(2)]
             mine[f"steps_{microbatch_tokens}"] = steps
+        trainer, _ = build(folder, *splits, "bf16", 4096)
+        mine["step_bf16"] = train_step.train_step(trainer, fixed_samples(trainer.config["vocab_size"]), temperature=0.7)
         reports = [None] * dist.get_world_size()
         dist.all_gather_object(reports, mine)
         report[family] = reports
