@@ -83,6 +83,7 @@ class InFlight:
         self.per_step, self.oversample = rollout.prompts_per_step // engines, settings.oversample // engines
         self.prompts = islice(data.stream, dist.get_rank() // rollout.engine_tp, None, engines)  # every engine takes its turn, as in rollout.my_share
         self.queue: list[Group] = []
+        self.starting = 0  # groups that are about to ask the engine
 
     def next_step(self, version: int) -> list[Sample]:
         """This rank's samples for the step that trains weights `version`, and those that are dropped now, without responses; blocks until they are there.
@@ -94,12 +95,18 @@ class InFlight:
     def drain(self) -> None:
         """With --updates drain: block until no request is running."""
         if self.engine and self.settings.updates == "drain":
-            self.engine.call(self.engine.drain())
+            self.engine.call(self._drain())
+
+    async def _drain(self) -> None:
+        while self.starting:
+            await asyncio.sleep(HEAD_START_S)
+        await self.engine.drain()
 
     async def _next_step(self, version: int) -> list[Sample]:
         steps_ahead = min(self.settings.max_staleness + 1, self.steps - version)
         while len(self.queue) < max(steps_ahead * self.per_step, self.per_step + self.oversample):
             group = Group(copies(next(self.prompts), self.rollout.samples_per_prompt), version)
+            self.starting += 1
             group.task = asyncio.ensure_future(self._answer(group))
             self.queue.append(group)
 
@@ -128,6 +135,7 @@ class InFlight:
     async def _answer(self, group: Group) -> None:
         """Generate, judge, compare: a group is finished when its advantages are known. Judges run in threads and hold nothing up."""
         await asyncio.sleep(HEAD_START_S)
+        self.starting -= 1
         prompts_ids = [sample.prompt_ids for sample in group.samples]
         outputs = await self.engine.generate(prompts_ids, sampling_params(self.data, self.rollout), request_ids=group.request_ids())
         if group.stopped:

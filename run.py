@@ -218,9 +218,13 @@ class Row:
 
     def _close(self) -> None:
         now = time.time()
-        if now - self._since > 1e-4:  # what is shorter is told as part of what follows: hundreds of answers judged in microseconds are one span
+        short_wait = self._activity == "wait" and now - self._since < 1e-4  # hundreds of answers, judged in microseconds each, are one span
+        if self._spans and (short_wait or self._spans[-1][0] == self._activity):
+            activity, start, _ = self._spans.pop()
+            self._spans.append((activity, start, now))
+        else:
             self._spans.append((self._activity, self._since, now))
-            self._since = now
+        self._since = now
 
 
 class Run:

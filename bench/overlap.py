@@ -4,7 +4,7 @@
     python bench/overlap.py accuracy                        held-out accuracy of both loops after 80 steps, three seeds each; about fifteen minutes
 
     tail       answers of 16 tokens, one of each group of 16 has 256; 64 samples a step
-    judge      a reward that takes 0.5 s, as a call to a service does; 128 samples a step
+    judge      a reward that takes 0.5 s, as a call to a service does; 256 samples a step
     compute    the toy as it is: 256 short answers, nothing to wait for
 
 The synchronous loop trains and generates on both ranks, the asynchronous one trains on one and generates on the other. Runs alternate, because timings on a
@@ -25,10 +25,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-STEPS = {"tail": 12, "judge": 32, "compute": 20}
+STEPS = {"tail": 12, "judge": 24, "compute": 20}
 WORKLOADS = {
     "tail": ["--prompts-per-step", "4", "--samples-per-prompt", "16", "--max-response-tokens", "256", "--max-staleness", "4"],
-    "judge": ["--prompts-per-step", "8", "--samples-per-prompt", "16", "--judges", "256", "--max-staleness", "4"],
+    "judge": ["--prompts-per-step", "16", "--samples-per-prompt", "16", "--judges", "512", "--max-staleness", "4"],
     "compute": [],
 }
 
