@@ -158,8 +158,11 @@ class Engine(SGLangEngine):
         On a CPU, nothing is done: the system takes what is not used.
         """
         if torch.cuda.is_available():
-            while not self.call(self.tokenizer_manager.flush_cache()).success:
-                time.sleep(0.01)  # the last answer arrives before the scheduler knows that it is idle, and SGLang asserts that it is
+            deadline = time.time() + 60
+            while not self.call(self.tokenizer_manager.flush_cache()).success:  # the last answer arrives before the scheduler knows that it is idle,
+                if time.time() > deadline:
+                    raise RuntimeError("the engine is still busy after 60 s: its memory can only be released when nothing is running")
+                time.sleep(0.01)  # and SGLang asserts that it is
             self.call(self.tokenizer_manager.release_memory_occupation(io_struct.ReleaseMemoryOccupationReqInput(tags=["kv_cache", "weights"]), None))
             self._released = True
 
