@@ -16,6 +16,7 @@ import importlib.util
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -29,7 +30,7 @@ from sglang.srt.managers import io_struct
 from sglang.srt.utils import MultiprocessingSerializer
 
 from run import Row, end_with_parent, main_module_hidden
-from weight_sync import pack
+from weight_sync import pack, phase
 
 # 0.5.21 reports the weight versions of a response as spans. Where it does not, tokens are counted as they arrive.
 REPORTS_VERSIONS = importlib.util.find_spec("sglang.srt.utils.weight_versions") is not None
@@ -84,6 +85,9 @@ class Engine(SGLangEngine):
         self.version = -1
         self.row = Row()
         self._requests, self._paused, self._released = 0, False, False
+        self._last_part, self._last_phase = None, ("start", ["no weights yet"])
+        # The loop's thread and the judges' threads share the interpreter with the main thread, which other ranks wait for in collectives.
+        sys.setswitchinterval(5e-4)
         self._thread = threading.Thread(target=self.loop.run_forever, name="sglang-event-loop", daemon=True)
         self._thread.start()
 
@@ -106,11 +110,12 @@ class Engine(SGLangEngine):
             sampling_params=sampling,
             rid=request_ids,
             return_logprob=True,
-            extra_key=str(self.version),
             stream=not REPORTS_VERSIONS,
         )
         self._count_requests(len(prompts_ids))
         try:
+            await self._settled()  # an update that has begun is not waited for by its sender, but by whoever asks next
+            request.extra_key = str(self.version)
             stream = self.tokenizer_manager.generate_request(request, None)
             if not REPORTS_VERSIONS:
                 return await self._count_versions(stream, len(prompts_ids))
@@ -151,6 +156,29 @@ class Engine(SGLangEngine):
         self.row.mark("sync" if self._paused else "rollout" if self._requests else "wait")
 
     # --- weights
+    #
+    # The parts of an update run on the event loop, one after the other, while the caller prepares the next: begin_update, load and end_update return before
+    # their part is done. What a part raises is raised by the next load() or settle().
+
+    def settle(self) -> None:
+        """Wait until all parts of updates so far are done."""
+        with phase(*self._last_phase):  # for what is no error of the part itself: that the engine died
+            self.call(self._settled())
+
+    async def _settled(self) -> None:
+        if self._last_part is not None:
+            await asyncio.wrap_future(self._last_part)
+
+    def _enqueue(self, part, name: str, about: list[str]) -> None:
+        previous, self._last_phase = self._last_part, (name, about)
+
+        async def after_previous():
+            if previous is not None:
+                await asyncio.wrap_future(previous)
+            with phase(name, about):
+                await part()
+
+        self._last_part = asyncio.run_coroutine_threadsafe(after_previous(), self.loop)
 
     def release_memory(self) -> None:
         """On a GPU that engine and trainer share: give back what weights and cache occupy, and the next update takes it again. Nothing may be running.
@@ -166,53 +194,65 @@ class Engine(SGLangEngine):
             self.call(self.tokenizer_manager.release_memory_occupation(io_struct.ReleaseMemoryOccupationReqInput(tags=["kv_cache", "weights"]), None))
             self._released = True
 
-    def _resume_memory(self, tag: str) -> None:
-        self.call(self.tokenizer_manager.resume_memory_occupation(io_struct.ResumeMemoryOccupationReqInput(tags=[tag]), None))
+    async def _resume_memory(self, tag: str) -> None:
+        await self.tokenizer_manager.resume_memory_occupation(io_struct.ResumeMemoryOccupationReqInput(tags=[tag]), None)
 
     def begin_update(self) -> None:
         """Pause what is running, in place, and open an update."""
-        self.call(self._pause())
+        self._enqueue(self._begin, "begin of update", [f"after version {self.version}"])
+
+    async def _begin(self) -> None:
+        self._paused = True
+        self._mark()
+        await self.tokenizer_manager.pause_generation(io_struct.PauseGenerationReqInput(mode="in_place"))
         if self._released:  # weights now; the cache when the trainer's buckets are gone
-            self._resume_memory("weights")
+            await self._resume_memory("weights")
         if hasattr(self.tokenizer_manager, "begin_weight_update"):  # 0.5.21; without it an update is refused
-            self._must(self.call(self.tokenizer_manager.begin_weight_update(io_struct.BeginWeightUpdateReqInput(), None)), "begin_weight_update")
+            self._must(await self.tokenizer_manager.begin_weight_update(io_struct.BeginWeightUpdateReqInput(), None), "begin_weight_update")
 
     def load(self, named: list[tuple[str, torch.Tensor]], *, version: int) -> None:
-        """Load full Hugging Face tensors of this version, as one message of bytes in memory shared with the engine."""
+        """Load full Hugging Face tensors of this version, as one message of bytes in memory shared with the engine. Waits for those given before."""
+        if self._last_phase[0] == "load":
+            self.settle()
         header, flat = pack(named)
-        self._update([("header", torch.frombuffer(bytearray(header), dtype=torch.uint8)), ("bytes", flat)], "weight_sync.load_bucket", version)
+        payload = [("header", torch.frombuffer(bytearray(header), dtype=torch.uint8)), ("bytes", flat)]
+        self._enqueue(lambda: self._update(payload, "weight_sync.load_bucket", version), "load", [name for name, _ in named])
 
     def end_update(self, version: int) -> None:
-        """Finish the update and let the requests go on: from here on the engine is at this version."""
-        if version <= self.version:
-            raise RuntimeError(f"weight version {version} does not follow {self.version}: versions must grow")
-        self._close_update()
-        if self._released:
-            self._resume_memory("kv_cache")
-            self._released = False
-        self.version = version
-        self.call(self._continue())
+        """Finish the update and let the requests go on: from then on the engine is at this version."""
+
+        async def part():
+            if version <= self.version:
+                raise RuntimeError(f"weight version {version} does not follow {self.version}: versions must grow")
+            await self._close_update()
+            if self._released:
+                await self._resume_memory("kv_cache")
+                self._released = False
+            self.version = version
+            await self._continue()
+
+        self._enqueue(part, "end of update", [f"version {version}"])
 
     def compare(self, named: list[tuple[str, torch.Tensor]]) -> torch.Tensor:
         """What weight_sync.compare_loader reports about these tensors: int64 [engine tp, tensors, 3]. The engine's weights stay as they are."""
         report = torch.zeros(self.server_args.tp_size, len(named), 3, dtype=torch.int64, device=named[0][1].device)
-        self.begin_update()
-        self._update([*named, ("report", report)], "weight_sync.compare_loader", None)
-        self._close_update()
-        self.call(self._continue())
-        return report.cpu()
 
-    async def _pause(self) -> None:
-        self._paused = True
-        self._mark()
-        await self.tokenizer_manager.pause_generation(io_struct.PauseGenerationReqInput(mode="in_place"))
+        async def parts():
+            await self._begin()
+            await self._update([*named, ("report", report)], "weight_sync.compare_loader", None)
+            await self._close_update()
+            await self._continue()
+
+        self._enqueue(parts, "read back", [name for name, _ in named])
+        self.settle()
+        return report.cpu()
 
     async def _continue(self) -> None:
         await self.tokenizer_manager.continue_generation(io_struct.ContinueGenerationReqInput())
         self._paused = False
         self._mark()
 
-    def _update(self, payload, load_format: str, version: int | None) -> None:
+    async def _update(self, payload, load_format: str, version: int | None) -> None:
         serialized = [MultiprocessingSerializer.serialize(payload) for _ in range(self.server_args.tp_size)]
         request = io_struct.UpdateWeightsFromTensorReqInput(
             serialized_named_tensors=serialized,
@@ -220,11 +260,11 @@ class Engine(SGLangEngine):
             flush_cache=False,
             weight_version=None if version is None else str(version),
         )
-        self._must(self.call(self.tokenizer_manager.update_weights_from_tensor(request, None)), "update_weights_from_tensor")
+        self._must(await self.tokenizer_manager.update_weights_from_tensor(request, None), "update_weights_from_tensor")
 
-    def _close_update(self) -> None:
+    async def _close_update(self) -> None:
         if hasattr(self.tokenizer_manager, "end_weight_update"):
-            self._must(self.call(self.tokenizer_manager.end_weight_update(io_struct.EndWeightUpdateReqInput(), None)), "end_weight_update")
+            self._must(await self.tokenizer_manager.end_weight_update(io_struct.EndWeightUpdateReqInput(), None), "end_weight_update")
 
     @staticmethod
     def _must(outcome: tuple[bool, str], what: str) -> None:

@@ -133,7 +133,7 @@ class InFlight:
         return sum(group.task.done() for group in self.queue) >= self.per_step and unfinished_due <= self.oversample
 
     async def _answer(self, group: Group) -> None:
-        """Generate, judge, compare: a group is finished when its advantages are known. Judges run in threads and hold nothing up."""
+        """Generate, judge, compare: a group is finished when its advantages are known. The judge has a thread of its own and holds nothing up."""
         await asyncio.sleep(HEAD_START_S)
         self.starting -= 1
         prompts_ids = [sample.prompt_ids for sample in group.samples]
@@ -142,8 +142,7 @@ class InFlight:
             return
         fill(group.samples, outputs, self.data)
         check_aborts(group.samples)
-        loop = asyncio.get_running_loop()
-        await asyncio.gather(*(loop.run_in_executor(self.judge.threads, self.judge.score, sample) for sample in group.samples))
+        await asyncio.wrap_future(self.judge.submit(group.samples))
         grpo_advantages(group.samples)
 
 

@@ -1,6 +1,6 @@
 """Samples -> rewards -> advantages.
 
-A reward is a plain function of one finished sample; a fork writes its own and gives it to Judge:
+A reward is a function of one finished sample, plain or a coroutine; a fork writes its own and gives it to Judge:
 
     def my_reward(sample: Sample) -> float:
         return float(len(sample.response) < 100)
@@ -9,13 +9,14 @@ A reward function that raises, or returns something that is not a finite number,
 scored 0 in silence: its tokens are masked, it does not count in its group's mean, and the metric reward_errors shows it.
 """
 
+import asyncio
 import math
+import threading
 import traceback
 from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Lock
 from typing import Literal
 
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from engine import Engine
 from rollout import Data, RolloutSettings, Sample, all_gather_samples, generate, my_share
 from run import Row
 
-Reward = Callable[[Sample], float]
+Reward = Callable[[Sample], float | Awaitable[float]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class RewardSettings:
     reward: Literal["exact", "math"] = "exact"
     """exact: the response equals the label and ended by itself. math: the last \\boxed{} or final number has the label's value (math-verify)."""
     judges: int = 32
-    """How many answers a rank judges at a time, in threads: a reward function that waits for a service then does not wait in line."""
+    """How many answers a rank judges at a time: a reward function that waits for a service then does not wait in line."""
 
 
 def exact_match(sample: Sample) -> float:
@@ -52,37 +53,50 @@ REWARDS: dict[str, Reward] = {"exact": exact_match, "math": math_reward}
 
 
 class Judge:
-    """A reward function and the threads that call it."""
+    """A reward function, and the thread whose event loop judges: all of a batch at once, as many at a time as `judges` says.
 
-    def __init__(self, reward: Reward, threads: int = 32):
-        self.reward, self.threads, self.row = reward, ThreadPoolExecutor(threads, "judge"), Row()
-        self._lock, self._busy, self._failed = Lock(), 0, False
+    A coroutine function runs on the loop itself and costs no thread; it is the right form for a judge that waits for a service. A plain function runs in a
+    pool of threads.
+    """
 
-    def score(self, sample: Sample) -> None:
-        """Set sample.reward; None, with the reason in the metadata, where the reward function fails. The first failure is printed."""
-        self._count(1)
-        try:
-            sample.reward = float(self.reward(sample))
-            if not math.isfinite(sample.reward):
-                raise ValueError(f"the reward function returned {sample.reward}")
-        except Exception as error:  # whatever a user's reward function may raise: counted, shown, and the sample set aside
-            sample.reward, sample.metadata["reward_error"] = None, repr(error)
-            with self._lock:
+    def __init__(self, reward: Reward, judges: int = 32):
+        self.reward, self.row, self._busy, self._failed = reward, Row(), 0, False
+        self._threads, self._places, self._loop = ThreadPoolExecutor(judges, "judge"), asyncio.Semaphore(judges), asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="judge-loop", daemon=True).start()
+
+    def submit(self, samples: list[Sample]) -> Future:
+        """Start judging; the result is None, and every sample has its reward: None, with the reason in the metadata, where the function fails."""
+        return asyncio.run_coroutine_threadsafe(self._score_all(samples), self._loop)
+
+    async def _score_all(self, samples: list[Sample]) -> None:
+        await asyncio.gather(*map(self._score, samples))
+
+    async def _score(self, sample: Sample) -> None:
+        async with self._places:
+            self._count(1)
+            try:
+                if asyncio.iscoroutinefunction(self.reward):
+                    sample.reward = float(await self.reward(sample))
+                else:
+                    sample.reward = float(await self._loop.run_in_executor(self._threads, self.reward, sample))
+                if not math.isfinite(sample.reward):
+                    raise ValueError(f"the reward function returned {sample.reward}")
+            except Exception as error:  # whatever a user's reward function may raise: counted, shown, and the sample set aside
+                sample.reward, sample.metadata["reward_error"] = None, repr(error)
                 if not self._failed:
                     print(f"reward error, the first on this rank, on the response {sample.response!r}:\n{traceback.format_exc()}", flush=True)
                 self._failed = True
-        finally:
-            self._count(-1)
+            finally:
+                self._count(-1)
 
     def _count(self, change: int) -> None:
-        with self._lock:
-            self._busy += change
-            self.row.mark("reward" if self._busy else "wait")
+        self._busy += change
+        self.row.mark("reward" if self._busy else "wait")
 
 
 def compute_rewards(samples: list[Sample], judge: Judge) -> None:
-    """Judge all samples, as many at a time as there are threads. Raises RuntimeError if the reward function fails on all of them."""
-    list(judge.threads.map(judge.score, samples))
+    """Judge all samples and wait for the last. Raises RuntimeError if the reward function fails on all of them."""
+    judge.submit(samples).result()
     if samples and all(sample.reward is None for sample in samples):
         raise RuntimeError(f"the reward function failed on all {len(samples)} samples; the first error is printed above")
 

@@ -12,6 +12,7 @@ Only global rank 0 writes. Lines are flushed as they are written, so that whatev
 import contextlib
 import dataclasses
 import difflib
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -128,6 +129,8 @@ def init_distributed(rollout_ranks: int = 0) -> dist.ProcessGroup:
     With rollout_ranks, the last so many ranks are a default world of their own and the others, the trainers, another: megatron-core builds its groups from
     the default world. The shared group is made beside the two from the same store, as SGLang makes its weight-update groups.
     """
+    gc.collect()
+    gc.freeze()  # what imports have made is never garbage; to look through it would take 0.3 s now and then, in which every other rank waits
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

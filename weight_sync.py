@@ -220,10 +220,12 @@ def _device() -> torch.device:
 
 @contextlib.contextmanager
 def phase(name: str, tensors: list[str]):
-    """What fails inside is told in which phase of the hand-off, and about which tensors: both are in the traceback."""
+    """What fails inside is told in which phase of the hand-off, and about which tensors: both are in the traceback. The innermost phase tells."""
     try:
         yield
     except Exception as error:
+        if hasattr(error, "__notes__"):
+            raise
         about = tensors[0] if len(tensors) == 1 else f"{tensors[0]} to {tensors[-1]}, {len(tensors)} tensors"
         error.add_note(f"The weight hand-off failed in phase {name!r}: {about}. An engine that holds half of the new weights stays paused; the run ends.")
         raise
@@ -307,19 +309,20 @@ def hand_over(weights: Weights, engine, *, version: int) -> int:
     """Give the engine this version of the weights; returns the bytes handed over. Every rank calls it; engine is None on ranks without one.
 
     The engine is paused when the first bucket is there, and goes on when the last has been loaded. Whatever raises in between leaves it paused for good.
+    A bucket is loaded while the next is on its way. The asynchronous loop does not wait for the last one either: new requests do, and raise what went wrong.
     """
     sent_bytes = 0
     for bucket in buckets_of(weights, quantize=True):
         if engine is not None:
-            with phase("load", [name for name, _ in bucket]):
-                if not sent_bytes:
-                    engine.begin_update()
-                engine.load(bucket, version=version)
+            if not sent_bytes:
+                engine.begin_update()
+            engine.load(bucket, version=version)
         sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
         del bucket
     if engine is not None:
-        with phase("end of update", [f"version {version}"]):
-            engine.end_update(version)
+        engine.end_update(version)
+        if weights.broadcast_group is None:
+            engine.settle()
     return sent_bytes
 
 

@@ -15,11 +15,11 @@ rollout in the asynchronous loop without a trainer's work, train and sync in the
 lose to each other, on cores that share caches and memory, and to the processes beside them.
 """
 
+import asyncio
 import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,8 +47,8 @@ def worker(loop: str, workload: str, stage: str, arguments: list[str]) -> None:
         lengths = [256 if i % 16 == 15 else 16 for i in range(len(prompts_ids))]
         return await generate(self, prompts_ids, [{**sampling, "max_new_tokens": n, "ignore_eos": True} for n in lengths], request_ids=request_ids)
 
-    def slow_judge(sample: rollout.Sample) -> float:
-        time.sleep(0.5)
+    async def slow_judge(sample: rollout.Sample) -> float:
+        await asyncio.sleep(0.5)
         return reward.exact_match(sample)
 
     if workload == "tail":

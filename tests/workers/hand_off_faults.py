@@ -70,7 +70,7 @@ def answers(engine) -> bool:
     async def answered():
         request = asyncio.ensure_future(engine.generate([[5, 6, 7]], {"max_new_tokens": 2}))
         done, _ = await asyncio.wait([request], timeout=2)
-        return bool(done)
+        return bool(done) and not request.exception()
 
     return engine.call(answered())
 
@@ -96,6 +96,8 @@ def main() -> None:
         with injected:
             try:
                 weight_sync.hand_over(weights, engine, version=version + 1)
+                if engine:
+                    engine.settle()
             except (RuntimeError, ValueError, run.EngineDied) as raised:
                 error = raised
         report[fault] = {"error": repr(error), "notes": getattr(error, "__notes__", [])}
@@ -103,7 +105,8 @@ def main() -> None:
             break
         if engine:
             report[fault] |= {"version": engine.version, "answers": answers(engine)}
-            engine._close_update()  # what a run never does: mend the engine with a whole hand-off, for the next fault
+            engine._last_part = None  # what a run never does: mend the engine with a whole hand-off, for the next fault
+            engine.call(engine._close_update())
         version += 1
         weight_sync.hand_over(weights, engine, version=version)
         report[fault]["answers_when_mended"] = engine is None or answers(engine)
