@@ -13,22 +13,21 @@ K steps of time before anything waits for it, and is continued over them on ever
 --oversample S lets a step go on without up to S of its due groups: newer finished ones take their place. Those left behind are carried over while the bound
 allows; then they are stopped, and counted as dropped. With K = 0 nothing newer is in flight, so S groups more are started than a step needs.
 
+--dynamic-sampling N: a group whose rewards are all equal leaves the queue, and a new one is started at its end. The others only move forward, so the
+bound holds.
+
 The queue belongs to the engine's event loop: everything `async` below runs there, so there are no locks.
 """
 
 import asyncio
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Literal
 
-import torch.distributed as dist
-
 from engine import Engine
-from reward import Judge, grpo_advantages
-from rollout import Data, RolloutSettings, Sample, check_aborts, copies, fill, sampling_params
+from reward import Judge, RewardSettings, is_uninformative
+from rollout import DROPPED, REPLACED, Data, RolloutSettings, Sample, check_aborts, copies, fill, marks, my_share, sampling_params, step_share
 from run import BadInput
 
-DROPPED = "dropped"
 HEAD_START_S = 0.01  # the finished groups are handed over before new ones start: starting requests keeps the interpreter busy, and trainers waiting
 
 
@@ -77,13 +76,17 @@ class Group:
 class InFlight:
     """A rollout rank's queue; on ranks without an engine it is empty and does nothing."""
 
-    def __init__(self, engine: Engine | None, data: Data, rollout: RolloutSettings, settings: InFlightSettings, judge: Judge, *, steps: int):
-        self.engine, self.data, self.rollout, self.settings, self.judge, self.steps = engine, data, rollout, settings, judge, steps
+    def __init__(
+        self, engine: Engine | None, data: Data, rollout: RolloutSettings, settings: InFlightSettings, rewards: RewardSettings, judge: Judge, *, steps: int
+    ):
+        self.engine, self.data, self.rollout, self.settings, self.rewards, self.judge, self.steps = engine, data, rollout, settings, rewards, judge, steps
         engines = settings.rollout_ranks // rollout.engine_tp
-        self.per_step, self.oversample = rollout.prompts_per_step // engines, settings.oversample // engines
-        self.prompts = islice(data.stream, dist.get_rank() // rollout.engine_tp, None, engines)  # every engine takes its turn, as in rollout.my_share
+        self.per_step, self.oversample = step_share(rollout), settings.oversample // engines
+        self.prompts = my_share(data.stream, rollout.engine_tp)
         self.queue: list[Group] = []
         self.starting = 0  # groups that are about to ask the engine
+        self.replacements = 0  # how many more groups of this step may be replaced
+        self.replaced: list[Sample] = []
 
     def next_step(self, version: int) -> list[Sample]:
         """This rank's samples for the step that trains weights `version`, and those that are dropped now, without responses; blocks until they are there.
@@ -105,10 +108,8 @@ class InFlight:
     async def _next_step(self, version: int) -> list[Sample]:
         steps_ahead = min(self.settings.max_staleness + 1, self.steps - version)
         while len(self.queue) < max(steps_ahead * self.per_step, self.per_step + self.oversample):
-            group = Group(copies(next(self.prompts), self.rollout.samples_per_prompt), version)
-            self.starting += 1
-            group.task = asyncio.ensure_future(self._answer(group))
-            self.queue.append(group)
+            self._start(version)
+        self.replacements = self.rewards.dynamic_sampling * self.per_step
 
         while not self._ready():
             await asyncio.wait([group.task for group in self.queue if not group.task.done()], return_when=asyncio.FIRST_COMPLETED)
@@ -121,8 +122,14 @@ class InFlight:
             group.stopped = True
             await self.engine.abort(group.request_ids())
         self.queue = [group for group in left if group not in dropped]
-        marks = [Sample(sample.prompt_ids, group=sample.group, index=sample.index, finish_reason=DROPPED) for group in dropped for sample in group.samples]
-        return [sample for group in taken for sample in group.samples] + marks
+        replaced, self.replaced = self.replaced, []
+        return [sample for group in taken for sample in group.samples] + replaced + [mark for group in dropped for mark in marks(group.samples, DROPPED)]
+
+    def _start(self, version: int) -> None:
+        group = Group(copies(next(self.prompts), self.rollout.samples_per_prompt), version)
+        self.starting += 1
+        group.task = asyncio.ensure_future(self._answer(group))
+        self.queue.append(group)
 
     def _ready(self) -> bool:
         """A step's worth is finished, and of the due groups no more are missing than may be left behind. Raises what a group raised in the background."""
@@ -133,7 +140,7 @@ class InFlight:
         return sum(group.task.done() for group in self.queue) >= self.per_step and unfinished_due <= self.oversample
 
     async def _answer(self, group: Group) -> None:
-        """Generate, judge, compare: a group is finished when its advantages are known. The judge has a thread of its own and holds nothing up."""
+        """Generate and judge; a group that teaches nothing is replaced. The judge has a thread of its own and holds nothing up."""
         await asyncio.sleep(HEAD_START_S)
         self.starting -= 1
         prompts_ids = [sample.prompt_ids for sample in group.samples]
@@ -143,16 +150,18 @@ class InFlight:
         fill(group.samples, outputs, self.data)
         check_aborts(group.samples)
         await asyncio.wrap_future(self.judge.submit(group.samples))
-        grpo_advantages(group.samples)
+        if self.replacements and not group.stopped and is_uninformative(group.samples):
+            self.replacements -= 1
+            self.replaced += marks(group.samples, REPLACED)
+            self.queue.remove(group)
+            self._start(self.engine.version)
 
 
-def without_dropped(samples: list[Sample], *, version: int, max_staleness: int) -> tuple[list[Sample], int]:
-    """The samples to train and how many were dropped. Raises RuntimeError should a token be older than the bound: the invariant of this loop."""
-    kept = [sample for sample in samples if sample.finish_reason != DROPPED]
-    for sample in kept:
+def check_staleness(samples: list[Sample], *, version: int, max_staleness: int) -> None:
+    """Raise RuntimeError should a token be older than the bound: the invariant of this loop."""
+    for sample in samples:
         if not all(version - max_staleness <= token_version <= version for token_version in sample.weight_versions):
             raise RuntimeError(
                 f"sample {sample.index} of group {sample.group} has tokens of the weight versions {sorted(set(sample.weight_versions))}; "
                 f"training version {version} with --max-staleness {max_staleness} may see none older than {version - max_staleness}"
             )
-    return kept, len(samples) - len(kept)

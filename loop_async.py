@@ -26,6 +26,7 @@ import train_step
 import weight_sync
 from hf_names import read_config
 from in_flight import InFlightSettings
+from losses import LossSettings
 from reward import RewardSettings
 from rollout import RolloutSettings
 from run import RunSettings
@@ -40,6 +41,7 @@ class Settings:
     in_flight: InFlightSettings = InFlightSettings()
     reward: RewardSettings = RewardSettings()
     train: TrainSettings = TrainSettings()
+    loss: LossSettings = LossSettings()
     sync: SyncSettings = SyncSettings()
 
 
@@ -52,36 +54,41 @@ def main() -> None:
     trains = int(os.environ["RANK"]) < trainer_ranks
     rollout.check_rollout_settings(settings.rollout, config, world_size=rollout_ranks)
     data = rollout.load_data(model, settings.rollout, config, seed=seed)
-    train_step.check_train_settings(settings.train, config, world_size=trainer_ranks, steps=steps, longest=data.longest)
+    reward.check_reward_settings(settings.reward, settings.rollout)
+    train_step.check_train_settings(settings.train, settings.loss, config, world_size=trainer_ranks, steps=steps, longest=data.longest)
+    temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
 
     everyone = run.init_distributed(rollout_ranks)
     record = run.Run(settings, "async", everyone, trains)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
     record.say(weight_sync.describe(config, fp8))
-    trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed) if trains else None
+    with_reference = settings.loss.kl_coef > 0
+    trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed, with_reference=with_reference) if trains else None
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes, broadcast_group=everyone)
     engine = None if trains else rollout.start_engine(model, settings.rollout, config, seed=seed)
     judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges)
     with engine or contextlib.nullcontext():
         weight_sync.sync_weights(weights, engine, version=0, check=True)
         record.log(record.log_eval(0, reward.evaluate(engine, data, settings.rollout, judge, everyone)))
-        groups = in_flight.InFlight(engine, data, settings.rollout, settings.in_flight, judge, steps=steps)
+        groups = in_flight.InFlight(engine, data, settings.rollout, settings.in_flight, settings.reward, judge, steps=steps)
         for step in range(1, steps + 1):
             watch = run.Stopwatch()
             # The engines start new groups, and hand over finished ones. No trained token is older than the bound, or this raises.
-            samples = rollout.all_gather_samples(groups.next_step(version=step - 1), everyone)
-            samples, dropped = in_flight.without_dropped(samples, version=step - 1, max_staleness=settings.in_flight.max_staleness)
+            samples, set_aside = rollout.without_marks(rollout.all_gather_samples(groups.next_step(version=step - 1), everyone))
+            in_flight.check_staleness(samples, version=step - 1, max_staleness=settings.in_flight.max_staleness)
             wait_s = watch.lap("wait")
 
-            metrics = train_step.train_step(trainer, samples, temperature=settings.rollout.temperature) if trains else {}
+            batch = train_step.score(trainer, samples, temperature=temperature)  # log-probs of trainer and reference
+            reward.compute_advantages(batch, settings.reward, settings.loss, max_response_tokens=max_response_tokens)
+            metrics = train_step.train_step(trainer, batch, settings.loss, temperature=temperature, max_response_tokens=max_response_tokens)
             train_s = watch.lap("train")
 
             groups.drain()  # only if asked to; else requests in flight are paused while the weights change, and go on
             sync_bytes = weight_sync.sync_weights(weights, engine, version=step, check=settings.run.check_sync or step == steps)
             sync_s = watch.lap("sync")
 
-            metrics |= reward.batch_metrics(samples, version=step - 1) | record.trace(watch, engine, judge)
-            metrics |= {"dropped": dropped, "wait_s": wait_s, "train_s": train_s, "sync_s": sync_s, "sync_bytes": sync_bytes}
+            metrics |= set_aside | reward.batch_metrics(samples, version=step - 1) | record.trace(watch, engine, judge)
+            metrics |= {"wait_s": wait_s, "train_s": train_s, "sync_s": sync_s, "sync_bytes": sync_bytes}
             if step % settings.run.eval_every == 0 or step == steps:
                 metrics |= record.log_eval(step, reward.evaluate(engine, data, settings.rollout, judge, everyone))
             record.log({"step": step, **metrics})

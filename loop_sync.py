@@ -12,6 +12,7 @@ Nothing overlaps, so every token of a step was sampled by the weights that the s
 """
 
 import contextlib
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ import run
 import train_step
 import weight_sync
 from hf_names import read_config
+from losses import LossSettings
 from reward import RewardSettings
 from rollout import RolloutSettings
 from run import RunSettings
@@ -35,6 +37,7 @@ class Settings:
     rollout: RolloutSettings = RolloutSettings()
     reward: RewardSettings = RewardSettings()
     train: TrainSettings = TrainSettings()
+    loss: LossSettings = LossSettings()
     sync: SyncSettings = SyncSettings()
 
 
@@ -46,38 +49,44 @@ def main() -> None:
     trainer_ranks = rollout_ranks = int(os.environ["WORLD_SIZE"])
     rollout.check_rollout_settings(settings.rollout, config, world_size=rollout_ranks)
     data = rollout.load_data(model, settings.rollout, config, seed=seed)
-    train_step.check_train_settings(settings.train, config, world_size=trainer_ranks, steps=steps, longest=data.longest)
+    reward.check_reward_settings(settings.reward, settings.rollout)
+    train_step.check_train_settings(settings.train, settings.loss, config, world_size=trainer_ranks, steps=steps, longest=data.longest)
+    temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
 
     everyone = run.init_distributed()
     record = run.Run(settings, "sync", everyone)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
     record.say(weight_sync.describe(config, fp8))
-    trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed)
+    with_reference = settings.loss.kl_coef > 0
+    trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed, with_reference=with_reference)
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
     engine = rollout.start_engine(model, settings.rollout, config, seed=seed)
     judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges)
     with engine or contextlib.nullcontext():
         weight_sync.sync_weights(weights, engine, version=0, check=True)
         record.log(record.log_eval(0, reward.evaluate(engine, data, settings.rollout, judge, everyone)))
+        stream = rollout.my_share(data.stream, settings.rollout.engine_tp)
         for step in range(1, steps + 1):
             watch = run.Stopwatch()
-            prompts = rollout.next_prompts(data, settings.rollout)
+            prompts = list(itertools.islice(stream, rollout.step_share(settings.rollout)))
             samples = rollout.generate(engine, prompts, data, settings.rollout, n=settings.rollout.samples_per_prompt)
             rollout_s = watch.lap("rollout")
 
             reward.compute_rewards(samples, judge)
-            reward.grpo_advantages(samples)  # one engine answered all of a group, so every group is whole here
-            samples = rollout.all_gather_samples(samples, everyone)
+            samples = reward.refill(samples, engine, stream, data, settings.rollout, settings.reward, judge)  # with --dynamic-sampling
+            samples, set_aside = rollout.without_marks(rollout.all_gather_samples(samples, everyone))
             reward_s = watch.lap("reward")
 
             rollout.release_memory(engine)  # on a GPU; the hand-off takes it back
-            metrics = train_step.train_step(trainer, samples, temperature=settings.rollout.temperature)
+            batch = train_step.score(trainer, samples, temperature=temperature)  # log-probs of trainer and reference
+            reward.compute_advantages(batch, settings.reward, settings.loss, max_response_tokens=max_response_tokens)
+            metrics = train_step.train_step(trainer, batch, settings.loss, temperature=temperature, max_response_tokens=max_response_tokens)
             train_s = watch.lap("train")
 
             sync_bytes = weight_sync.sync_weights(weights, engine, version=step, check=settings.run.check_sync or step == steps)
             sync_s = watch.lap("sync")
 
-            metrics |= reward.batch_metrics(samples, version=step - 1) | record.trace(watch, engine, judge)
+            metrics |= set_aside | reward.batch_metrics(samples, version=step - 1) | record.trace(watch, engine, judge)
             metrics |= {"rollout_s": rollout_s, "reward_s": reward_s, "train_s": train_s, "sync_s": sync_s, "sync_bytes": sync_bytes}
             if step % settings.run.eval_every == 0 or step == steps:
                 metrics |= record.log_eval(step, reward.evaluate(engine, data, settings.rollout, judge, everyone))

@@ -1,16 +1,27 @@
-"""The mathematics of a training step, as pure functions of tensors: log-probs and entropy from logits, and the policy loss.
+"""The mathematics of a training step, as pure functions of tensors: log-probs and entropy from logits, and the parts a policy loss is put together from.
+
+An algorithm is one choice from each of five tables: POLICY_LOSSES, AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS here, ADVANTAGES in advantages.py. A fork adds
+a function and its line. Over the tokens of the global batch, in the terms of the tables:
+
+    loss = sum of weight_T (correction_T policy_loss_T + kl_coef kl_T - entropy_coef entropy_T) / sum of units_N
 
 Three log-probs of the same token, three names, here and everywhere:
     rollout_logprobs   by the engine that sampled it, from FP8 weights, at sampling time
     old_logprobs       by the trainer, before the first optimizer step on this batch
     logprobs           by the trainer now, with a gradient
+and, where there is one, ref_logprobs by the frozen reference model.
 old - rollout measures how far engine and trainer disagree about the same policy (the mismatch); logprobs - old, how far the policy has moved.
 
-Shape letters: T packed tokens of a micro-batch, V vocabulary on this tensor-parallel rank.
+Shape letters: T packed tokens of a micro-batch, N its samples, V vocabulary on this tensor-parallel rank.
 """
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+
+from run import BadInput
 
 
 class VocabParallelLogprobs(torch.autograd.Function):
@@ -84,40 +95,241 @@ def logprobs_and_entropy(
     return VocabParallelLogprobs.apply(logits_TV, labels_T, temperature, vocab_size, group, chunk)
 
 
-def ppo_loss(
-    logprobs_T: torch.Tensor,
-    old_logprobs_T: torch.Tensor,
-    rollout_logprobs_T: torch.Tensor,
-    advantages_T: torch.Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    tis_cap: float,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """PPO's clipped objective per token, weighted by truncated importance sampling; returns (loss_T, per-token statistics), both unmasked.
+# --- policy losses ----------------------------------------------------------------------------------------------------------------------------
 
-        ratio  = exp(logprobs - old)                                      PPO, arXiv 1707.06347, equation 7; asymmetric bounds from DAPO
-        ppo    = max(-ratio A, -clip(ratio, 1 - clip_low, 1 + clip_high) A)
-        weight = min(exp(old - rollout), tis_cap), no gradient            TIS, corrects for the engine having sampled from other numerics
-        loss   = weight * ppo
 
-    All inputs float32 [T]. Departure from PPO: the weight. tis_cap 0 turns it off.
+@dataclass(frozen=True)
+class Sequences:
+    """Which sample each packed token belongs to, and which tokens count: what is needed by all that looks at whole responses."""
+
+    sample_T: torch.Tensor
+    """int64: place of the token's sample in the micro-batch."""
+    mask_T: torch.Tensor
+    """float: 1 where the token is the policy's own and counts."""
+    counts_N: torch.Tensor
+    """float: how many tokens of each sample count, those of other context-parallel ranks included."""
+    cp_group: dist.ProcessGroup | None = None
+    """Ranks that hold other tokens of the same samples; None: there are none."""
+
+    @torch.no_grad()
+    def mean(self, x_T: torch.Tensor) -> torch.Tensor:
+        """The mean over a sample's counting tokens, at each of its tokens; 0 where no token counts. A constant: no gradient flows. Collective over cp_group."""
+        sums_N = torch.zeros_like(self.counts_N, dtype=x_T.dtype).index_add_(0, self.sample_T, x_T * self.mask_T)
+        if self.cp_group is not None:
+            dist.all_reduce(sums_N, group=self.cp_group)
+        return (sums_N / self.counts_N.clamp(min=1))[self.sample_T]
+
+
+# Each takes (logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_high, dual_clip) and returns (loss_T, ratio_T, clipped_T), not masked:
+# the loss, the ratio it looks at, and where the clip took the gradient away. float [T], float [T], bool [T].
+
+
+def ppo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low: float, clip_high: float, dual_clip: float):
+    """PPO's clipped objective, arXiv 1707.06347, equation 7, with DAPO's asymmetric bounds (arXiv 2503.14476, equation 10):
+
+        r    = exp(logprobs - old)
+        loss = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A)
+
+    dual_clip c > 1 (arXiv 1912.09729, equation 5; 0: off): where A < 0 the loss is at most -c A. The plain objective has no bound there: a token that has
+    become likely although it was bad would dominate the batch.
     """
-    log_ratio_T = logprobs_T - old_logprobs_T
-    ratio_T = log_ratio_T.exp()
-    clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
-    ppo_T = torch.maximum(-ratio_T * advantages_T, -clipped_T * advantages_T)
-    importance_T = (old_logprobs_T - rollout_logprobs_T).exp()
-    weight_T = importance_T.clamp(max=tis_cap) if tis_cap > 0 else torch.ones_like(importance_T)
-    with torch.no_grad():
-        statistics = {
-            "ratio": ratio_T,
-            "clipfrac": (-clipped_T * advantages_T > -ratio_T * advantages_T).float(),
-            "approx_kl": ratio_T - 1 - log_ratio_T,
-            "logprob_shift": log_ratio_T,
-            "tis_clipfrac": (importance_T > weight_T).float(),
-        }
-    return weight_T.detach() * ppo_T, statistics
+    return _clipped((logprobs_T - old_logprobs_T).exp(), advantages_T, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+
+
+def gspo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low: float, clip_high: float, dual_clip: float):
+    """GSPO, arXiv 2507.18071, in its token form (equation 17): PPO's objective with one ratio for all tokens of a response,
+
+        log s = logprobs - sg(logprobs) + sg(mean over the response of (logprobs - old))
+
+    whose value is the geometric mean of the token ratios, and whose gradient at each token is that token's. Together with --aggregation sequence it is
+    equation 5. The mean of many logarithms moves little, hence the bounds of 3e-4 and 4e-4.
+    """
+    ratio_T = (logprobs_T - logprobs_T.detach() + sequences.mean(logprobs_T - old_logprobs_T)).exp()
+    return _clipped(ratio_T, advantages_T, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+
+
+def _clipped(ratio_T, advantages_T, *, clip_low, clip_high, dual_clip):
+    plain_T = -ratio_T * advantages_T
+    bounded_T = -ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T
+    loss_T = torch.maximum(plain_T, bounded_T)
+    if dual_clip > 0:
+        loss_T = torch.where(advantages_T < 0, torch.minimum(loss_T, -dual_clip * advantages_T), loss_T)
+    return loss_T, ratio_T, bounded_T > plain_T
+
+
+def cispo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low: float, clip_high: float, dual_clip: float):
+    """CISPO, MiniMax-M1, arXiv 2506.13585, equations 4 and 5: the ratio is a clipped weight without gradient, so that no token is cut out of the batch,
+
+        loss = -sg(clip(r, 1 - clip_low, 1 + clip_high)) A logprobs
+
+    clip_low 1 is no lower bound, as in the paper. dual_clip has no meaning here; check_loss_settings refuses it.
+    """
+    ratio_T = (logprobs_T.detach() - old_logprobs_T).exp()
+    weight_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
+    return -weight_T * advantages_T * logprobs_T, ratio_T, weight_T != ratio_T
+
+
+POLICY_LOSSES = {"ppo": ppo, "gspo": gspo, "cispo": cispo}
+CLIPS = {"ppo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
+"""(clip_low, clip_high) unless set: DAPO's; GSPO's; for CISPO no lower bound and weights up to 5, as ScaleRL (arXiv 2510.13786) uses it."""
+
+
+# --- aggregation: one number from the tokens of the global batch --------------------------------------------------------------------------------
+#
+# Each takes (sequences, *, max_response_tokens) and returns (weight_T, units_N): loss = sum of weight_T loss_T / sum of units_N, both sums over all samples
+# of the global batch, on whatever rank they are. Averages of averages would depend on who holds which sample: the means of ranks with 2 and 8 tokens, 1 and 3,
+# average to 2.0, where the mean over tokens is 2.6.
+
+
+def per_token(sequences: Sequences, *, max_response_tokens: int):
+    """Every token alike: DAPO, arXiv 2503.14476, equation 8. Long responses weigh more."""
+    return sequences.mask_T, sequences.counts_N
+
+
+def per_sequence(sequences: Sequences, *, max_response_tokens: int):
+    """Every response alike, the mean of its tokens: GRPO, arXiv 2402.03300, equation 3. A token of a long response weighs less."""
+    return sequences.mask_T / sequences.counts_N.clamp(min=1)[sequences.sample_T], (sequences.counts_N > 0).to(sequences.counts_N.dtype)
+
+
+def constant(sequences: Sequences, *, max_response_tokens: int):
+    """The sum of a response's tokens over a constant: Dr. GRPO, arXiv 2503.20783, appendix A. A token's weight does not depend on its response's length."""
+    return sequences.mask_T / max_response_tokens, (sequences.counts_N > 0).to(sequences.counts_N.dtype)
+
+
+AGGREGATIONS = {"token": per_token, "sequence": per_sequence, "constant": constant}
+
+
+# --- off-policy corrections: weights for tokens that the engine sampled from other numerics or older weights ------------------------------------
+#
+# Each takes (log_weight_T = old - rollout, sequences, *, low, high) and returns a weight for the policy loss of each token, without gradient. A weight of 0
+# takes a token out; the denominator stays that of all tokens, or what is masked would make the others count more.
+
+
+def no_correction(log_weight_T, sequences, *, low: float, high: float):
+    """1: the samples are taken as the trainer's own."""
+    return torch.ones_like(log_weight_T)
+
+
+def tis(log_weight_T, sequences, *, low: float, high: float):
+    """Truncated importance sampling, min(exp(old - rollout), high): Yao et al., "Your efficient RL framework secretly brings you off-policy training", 2025."""
+    return log_weight_T.exp().clamp(max=high)
+
+
+def icepop(log_weight_T, sequences, *, low: float, high: float):
+    """exp(old - rollout) where it lies in [low, high], else 0: IcePop, Ring-1T, arXiv 2510.18855. A token on which the two disagree teaches nothing."""
+    weight_T = log_weight_T.exp()
+    return torch.where((weight_T >= low) & (weight_T <= high), weight_T, 0)
+
+
+def decoupled(log_weight_T, sequences, *, low: float, high: float):
+    """The behaviour weight of decoupled PPO, AReaL, arXiv 2505.24298, equation 5: exp(old - rollout), and as in AReaL's code 0 above a cap.
+
+    The other half, that old_logprobs are recomputed by the trainer with the weights it starts the step from, holds here under every correction.
+    """
+    weight_T = log_weight_T.exp()
+    return torch.where(weight_T <= high, weight_T, 0)
+
+
+def sequence_mask(log_weight_T, sequences, *, low: float, high: float):
+    """1 for responses whose geometric mean of exp(old - rollout) lies in [low, high], 0 for all tokens of others: a few tokens can spoil a whole response.
+
+    The mean's logarithm is an estimate of -KL(rollout || old); bounds near 1, as 0.99 and 1.01, make it a filter of mismatch.
+    """
+    mean_T = sequences.mean(log_weight_T).exp()
+    return ((mean_T >= low) & (mean_T <= high)).to(log_weight_T.dtype)
+
+
+CORRECTIONS = {"none": no_correction, "tis": tis, "icepop": icepop, "decoupled": decoupled, "sequence_mask": sequence_mask}
+
+
+# --- KL to a frozen reference -------------------------------------------------------------------------------------------------------------------
+#
+# Each takes (logprobs_T, ref_logprobs_T, old_logprobs_T); with d = logprobs - ref every one's mean over the policy's own samples is KL(policy || reference),
+# exactly or nearly. As a value in the reward that is all that matters. As a loss its gradient matters, and that is another thing: tests/oracle proves it.
+
+
+def k1(logprobs_T, ref_logprobs_T, old_logprobs_T):
+    """d. Unbiased, of large variance. As a loss: its expected gradient is 0, only noise; use it in the reward."""
+    return logprobs_T - ref_logprobs_T
+
+
+def k2(logprobs_T, ref_logprobs_T, old_logprobs_T):
+    """d^2 / 2. Biased. As a loss: its expected gradient is that of KL(policy || reference)."""
+    return (logprobs_T - ref_logprobs_T).square() / 2
+
+
+def k3(logprobs_T, ref_logprobs_T, old_logprobs_T):
+    """exp(-d) - 1 + d. Unbiased, of small variance, never negative (Schulman, "Approximating KL"). As a loss: the gradient of KL(reference || policy)."""
+    difference_T = logprobs_T - ref_logprobs_T
+    return (-difference_T).exp() - 1 + difference_T
+
+
+def low_var_kl(logprobs_T, ref_logprobs_T, old_logprobs_T):
+    """k3, bounded by 10, as verl and slime name it. As a loss: k3's gradient, and none beyond the bound."""
+    return k3(logprobs_T, ref_logprobs_T, old_logprobs_T).clamp(-10, 10)
+
+
+def unbiased_k3(logprobs_T, ref_logprobs_T, old_logprobs_T):
+    """exp(logprobs - old) k3, the ratio with its gradient: DeepSeek-V3.2, arXiv 2512.02556, section 3.1. As a loss: the gradient of KL(policy || reference),
+    and without bias also where the policy has moved since it sampled."""
+    return (logprobs_T - old_logprobs_T).exp() * k3(logprobs_T, ref_logprobs_T, old_logprobs_T)
+
+
+KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "low_var_kl": low_var_kl, "unbiased_k3": unbiased_k3}
+
+
+# --- the choice of an algorithm -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The policy loss, one choice from each table above."""
+
+    policy_loss: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """Objective of a token: PPO's clip; GSPO's sequence ratio (with --aggregation sequence); CISPO's clipped weight."""
+    clip_low: float | None = None
+    """The ratio is clipped below 1 - clip_low. None: 0.2 for ppo, 3e-4 for gspo, 1 (no bound) for cispo."""
+    clip_high: float | None = None
+    """The ratio is clipped above 1 + clip_high. None: 0.28 (DAPO's clip-higher) for ppo, 4e-4 for gspo, 4 for cispo."""
+    dual_clip: float = 0.0
+    """Bound of the loss of bad tokens, as a multiple of |advantage| above 1, for instance 3; 0: no bound."""
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    """Every token of the batch counts alike (DAPO), every response (GRPO), or tokens over the constant --max-response-tokens (Dr. GRPO)."""
+    correction: Literal["none", "tis", "icepop", "decoupled", "sequence_mask"] = "tis"
+    """What becomes of tokens whose log-prob differs between trainer and engine: weights or masks; see losses.py."""
+    correction_low: float = 0.5
+    """Lower bound of icepop and sequence_mask."""
+    correction_high: float = 2.0
+    """Upper bound of tis, icepop, decoupled and sequence_mask."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the frozen reference; 0: no reference is kept."""
+    kl_estimator: Literal["k1", "k2", "k3", "low_var_kl", "unbiased_k3"] = "k3"
+    """How that KL is estimated from a sampled token."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """The KL is a term of the loss, with its gradient, or is taken from the reward at each token."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+    @property
+    def clips(self) -> tuple[float, float]:
+        """(clip_low, clip_high), as set or as the policy loss has them."""
+        low, high = CLIPS[self.policy_loss]
+        return low if self.clip_low is None else self.clip_low, high if self.clip_high is None else self.clip_high
+
+
+def check_loss_settings(settings: LossSettings) -> None:
+    """Raise BadInput for what cannot work, before anything is started."""
+    low, high = settings.clips
+    if not 0 < low <= 1 or high <= 0:
+        raise BadInput(f"--clip-low {low} must lie in (0, 1], --clip-high {high} must be positive")
+    if settings.dual_clip and (settings.dual_clip <= 1 or settings.policy_loss == "cispo"):
+        raise BadInput(f"--dual-clip {settings.dual_clip} must be above 1, or 0 for none; --policy-loss cispo has none")
+    if not 0 <= settings.correction_low <= 1 <= settings.correction_high:
+        raise BadInput(f"--correction-low {settings.correction_low} and --correction-high {settings.correction_high} must satisfy 0 <= low <= 1 <= high")
+    if settings.kl_coef < 0 or settings.entropy_coef < 0:
+        raise BadInput(f"--kl-coef {settings.kl_coef} and --entropy-coef {settings.entropy_coef} must not be negative")
+    if settings.kl_coef and settings.kl_in == "loss" and settings.kl_estimator == "k1":
+        raise BadInput("--kl-estimator k1 has no gradient on average as a loss: use --kl-in reward, or another estimator, for instance unbiased_k3")
 
 
 def mismatch(trainer_logprobs_T: torch.Tensor, rollout_logprobs_T: torch.Tensor) -> dict[str, torch.Tensor]:

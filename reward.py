@@ -1,4 +1,4 @@
-"""Samples -> rewards -> advantages.
+"""Samples -> rewards -> advantages: judges, dynamic sampling, evaluation. The estimators themselves are in advantages.py.
 
 A reward is a function of one finished sample, plain or a coroutine; a fork writes its own and gives it to Judge:
 
@@ -14,17 +14,22 @@ import math
 import threading
 import traceback
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
+import numpy as np
+import torch
 import torch.distributed as dist
 
 import math_judge
+from advantages import ADVANTAGES, Scores, overlong_penalty
 from engine import Engine
-from rollout import Data, RolloutSettings, Sample, all_gather_samples, generate, my_share
-from run import Row
+from losses import KL_ESTIMATORS, LossSettings
+from rollout import REPLACED, Data, RolloutSettings, Sample, all_gather_samples, generate, marks, my_share
+from run import BadInput, Row
 
 Reward = Callable[[Sample], float | Awaitable[float]]
 
@@ -35,6 +40,12 @@ class RewardSettings:
 
     reward: Literal["exact", "math"] = "exact"
     """exact: the response equals the label and ended by itself. math: the last \\boxed{} or final number has the label's value (math-verify)."""
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline"] = "grpo"
+    """How rewards become advantages; see advantages.py."""
+    overlong_buffer: int = 0
+    """Responses lose up to 1 of their reward, linearly, in the last so many tokens before --max-response-tokens (DAPO); 0: nothing."""
+    dynamic_sampling: int = 0
+    """Replace groups whose rewards are all equal by answers to new prompts, at most so many times over in a step (DAPO); 0: train on all."""
     judges: int = 32
     """How many answers a rank judges at a time: a reward function that waits for a service then does not wait in line."""
 
@@ -47,6 +58,14 @@ def exact_match(sample: Sample) -> float:
 def math_reward(sample: Sample) -> float:
     """1 if the last \\boxed{} of the response, or else its last number, equals the label in value: 0.5, 1/2 and \\frac{1}{2} are one answer."""
     return float(math_judge.equal_in_worker(sample.response, str(sample.label)))
+
+
+def check_reward_settings(settings: RewardSettings, rollout: RolloutSettings) -> None:
+    """Raise BadInput for what cannot work, before anything is started."""
+    if settings.judges < 1 or settings.dynamic_sampling < 0:
+        raise BadInput(f"--judges {settings.judges} must be at least 1, --dynamic-sampling {settings.dynamic_sampling} must not be negative")
+    if not 0 <= settings.overlong_buffer <= rollout.max_response_tokens:
+        raise BadInput(f"--overlong-buffer {settings.overlong_buffer} must lie between 0 and --max-response-tokens {rollout.max_response_tokens}")
 
 
 REWARDS: dict[str, Reward] = {"exact": exact_match, "math": math_reward}
@@ -65,7 +84,7 @@ class Judge:
         threading.Thread(target=self._loop.run_forever, name="judge-loop", daemon=True).start()
 
     def submit(self, samples: list[Sample]) -> Future:
-        """Start judging; the result is None, and every sample has its reward: None, with the reason in the metadata, where the function fails."""
+        """Start judging: sets every sample's reward. Where the function fails it stays None, the metadata say why, and the tokens are masked."""
         return asyncio.run_coroutine_threadsafe(self._score_all(samples), self._loop)
 
     async def _score_all(self, samples: list[Sample]) -> None:
@@ -82,7 +101,7 @@ class Judge:
                 if not math.isfinite(sample.reward):
                     raise ValueError(f"the reward function returned {sample.reward}")
             except Exception as error:  # whatever a user's reward function may raise: counted, shown, and the sample set aside
-                sample.reward, sample.metadata["reward_error"] = None, repr(error)
+                sample.reward, sample.loss_mask, sample.metadata["reward_error"] = None, [0] * len(sample.response_ids), repr(error)
                 if not self._failed:
                     print(f"reward error, the first on this rank, on the response {sample.response!r}:\n{traceback.format_exc()}", flush=True)
                 self._failed = True
@@ -101,28 +120,70 @@ def compute_rewards(samples: list[Sample], judge: Judge) -> None:
         raise RuntimeError(f"the reward function failed on all {len(samples)} samples; the first error is printed above")
 
 
-def grpo_advantages(samples: list[Sample]) -> None:
-    """Set sample.advantage = (reward - mean) / (std + 1e-6) over its group: GRPO, arXiv 2402.03300, section 4.1.2; std is unbiased, as in TRL and slime.
+def is_uninformative(samples: list[Sample]) -> bool:
+    """Whether all rewards of a group are equal: compared with one another its answers teach nothing."""
+    return len({sample.reward for sample in samples if sample.reward is not None}) < 2
 
-    The samples of a group are the answers to one prompt. Where all rewards are equal the advantage is 0: nothing to learn from. Samples without a
-    reward get advantage 0 and an all-zero loss mask.
+
+def refill(
+    samples: list[Sample], engine: Engine | None, prompts: Iterator[Sample], data: Data, settings: RolloutSettings, rewards: RewardSettings, judge: Judge
+) -> list[Sample]:
+    """Dynamic sampling, DAPO, arXiv 2503.14476, section 3.2: groups whose rewards are all equal are replaced by answers to new prompts, and only marked.
+
+    Each round answers as many prompts as groups are to be replaced. What teaches nothing after the last round is trained as it is, with advantage 0.
     """
+    replaced = []
+    for _ in range(rewards.dynamic_sampling):
+        groups = by_group(samples)
+        dull = [group for group in groups if is_uninformative(group)]
+        if not dull:
+            break
+        fresh = generate(engine, list(islice(prompts, len(dull))), data, settings, n=settings.samples_per_prompt)
+        compute_rewards(fresh, judge)
+        replaced += [mark for group in dull for mark in marks(group, REPLACED)]
+        samples = [sample for group in groups if not is_uninformative(group) for sample in group] + fresh
+    return samples + replaced
+
+
+def by_group(samples: list[Sample]) -> list[list[Sample]]:
     groups = defaultdict(list)
     for sample in samples:
-        if sample.reward is None:
-            sample.advantage, sample.loss_mask = 0.0, [0] * len(sample.response_ids)
-        else:
-            groups[sample.group].append(sample)
-    for group in groups.values():
-        mean = sum(sample.reward for sample in group) / len(group)
-        variance = sum((sample.reward - mean) ** 2 for sample in group) / max(len(group) - 1, 1)
-        for sample in group:
-            sample.advantage = (sample.reward - mean) / (math.sqrt(variance) + 1e-6)
+        groups[sample.group].append(sample)
+    return list(groups.values())
+
+
+def compute_advantages(samples: list[Sample], settings: RewardSettings, loss: LossSettings, *, max_response_tokens: int) -> None:
+    """Set every sample's advantages, float64 [L], from the whole batch; every rank computes the same.
+
+    With --kl-in reward the samples have old_logprobs and ref_logprobs. Samples without a reward are in no group and get advantages 0.
+    """
+    for sample in samples:
+        sample.advantages = np.zeros(len(sample.response_ids))
+    scored = [sample for sample in samples if sample.reward is not None]
+    lengths = [len(sample.response_ids) for sample in scored]
+    penalties = [overlong_penalty(length, max_tokens=max_response_tokens, buffer=settings.overlong_buffer) for length in lengths]
+    kl_T = np.zeros(sum(lengths))
+    if loss.kl_coef and loss.kl_in == "reward":
+        old_T, ref_T = (torch.from_numpy(_joined([getattr(sample, name) for sample in scored])) for name in ("old_logprobs", "ref_logprobs"))
+        kl_T = KL_ESTIMATORS[loss.kl_estimator](old_T, ref_T, old_T).numpy()
+    scores = Scores(
+        rewards_N=np.array([sample.reward for sample in scored]) + penalties,
+        group_N=np.array([sample.group for sample in scored], dtype=np.int64),
+        lengths_N=np.array(lengths, dtype=np.int64),
+        mask_T=_joined([sample.loss_mask for sample in scored]),
+        penalties_T=loss.kl_coef * kl_T,
+    )
+    for sample, mine in zip(scored, np.split(ADVANTAGES[settings.advantage](scores), np.cumsum(lengths)[:-1])):
+        sample.advantages = mine
+
+
+def _joined(rows: list) -> np.ndarray:
+    return np.concatenate([np.zeros(0), *rows])
 
 
 def evaluate(engine: Engine | None, data: Data, settings: RolloutSettings, judge: Judge, group: dist.ProcessGroup) -> list[Sample]:
     """One scored answer to every held-out prompt, on every rank of the group; empty where there are none. Collective."""
-    samples = generate(engine, my_share(data.held_out, settings.engine_tp), data, settings, n=1)
+    samples = generate(engine, list(my_share(data.held_out, settings.engine_tp)), data, settings, n=1)
     compute_rewards(samples, judge)
     return sorted(all_gather_samples(samples, group), key=lambda sample: sample.group)
 
@@ -130,14 +191,12 @@ def evaluate(engine: Engine | None, data: Data, settings: RolloutSettings, judge
 def batch_metrics(samples: list[Sample], *, version: int) -> dict[str, float]:
     """What a step's samples looked like. version: of the weights that the step trains."""
     scored = [sample.reward for sample in samples if sample.reward is not None]
-    groups = defaultdict(set)
-    for sample in samples:
-        groups[sample.group].add(sample.reward)
+    groups = by_group(samples)
     ages = [version - token_version for sample in samples for token_version in sample.weight_versions]
     return {
         "reward": sum(scored) / len(scored),
         "reward_errors": len(samples) - len(scored),
-        "zero_std_groups": sum(len(rewards) == 1 for rewards in groups.values()) / len(groups),
+        "zero_std_groups": sum(map(is_uninformative, groups)) / len(groups),
         "response_tokens": sum(len(sample.response_ids) for sample in samples) / len(samples),
         "truncated": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         "staleness_max": max(ages),

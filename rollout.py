@@ -8,7 +8,7 @@ import json
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,8 @@ from engine import Engine
 from hf_names import fp8_config
 from toy.task import problems
 
+DROPPED, REPLACED = "dropped", "replaced"  # finish reasons of samples that are not trained: too old; in a group whose rewards are all equal
+
 
 @dataclass
 class Sample:
@@ -52,9 +54,14 @@ class Sample:
     weight_versions: list[int] = field(default_factory=list)
     """Per response token: the version of the weights that sampled it."""
     finish_reason: str = ""
-    """stop, length or abort."""
+    """stop, length or abort; or what became of a sample that is not trained, DROPPED or REPLACED."""
     reward: float | None = None
-    advantage: float = 0.0
+    old_logprobs: Sequence[float] = ()
+    """Per response token, by the trainer before it learns from the batch."""
+    ref_logprobs: Sequence[float] = ()
+    """Per response token, by the frozen reference, where there is one."""
+    advantages: Sequence[float] = ()
+    """Per response token."""
     metadata: dict = field(default_factory=dict)
 
     def to_json(self) -> bytes:
@@ -306,15 +313,26 @@ def check_aborts(samples: list[Sample]) -> None:
             raise EngineDied(f"the engine aborted sample {sample.index} of group {sample.group}: {sample.metadata['abort']}")
 
 
-def next_prompts(data: Data, settings: RolloutSettings) -> list[Sample]:
-    """This rank's share of the prompts of the next step."""
-    return my_share(list(islice(data.stream, settings.prompts_per_step)), settings.engine_tp)
-
-
-def my_share(prompts: list[Sample], engine_tp: int) -> list[Sample]:
+def my_share(prompts: Iterable[Sample], engine_tp: int) -> Iterator[Sample]:
     """The prompts that this rank's engine answers: every engine takes its turn; none on ranks without one."""
     engine, engines = dist.get_rank() // engine_tp, dist.get_world_size() // engine_tp
-    return prompts[engine::engines] if dist.get_rank() % engine_tp == 0 else []
+    return islice(prompts, engine, None, engines) if dist.get_rank() % engine_tp == 0 else iter(())
+
+
+def step_share(settings: RolloutSettings) -> int:
+    """How many prompts of a step an engine answers."""
+    return settings.prompts_per_step * settings.engine_tp // dist.get_world_size()
+
+
+def marks(samples: list[Sample], reason: str) -> list[Sample]:
+    """What is left of samples that are not trained, so that they are counted."""
+    return [Sample(sample.prompt_ids, group=sample.group, index=sample.index, finish_reason=reason) for sample in samples]
+
+
+def without_marks(samples: list[Sample]) -> tuple[list[Sample], dict[str, int]]:
+    """The samples to train, and how many others were set aside, for which reason."""
+    kept = [sample for sample in samples if sample.finish_reason not in (DROPPED, REPLACED)]
+    return kept, {reason: sum(sample.finish_reason == reason for sample in samples) for reason in (DROPPED, REPLACED)}
 
 
 def all_gather_samples(samples: list[Sample], group: dist.ProcessGroup) -> list[Sample]:

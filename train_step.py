@@ -1,19 +1,18 @@
 """Samples -> updated weights: a Megatron GPTModel built from a Hugging Face folder, and one optimizer step on a batch of samples.
 
-    samples  -> micro-batches     plan_microbatches, collate: packed without padding, balanced over data-parallel ranks by tokens
+    samples  -> micro-batches     packing.py: packed without padding, balanced over data-parallel ranks by tokens
     tokens   -> logits            Megatron's GPTModel under its own forward-backward schedule
-    logits   -> loss              losses.py, per token; summed, and divided once by the number of response tokens in the global batch
+    logits   -> loss              losses.py, per token; summed with the weights of the aggregation, and divided once by its units in the global batch
     gradient -> weights           Megatron's distributed optimizer: FP32 main weights and Adam state split over data-parallel ranks, BF16 model weights
 
-The normaliser is global: Megatron all-reduces the token count before it scales the gradient (calculate_per_token_loss), so how samples fall on ranks and
-micro-batches changes nothing but rounding. Averages of averages would weight a rank's tokens by how few it has.
+The normaliser is global: Megatron all-reduces what it calls the number of tokens, here the units of the aggregation, before it scales the gradient
+(calculate_per_token_loss), so how samples fall on ranks and micro-batches changes nothing but rounding.
 
-Shape letters: T packed tokens of a micro-batch, V vocabulary on this tensor-parallel rank.
+Shape letters: T packed tokens of a micro-batch, N its samples, V vocabulary on this tensor-parallel rank.
 """
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +31,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
@@ -40,9 +38,10 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from hf_folder import load_hf
-from hf_names import megatron_arguments
-from local_spec import complete_local_spec, zigzag
-from losses import logprobs_and_entropy, mismatch, ppo_loss
+from hf_names import megatron_arguments, read_config
+from local_spec import complete_local_spec
+from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings, check_loss_settings, logprobs_and_entropy, mismatch
+from packing import MicroBatch, give_to_samples, local_microbatches, padded_length, plan_of
 from rollout import Sample
 from run import BadInput, broadcast_bytes, parse_overrides
 from weight_sync import Layout
@@ -50,7 +49,7 @@ from weight_sync import Layout
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The trainer: parallelism, optimizer, loss."""
+    """The trainer: parallelism and optimizer."""
 
     tp: int = 1
     """Tensor-parallel size; the remaining factor of the world is data parallel. Sequence parallelism comes with it."""
@@ -78,12 +77,12 @@ class TrainSettings:
     """Decay of Adam's second moment; beta1 is 0.9."""
     clip_grad: float = 1.0
     """Clip the global gradient norm to this."""
-    clip_low: float = 0.2
-    """PPO ratio is clipped below 1 - clip_low."""
-    clip_high: float = 0.28
-    """PPO ratio is clipped above 1 + clip_high (DAPO's clip-higher)."""
-    tis_cap: float = 2.0
-    """Truncated importance sampling: cap of exp(old_logprobs - rollout_logprobs); 0 turns it off."""
+    minibatches: int = 1
+    """Optimizer steps on each rollout batch, each on an equal part of its samples; old_logprobs are computed once, before the first."""
+    reference: str = ""
+    """Hugging Face folder of the frozen reference model, of the same architecture; empty: --model. Kept only with --kl-coef."""
+    offload_reference: bool = False
+    """Keep the reference in CPU memory, and bring it to the GPU only for its forward pass."""
     megatron: tuple[str, ...] = ()
     """Further TransformerConfig or OptimizerConfig fields, key=value; for instance recompute_granularity=full."""
 
@@ -102,6 +101,7 @@ class Trainer:
     dp_group: dist.ProcessGroup  # each of its ranks has other samples
     cp_group: dist.ProcessGroup  # each of its ranks has another part of the same sequences
     dp_cp_group: dist.ProcessGroup  # both: what sums over tokens go over
+    reference: torch.nn.Module | None = None  # as ddp.module, with the reference's weights
 
 
 def has_transformer_engine() -> bool:
@@ -115,8 +115,17 @@ def has_transformer_engine() -> bool:
     return True
 
 
-def check_train_settings(settings: TrainSettings, config: dict, *, world_size: int, steps: int, longest: int) -> None:
+def check_train_settings(settings: TrainSettings, loss: LossSettings, config: dict, *, world_size: int, steps: int, longest: int) -> None:
     """Raise BadInput for what cannot work, before anything is started. longest: prompt plus response tokens of the longest possible sample."""
+    check_loss_settings(loss)
+    if settings.minibatches < 1:
+        raise BadInput(f"--minibatches {settings.minibatches} must be at least 1")
+    if settings.reference and not loss.kl_coef:
+        raise BadInput(f"--reference {settings.reference} is not used without --kl-coef: set one, or leave the other out")
+    if settings.reference:
+        theirs, ours = ({**model, **gpt} for model, gpt in (megatron_arguments(c, tp=1) for c in (read_config(settings.reference), config)))
+        if differing := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
+            raise BadInput(f"--reference {settings.reference} differs from the model in {', '.join(differing)}: it must have the same architecture")
     if settings.tp < 1 or world_size % settings.tp:
         raise BadInput(f"--tp {settings.tp} does not divide the {world_size} ranks: use a --tp that divides --nproc-per-node times the nodes")
     if settings.pp < 1 or settings.cp < 1 or world_size % (settings.tp * settings.pp * settings.cp):
@@ -135,8 +144,8 @@ def check_train_settings(settings: TrainSettings, config: dict, *, world_size: i
         raise BadInput(f"--lr {settings.lr} and --min-lr {settings.min_lr} must satisfy 0 <= min-lr <= lr")
     if not 0 <= settings.lr_warmup_steps < steps:
         raise BadInput(f"--lr-warmup-steps {settings.lr_warmup_steps} must be smaller than --steps {steps}")
-    if not 0 < settings.clip_low < 1 or settings.clip_high <= 0 or settings.tis_cap < 0 or settings.clip_grad <= 0:
-        raise BadInput("--clip-low must lie in (0, 1), --clip-high and --clip-grad be positive, --tis-cap not negative")
+    if settings.clip_grad <= 0:
+        raise BadInput(f"--clip-grad {settings.clip_grad} must be positive")
     if settings.microbatch_tokens * settings.cp < padded_length(longest, settings.cp):
         room = f"--microbatch-tokens {settings.microbatch_tokens} times --cp {settings.cp}"
         raise BadInput(f"{room} is less than the longest possible sample, {padded_length(longest, settings.cp)} tokens: raise one of them")
@@ -205,18 +214,25 @@ def layers_in_last_stage(config: dict, pp: int) -> int | None:
     return None if layers % pp == 0 else layers - (pp - 1) * -(-layers // pp)
 
 
-def build_trainer(model_folder: str, settings: TrainSettings, config: dict, *, steps: int, seed: int) -> Trainer:
-    """Megatron's process groups, the model with the folder's weights, and its optimizer. Collective over the default process group."""
+def build_trainer(
+    model_folder: str, settings: TrainSettings, config: dict, *, steps: int, seed: int, with_reference: bool = False, head=None
+) -> Trainer:
+    """Megatron's process groups, unless they are there, the model with the folder's weights, its optimizer, and the reference. Collective.
+
+    head(transformer_config) -> module that takes the place of the output layer, for a model that computes something else than logits, such as a critic.
+    """
     experts = dict(expert_model_parallel_size=settings.ep, expert_tensor_parallel_size=expert_tp(settings))
-    mpu.initialize_model_parallel(settings.tp, settings.pp, context_parallel_size=settings.cp, **experts)
-    model_parallel_cuda_manual_seed(seed)
-    gpt, layout = build_gpt(settings, config)
-    if torch.cuda.is_available():
-        gpt.cuda(torch.cuda.current_device())
-    load_hf(gpt, model_folder, config, layout=layout)  # before the optimizer copies FP32 main weights
+    if not mpu.model_parallel_is_initialized():
+        mpu.initialize_model_parallel(settings.tp, settings.pp, context_parallel_size=settings.cp, **experts)
+        model_parallel_cuda_manual_seed(seed)
+    gpt, layout, wrapped = load_model(model_folder, settings, config)
+    if head is not None and gpt.post_process:
+        gpt.output_layer = head(gpt.config)
+    reference = load_model(settings.reference or model_folder, settings, config)[-1].requires_grad_(False) if with_reference else None
+    if with_reference and settings.offload_reference:
+        reference.to("cpu")
 
     transformer, dtype = gpt.config, gpt.config.params_dtype
-    wrapped = Float16Module(transformer, gpt) if dtype is torch.bfloat16 else gpt
     ddp = DistributedDataParallel(transformer, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True), wrapped)
     optimizer_arguments = dict(
         optimizer="adam",
@@ -246,112 +262,39 @@ def build_trainer(model_folder: str, settings: TrainSettings, config: dict, *, s
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = optimizer.scale_loss
     groups = mpu.get_data_parallel_group(), mpu.get_context_parallel_group(), mpu.get_data_parallel_group(with_context_parallel=True)
-    return Trainer(settings, config, ddp, gpt, optimizer, scheduler, layout, *groups)
+    return Trainer(settings, config, ddp, gpt, optimizer, scheduler, layout, *groups, reference)
 
 
-# --- samples -> micro-batches -----------------------------------------------------------------------------------------------------------------
-
-
-def plan_microbatches(lengths: list[int], *, microbatch_tokens: int, dp: int) -> list[list[list[int]]]:
-    """Which samples form which micro-batch of which data-parallel rank: plan[rank][micro-batch] = indices into lengths.
-
-    Every rank gets the same number of micro-batches (collectives inside the model must pair up), as few as the token budget allows, of about equal
-    size: longest sample first, each into the bin that holds least; so samples of about one length stand together. A bin may be empty when there are fewer
-    samples than bins.
-    """
-    bins = dp * max(1, -(-sum(lengths) // (dp * microbatch_tokens)))
-    while True:
-        loads, members = [0] * bins, [[] for _ in range(bins)]
-        for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-            lightest = loads.index(min(loads))
-            loads[lightest] += lengths[i]
-            members[lightest].append(i)
-        if max(loads) <= microbatch_tokens:
-            break
-        bins += dp
-    by_load = sorted(range(bins), key=lambda b: -loads[b])
-    return [[members[b] for b in by_load[rank::dp]] for rank in range(dp)]
-
-
-@dataclass
-class MicroBatch:
-    """Packed sequences. Position t predicts token t + 1, so every per-token field describes that next token, and mask is 1 where it counts."""
-
-    tokens_T: torch.Tensor  # int64
-    labels_T: torch.Tensor  # int64, tokens shifted left within each sequence
-    mask_T: torch.Tensor  # float32: 1 where the next token is the policy's own
-    advantages_T: torch.Tensor  # float32
-    rollout_logprobs_T: torch.Tensor  # float32
-    packed: PackedSeqParams
-    old_logprobs_T: torch.Tensor | None = None
-
-
-def padded_length(length: int, cp: int) -> int:
-    """Length of a sequence in a micro-batch: under context parallelism a multiple of 2 cp, see zigzag."""
-    return length if cp == 1 else -(-length // (2 * cp)) * 2 * cp
-
-
-def collate(samples: list[Sample], *, tp: int = 1, cp: int = 1, cp_rank: int = 0, device: torch.device) -> MicroBatch:
-    """Concatenate prompt + response of each sample. A masked filler sequence brings T to a multiple that sequence parallelism can split, and above 0.
-
-    Example, prompt [5, 6], response [7, 8] with log-probs [a, b]:   tokens 5 6 7 8   labels 6 7 8 8   mask 0 1 1 0   rollout_logprobs 0 a b 0
-    Under context parallelism the fields hold this rank's tokens of every sequence, and packed the bounds of the whole sequences.
-    """
-    sequences = [np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64) for sample in samples]
-    lengths = [padded_length(len(sequence), cp) for sequence in sequences]
-    multiple_of = tp if cp == 1 else cp * math.lcm(2, tp)
-    filler = -sum(lengths) % multiple_of if lengths else multiple_of
-    lengths += [filler] if filler else []
-    T, ends = sum(lengths), np.cumsum(lengths)
-    tokens, labels = np.zeros(T, np.int64), np.zeros(T, np.int64)
-    mask, advantages, rollout_logprobs = (np.zeros(T, np.float32) for _ in range(3))
-    for sample, sequence, start in zip(samples, sequences, ends - lengths):
-        end = start + len(sequence)
-        tokens[start:end] = sequence
-        labels[start:end] = np.append(sequence[1:], sequence[-1])
-        answer = slice(end - len(sample.response_ids) - 1, end - 1)
-        mask[answer] = sample.loss_mask
-        advantages[answer] = sample.advantage
-        rollout_logprobs[answer] = sample.rollout_logprobs
-    cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=device)
-    packed = PackedSeqParams("thd", cu_seqlens, cu_seqlens, cu_seqlens, cu_seqlens, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
-    mine = zigzag(lengths, cp, cp_rank)
-    arrays = (tokens, labels, mask, advantages, rollout_logprobs)
-    return MicroBatch(*(torch.from_numpy(array)[mine].to(device) for array in arrays), packed=packed)
-
-
-def local_microbatches(trainer: Trainer, samples: list[Sample]) -> list[MicroBatch]:
-    """This rank's share of a global batch; every rank passes the same samples in the same order."""
-    tp, cp = trainer.settings.tp, trainer.settings.cp
-    lengths = [padded_length(len(sample.prompt_ids) + len(sample.response_ids), cp) for sample in samples]
-    plan = plan_microbatches(lengths, microbatch_tokens=trainer.settings.microbatch_tokens * cp, dp=trainer.dp_group.size())
-    split = dict(tp=tp, cp=cp, cp_rank=trainer.cp_group.rank(), device=next(trainer.gpt.parameters()).device)
-    return [collate([samples[i] for i in bin], **split) for bin in plan[trainer.dp_group.rank()]]
+def load_model(folder: str, settings: TrainSettings, config: dict) -> tuple[GPTModel, Layout, torch.nn.Module]:
+    """A model with a folder's weights on this rank's device, how it is split, and the model as Megatron's schedules call it."""
+    gpt, layout = build_gpt(settings, config)
+    if torch.cuda.is_available():
+        gpt.cuda(torch.cuda.current_device())
+    load_hf(gpt, folder, config, layout=layout)  # before an optimizer copies FP32 main weights
+    return gpt, layout, Float16Module(gpt.config, gpt) if settings.train_dtype == "bf16" else gpt
 
 
 # --- forward, backward, step ------------------------------------------------------------------------------------------------------------------
 
 
-def _schedule(trainer: Trainer, batches: list[MicroBatch], loss_function, *, temperature: float, forward_only: bool) -> list[dict]:
-    """Run Megatron's schedule; loss_function(batch, logprobs_T, entropy_T) -> (summed loss, dict). Returns the dicts."""
+def run_schedule(trainer: Trainer, batches: list[MicroBatch], loss_function, *, model: torch.nn.Module | None = None, forward_only: bool) -> list[dict]:
+    """Run Megatron's schedule over the micro-batches. loss_function(batch, output_TX) -> (sum to differentiate, units it is a sum over, dict).
+
+    output_TX: the model's output, float [T, X], on the last pipeline stage. Returns the dicts, which are empty on the other stages. model: the trainer's
+    unless given.
+    """
+    # Else Float16Module would make an fp32 copy of all logits; losses.py does so for a few tokens at a time.
+    more = {"fp32_output": False} if trainer.settings.train_dtype == "bf16" else {}
 
     def forward_step(iterator, model):
         batch = next(iterator)
-        logits_1TV = model(batch.tokens_T[None], None, None, packed_seq_params=batch.packed)
-
-        def loss(logits_1TV):
-            logprobs_T, entropy_T = logprobs_and_entropy(
-                logits_1TV[0], batch.labels_T, temperature=temperature, vocab_size=trainer.config["vocab_size"], group=trainer.layout.tp_group
-            )
-            summed, report = loss_function(batch, logprobs_T, entropy_T)
-            return summed, batch.mask_T.sum().int(), report
-
-        return logits_1TV, loss
+        output_1TX = model(batch.tokens_T[None], None, None, packed_seq_params=batch.packed, **more)
+        return output_1TX, lambda output_1TX: loss_function(batch, output_1TX[0])
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(batches),
-        model=trainer.ddp,
+        model=trainer.ddp if model is None else model,
         num_microbatches=len(batches),
         seq_length=trainer.settings.microbatch_tokens,
         micro_batch_size=1,
@@ -359,75 +302,142 @@ def _schedule(trainer: Trainer, batches: list[MicroBatch], loss_function, *, tem
     )
 
 
+def logprobs_of(trainer: Trainer, batch: MicroBatch, logits_TV: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-prob of each next token, entropy), float32 [T]."""
+    vocabulary = dict(vocab_size=trainer.config["vocab_size"], group=trainer.layout.tp_group)
+    return logprobs_and_entropy(logits_TV, batch.labels_T, temperature=temperature, **vocabulary)
+
+
 @torch.no_grad()
-def compute_logprobs(trainer: Trainer, batches: list[MicroBatch], *, temperature: float) -> list[torch.Tensor]:
-    """The trainer's log-prob of every next token, float32 [T] per micro-batch, in a forward pass of its own."""
-    reports = _schedule(
-        trainer,
-        batches,
-        lambda batch, logprobs_T, entropy_T: (logprobs_T.sum() * 0, {"logprobs": logprobs_T}),
-        temperature=temperature,
-        forward_only=True,
-    )
-    return [report["logprobs"] for report in reports]
+def compute_logprobs(trainer: Trainer, batches: list[MicroBatch], *, temperature: float, model: torch.nn.Module | None = None) -> list[torch.Tensor]:
+    """The log-prob of every next token by the trainer, or another model, float32 [T] per micro-batch, in a forward pass of its own."""
+
+    def loss_function(batch, logits_TV):
+        logprobs_T, _ = logprobs_of(trainer, batch, logits_TV, temperature)
+        return logprobs_T.sum() * 0, torch.tensor(0, dtype=torch.int), {"logprobs": logprobs_T}
+
+    return [report["logprobs"] for report in run_schedule(trainer, batches, loss_function, model=model, forward_only=True)]
 
 
-def train_step(trainer: Trainer, samples: list[Sample], *, temperature: float) -> dict[str, float]:
-    """One optimizer step on the global batch; returns metrics that are equal on every rank.
+def minibatches(trainer: Trainer, samples: list[Sample]) -> list[list[Sample]]:
+    """The samples of each optimizer step: equal parts, in order, without those parts in which no token counts."""
+    n = trainer.settings.minibatches
+    parts = [samples[len(samples) * i // n : len(samples) * (i + 1) // n] for i in range(n)]
+    return [part for part in parts if any(any(sample.loss_mask) for sample in part)]
 
-    temperature: of the rollout; log-probs are those of the distribution that was sampled from. Raises RuntimeError on every rank when the loss or the
-    gradient is not finite, or when no token counts: a step that is skipped in silence is a run that fails later.
+
+def score(trainer: Trainer | None, samples: list[Sample], *, temperature: float) -> list[Sample]:
+    """Set every sample's old_logprobs, and its ref_logprobs where there is a reference: a forward pass over the batch for each. Collective.
+
+    Returns the samples; on ranks that do not train, none. The batch is packed as train_step packs it: the first ratio is then exactly 1.
     """
-    settings = trainer.settings
-    batches = local_microbatches(trainer, samples)
-    for batch, old_logprobs_T in zip(batches, compute_logprobs(trainer, batches, temperature=temperature)):
-        batch.old_logprobs_T = old_logprobs_T
+    if trainer is None:
+        return []
+    device = next(trainer.gpt.parameters()).device
+    for part in minibatches(trainer, samples):
+        batches = local_microbatches(trainer, part)
+        give_to_samples(trainer, part, batches, compute_logprobs(trainer, batches, temperature=temperature), "old_logprobs")
+        if trainer.reference is not None:
+            trainer.reference.to(device)
+            logprobs = compute_logprobs(trainer, batches, temperature=temperature, model=trainer.reference)
+            give_to_samples(trainer, part, batches, logprobs, "ref_logprobs")
+            if trainer.settings.offload_reference:
+                trainer.reference.to("cpu")
+    return samples
 
-    def loss_function(batch, logprobs_T, entropy_T):
-        loss_T, statistics = ppo_loss(
-            logprobs_T,
-            batch.old_logprobs_T,
-            batch.rollout_logprobs_T,
-            batch.advantages_T,
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            tis_cap=settings.tis_cap,
+
+def backward(trainer: Trainer, samples: list[Sample], settings: LossSettings, *, temperature: float, max_response_tokens: int) -> dict[str, float]:
+    """Gradient of the loss of these samples, into the trainer's buffers; returns sums over all their tokens, equal on every rank. Collective."""
+    low, high = settings.clips
+
+    def loss_function(batch, logits_TV):
+        logprobs_T, entropy_T = logprobs_of(trainer, batch, logits_TV, temperature)
+        # What does not count is set to 0 before anything is computed from it: 0 times infinity is not 0.
+        zero = batch.mask_T == 0
+        logprobs_T, entropy_T, old_T, rollout_T, ref_T, advantages_T = (
+            x_T.masked_fill(zero, 0)
+            for x_T in (logprobs_T, entropy_T, batch.old_logprobs_T, batch.rollout_logprobs_T, batch.ref_logprobs_T, batch.advantages_T)
         )
-        difference = mismatch(batch.old_logprobs_T, batch.rollout_logprobs_T)
-        per_token = {"loss": loss_T.detach(), "entropy": entropy_T.detach(), **statistics, **difference}
-        masked = {name: (value_T * batch.mask_T).sum() for name, value_T in per_token.items()}
-        return (loss_T * batch.mask_T).sum(), {"sums": {"tokens": batch.mask_T.sum(), **masked}, "max": (difference["mismatch_abs"] * batch.mask_T).max()}
+        clips = dict(clip_low=low, clip_high=high, dual_clip=settings.dual_clip)
+        policy_T, ratio_T, clipped_T = POLICY_LOSSES[settings.policy_loss](logprobs_T, old_T, advantages_T, batch.sequences, **clips)
+        bounds = dict(low=settings.correction_low, high=settings.correction_high)
+        correction_T = CORRECTIONS[settings.correction](old_T - rollout_T, batch.sequences, **bounds)
+        kl_T = KL_ESTIMATORS[settings.kl_estimator](logprobs_T, ref_T, old_T) if settings.kl_coef else torch.zeros_like(logprobs_T)
+        kl_coef = settings.kl_coef if settings.kl_in == "loss" else 0.0
+        loss_T = correction_T * policy_T + kl_coef * kl_T - settings.entropy_coef * entropy_T
+        weight_T, units_N = AGGREGATIONS[settings.aggregation](batch.sequences, max_response_tokens=max_response_tokens)
+        loss, units = (weight_T * loss_T).sum(), units_N.sum() if trainer.cp_group.rank() == 0 else units_N.sum() * 0
+
+        shift_T, mismatch_T = (logprobs_T - old_T).detach(), mismatch(old_T, rollout_T)
+        per_token = {"entropy": entropy_T, "ratio": ratio_T, "clipfrac": clipped_T, "approx_kl": shift_T.exp() - 1 - shift_T, "logprob_shift": shift_T}
+        per_token |= {"tis_clipfrac": ((old_T - rollout_T).exp() > settings.correction_high) | (correction_T == 0)}
+        per_token |= {"kl": kl_T, **mismatch_T}
+        sums = {name: (value_T.detach() * batch.mask_T).sum() for name, value_T in per_token.items()}
+        report = {"loss": loss.detach(), "units": units, "tokens": batch.mask_T.sum(), **sums}
+        return loss, units.int(), {"sums": report, "max": (mismatch_T["mismatch_abs"] * batch.mask_T).max()}
 
     trainer.ddp.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    reports = _schedule(trainer, batches, loss_function, temperature=temperature, forward_only=False)
-    metrics = _global_means(reports, trainer)
-    if not metrics["tokens"]:
-        raise RuntimeError(f"none of the {len(samples)} samples has a token that counts: every loss_mask is 0")
-    if not np.isfinite(metrics["loss"]):
-        raise RuntimeError(f"the loss is {metrics['loss']}; the weights have not been updated")
-    lr = trainer.optimizer.param_groups[0]["lr"]
-    updated, grad_norm, _ = trainer.optimizer.step()
-    if not updated or not np.isfinite(grad_norm):
-        raise RuntimeError(f"the gradient norm is {grad_norm}; the run stops rather than skip a step")
-    trainer.scheduler.step(1)
-    return {**metrics, "grad_norm": float(grad_norm), "lr": lr}
+    return global_sums(trainer, run_schedule(trainer, local_microbatches(trainer, samples), loss_function, forward_only=False))
 
 
-def _global_means(reports: list[dict], trainer: Trainer) -> dict[str, float]:
-    """Sums over all micro-batches and ranks, divided by the global number of tokens; and the largest mismatch.
-
-    Only the last pipeline stage has reports; it tells the others.
-    """
-    means = {}
+def global_sums(trainer: Trainer, reports: list[dict]) -> dict[str, float]:
+    """Sums over all micro-batches and ranks, and the largest mismatch. Only the last pipeline stage has reports; it tells the others. Collective."""
+    totals = {}
     if reports:
         names = list(reports[0]["sums"])
         sums = torch.stack([torch.stack([report["sums"][name].double() for name in names]) for report in reports]).sum(0)
         largest = torch.stack([report["max"] for report in reports]).max()
         dist.all_reduce(sums, group=trainer.dp_cp_group)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=trainer.dp_cp_group)
-        totals = dict(zip(names, sums.tolist()))
-        tokens = totals.pop("tokens")
-        means = {"tokens": int(tokens), **{name: total / max(tokens, 1) for name, total in totals.items()}, "mismatch_max": float(largest)}
+        totals = {**dict(zip(names, sums.tolist())), "mismatch_max": float(largest)}
     stages = trainer.layout.pp_group
-    return json.loads(broadcast_bytes(json.dumps(means).encode(), stages, source=stages.size() - 1))
+    return json.loads(broadcast_bytes(json.dumps(totals).encode(), stages, source=stages.size() - 1))
+
+
+def train_step(
+    trainer: Trainer | None, samples: list[Sample], settings: LossSettings, *, temperature: float, max_response_tokens: int
+) -> dict[str, float]:
+    """One optimizer step on each mini-batch of the global batch; returns metrics that are equal on every rank that trains, {} on others. Collective.
+
+    samples: with old_logprobs and advantages, and ref_logprobs where there is a reference. temperature: of the rollout; log-probs are those of the
+    distribution that was sampled from. Raises RuntimeError on every rank when no token counts, or when loss or gradient are not finite: a step that is
+    skipped in silence is a run that fails later. The weights are then those of before the step.
+    """
+    if trainer is None:
+        return {}
+    arguments = dict(temperature=temperature, max_response_tokens=max_response_tokens)
+    totals, grad_norms, lr = [], [], trainer.optimizer.param_groups[0]["lr"]
+    for part in minibatches(trainer, samples):
+        totals.append(backward(trainer, part, settings, **arguments))
+        if not np.isfinite(totals[-1]["loss"]) or not np.isfinite(gradient_norm(trainer)):
+            raise RuntimeError(explain_not_finite(trainer, part, settings, **arguments))
+        grad_norms.append(float(trainer.optimizer.step()[1]))
+    if not totals:
+        raise RuntimeError(f"none of the {len(samples)} samples has a token that counts: every loss_mask is 0")
+    trainer.scheduler.step(1)
+    sums = {name: sum(total[name] for total in totals) for name in totals[0]}
+    loss, units, tokens = (sums.pop(name) for name in ("loss", "units", "tokens"))
+    means = {name: value / tokens for name, value in sums.items()}
+    largest = max(total["mismatch_max"] for total in totals)
+    return {"tokens": int(tokens), "loss": loss / units, **means, "mismatch_max": largest, "grad_norm": sum(grad_norms) / len(grad_norms), "lr": lr}
+
+
+def gradient_norm(trainer: Trainer) -> float:
+    """The global norm of the gradient, before it is clipped and used. Collective."""
+    trainer.optimizer.prepare_grads()
+    return float(trainer.optimizer.get_grad_norm())
+
+
+def explain_not_finite(trainer: Trainer, samples: list[Sample], settings: LossSettings, **arguments) -> str:
+    """Which sample makes loss or gradient not finite, in which step, on which rank: each is tried alone, on all ranks, until one does. Collective."""
+    step = trainer.scheduler.num_steps + 1
+    for i, sample in enumerate(samples):
+        loss = backward(trainer, [sample], settings, **arguments)["loss"]
+        norm = gradient_norm(trainer)
+        if not np.isfinite(loss) or not np.isfinite(norm):
+            plan = plan_of(trainer, samples)
+            rank = dist.get_process_group_ranks(trainer.dp_group)[next(r for r, bins in enumerate(plan) for bin in bins if i in bin)]
+            culprit = f"step {step}, rank {rank}: sample {sample.index} of group {sample.group}"
+            return f"{culprit} has loss {loss} and gradient norm {norm}; the weights are unchanged"
+    return f"step {step}: loss or gradient of {len(samples)} samples together is not finite, though each sample's alone is; the weights are unchanged"

@@ -9,11 +9,10 @@ import random
 
 import pytest
 
-import in_flight
 from hf_names import read_config
-from in_flight import DROPPED, InFlight, InFlightSettings, split_ranks, without_dropped
-from reward import Judge
-from rollout import RolloutSettings, Sample, load_data
+from in_flight import InFlight, InFlightSettings, check_staleness, split_ranks
+from reward import Judge, RewardSettings
+from rollout import DROPPED, REPLACED, RolloutSettings, Sample, load_data, without_marks
 from run import REPOSITORY, BadInput, EngineDied, Row
 
 TOY = str(REPOSITORY / "toy")
@@ -45,11 +44,13 @@ def data(one_rank):
     return load_data(TOY, RolloutSettings(), read_config(TOY), seed=1)
 
 
-def run_steps(data, seconds, *, train_s=0.002, judge=lambda sample: float(sample.group % 2), steps=STEPS, **settings) -> tuple[list[list[Sample]], StandIn]:
+def run_steps(
+    data, seconds, *, train_s=0.002, judge=lambda sample: float(sample.group % 2), steps=STEPS, dynamic_sampling=0, **settings
+) -> tuple[list[list[Sample]], StandIn]:
     """The loop's body with a trainer that only takes time. Returns what each step was given."""
     engine = StandIn(seconds)
     rollout = RolloutSettings(prompts_per_step=PER_STEP, samples_per_prompt=2)
-    groups = InFlight(engine, data, rollout, InFlightSettings(**settings), Judge(judge, 4), steps=steps)
+    groups = InFlight(engine, data, rollout, InFlightSettings(**settings), RewardSettings(dynamic_sampling=dynamic_sampling), Judge(judge, 4), steps=steps)
     given = []
     for version in range(steps):
         given.append(groups.next_step(version))
@@ -72,8 +73,9 @@ def test_without_oversampling_the_steps_are_those_of_the_synchronous_loop(data, 
     for version, samples in enumerate(given):
         assert groups_of(samples, dropped=False) == list(range(version * PER_STEP, (version + 1) * PER_STEP))
         assert all(sample.reward == sample.group % 2 for sample in samples)
-        kept, dropped = without_dropped(samples, version=version, max_staleness=bound)
-        assert len(kept) == 2 * PER_STEP and dropped == 0
+        kept, set_aside = without_marks(samples)
+        check_staleness(kept, version=version, max_staleness=bound)
+        assert len(kept) == 2 * PER_STEP and set_aside == {DROPPED: 0, REPLACED: 0}
     assert engine.started == list(range(STEPS * PER_STEP)) and engine.aborted == []  # nothing is started that cannot be trained
 
 
@@ -93,7 +95,32 @@ def test_oversampling_leaves_stragglers_and_loses_count_of_none(data, bound, ove
     assert dropped and set(engine.aborted) == set(dropped)
     for version, samples in enumerate(given):
         assert len(groups_of(samples, dropped=True)) <= oversample or version == STEPS - 1
-        without_dropped(samples, version=version, max_staleness=bound)  # raises if a token is too old
+        check_staleness(without_marks(samples)[0], version=version, max_staleness=bound)  # raises if a token is too old
+
+
+@pytest.mark.parametrize("bound", [0, 1, 3])
+def test_groups_that_teach_nothing_are_replaced_within_the_bound(data, bound):
+    """Every third group has rewards that differ; the others are replaced, and every group is trained or counted, once, and none is too old."""
+    rng, judged = random.Random(3), []
+
+    def judge(sample):
+        judged.append(sample.group)
+        return float(sample.group % 3 == 0 and judged.count(sample.group) % 2)
+
+    given, engine = run_steps(data, lambda group: rng.random() * 0.004, max_staleness=bound, judge=judge, dynamic_sampling=20)
+    kept = [without_marks(samples)[0] for samples in given]
+    trained, replaced = sorted({s.group for samples in kept for s in samples}), [s.group for samples in given for s in samples if s.finish_reason == REPLACED]
+    assert all(group % 3 == 0 for group in trained) and len(trained) == STEPS * PER_STEP
+    assert sorted(trained + replaced[::2]) == sorted(engine.started)
+    for version, samples in enumerate(kept):
+        check_staleness(samples, version=version, max_staleness=bound)
+
+
+def test_replacing_has_a_cap(data):
+    given, engine = run_steps(data, lambda group: 0, judge=lambda sample: 0.0, dynamic_sampling=2, max_staleness=0, steps=4)
+    for samples in given:
+        kept, set_aside = without_marks(samples)
+        assert len(kept) == 2 * PER_STEP and set_aside == {DROPPED: 0, REPLACED: 2 * 2 * PER_STEP}
 
 
 def test_a_straggler_is_carried_over_while_the_bound_allows(data):
@@ -129,11 +156,11 @@ def test_a_failing_judge_masks_its_samples(data, capsys):
 
 def test_a_token_older_than_the_bound_stops_the_run():
     sample = Sample([1], group=9, response_ids=[5, 2], weight_versions=[3, 4])
-    assert without_dropped([sample], version=5, max_staleness=2) == ([sample], 0)
+    check_staleness([sample], version=5, max_staleness=2)
     with pytest.raises(RuntimeError, match="group 9 has tokens of the weight versions .3, 4.; training version 5 .* none older than 4"):
-        without_dropped([sample], version=5, max_staleness=1)
+        check_staleness([sample], version=5, max_staleness=1)
     with pytest.raises(RuntimeError, match="group 9"):
-        without_dropped([sample], version=3, max_staleness=1)  # from the future: the trainer missed an update
+        check_staleness([sample], version=3, max_staleness=1)  # from the future: the trainer missed an update
 
 
 @pytest.mark.parametrize("changes, world_size, message", [
@@ -150,4 +177,4 @@ def test_settings_that_cannot_work(changes, world_size, message):
 
 def test_ranks_are_split():
     assert split_ranks(InFlightSettings(rollout_ranks=3), RolloutSettings(), world_size=8) == (5, 3)
-    assert in_flight.DROPPED not in ("stop", "length", "abort")  # SGLang's own reasons
+    assert not {DROPPED, REPLACED} & {"stop", "length", "abort"}  # SGLang's own reasons

@@ -32,10 +32,10 @@ class Done:
 
     def check(self, *, bound: int, samples_per_prompt: int = 4) -> None:
         """What must hold of every run."""
-        trained, dropped = ([tuple(name) for step in self.steps for name in step[kind]] for kind in ("trained", "dropped"))
+        trained, dropped, replaced = ([tuple(name) for step in self.steps for name in step[kind]] for kind in ("trained", "dropped", "replaced"))
         started = sorted((group, index) for rank in self.ranks for group in rank["started"] for index in range(samples_per_prompt))
-        assert sorted(trained + dropped) == started and len(set(started)) == len(started)  # once each, and none lost
-        assert sum(row["dropped"] for row in self.metrics) == len(dropped)
+        assert sorted(trained + dropped + replaced) == started and len(set(started)) == len(started)  # once each, and none lost
+        assert sum(row["dropped"] for row in self.metrics) == len(dropped) and sum(row["replaced"] for row in self.metrics) == len(replaced)
         for step, row in zip(self.steps, self.metrics):
             ages = [step["version"] - version for versions in step["weight_versions"] for version in versions]
             assert 0 <= min(ages) and max(ages) <= bound
@@ -77,6 +77,12 @@ def test_draining_leaves_no_response_with_two_versions(tmp_path):
     done = Done(tmp_path, "--steps", "6", "--eval-every", "6", "--updates", "drain", *LONG)
     done.check(bound=1)
     assert done.spanning() == 0
+
+
+def test_dynamic_sampling_loses_count_of_none(tmp_path):
+    done = Done(tmp_path, "--steps", "6", "--eval-every", "6", "--dynamic-sampling", "2", "--max-staleness", "2")
+    done.check(bound=2)
+    assert sum(row["replaced"] for row in done.metrics) > 0
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""losses.py against an independent float64 NumPy oracle and finite differences.
+"""Log-probs and entropy against an independent float64 NumPy oracle and finite differences. The parts of a policy loss are in tests/oracle.
 
 The oracle is written from the formulas in the docstrings, one token at a time. Vocabulary-parallel results are compared with unsplit ones over two real
 processes. Not covered: CUDA.
@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from losses import logprobs_and_entropy, mismatch, ppo_loss
+from losses import LossSettings, check_loss_settings, logprobs_and_entropy, mismatch
+from run import BadInput
 
 T, V, TEMPERATURE = 7, 12, 0.7
 
@@ -93,41 +94,27 @@ def test_two_vocabulary_shards_equal_one(one_rank):
     assert np.allclose(gradient, x.grad.numpy(), atol=1e-6) and not gradient[:, V - 1].any()
 
 
-def oracle_ppo(logprob, old, rollout, advantage, clip_low, clip_high, tis_cap):
-    ratio = np.exp(logprob - old)
-    ppo = max(-ratio * advantage, -min(max(ratio, 1 - clip_low), 1 + clip_high) * advantage)
-    return (min(np.exp(old - rollout), tis_cap) if tis_cap else 1.0) * ppo
-
-
-@pytest.mark.parametrize("tis_cap", [0.0, 2.0])
-def test_ppo_loss(tis_cap):
-    rng = np.random.default_rng(0)
-    old = rng.uniform(-3, 0, 64)
-    logprobs, rollout, advantages = old + rng.normal(0, 0.4, 64), old + rng.normal(0, 0.8, 64), rng.normal(0, 1, 64)
-    arguments = dict(clip_low=0.2, clip_high=0.28, tis_cap=tis_cap)
-    tensors = [torch.tensor(x, dtype=torch.float32) for x in (logprobs, old, rollout, advantages)]
-    tensors[0].requires_grad_()
-    loss_T, statistics = ppo_loss(*tensors, **arguments)
-    expected = [oracle_ppo(*values, *arguments.values()) for values in zip(logprobs, old, rollout, advantages)]
-    assert np.abs(loss_T.detach().numpy() - expected).max() < 1e-5
-    loss_T.sum().backward()
-    for i in range(64):  # the weight is a constant: finite differences with it fixed
-        high, low = (oracle_ppo(logprobs[i] + h, old[i], rollout[i], advantages[i], *arguments.values()) for h in (1e-6, -1e-6))
-        assert abs(tensors[0].grad[i].item() - (high - low) / 2e-6) < 1e-3
-    clipped = [(a > 0 and new - o > np.log(1.28)) or (a < 0 and new - o < np.log(0.8)) for new, o, a in zip(logprobs, old, advantages)]
-    assert statistics["clipfrac"].tolist() == [float(x) for x in clipped]
-
-
-def test_by_hand():
-    # ratio 2 with a positive advantage is clipped to 1.28; engine log-prob a factor e^1 below the trainer's: weight min(e, 2) = 2.
-    loss_T, statistics = ppo_loss(
-        torch.tensor([np.log(2.0)]), torch.tensor([0.0]), torch.tensor([-1.0]), torch.tensor([3.0]), clip_low=0.2, clip_high=0.28, tis_cap=2.0
-    )
-    assert loss_T.item() == pytest.approx(-2 * 1.28 * 3) and statistics["tis_clipfrac"].item() == 1.0
-
-
 def test_mismatch_is_zero_only_on_agreement():
     same = mismatch(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -2.0]))
     assert same["mismatch_abs"].sum() == 0 and same["mismatch_k3"].sum() == 0
     apart = mismatch(torch.tensor([-1.0, -2.5]), torch.tensor([-1.5, -2.0]))
     assert apart["mismatch_abs"].tolist() == [0.5, 0.5] and (apart["mismatch_k3"] > 0).all()
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(clip_low=1.5), "--clip-low 1.5"),
+    (dict(clip_high=0.0), "--clip-high 0.0"),
+    (dict(dual_clip=0.5), "--dual-clip 0.5 must be above 1"),
+    (dict(policy_loss="cispo", dual_clip=3.0), "cispo has none"),
+    (dict(correction_low=2.0), "low <= 1 <= high"),
+    (dict(kl_coef=-1.0), "--kl-coef -1.0"),
+    (dict(kl_coef=0.1, kl_estimator="k1"), "no gradient on average"),
+])  # fmt: skip
+def test_settings_that_cannot_work(changes, message):
+    with pytest.raises(BadInput, match=message):
+        check_loss_settings(LossSettings(**changes))
+
+
+def test_each_policy_loss_has_bounds_of_its_own():
+    assert LossSettings().clips == (0.2, 0.28) and LossSettings(policy_loss="gspo").clips == (3e-4, 4e-4)
+    assert LossSettings(policy_loss="cispo", clip_high=1.5).clips == (1.0, 1.5)

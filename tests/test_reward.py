@@ -1,14 +1,18 @@
-"""reward.py: judging answers, and GRPO's advantages.
+"""reward.py: judging answers, dynamic sampling, and how a batch gets its advantages. The estimators themselves are in tests/oracle.
 
 Not covered: judges that never return.
 """
 
+import asyncio
 import math
 
+import numpy as np
 import pytest
 
-from reward import Judge, batch_metrics, compute_rewards, exact_match, grpo_advantages, math_reward
-from rollout import Sample
+import reward
+from losses import LossSettings
+from reward import Judge, RewardSettings, batch_metrics, compute_advantages, compute_rewards, exact_match, is_uninformative, math_reward
+from rollout import RolloutSettings, Sample, without_marks
 
 
 def answer(response="", label="", *, group=0, reward=None, finish="stop") -> Sample:
@@ -39,14 +43,77 @@ def test_math_reward_compares_values(response, label, expected):
     assert math_reward(answer(response, label)) == expected
 
 
+def advantages(samples, **settings) -> list[float]:
+    compute_advantages(samples, RewardSettings(**settings), LossSettings(), max_response_tokens=8)
+    return [sample.advantages[0] for sample in samples]
+
+
 def test_grpo_by_hand():
     # rewards 1 0 0 1: mean 0.5, unbiased variance 4 * 0.25 / 3. A second group, all equal, has nothing to compare.
     samples = [answer(reward=r, group=g) for g, r in [(0, 1.0), (0, 0.0), (1, 1.0), (0, 0.0), (1, 1.0), (0, 1.0)]]
-    grpo_advantages(samples)
     unit = 0.5 / (math.sqrt(1 / 3) + 1e-6)
-    assert [sample.advantage for sample in samples] == pytest.approx([unit, -unit, 0, -unit, 0, unit])
+    assert advantages(samples) == pytest.approx([unit, -unit, 0, -unit, 0, unit])
     metrics = batch_metrics(samples, version=4)
     assert metrics["reward"] == pytest.approx(4 / 6) and metrics["zero_std_groups"] == 0.5 and metrics["staleness_max"] == 1
+
+
+def test_overlong_responses_lose_reward_but_the_metric_shows_what_the_judge_said():
+    samples = [answer(reward=1.0), answer(reward=1.0)]
+    samples[1].response_ids, samples[1].loss_mask = [5] * 7, [1] * 7  # of 8, with a buffer of 4: loses 3/4
+    assert advantages(samples, advantage="dr_grpo", overlong_buffer=4) == pytest.approx([0.375, -0.375])
+    assert batch_metrics(samples, version=3)["reward"] == 1.0
+
+
+def test_kl_in_the_reward_is_taken_where_it_arises():
+    samples = [answer(reward=1.0), answer(reward=0.0)]
+    for sample in samples:
+        sample.old_logprobs, sample.ref_logprobs = np.float32([-1.0, -1.0]), np.float32([-1.0, -3.0])  # k1: 0, then 2
+    compute_advantages(samples, RewardSettings(advantage="dr_grpo"), LossSettings(kl_coef=0.1, kl_estimator="k1", kl_in="reward"), max_response_tokens=8)
+    assert [list(sample.advantages) for sample in samples] == [[0.5, 0.5], [-0.5, -0.5]]  # both lose 0.2
+    samples[1].ref_logprobs = samples[1].old_logprobs
+    compute_advantages(samples, RewardSettings(advantage="dr_grpo"), LossSettings(kl_coef=0.1, kl_estimator="k1", kl_in="reward"), max_response_tokens=8)
+    assert samples[0].advantages[0] == pytest.approx(0.8 - 0.4)
+
+
+def test_groups_that_teach_nothing_are_refilled(monkeypatch):
+    """Prompts 0 to 3 are all right or all wrong, 4 is mixed, 5 is not, 6 is mixed: two rounds make both places of the step good."""
+    rounds = []
+
+    def generate(engine, prompts, data, settings, *, n):
+        rounds.append([prompt.group for prompt in prompts])
+        return [answer(group=prompt.group, label=str(prompt.group)) for prompt in prompts for _ in range(n)]
+
+    seen = []
+
+    def judge(sample):
+        seen.append(sample.group)
+        return float(sample.group in (4, 6) and seen.count(sample.group) % 2)
+
+    monkeypatch.setattr(reward, "generate", generate)
+    first = [answer(group=group, reward=1.0) for group in (0, 1) for _ in range(2)]
+    prompts = iter(Sample([1], group=group) for group in range(4, 20))
+    arguments = first, None, prompts, None, RolloutSettings(samples_per_prompt=2)
+    samples, set_aside = without_marks(reward.refill(*arguments, RewardSettings(dynamic_sampling=3), Judge(judge)))
+    assert rounds == [[4, 5], [6]] and [sample.group for sample in samples] == [4, 4, 6, 6]
+    assert set_aside == {"dropped": 0, "replaced": 6} and not any(is_uninformative(group) for group in reward.by_group(samples))
+    capped, set_aside = without_marks(reward.refill(*arguments, RewardSettings(dynamic_sampling=1), Judge(lambda sample: 0.0)))
+    assert len(capped) == 4 and set_aside["replaced"] == 4  # after the last round, what teaches nothing is trained all the same
+
+
+def test_coroutine_judges_wait_together():
+    waiting, most = 0, 0
+
+    async def judge(sample):
+        nonlocal waiting, most
+        waiting += 1
+        most = max(most, waiting)
+        await asyncio.sleep(0.01)
+        waiting -= 1
+        return 1.0
+
+    samples = [answer() for _ in range(20)]
+    compute_rewards(samples, Judge(judge, 8))
+    assert most == 8 and all(sample.reward == 1.0 for sample in samples)
 
 
 def test_a_failing_judge_is_counted_not_scored_zero(capsys):
@@ -58,10 +125,10 @@ def test_a_failing_judge_is_counted_not_scored_zero(capsys):
         return float("nan") if sample.label == "c" else float(sample.label == "a")
 
     compute_rewards(samples, Judge(judge))
-    grpo_advantages(samples)
+    advantages(samples)
     assert [sample.reward for sample in samples] == [1.0, None, None, 0.0]
-    assert samples[1].loss_mask == [0, 0] and samples[1].advantage == 0 and "judge is broken" in samples[1].metadata["reward_error"]
-    assert samples[0].advantage == -samples[3].advantage > 0  # the mean is over the two that were scored
+    assert samples[1].loss_mask == [0, 0] and list(samples[1].advantages) == [0, 0] and "judge is broken" in samples[1].metadata["reward_error"]
+    assert samples[0].advantages[0] == -samples[3].advantages[0] > 0  # the mean is over the two that were scored
     assert batch_metrics(samples, version=3)["reward_errors"] == 2
     assert "judge is broken" in capsys.readouterr().out
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
-import rollout  # noqa: F401  first, as in the loop
+import rollout  # first, as in the loop
 import in_flight
 import loop_async
 import run
@@ -24,7 +24,7 @@ from engine import Engine
 OUT, SLOW = Path(sys.argv[1]), sys.argv[2].split(",")
 started, steps, versions = [], [], []
 generate, load, train = Engine.generate, Engine.load, train_step.train_step
-without_dropped = in_flight.without_dropped
+without_marks, check_staleness = rollout.without_marks, in_flight.check_staleness
 
 
 async def recorded_generate(self, prompts_ids, sampling, *, request_ids=None):
@@ -46,22 +46,28 @@ def slow_load(self, named, *, version):
     load(self, named, version=version)
 
 
-def slow_train(trainer, samples, *, temperature):
-    time.sleep(0.7 if "trainer" in SLOW and len(steps) % 5 == 4 else 0)
-    return train(trainer, samples, temperature=temperature)
+def slow_train(trainer, samples, settings, **arguments):
+    time.sleep(0.7 if trainer and "trainer" in SLOW and len(steps) % 5 == 4 else 0)
+    return train(trainer, samples, settings, **arguments)
 
 
-def recorded_step(samples, *, version, max_staleness):
-    """In front of the invariant's own check: what it is given."""
-    names = {kind: [(s.group, s.index) for s in samples if (s.finish_reason == in_flight.DROPPED) == kind] for kind in (False, True)}
-    spans = [s.weight_versions for s in samples if s.finish_reason != in_flight.DROPPED]
-    steps.append({"version": version, "trained": names[False], "dropped": names[True], "weight_versions": spans})
-    return without_dropped(samples, version=version, max_staleness=max_staleness)
+def recorded_step(samples):
+    """What a step is given: which samples are trained, and which are set aside, for which reason."""
+    names = {reason: [(s.group, s.index) for s in samples if s.finish_reason == reason] for reason in (rollout.DROPPED, rollout.REPLACED)}
+    trained, set_aside = without_marks(samples)
+    steps.append({"trained": [(s.group, s.index) for s in trained], **names, "weight_versions": [s.weight_versions for s in trained]})
+    return trained, set_aside
+
+
+def recorded_version(samples, *, version, max_staleness):
+    """In front of the invariant's own check."""
+    steps[-1]["version"] = version
+    check_staleness(samples, version=version, max_staleness=max_staleness)
 
 
 if __name__ == "__main__":
     Engine.generate, Engine.load = recorded_generate, slow_load
-    train_step.train_step, in_flight.without_dropped = slow_train, recorded_step
+    train_step.train_step, rollout.without_marks, in_flight.check_staleness = slow_train, recorded_step, recorded_version
     sys.argv = ["loop_async.py", *sys.argv[3:]]
     run.run_main(loop_async.main)
     (OUT / f"rank-{os.environ['RANK']}.json").write_text(json.dumps({"started": started, "steps": steps, "versions": versions}))

@@ -20,6 +20,7 @@ import weight_sync
 from fp8_quant import quantize_blockwise
 from hf_names import read_config
 from local_spec import zigzag
+from losses import LossSettings
 from megatron.core import parallel_state as mpu
 
 import torch
@@ -36,7 +37,7 @@ def fixed_samples(vocab: int) -> list[rollout.Sample]:
         prompt, response = (torch.randint(3, vocab, (n,), generator=generator).tolist() for n in (3 + i % 5, 1 + (7 * i) % 11))
         logprobs = (-torch.rand(len(response), generator=generator) * 5).tolist()
         mask = [0 if i == 3 or (i == 5 and j == 0) else 1 for j in range(len(response))]
-        samples.append(rollout.Sample(prompt, response_ids=response, rollout_logprobs=logprobs, loss_mask=mask, advantage=(i % 7 - 3) / 2))
+        samples.append(rollout.Sample(prompt, response_ids=response, rollout_logprobs=logprobs, loss_mask=mask, advantages=[(i % 7 - 3) / 2] * len(response)))
     return samples
 
 
@@ -48,6 +49,11 @@ def build(folder: str, tp: int, ep: int, pp: int, cp: int, dtype: str, microbatc
     trainer = train_step.build_trainer(folder, settings, config, steps=4, seed=1)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
     return trainer, weight_sync.Weights(trainer, config, fp8, bucket_bytes=200_000, broadcast_group=dist.group.WORLD)
+
+
+def one_step(trainer, temperature: float = 0.7) -> dict:
+    samples = train_step.score(trainer, fixed_samples(trainer.config["vocab_size"]), temperature=temperature)
+    return train_step.train_step(trainer, samples, LossSettings(), temperature=temperature, max_response_tokens=16)
 
 
 def whole(mine: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
@@ -111,10 +117,10 @@ def main() -> None:
         hf_folder.export_hf(weights, out / family, source=folder, dtype="bf16")
         for microbatch_tokens in (4096, 64):
             trainer, weights = build(folder, *splits, "fp32", microbatch_tokens)
-            steps = [train_step.train_step(trainer, fixed_samples(trainer.config["vocab_size"]), temperature=0.7) for _ in range(2)]
+            steps = [one_step(trainer) for _ in range(2)]
             mine[f"steps_{microbatch_tokens}"] = steps
         trainer, _ = build(folder, *splits, "bf16", 4096)
-        mine["step_bf16"] = train_step.train_step(trainer, fixed_samples(trainer.config["vocab_size"]), temperature=0.7)
+        mine["step_bf16"] = one_step(trainer)
         reports = [None] * dist.get_world_size()
         dist.all_gather_object(reports, mine)
         report[family] = reports

@@ -1,0 +1,137 @@
+"""Samples -> micro-batches: which samples a rank computes together, packed without padding, and back: values of packed tokens to their samples.
+
+Every rank holds the whole batch and makes the same plan, so nothing has to be agreed on. Shape letters: T packed tokens of a micro-batch, N its samples,
+R response tokens of the whole batch.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from local_spec import zigzag
+from losses import Sequences
+from rollout import Sample
+
+
+def plan_microbatches(lengths: list[int], *, microbatch_tokens: int, dp: int) -> list[list[list[int]]]:
+    """Which samples form which micro-batch of which data-parallel rank: plan[rank][micro-batch] = indices into lengths.
+
+    Every rank gets the same number of micro-batches (collectives inside the model must pair up), as few as the token budget allows, of about equal
+    size: longest sample first, each into the bin that holds least; so samples of about one length stand together. A bin may be empty when there are fewer
+    samples than bins.
+    """
+    bins = dp * max(1, -(-sum(lengths) // (dp * microbatch_tokens)))
+    while True:
+        loads, members = [0] * bins, [[] for _ in range(bins)]
+        for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+            lightest = loads.index(min(loads))
+            loads[lightest] += lengths[i]
+            members[lightest].append(i)
+        if max(loads) <= microbatch_tokens:
+            break
+        bins += dp
+    by_load = sorted(range(bins), key=lambda b: -loads[b])
+    return [[members[b] for b in by_load[rank::dp]] for rank in range(dp)]
+
+
+@dataclass
+class MicroBatch:
+    """Packed sequences. Position t predicts token t + 1, so every per-token field describes that next token, and mask is 1 where it counts."""
+
+    tokens_T: torch.Tensor  # int64
+    labels_T: torch.Tensor  # int64, tokens shifted left within each sequence
+    place_T: torch.Tensor  # int64, where the token stands among the R response tokens of the batch, -1 for others
+    sample_T: torch.Tensor  # int64, place of the sample in the micro-batch; filler is one more sample, the last
+    mask_T: torch.Tensor  # float32: 1 where the next token is the policy's own
+    advantages_T: torch.Tensor  # float32, as those that follow; 0 where the samples do not have them yet
+    rollout_logprobs_T: torch.Tensor
+    old_logprobs_T: torch.Tensor
+    ref_logprobs_T: torch.Tensor
+    counts_N: torch.Tensor  # float32: tokens of each sample that count, on all context-parallel ranks
+    packed: PackedSeqParams
+    cp_group: dist.ProcessGroup | None = None
+
+    @property
+    def sequences(self) -> Sequences:
+        return Sequences(self.sample_T, self.mask_T, self.counts_N, self.cp_group)
+
+
+PER_TOKEN = {"mask": "loss_mask"} | {name: name for name in ("advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs")}
+
+
+def padded_length(length: int, cp: int) -> int:
+    """Length of a sequence in a micro-batch: under context parallelism a multiple of 2 cp, see zigzag."""
+    return length if cp == 1 else -(-length // (2 * cp)) * 2 * cp
+
+
+def collate(samples: list[Sample], starts: list[int], *, tp: int = 1, cp: int = 1, cp_rank: int = 0, device: torch.device) -> MicroBatch:
+    """Concatenate prompt + response of each sample. A masked filler sequence brings T to a multiple that sequence parallelism can split, and above 0.
+
+    Example, prompt [5, 6], response [7, 8] with log-probs [a, b]:   tokens 5 6 7 8   labels 6 7 8 8   mask 0 1 1 0   rollout_logprobs 0 a b 0
+    starts: where each sample's response begins among the R response tokens of the batch. Under context parallelism the fields hold this rank's tokens of
+    every sequence, and packed the bounds of the whole sequences.
+    """
+    sequences = [np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64) for sample in samples]
+    lengths = [padded_length(len(sequence), cp) for sequence in sequences]
+    multiple_of = tp if cp == 1 else cp * math.lcm(2, tp)
+    filler = -sum(lengths) % multiple_of if lengths else multiple_of
+    lengths += [filler] if filler else []
+    T, ends = sum(lengths), np.cumsum(lengths)
+    tokens, labels, place, owner = np.zeros(T, np.int64), np.zeros(T, np.int64), np.full(T, -1), np.full(T, len(samples))
+    per_token = {name: np.zeros(T, np.float32) for name in PER_TOKEN}
+    for i, (sample, sequence, begin, start) in enumerate(zip(samples, sequences, ends - lengths, starts)):
+        end = begin + len(sequence)
+        tokens[begin:end] = sequence
+        labels[begin:end] = np.append(sequence[1:], sequence[-1])
+        owner[begin:end] = i
+        answer = slice(end - len(sample.response_ids) - 1, end - 1)
+        place[answer] = np.arange(start, start + len(sample.response_ids))
+        for name, field in PER_TOKEN.items():
+            if len(getattr(sample, field)):
+                per_token[name][answer] = getattr(sample, field)
+    cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=device)
+    packed = PackedSeqParams("thd", cu_seqlens, cu_seqlens, cu_seqlens, cu_seqlens, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
+    mine = zigzag(lengths, cp, cp_rank)
+    arrays = (tokens, labels, place, owner, *per_token.values())
+    counts_N = torch.tensor([*(sum(sample.loss_mask) for sample in samples), 0], dtype=torch.float32, device=device)
+    return MicroBatch(*(torch.from_numpy(array)[mine].to(device) for array in arrays), counts_N, packed)
+
+
+def plan_of(trainer, samples: list[Sample]) -> list[list[list[int]]]:
+    """plan_microbatches for these samples. trainer: train_step.Trainer."""
+    cp = trainer.settings.cp
+    lengths = [padded_length(len(sample.prompt_ids) + len(sample.response_ids), cp) for sample in samples]
+    return plan_microbatches(lengths, microbatch_tokens=trainer.settings.microbatch_tokens * cp, dp=trainer.dp_group.size())
+
+
+def local_microbatches(trainer, samples: list[Sample]) -> list[MicroBatch]:
+    """This rank's share of a batch; every rank passes the same samples in the same order. trainer: train_step.Trainer."""
+    tp, cp, plan = trainer.settings.tp, trainer.settings.cp, plan_of(trainer, samples)
+    starts = np.cumsum([0, *(len(sample.response_ids) for sample in samples)]).tolist()
+    split = dict(tp=tp, cp=cp, cp_rank=trainer.cp_group.rank(), device=next(trainer.gpt.parameters()).device)
+    batches = [collate([samples[i] for i in bin], [starts[i] for i in bin], **split) for bin in plan[trainer.dp_group.rank()]]
+    for batch in batches:
+        batch.cp_group = trainer.cp_group if cp > 1 else None
+    return batches
+
+
+def give_to_samples(trainer, samples: list[Sample], batches: list[MicroBatch], values: list[torch.Tensor], field: str) -> None:
+    """Set a field of every sample to its tokens' values, float32 [L], on every rank. Collective.
+
+    batches: local_microbatches of these samples; values: float32 [T] for each, on the last pipeline stage, which alone has them. A rank knows the values of
+    its own tokens only: all fill their places of one vector for the batch, which is then summed.
+    """
+    lengths = [len(sample.response_ids) for sample in samples]
+    values_R = torch.zeros(sum(lengths), device=batches[0].tokens_T.device)
+    for batch, values_T in zip(batches, values):
+        is_response_T = batch.place_T >= 0
+        values_R[batch.place_T[is_response_T]] = values_T[is_response_T]
+    dist.all_reduce(values_R, group=trainer.dp_cp_group)
+    stages = trainer.layout.pp_group
+    dist.broadcast(values_R, group=stages, group_src=stages.size() - 1)
+    for sample, mine in zip(samples, values_R.cpu().split(lengths)):
+        setattr(sample, field, mine.numpy())

@@ -1,0 +1,62 @@
+"""Every algorithm gives the same loss and gradient however its batch is split: over micro-batches, ranks and kinds of parallelism, and in any order.
+
+Why: a mean of means, a whitening per rank, a sequence ratio from half a sequence, all train; they train something else. In fp32, to 1e-5 of the loss and of
+the whole gradient's norm. What the formulas should give is in tests/oracle; other families' layouts are in test_layouts.py.
+"""
+
+import json
+
+import pytest
+import torch
+from conftest import torchrun
+from workers.algorithms import ALGORITHMS
+
+# ranks, tp, pp, cp, microbatch_tokens, order
+SPLITS = {
+    "2 micro-batches": (1, 1, 1, 1, 160, "given"), "4 micro-batches": (1, 1, 1, 1, 70, "given"), "reversed": (1, 1, 1, 1, 4096, "reversed"),
+    "shuffled, dp 2": (2, 1, 1, 1, 70, "shuffled"), "tp 2": (2, 2, 1, 1, 4096, "given"), "pp 2": (2, 1, 2, 1, 70, "given"),
+    "cp 2": (2, 1, 1, 2, 70, "shuffled"),
+}  # fmt: skip
+
+
+def measure(folder, model, ranks, *rest) -> dict:
+    *sizes, order = rest
+    torchrun("tests/workers/algorithms.py", folder, *sizes, order, model, ranks=ranks)
+    losses, gradients = json.loads((folder / "losses.json").read_text()), torch.load(folder / "gradients.pt", weights_only=True)
+    return {name: (losses[name], gradients[name]) for name in ALGORITHMS}
+
+
+@pytest.fixture(scope="module")
+def whole(models, tmp_path_factory):
+    """One rank, one micro-batch."""
+    return measure(tmp_path_factory.mktemp("whole"), models["qwen3"], 1, 1, 1, 1, 4096, "given")
+
+
+@pytest.fixture(scope="module", params=SPLITS)
+def split(request, models, tmp_path_factory):
+    return request.param, measure(tmp_path_factory.mktemp("split"), models["qwen3"], *SPLITS[request.param])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_loss_and_gradient_do_not_depend_on_the_split(whole, split, algorithm):
+    (expected, expected_gradient), (got, gradient) = whole[algorithm], split[1][algorithm]
+    for metric, value in expected.items():
+        if metric != "microbatches":
+            assert got[metric] == pytest.approx(value, rel=1e-5, abs=1e-7), metric
+    assert gradient.keys() == expected_gradient.keys()
+    apart, norm = (sum(float(t.double().square().sum()) for t in tensors) ** 0.5 for tensors in (
+        [gradient[name] - expected_gradient[name] for name in gradient], expected_gradient.values()))  # fmt: skip
+    assert apart < 1e-5 * norm and norm > 0
+
+
+def test_the_splits_split(whole, split):
+    name, measured = split
+    if name.endswith("micro-batches"):
+        assert {losses["microbatches"] for losses, _ in measured.values()} == {int(name[0])}
+    assert {losses["microbatches"] for losses, _ in whole.values()} == {1}
+
+
+def test_each_algorithm_is_one_of_its_own(whole):
+    norms = [losses["grad_norm"] for losses, _ in whole.values()]
+    assert len({round(norm, 6) for norm in norms}) == len(norms)
+    assert all(losses["clipfrac"] > 0 for name, (losses, _) in whole.items() if name != "cispo") and whole["icepop"][0]["tis_clipfrac"] > 0
