@@ -16,6 +16,7 @@ import functools
 import importlib.machinery
 import logging
 import os
+import random
 import sys
 import types
 
@@ -24,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron's jit_fuser would spend seconds in g++ at the first step and gain nothing
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -175,8 +177,36 @@ def patch_sglang() -> None:
     fp8.Fp8LinearMethod.apply = fp8_linear
     fp8.Fp8MoEMethod.process_weights_after_loading_block_quant = lambda self, layer: layer.__dict__.pop("_dequantized", None)
     fp8.Fp8MoEMethod.apply = fp8_experts
+    _seed_each_request()
     TorchNativeAttnBackend._run_sdpa_forward_decode = functools.partialmethod(batched_decode, TorchNativeAttnBackend._run_sdpa_forward_decode)
     TorchNativeAttnBackend._run_sdpa_forward_extend = functools.partialmethod(batched_extend, TorchNativeAttnBackend._run_sdpa_forward_extend)
+
+
+def _seed_each_request() -> None:
+    """Sample each request from its own sampling_seed. SGLang can, but only with enable_deterministic_inference, which refuses this attention backend."""
+    from sglang.srt.layers import sampler
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+    stock = SamplingBatchInfo.from_schedule_batch.__func__
+
+    def from_schedule_batch(cls, batch, vocab_size):
+        info = stock(cls, batch, vocab_size)
+        seeds = [request.sampling_params.sampling_seed for request in batch.reqs]
+        info.sampling_seed = torch.tensor([random.getrandbits(31) if seed is None else seed for seed in seeds])
+        return info
+
+    SamplingBatchInfo.from_schedule_batch = classmethod(from_schedule_batch)
+    sampler.multinomial_with_seed = multinomial_with_seed
+
+
+def multinomial_with_seed(logprobs_BV, seed_B, position_B):
+    """One index for each request, int64 [B, 1], by a number that only its seed and the token's position decide. SGLang's own needs a compiled kernel."""
+    x = seed_B.numpy().astype(np.uint64) << np.uint64(32) | position_B.numpy().astype(np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # SplitMix64 (Steele, Lea and Flood, 2014)
+        x = (x ^ x >> np.uint64(shift)) * np.uint64(factor)
+    uniform_B = torch.from_numpy((x >> np.uint64(11)).astype(np.float64) + 1) / 2**53  # in (0, 1]
+    cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
+    return (cumulative_BV < uniform_B[:, None] * cumulative_BV[:, -1:]).sum(-1, keepdim=True)
 
 
 def fp8_linear(self, layer, x_TK, bias=None):

@@ -103,8 +103,13 @@ class Engine(SGLangEngine):
 
     # --- generation
 
-    async def generate(self, prompts_ids: list[list[int]], sampling: dict, *, request_ids: list[str] | None = None) -> list[dict]:
-        """One response per prompt, in order: SGLang's dicts with output_ids and meta_info, and weight_versions, one per token."""
+    async def generate(
+        self, prompts_ids: list[list[int]], sampling: dict | list[dict], *, request_ids: list[str] | None = None, cache: str = ""
+    ) -> list[dict]:
+        """One response per prompt, in order: SGLang's dicts with output_ids and meta_info, and weight_versions, one per token.
+
+        Cached prefixes are shared by calls of one cache name at one version of the weights.
+        """
         request = io_struct.GenerateReqInput(
             input_ids=prompts_ids,
             sampling_params=sampling,
@@ -115,7 +120,7 @@ class Engine(SGLangEngine):
         self._count_requests(len(prompts_ids))
         try:
             await self._settled()  # an update that has begun is not waited for by its sender, but by whoever asks next
-            request.extra_key = str(self.version)
+            request.extra_key = f"{self.version} {cache}"
             stream = self.tokenizer_manager.generate_request(request, None)
             if not REPORTS_VERSIONS:
                 return await self._count_versions(stream, len(prompts_ids))

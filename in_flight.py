@@ -20,12 +20,15 @@ The queue belongs to the engine's event loop: everything `async` below runs ther
 """
 
 import asyncio
+import json
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch.distributed as dist
+
 from engine import Engine
 from reward import Judge, RewardSettings, is_uninformative
-from rollout import DROPPED, REPLACED, Data, RolloutSettings, Sample, check_aborts, copies, fill, marks, my_share, sampling_params, step_share
+from rollout import DROPPED, REPLACED, Data, Prompts, RolloutSettings, Sample, check_aborts, copies, fill, marks, sampling_params, step_share, taken_before
 from run import BadInput
 
 HEAD_START_S = 0.01  # the finished groups are handed over before new ones start: starting requests keeps the interpreter busy, and trainers waiting
@@ -63,11 +66,12 @@ def split_ranks(settings: InFlightSettings, rollout: RolloutSettings, *, world_s
 class Group:
     """The samples of one prompt, on their way."""
 
+    prompt: Sample
     samples: list[Sample]
     version: int
     """Of the weights when it was started: no token of it is older."""
     stopped: bool = False
-    task: asyncio.Task = field(init=False)
+    task: asyncio.Future = field(init=False)
 
     def request_ids(self) -> list[str]:
         return [f"group-{sample.group}-{sample.index}" for sample in self.samples]
@@ -77,16 +81,22 @@ class InFlight:
     """A rollout rank's queue; on ranks without an engine it is empty and does nothing."""
 
     def __init__(
-        self, engine: Engine | None, data: Data, rollout: RolloutSettings, settings: InFlightSettings, rewards: RewardSettings, judge: Judge, *, steps: int
-    ):
+        self, engine: Engine | None, data: Data, rollout: RolloutSettings, settings: InFlightSettings, rewards: RewardSettings, judge: Judge, *,
+        steps: int, ranks: list[dict] | None = None,
+    ):  # fmt: skip
+        """ranks: the states of all ranks of a checkpoint that the run goes on from."""
         self.engine, self.data, self.rollout, self.settings, self.rewards, self.judge, self.steps = engine, data, rollout, settings, rewards, judge, steps
         engines = settings.rollout_ranks // rollout.engine_tp
         self.per_step, self.oversample = step_share(rollout), settings.oversample // engines
-        self.prompts = my_share(data.stream, rollout.engine_tp)
+        self.prompts = Prompts(data, rollout, taken=taken_before(ranks, rollout) if engine else 0)
         self.queue: list[Group] = []
         self.starting = 0  # groups that are about to ask the engine
         self.replacements = 0  # how many more groups of this step may be replaced
         self.replaced: list[Sample] = []
+        self.before: list[dict] = []
+        if ranks and engine:
+            mine = ranks[dist.get_rank() - dist.get_world_size()]  # the rollout ranks are the last
+            self.before, self.replaced = mine["in_flight"], [Sample(**mark) for mark in mine["replaced"]]
 
     def next_step(self, version: int) -> list[Sample]:
         """This rank's samples for the step that trains weights `version`, and those that are dropped now, without responses; blocks until they are there.
@@ -100,15 +110,30 @@ class InFlight:
         if self.engine and self.settings.updates == "drain":
             self.engine.call(self._drain())
 
+    def state(self) -> dict:
+        """What a checkpoint must hold of this rank: the prompts taken, and the groups in flight, with their answers where they are finished."""
+        return self.engine.call(self._state()) if self.engine else {}
+
+    async def _state(self) -> dict:
+        groups = []
+        for group in self.queue:
+            finished = group.task.done() and not group.task.exception()
+            answers = [json.loads(sample.to_json()) for sample in group.samples] if finished else []
+            groups.append({"prompt": json.loads(group.prompt.to_json()), "version": group.version, "answers": answers})
+        return {"prompts": self.prompts.taken, "in_flight": groups, "replaced": [json.loads(sample.to_json()) for sample in self.replaced]}
+
     async def _drain(self) -> None:
         while self.starting:
             await asyncio.sleep(HEAD_START_S)
         await self.engine.drain()
 
     async def _next_step(self, version: int) -> list[Sample]:
+        for group in self.before:
+            self._start(Sample(**group["prompt"]), version, group)
+        self.before = []
         steps_ahead = min(self.settings.max_staleness + 1, self.steps - version)
         while len(self.queue) < max(steps_ahead * self.per_step, self.per_step + self.oversample):
-            self._start(version)
+            self._start(*self.prompts.take(1), version)
         self.replacements = self.rewards.dynamic_sampling * self.per_step
 
         while not self._ready():
@@ -125,10 +150,16 @@ class InFlight:
         replaced, self.replaced = self.replaced, []
         return [sample for group in taken for sample in group.samples] + replaced + [mark for group in dropped for mark in marks(group.samples, DROPPED)]
 
-    def _start(self, version: int) -> None:
-        group = Group(copies(next(self.prompts), self.rollout.samples_per_prompt), version)
-        self.starting += 1
-        group.task = asyncio.ensure_future(self._answer(group))
+    def _start(self, prompt: Sample, version: int, before: dict | None = None) -> None:
+        """Put a group at the queue's end. before: what a checkpoint held of it; if it was finished it still is, and as old as it was."""
+        group = Group(prompt, copies(prompt, self.rollout.samples_per_prompt), version)
+        if before and before["answers"]:
+            group.samples, group.version = [Sample(**answer) for answer in before["answers"]], before["version"]
+            group.task = asyncio.get_running_loop().create_future()
+            group.task.set_result(None)
+        else:
+            self.starting += 1
+            group.task = asyncio.ensure_future(self._answer(group))
         self.queue.append(group)
 
     def _ready(self) -> bool:
@@ -144,7 +175,7 @@ class InFlight:
         await asyncio.sleep(HEAD_START_S)
         self.starting -= 1
         prompts_ids = [sample.prompt_ids for sample in group.samples]
-        outputs = await self.engine.generate(prompts_ids, sampling_params(self.data, self.rollout), request_ids=group.request_ids())
+        outputs = await self.engine.generate(prompts_ids, sampling_params(self.data, self.rollout, group.samples), request_ids=group.request_ids())
         if group.stopped:
             return
         fill(group.samples, outputs, self.data)
@@ -154,7 +185,7 @@ class InFlight:
             self.replacements -= 1
             self.replaced += marks(group.samples, REPLACED)
             self.queue.remove(group)
-            self._start(self.engine.version)
+            self._start(*self.prompts.take(1), self.engine.version)
 
 
 def check_staleness(samples: list[Sample], *, version: int, max_staleness: int) -> None:

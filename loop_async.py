@@ -18,6 +18,7 @@ import os
 from dataclasses import dataclass
 
 import rollout  # first: on a machine without a GPU it prepares the imports that follow
+import checkpoint
 import hf_folder
 import in_flight
 import reward
@@ -57,21 +58,25 @@ def main() -> None:
     reward.check_reward_settings(settings.reward, settings.rollout)
     train_step.check_train_settings(settings.train, settings.loss, config, world_size=trainer_ranks, steps=steps, longest=data.longest)
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
+    resumed = checkpoint.find(settings, "async") if settings.run.resume else None
+    start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
     everyone = run.init_distributed(rollout_ranks)
-    record = run.Run(settings, "async", everyone, trains)
+    record = run.Run(settings, "async", everyone, trains, resumed=resumed)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
     record.say(weight_sync.describe(config, fp8))
     with_reference = settings.loss.kl_coef > 0
     trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed, with_reference=with_reference) if trains else None
+    checkpoint.restore(resumed, trainer)
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes, broadcast_group=everyone)
     engine = None if trains else rollout.start_engine(model, settings.rollout, config, seed=seed)
     judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges)
     with engine or contextlib.nullcontext():
-        weight_sync.sync_weights(weights, engine, version=0, check=True)
-        record.log(record.log_eval(0, reward.evaluate(engine, data, settings.rollout, judge, everyone)))
-        groups = in_flight.InFlight(engine, data, settings.rollout, settings.in_flight, settings.reward, judge, steps=steps)
-        for step in range(1, steps + 1):
+        weight_sync.sync_weights(weights, engine, version=start, check=True)
+        if not resumed:
+            record.log(record.log_eval(0, reward.evaluate(engine, data, settings.rollout, judge, everyone)))
+        groups = in_flight.InFlight(engine, data, settings.rollout, settings.in_flight, settings.reward, judge, steps=steps, ranks=ranks)
+        for step in range(start + 1, steps + 1):
             watch = run.Stopwatch()
             # The engines start new groups, and hand over finished ones. No trained token is older than the bound, or this raises.
             samples, set_aside = rollout.without_marks(rollout.all_gather_samples(groups.next_step(version=step - 1), everyone))
@@ -92,6 +97,10 @@ def main() -> None:
             if step % settings.run.eval_every == 0 or step == steps:
                 metrics |= record.log_eval(step, reward.evaluate(engine, data, settings.rollout, judge, everyone))
             record.log({"step": step, **metrics})
+            if record.stopping or (settings.run.save_every and step % settings.run.save_every == 0):
+                checkpoint.save(record, settings, trainer, step=step, rank_state=groups.state())
+            if record.stopping:
+                return record.finish()
     for dtype in settings.run.export if trains else ():
         hf_folder.export_hf(weights, record.folder / f"model-{dtype}", source=model, dtype=dtype)
     record.finish()

@@ -12,11 +12,11 @@ Nothing overlaps, so every token of a step was sampled by the weights that the s
 """
 
 import contextlib
-import itertools
 import os
 from dataclasses import dataclass
 
 import rollout  # first: on a machine without a GPU it prepares the imports that follow
+import checkpoint
 import hf_folder
 import reward
 import run
@@ -52,28 +52,32 @@ def main() -> None:
     reward.check_reward_settings(settings.reward, settings.rollout)
     train_step.check_train_settings(settings.train, settings.loss, config, world_size=trainer_ranks, steps=steps, longest=data.longest)
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
+    resumed = checkpoint.find(settings, "sync") if settings.run.resume else None
+    start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
     everyone = run.init_distributed()
-    record = run.Run(settings, "sync", everyone)
+    record = run.Run(settings, "sync", everyone, resumed=resumed)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
     record.say(weight_sync.describe(config, fp8))
     with_reference = settings.loss.kl_coef > 0
     trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed, with_reference=with_reference)
+    checkpoint.restore(resumed, trainer)
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
     engine = rollout.start_engine(model, settings.rollout, config, seed=seed)
     judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges)
     with engine or contextlib.nullcontext():
-        weight_sync.sync_weights(weights, engine, version=0, check=True)
-        record.log(record.log_eval(0, reward.evaluate(engine, data, settings.rollout, judge, everyone)))
-        stream = rollout.my_share(data.stream, settings.rollout.engine_tp)
-        for step in range(1, steps + 1):
+        weight_sync.sync_weights(weights, engine, version=start, check=True)
+        if not resumed:
+            record.log(record.log_eval(0, reward.evaluate(engine, data, settings.rollout, judge, everyone)))
+        prompts = rollout.Prompts(data, settings.rollout, taken=rollout.taken_before(ranks, settings.rollout))
+        for step in range(start + 1, steps + 1):
             watch = run.Stopwatch()
-            prompts = list(itertools.islice(stream, rollout.step_share(settings.rollout)))
-            samples = rollout.generate(engine, prompts, data, settings.rollout, n=settings.rollout.samples_per_prompt)
+            n = settings.rollout.samples_per_prompt
+            samples = rollout.generate(engine, prompts.take(rollout.step_share(settings.rollout)), data, settings.rollout, n=n)
             rollout_s = watch.lap("rollout")
 
             reward.compute_rewards(samples, judge)
-            samples = reward.refill(samples, engine, stream, data, settings.rollout, settings.reward, judge)  # with --dynamic-sampling
+            samples = reward.refill(samples, engine, prompts, data, settings.rollout, settings.reward, judge)  # with --dynamic-sampling
             samples, set_aside = rollout.without_marks(rollout.all_gather_samples(samples, everyone))
             reward_s = watch.lap("reward")
 
@@ -91,6 +95,10 @@ def main() -> None:
             if step % settings.run.eval_every == 0 or step == steps:
                 metrics |= record.log_eval(step, reward.evaluate(engine, data, settings.rollout, judge, everyone))
             record.log({"step": step, **metrics})
+            if record.stopping or (settings.run.save_every and step % settings.run.save_every == 0):
+                checkpoint.save(record, settings, trainer, step=step, rank_state={"prompts": prompts.taken} if engine else {})
+            if record.stopping:
+                return record.finish()
     for dtype in settings.run.export:
         hf_folder.export_hf(weights, record.folder / f"model-{dtype}", source=model, dtype=dtype)
     record.finish()

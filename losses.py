@@ -266,7 +266,8 @@ def k3(logprobs_T, ref_logprobs_T, old_logprobs_T):
 
 def low_var_kl(logprobs_T, ref_logprobs_T, old_logprobs_T):
     """k3, bounded by 10, as verl and slime name it. As a loss: k3's gradient, and none beyond the bound."""
-    return k3(logprobs_T, ref_logprobs_T, old_logprobs_T).clamp(-10, 10)
+    difference_T = (logprobs_T - ref_logprobs_T).clamp(min=-80)  # in fp32 exp would overflow, and its gradient with it, before the bound is reached
+    return ((-difference_T).exp() - 1 + difference_T).clamp(-10, 10)
 
 
 def unbiased_k3(logprobs_T, ref_logprobs_T, old_logprobs_T):

@@ -14,10 +14,9 @@ import math
 import threading
 import traceback
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -28,7 +27,7 @@ import math_judge
 from advantages import ADVANTAGES, Scores, overlong_penalty
 from engine import Engine
 from losses import KL_ESTIMATORS, LossSettings
-from rollout import REPLACED, Data, RolloutSettings, Sample, all_gather_samples, generate, marks, my_share
+from rollout import REPLACED, Data, Prompts, RolloutSettings, Sample, all_gather_samples, generate, marks, my_share
 from run import BadInput, Row
 
 Reward = Callable[[Sample], float | Awaitable[float]]
@@ -126,7 +125,7 @@ def is_uninformative(samples: list[Sample]) -> bool:
 
 
 def refill(
-    samples: list[Sample], engine: Engine | None, prompts: Iterator[Sample], data: Data, settings: RolloutSettings, rewards: RewardSettings, judge: Judge
+    samples: list[Sample], engine: Engine | None, prompts: Prompts, data: Data, settings: RolloutSettings, rewards: RewardSettings, judge: Judge
 ) -> list[Sample]:
     """Dynamic sampling, DAPO, arXiv 2503.14476, section 3.2: groups whose rewards are all equal are replaced by answers to new prompts, and only marked.
 
@@ -138,7 +137,7 @@ def refill(
         dull = [group for group in groups if is_uninformative(group)]
         if not dull:
             break
-        fresh = generate(engine, list(islice(prompts, len(dull))), data, settings, n=settings.samples_per_prompt)
+        fresh = generate(engine, prompts.take(len(dull)), data, settings, n=settings.samples_per_prompt)
         compute_rewards(fresh, judge)
         replaced += [mark for group in dull for mark in marks(group, REPLACED)]
         samples = [sample for group in groups if not is_uninformative(group) for sample in group] + fresh
@@ -183,7 +182,7 @@ def _joined(rows: list) -> np.ndarray:
 
 def evaluate(engine: Engine | None, data: Data, settings: RolloutSettings, judge: Judge, group: dist.ProcessGroup) -> list[Sample]:
     """One scored answer to every held-out prompt, on every rank of the group; empty where there are none. Collective."""
-    samples = generate(engine, list(my_share(data.held_out, settings.engine_tp)), data, settings, n=1)
+    samples = generate(engine, list(my_share(data.held_out, settings.engine_tp)), data, settings, n=1, cache="held-out")
     compute_rewards(samples, judge)
     return sorted(all_gather_samples(samples, group), key=lambda sample: sample.group)
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -193,6 +194,7 @@ class Data:
     """Tokens that end a response."""
     longest: int
     """Prompt and response tokens of the longest possible sample."""
+    seed: int
 
 
 def load_data(model_folder: str, settings: RolloutSettings, config: dict, *, seed: int) -> Data:
@@ -208,7 +210,7 @@ def load_data(model_folder: str, settings: RolloutSettings, config: dict, *, see
         held_out = list(islice(toy_prompts(tokenizer, seed=0, held_out=True), settings.eval_samples)) if prompts is None else []
     longest = max(len(prompt.prompt_ids) for prompt in [*(prompts or []), *held_out]) + settings.max_response_tokens
     stream = toy_prompts(tokenizer, seed=seed, held_out=False) if prompts is None else shuffled(prompts, seed=seed)
-    return Data(tokenizer, stream, held_out, end_tokens(model_folder, tokenizer, settings.stop), longest)
+    return Data(tokenizer, stream, held_out, end_tokens(model_folder, tokenizer, settings.stop), longest, seed)
 
 
 def check_rollout_settings(settings: RolloutSettings, config: dict, *, world_size: int) -> None:
@@ -267,9 +269,13 @@ def start_engine(model_folder: str, settings: RolloutSettings, config: dict, *, 
 # --- generation -------------------------------------------------------------------------------------------------------------------------------
 
 
-def sampling_params(data: Data, settings: RolloutSettings) -> dict:
-    """How the engine samples."""
-    return {"temperature": settings.temperature, "max_new_tokens": settings.max_response_tokens, "stop_token_ids": data.end_ids}
+def sampling_params(data: Data, settings: RolloutSettings, samples: list[Sample]) -> list[dict]:
+    """How the engine samples each response. Each has a seed of its own, so that what a resumed run samples does not depend on what was sampled before.
+
+    On a CPU cpu.py makes the sampler keep to it; on a GPU SGLang does with --sglang enable_deterministic_inference=true, and samples from one stream without.
+    """
+    common = {"temperature": settings.temperature, "max_new_tokens": settings.max_response_tokens, "stop_token_ids": data.end_ids}
+    return [{**common, "sampling_seed": zlib.crc32(f"{data.seed} {s.group} {s.index} {s.prompt}".encode()) // 2} for s in samples]
 
 
 def copies(prompt: Sample, n: int) -> list[Sample]:
@@ -290,12 +296,15 @@ def fill(samples: list[Sample], outputs: list[dict], data: Data) -> None:
             sample.metadata["abort"] = output["meta_info"]["finish_reason"].get("message")
 
 
-def generate(engine: Engine | None, prompts: list[Sample], data: Data, settings: RolloutSettings, *, n: int) -> list[Sample]:
-    """n responses to each of this engine's prompts, with log-probs at the sampling temperature, in order. Raises EngineDied if one was aborted."""
+def generate(engine: Engine | None, prompts: list[Sample], data: Data, settings: RolloutSettings, *, n: int, cache: str = "") -> list[Sample]:
+    """n responses to each of this engine's prompts, with log-probs at the sampling temperature, in order. Raises EngineDied if one was aborted.
+
+    cache: calls of one name share cached prefixes.
+    """
     if engine is None or not prompts:
         return []
     samples = [sample for prompt in prompts for sample in copies(prompt, n)]
-    fill(samples, engine.call(engine.generate([sample.prompt_ids for sample in samples], sampling_params(data, settings))), data)
+    fill(samples, engine.call(engine.generate([s.prompt_ids for s in samples], sampling_params(data, settings, samples), cache=cache)), data)
     check_aborts(samples)
     return samples
 
@@ -317,6 +326,30 @@ def my_share(prompts: Iterable[Sample], engine_tp: int) -> Iterator[Sample]:
     """The prompts that this rank's engine answers: every engine takes its turn; none on ranks without one."""
     engine, engines = dist.get_rank() // engine_tp, dist.get_world_size() // engine_tp
     return islice(prompts, engine, None, engines) if dist.get_rank() % engine_tp == 0 else iter(())
+
+
+class Prompts:
+    """This engine's share of the prompt stream, and how many were taken from it."""
+
+    def __init__(self, data: Data, settings: RolloutSettings, *, taken: int = 0):
+        self._share, self.taken = my_share(data.stream, settings.engine_tp), taken
+        for _ in islice(self._share, taken):
+            pass
+
+    def take(self, n: int) -> list[Sample]:
+        prompts = list(islice(self._share, n))
+        self.taken += len(prompts)
+        return prompts
+
+
+def taken_before(ranks: list[dict] | None, settings: RolloutSettings) -> int:
+    """How many prompts this rank's engine had taken at a checkpoint, of whose ranks these are the states; if there were other engines, so many that none
+    comes twice. 0 without a checkpoint."""
+    if ranks is None or dist.get_rank() % settings.engine_tp:
+        return 0
+    before = [state["prompts"] for state in ranks if state.get("prompts") is not None]
+    engine, engines = dist.get_rank() // settings.engine_tp, dist.get_world_size() // settings.engine_tp
+    return before[engine] if len(before) == engines else -(-max(before) * len(before) // engines)
 
 
 def step_share(settings: RolloutSettings) -> int:

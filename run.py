@@ -4,6 +4,7 @@
     runs/NAME/metrics.jsonl    one object a step; README.md explains each key
     runs/NAME/samples.jsonl    a few generated answers of every evaluation, with their rewards
     runs/NAME/trace.json       what every rank did when, in Chrome's trace format: open it at ui.perfetto.dev
+    runs/NAME/checkpoints/     what --resume goes on from; see checkpoint.py
     runs/NAME/model-bf16/      the trained weights as a Hugging Face folder
 
 Only global rank 0 writes. Lines are flushed as they are written, so that whatever ends a run, the record up to then is there.
@@ -42,6 +43,9 @@ REPOSITORY = Path(__file__).resolve().parent
 CPU_SGLANG = "0.5.21"  # the version that cpu.py is written for
 
 
+_told_to_stop = threading.Event()
+
+
 class BadInput(Exception):
     """Something the user gave cannot work. The message names the value, the rule and the fix; it is shown without a traceback, exit code 2."""
 
@@ -66,6 +70,12 @@ class RunSettings:
     """Seeds prompts, sampling and Megatron. Each engine samples with seed + its rank."""
     check_sync: bool = False
     """Read every weight back from the engine after every hand-off; always done after the first and the last."""
+    save_every: int = 0
+    """Write a checkpoint every so many steps; 0: only when the run is told to stop (SIGTERM)."""
+    keep: int = 2
+    """How many checkpoints are kept; older ones are removed."""
+    resume: bool = False
+    """Go on from the newest checkpoint of the run --name."""
     export: tuple[str, ...] = ("bf16",)
     """Write the trained weights as Hugging Face folders at the end: any of bf16, fp8; none with an empty list."""
 
@@ -98,8 +108,12 @@ def parse_settings(settings_class: type):
         raise BadInput(f"--steps {run.steps} and --eval-every {run.eval_every} must be at least 1")
     if unknown := set(run.export) - {"bf16", "fp8"}:
         raise BadInput(f"--export {' '.join(unknown)} is none of: bf16, fp8")
-    if run.name and (Path("runs") / run.name / "metrics.jsonl").exists():
-        raise BadInput(f"runs/{run.name} already holds a run: choose another --name or remove that folder")
+    if run.save_every < 0 or run.keep < 1:
+        raise BadInput(f"--save-every {run.save_every} must not be negative, --keep {run.keep} must be at least 1")
+    if run.resume and not run.name:
+        raise BadInput("--resume needs the --name of the run that is to go on")
+    if run.name and not run.resume and (Path("runs") / run.name / "metrics.jsonl").exists():
+        raise BadInput(f"runs/{run.name} already holds a run: choose another --name, remove that folder, or go on with it by --resume")
     return settings
 
 
@@ -230,31 +244,47 @@ class Row:
         self._since = now
 
 
-class Run:
-    """The run folder and the progress bar. group: all ranks of the run; its rank 0, a trainer, is the one that writes. trains: whether this rank does."""
+FILES = {"metrics": "metrics.jsonl", "samples": "samples.jsonl", "trace": "trace.json"}
 
-    def __init__(self, settings, loop: str, group: dist.ProcessGroup, trains: bool = True):
-        self.group, self.trains, self.is_writer = group, trains, group.rank() == 0
+
+class Run:
+    """The run folder and the progress bar. group: all ranks of the run; its rank 0, a trainer, is the one that writes. trains: whether this rank does.
+
+    resumed: the checkpoint.Checkpoint that the run goes on from: what was written after it is cut off.
+    """
+
+    def __init__(self, settings, loop: str, group: dist.ProcessGroup, trains: bool = True, resumed=None):
+        self.group, self.loop, self.trains, self.is_writer = group, loop, trains, group.rank() == 0
         name = settings.run.name or f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path("runs") / broadcast_bytes(name.encode(), group).decode()
-        self.started = time.time()
-        self.accuracy = []
+        self.started, self.accuracy = time.time(), []
+        self.stopping = False
+        """Whether a rank has been told to stop: the same on all ranks, from the end of a step on."""
         if not self.is_writer:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.metrics_file = open(self.folder / "metrics.jsonl", "a", buffering=1)
-            self.samples_file = open(self.folder / "samples.jsonl", "a", buffering=1)
-            self.trace_file = open(self.folder / "trace.json", "w", buffering=1)
-            names = [{"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}} for rank in range(group.size())]
-            names += [{"name": "thread_name", "ph": "M", "pid": n["pid"], "tid": i, "args": {"name": row}} for n in names for i, row in enumerate(ROWS)]
-            self.trace_file.write("[" + ",\n".join(map(json.dumps, names)))
+            self.files = {name: open(self.folder / file, "a" if resumed else "w", buffering=1) for name, file in FILES.items()}
+            if resumed:
+                self.started = resumed.state["record"]["started"]
+                for name, file in self.files.items():
+                    file.truncate(resumed.state["record"][name])
+                rows = map(json.loads, (self.folder / FILES["metrics"]).read_text().splitlines())
+                self.accuracy = [row["held_out"] for row in rows if "held_out" in row]
+            else:
+                names = [{"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}} for rank in range(group.size())]
+                names += [{"name": "thread_name", "ph": "M", "pid": n["pid"], "tid": i, "args": {"name": row}} for n in names for i, row in enumerate(ROWS)]
+                self.files["trace"].write("[" + ",\n".join(map(json.dumps, names)))
             versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "sglang", "transformers")}
             record = {"command": sys.argv, "world_size": group.size(), "versions": versions, **dataclasses.asdict(settings)}
             (self.folder / "settings.json").write_text(json.dumps(record, indent=2) + "\n")
         except OSError as error:
             raise BadInput(f"the run folder {self.folder} cannot be written ({error.strerror}): run where you may write, or choose --name") from error
-        self.bar = tqdm(total=settings.run.steps, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=settings.run.steps, initial=resumed.step if resumed else 0, unit="step", dynamic_ncols=True)
+
+    def positions(self) -> dict[str, float]:
+        """Where the files of the record stand, for a checkpoint."""
+        return {"started": self.started, **{name: os.fstat(file.fileno()).st_size for name, file in self.files.items()}}
 
     def say(self, text: str) -> None:
         """One line above the progress bar."""
@@ -265,7 +295,7 @@ class Run:
         """One line of metrics.jsonl; the bar shows the reward and where the step's time went."""
         if not self.is_writer:
             return
-        self.metrics_file.write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in metrics.items()}) + "\n")
+        self.files["metrics"].write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in metrics.items()}) + "\n")
         if "reward" in metrics:
             stages = "  ".join(f"{stage} {metrics[f'{stage}_s']:.2f} s" for stage in ("rollout", "wait", "train", "sync") if f"{stage}_s" in metrics)
             self.bar.set_postfix_str(f"reward {metrics['reward']:.2f}  {stages}", refresh=False)
@@ -277,16 +307,17 @@ class Run:
         watch: of the step. engine: None on ranks without one. A trainer waits while it neither trains nor hands over weights, for the last rank at the
         step's end too; an engine waits while it generates nothing. Clocks of several machines are taken as they are.
         """
-        rows = {"trainer": watch.spans} if self.trains else {}
+        rows = {"trainer": watch.spans, "stop": _told_to_stop.is_set()} if self.trains else {"stop": _told_to_stop.is_set()}
         rows |= {"engine": engine.row.take(), "judge": judge.row.take()} if engine else {}
         ranks = [json.loads(row) for row in all_gather_bytes(json.dumps(rows).encode(), self.group)]
+        self.stopping = any([rank.pop("stop") for rank in ranks])
         if not self.is_writer:
             return {}
         for rank, rows in enumerate(ranks):
             for row, spans in rows.items():
                 for stage, start, end in spans:
                     times = {"ts": round((start - self.started) * 1e6), "dur": round((end - start) * 1e6)}  # microseconds
-                    self.trace_file.write(",\n" + json.dumps({"name": stage, "ph": "X", **times, "pid": rank, "tid": ROWS.index(row)}))
+                    self.files["trace"].write(",\n" + json.dumps({"name": stage, "ph": "X", **times, "pid": rank, "tid": ROWS.index(row)}))
 
         def waiting(row: str, busy: tuple[str, ...]) -> float:
             rows = [rank[row] for rank in ranks if row in rank]
@@ -306,18 +337,18 @@ class Run:
         self.say(f"step {step:4d}  held-out accuracy {self.accuracy[-1]:.3f} on {len(samples)} prompts")
         for sample in samples[:8] if self.is_writer else ():
             row = {"step": step, "prompt": sample.prompt, "response": sample.response, "label": sample.label, "reward": sample.reward}
-            self.samples_file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self.files["samples"].write(json.dumps(row, ensure_ascii=False) + "\n")
         return {"step": step, "held_out": self.accuracy[-1]}
 
     def finish(self) -> None:
-        """The last line: what was learned, and where the record is."""
+        """The last line: what was learned, and where the record is; or how to go on."""
         if not self.is_writer:
             return
         self.bar.close()
-        self.metrics_file.close()
-        self.samples_file.close()
-        self.trace_file.write("]\n")
-        self.trace_file.close()
+        if self.stopping:
+            print(f"stopped after step {self.bar.n}, as asked by SIGTERM: go on with --name {self.folder.name} --resume", flush=True)
+            return
+        self.files["trace"].write("]\n")
         learned = f"held-out accuracy {self.accuracy[0]:.3f} -> {self.accuracy[-1]:.3f}" if self.accuracy else "no held-out prompts to judge by"
         print(f"{learned} in {self.bar.total} steps, {time.time() - self.started:.0f} s; metrics, samples and weights are in {self.folder}", flush=True)
 
@@ -328,6 +359,7 @@ def run_main(main: Callable[[], None]) -> None:
     The engine's children are ended by main's own `with`. Should this process be killed, they notice that their parent is gone and end themselves.
     """
     signal.signal(signal.SIGQUIT, _engine_child_died)
+    signal.signal(signal.SIGTERM, lambda signum, frame: _told_to_stop.set())  # at the end of the step: a checkpoint, and exit code 0
     try:
         main()
         dist.destroy_process_group()

@@ -43,9 +43,9 @@ def worker(loop: str, workload: str, stage: str, arguments: list[str]) -> None:
 
     generate = Engine.generate
 
-    async def with_a_tail(self, prompts_ids, sampling, *, request_ids=None):
-        lengths = [256 if i % 16 == 15 else 16 for i in range(len(prompts_ids))]
-        return await generate(self, prompts_ids, [{**sampling, "max_new_tokens": n, "ignore_eos": True} for n in lengths], request_ids=request_ids)
+    async def with_a_tail(self, prompts_ids, sampling, **more):
+        lengths = [{"max_new_tokens": 256 if i % 16 == 15 else 16, "ignore_eos": True} for i in range(len(prompts_ids))]
+        return await generate(self, prompts_ids, [{**one, **length} for one, length in zip(sampling, lengths)], **more)
 
     async def slow_judge(sample: rollout.Sample) -> float:
         await asyncio.sleep(0.5)

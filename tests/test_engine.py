@@ -94,6 +94,13 @@ def test_the_toy_starts_undecided(exact):
     assert 0.2 < sum(exact_match(sample) for sample in samples) / 512 < 0.5
 
 
+def test_a_response_follows_from_its_own_seed_alone(exact):
+    """Whatever else is sampled beside it or was before: that is what makes a resumed run repeat the one that was stopped."""
+    together, alone = exact.generate(prompts=8, n=2), exact.generate(prompts=3, n=2)
+    assert [sample.response_ids for sample in alone] == [sample.response_ids for sample in together[:6]]
+    assert together[0].response_ids != together[1].response_ids or together[2].response_ids != together[3].response_ids  # but samples of a group differ
+
+
 def test_a_group_answers_its_prompt_in_order(exact):
     samples = exact.generate(prompts=3, n=4)
     assert [sample.group for sample in samples] == [0] * 4 + [1] * 4 + [2] * 4
@@ -120,8 +127,8 @@ def test_an_update_in_flight(exact, monkeypatch, reported):
     rollouts have as well, not to 1e-4: an update in flight leaves keys and values in the cache that older weights computed.
     """
     monkeypatch.setattr(engine_module, "REPORTS_VERSIONS", reported)
-    engine, sampling = exact.engine, {**rollout.sampling_params(exact.data, exact.settings), "max_new_tokens": 150, "ignore_eos": True}
-    samples = [sample for prompt in exact.data.held_out[:8] for sample in rollout.copies(prompt, 2)]
+    engine, samples = exact.engine, [sample for prompt in exact.data.held_out[:8] for sample in rollout.copies(prompt, 2)]
+    sampling = [{**one, "max_new_tokens": 150, "ignore_eos": True} for one in rollout.sampling_params(exact.data, exact.settings, samples)]
     before = engine.version
     running = asyncio.run_coroutine_threadsafe(engine.generate([sample.prompt_ids for sample in samples], sampling), engine.loop)
     time.sleep(0.7)

@@ -109,6 +109,11 @@ def test_unknown_flags_name_the_nearest(start, capsys):
     (["--export", "int4"], "none of: bf16, fp8"),
     (["--steps", "0"], "--steps 0"),
     (["--megatron", "num_layer=3"], "nearest"),
+    (["--overlong-buffer", "9"], "--overlong-buffer 9"),
+    (["--dynamic-sampling", "-1"], "--dynamic-sampling -1"),
+    (["--save-every", "-1"], "--save-every -1"),
+    (["--resume"], "needs the --name"),
+    (["--resume", "--name", "nothing"], "holds no checkpoint"),
 ])  # fmt: skip
 def test_bad_flags_stop_before_anything_starts(start, arguments, message):
     with pytest.raises(run.BadInput, match=message):

@@ -27,16 +27,16 @@ generate, load, train = Engine.generate, Engine.load, train_step.train_step
 without_marks, check_staleness = rollout.without_marks, in_flight.check_staleness
 
 
-async def recorded_generate(self, prompts_ids, sampling, *, request_ids=None):
+async def recorded_generate(self, prompts_ids, sampling, *, request_ids=None, cache=""):
     """Every fourth group writes on to the token limit, over several versions; the slow engine takes its time for every tenth."""
     if request_ids is None:
-        return await generate(self, prompts_ids, sampling)
+        return await generate(self, prompts_ids, sampling, cache=cache)
     group, version = int(request_ids[0].split("-")[1]), self.version
     started.append(group)
     if "engine" in SLOW and group % 10 == 9:
         await asyncio.sleep(1.5)
         version = self.version
-    outputs = await generate(self, prompts_ids, {**sampling, "ignore_eos": group % 4 == 3}, request_ids=request_ids)
+    outputs = await generate(self, prompts_ids, [{**one, "ignore_eos": group % 4 == 3} for one in sampling], request_ids=request_ids)
     versions.append([version, self.version, [output["weight_versions"] for output in outputs]])
     return outputs
 

@@ -1,0 +1,112 @@
+"""Whether each algorithm learns, and what FP8 rollouts cost: runs of the toy, three seeds each.
+
+    python bench/algorithms.py table [NAME …]       held-out accuracy before and after 40 steps, mean and standard deviation; about 30 seconds a run
+    python bench/algorithms.py figure OUT.png       mismatch and accuracy over 80 steps of BF16 rollouts, FP8 rollouts, FP8 rollouts with TIS
+
+Runs are on one rank, two at a time, which two cores have room for: trainer and engine of a synchronous run take turns. What is compared is accuracy, which
+does not depend on speed. Accuracy is over 1,024 held-out prompts, one answer each at temperature 1, so that a run's has a standard error of 0.01. Every row
+has the loop's defaults but for the flags shown: no tuning, so that this says that an algorithm works, not which is best. The figure needs matplotlib==3.11.2.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = (1, 2, 3)
+ALGORITHMS = {
+    "GRPO, as the loop's defaults are: clip-higher, token mean, TIS": "",
+    "GRPO, sequence mean": "--aggregation sequence",
+    "Dr. GRPO": "--advantage dr_grpo --aggregation constant",
+    "RLOO": "--advantage rloo",
+    "REINFORCE++": "--advantage reinforce++ --kl-coef 0.01 --kl-in reward --kl-estimator k1",
+    "REINFORCE++-baseline": "--advantage reinforce++_baseline --kl-coef 0.01 --kl-estimator k2",
+    "DAPO": "--dynamic-sampling 3 --overlong-buffer 2",
+    "GRPO, four mini-batches": "--minibatches 4",
+    "dual clip, four mini-batches": "--minibatches 4 --dual-clip 3",
+    "GSPO, four mini-batches": "--minibatches 4 --policy-loss gspo --aggregation sequence",
+    "CISPO, four mini-batches": "--minibatches 4 --policy-loss cispo",
+    "no correction": "--correction none",
+    "IcePop": "--correction icepop --correction-high 5",
+    "decoupled PPO": "--correction decoupled --correction-high 5",
+    "sequence mask": "--correction sequence_mask --correction-low 0.9 --correction-high 1.1",
+    "KL to the start, k3": "--kl-coef 0.01 --kl-estimator k3",
+    "KL to the start, low_var_kl": "--kl-coef 0.01 --kl-estimator low_var_kl",
+    "KL to the start, unbiased k3": "--kl-coef 0.01 --kl-estimator unbiased_k3",
+    "entropy bonus": "--entropy-coef 0.003",
+    "PPO with a critic": "examples/ppo_critic.py",
+}
+ROLLOUTS = {
+    "BF16 rollout": "--rollout-dtype bf16 --correction none",
+    "FP8 rollout": "--correction none",
+    "FP8 rollout + TIS": "--correction tis",
+}
+
+
+def measure(flags: str, seed: int, *, steps: int, every: int) -> list[dict]:
+    """The rows of metrics.jsonl of one run. flags may begin with another script than loop_sync.py."""
+    script, *flags = flags.split() if flags.startswith("examples/") else ["loop_sync.py", *flags.split()]
+    flags += ["--steps", str(steps), "--seed", str(seed), "--eval-samples", "1024", "--eval-every", str(every), "--export", "--name", "run"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(ROOT / script), *flags]
+        done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-5000:]}")
+        return [json.loads(line) for line in (Path(folder) / "runs/run/metrics.jsonl").read_text().splitlines()]
+
+
+def all_runs(variants: dict[str, str], *, steps: int, every: int):
+    """(name, rows of each seed) of every variant, in order, as they are finished."""
+    with ThreadPoolExecutor(2) as pool:
+        futures = {name: [pool.submit(measure, flags, seed, steps=steps, every=every) for seed in SEEDS] for name, flags in variants.items()}
+        for name, runs in futures.items():
+            yield name, [future.result() for future in runs]
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def table(names: list[str]) -> None:
+    print("| algorithm | flags | held-out accuracy after 40 steps | best and worst seed |\n|---|---|---|---|")
+    for name, runs in all_runs({name: ALGORITHMS[name] for name in names or ALGORITHMS}, steps=40, every=40):
+        start, end = ([rows[place]["held_out"] for rows in runs] for place in (0, -1))
+        print(f"| {name} | `{ALGORITHMS[name]}` | {spread(start)} → {spread(end)} | {max(end):.3f}, {min(end):.3f} |".replace("``", "none"), flush=True)
+
+
+def figure(path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawing, (mean_abs, k3, accuracy) = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    for color, (name, runs) in zip(("C0", "C1", "C2"), all_runs(ROLLOUTS, steps=80, every=10)):
+        for axis, key in ((mean_abs, "mismatch_abs"), (k3, "mismatch_k3"), (accuracy, "held_out")):
+            series = [[(row["step"], row[key]) for row in rows if key in row] for rows in runs]
+            steps, *values = zip(*[(points[0][0], *(value for _, value in points)) for points in zip(*series)])
+            middle = [statistics.mean(column) for column in zip(*values)]
+            axis.plot(steps, middle, color=color, label=name)
+            axis.fill_between(steps, *([f(column) for column in zip(*values)] for f in (min, max)), color=color, alpha=0.2)
+            print(f"{name:18} {key:12}  first {middle[0]:.5f}  last {middle[-1]:.5f}", flush=True)
+    mean_abs.set(title="mean |log-prob of trainer - of engine|", xlabel="step", yscale="log")
+    k3.set(title="k3 between trainer and engine", xlabel="step", yscale="log")
+    accuracy.set(title="held-out accuracy", xlabel="step")
+    for axis in (mean_abs, k3, accuracy):
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    drawing.suptitle("mean of three seeds, and their range", fontsize=10)
+    drawing.savefig(path, dpi=90)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["table"]:
+        table(sys.argv[2:])
+    elif sys.argv[1:2] == ["figure"] and len(sys.argv) == 3:
+        figure(sys.argv[2])
+    else:
+        sys.exit(__doc__)

@@ -1,0 +1,203 @@
+"""Training state -> disk -> training state: a run that was stopped goes on as if it had not been.
+
+    runs/NAME/checkpoints/step-000040/
+        model/          weights, FP32 main weights, Adam state and schedule, by megatron-core's dist_checkpointing: any layout of ranks can read them
+        state.json      the step, where the record's files stood, and of every rank: random generators, prompts taken, groups in flight
+        files.json      size and CRC-32 of every file
+
+A checkpoint is written as step-000040.part and renamed when it is whole; only then older ones go. So a full disk, a kill or a lost machine leaves the one
+before intact. On several nodes runs/ must be a file system that all of them see. Nothing is pickled but by dist_checkpointing, and torch loads that with
+weights_only; random generators are base64 in JSON.
+
+What is restored: everything that the next step depends on. The engine is not saved: its weights come from the first hand-off, and what it samples follows
+from each request's own seed (rollout.sampling_params). Groups in flight, in the asynchronous loop, are saved with their answers where they are finished, and
+asked again where they are not, in their old place.
+"""
+
+import base64
+import dataclasses
+import json
+import os
+import shutil
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
+
+from run import BadInput, all_gather_bytes
+
+# Else the prompts that follow would not be those that were to follow, or the groups in flight would have no place.
+MUST_AGREE = (("run", "seed"), ("rollout", "prompts"), ("rollout", "samples_per_prompt"), ("in_flight", "rollout_ranks"))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint, as found on disk."""
+
+    folder: Path
+    step: int
+    state: dict
+
+    @property
+    def ranks(self) -> list[dict]:
+        """What each rank gave to save."""
+        return self.state["ranks"]
+
+
+# --- finding --------------------------------------------------------------------------------------------------------------------------------
+
+
+def checkpoints_of(run_folder: Path) -> list[Path]:
+    """Those that were finished, oldest first."""
+    return sorted(path for path in (run_folder / "checkpoints").glob("step-*") if not path.name.endswith(".part"))
+
+
+def damage(folder: Path, *, share: int = 0, of: int = 1) -> str:
+    """What is wrong with a checkpoint's files, "" if nothing. Every file's size is looked at, and the contents of each of-th file."""
+    try:
+        files = json.loads((folder / "files.json").read_text())
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        return f"files.json cannot be read ({error})"
+    for i, (name, (size, crc)) in enumerate(files.items()):
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, and was written with {size}"
+        if i % of == share and _crc(path) != crc:
+            return f"{name} has other contents than were written"
+    return ""
+
+
+def find(settings, loop: str) -> Checkpoint:
+    """The newest checkpoint of the run --name, checked. Raises BadInput where there is none, where it is damaged, or where the settings are of another run."""
+    run_folder, settings = Path("runs") / settings.run.name, dataclasses.asdict(settings)
+    folders = checkpoints_of(run_folder)
+    if not folders:
+        raise BadInput(f"{run_folder} holds no checkpoint to resume from: run with --save-every N first, or leave --resume out and choose another --name")
+    newest = folders[-1]
+    if wrong := damage(newest, share=int(os.environ["RANK"]), of=int(os.environ["WORLD_SIZE"])):
+        older = next((f"; {folder.name} before it is whole" for folder in reversed(folders[:-1]) if not damage(folder)), "")
+        raise BadInput(f"the checkpoint {newest} is damaged: {wrong}. Remove that folder to resume from the one before{older or ', which there is none'}")
+    state = json.loads((newest / "state.json").read_text())
+    if state["loop"] != loop:
+        raise BadInput(f"{newest} is of loop_{state['loop']}.py: resume it with that loop")
+    for part, name in MUST_AGREE:
+        then, now = (which.get(part, {}).get(name) for which in (state["settings"], settings))
+        if then != now:
+            raise BadInput(f"--{name.replace('_', '-')} was {then!r} when {newest} was written, and is {now!r}: it must stay the same")
+    ep = [s["train"]["ep"] for s in (state["settings"], settings)]
+    if ep[0] != ep[1]:
+        raise BadInput(f"{newest} was written with --ep {ep[0]}: optimizer state of experts can only be read with the same, not with --ep {ep[1]}")
+    return Checkpoint(newest, state["step"], state)
+
+
+# --- writing --------------------------------------------------------------------------------------------------------------------------------
+
+
+def save(record, settings, trainer, *, step: int, rank_state: dict) -> None:
+    """Write a checkpoint of the step that has just ended, and remove all but the newest --keep. Collective over record.group.
+
+    trainer: None on ranks that do not train. rank_state: what this rank must be given again, as JSON. Raises RuntimeError when it cannot be written, the disk
+    being full; the checkpoints before stay.
+    """
+    final = record.folder / "checkpoints" / f"step-{step:06d}"
+    part = final.with_suffix(".part")
+    try:
+        if record.is_writer:
+            shutil.rmtree(part, ignore_errors=True)
+            (part / "model").mkdir(parents=True)
+        all_gather_bytes(b"", record.group)  # the folder is there
+        if trainer is not None:
+            dist_checkpointing.save(_sharded_state(trainer), str(part / "model"), validate_access_integrity=False)
+            rank_state = {**rank_state, "generators": generators()}
+        ranks = [json.loads(state) for state in all_gather_bytes(json.dumps(rank_state).encode(), record.group)]
+        if record.is_writer:
+            state = {"step": step, "loop": record.loop, "settings": dataclasses.asdict(settings), "record": record.positions(), "ranks": ranks}
+            (part / "state.json").write_text(json.dumps(state) + "\n")
+            files = sorted(path for path in part.rglob("*") if path.is_file())
+            listed = {str(path.relative_to(part)): (path.stat().st_size, _crc(path)) for path in files}
+            (part / "files.json").write_text(json.dumps(listed, indent=2) + "\n")
+            shutil.rmtree(final, ignore_errors=True)
+            part.rename(final)
+            for old in checkpoints_of(record.folder)[: -settings.run.keep]:
+                shutil.rmtree(old)
+    except (Exception, CheckpointException) as error:  # whatever the disk or dist_checkpointing's writers raise: said what it means, and raised
+        before = checkpoints_of(record.folder)
+        rest = f"{before[-1].name} is whole" if before else "there is none before it"
+        reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise RuntimeError(f"the checkpoint of step {step} could not be written ({reason}); {rest}. Is the disk full?") from error
+    all_gather_bytes(b"", record.group)  # no rank goes on, and perhaps ends, before it is whole
+
+
+def restore(checkpoint: Checkpoint | None, trainer) -> None:
+    """Fill the trainer, and set this rank's random generators. Collective over the trainers; nothing on other ranks, or without a checkpoint."""
+    if checkpoint is None or trainer is None:
+        return
+    _give_adam_its_state(trainer.optimizer)
+    loaded = dist_checkpointing.load(_sharded_state(trainer, is_loading=True), str(checkpoint.folder / "model"), validate_access_integrity=False)
+    trainer.gpt.load_state_dict(loaded["model"])
+    trainer.optimizer.load_state_dict(loaded["optimizer"])
+    trainer.scheduler.load_state_dict(loaded["scheduler"])
+    trainers = [state["generators"] for state in checkpoint.ranks if "generators" in state]
+    set_generators(trainers[dist.get_rank() if dist.get_rank() < len(trainers) else 0])
+
+
+def _sharded_state(trainer, *, is_loading: bool = False) -> dict:
+    metadata = {"chained_optim_avoid_prefix": True, "distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": trainer.dp_cp_group}
+    model = trainer.gpt.sharded_state_dict(metadata=metadata)
+    optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    return {"model": model, "optimizer": optimizer, "scheduler": trainer.scheduler.state_dict()}
+
+
+def _give_adam_its_state(optimizer) -> None:
+    """torch's AdamW has no state before its first step, and megatron-core fills only what is there."""
+    for chained in optimizer.chained_optimizers:
+        for group in chained.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not chained.optimizer.state[parameter]:
+                    moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+                    chained.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+
+_stock_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+
+def _set_states(self, model_param, tensors):
+    """megatron-core 0.16.1 knows Adam's step as a number of the parameter group, where Apex and Transformer Engine keep it. torch keeps a tensor for each
+    parameter, and the loader gives all of them the same tensor, which would then be counted up once for every parameter."""
+    group, place = self.model_param_group_index_map[model_param]
+    state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
+    if "step" in state:
+        state["step"] = state["step"].clone()
+        tensors = {**tensors, "step": state["step"]}
+    _stock_set_states(self, model_param, tensors)
+
+
+DistributedOptimizer._set_main_param_and_optimizer_states = _set_states
+
+
+def generators() -> dict[str, str]:
+    """This rank's random generators: torch's, and those that Megatron keeps for what tensor-parallel ranks must draw alike or differently."""
+    states = {"torch": torch.get_rng_state(), **{f"megatron/{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}}
+    return {name: base64.b64encode(state.cpu().numpy().tobytes()).decode() for name, state in states.items()}
+
+
+def set_generators(states: dict[str, str]) -> None:
+    tensors = {name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for name, text in states.items()}
+    torch.set_rng_state(tensors.pop("torch"))
+    get_cuda_rng_tracker().set_states({name.removeprefix("megatron/"): state for name, state in tensors.items()})
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            crc = zlib.crc32(block, crc)
+    return crc

@@ -1,0 +1,132 @@
+"""checkpoint.py: a run that was stopped goes on as if it had not been; at other layouts too; and what is damaged is refused by name.
+
+Not covered: GPUs, several nodes, experts spread over other numbers of ranks (refused, see find).
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, metrics_of, torchrun
+
+import checkpoint
+from loop_sync import Settings
+from run import BadInput, RunSettings
+
+QUICK = ["--eval-every", "3", "--eval-samples", "32", "--prompts-per-step", "4", "--samples-per-prompt", "8", "--lr-schedule", "cosine", "--export"]
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if not key.endswith(("_s", "_wait"))} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Nine steps on one rank, with checkpoints of 3, 6 and 9."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    torchrun(ROOT / "loop_sync.py", *QUICK, "--steps", "9", "--save-every", "3", "--keep", "3", "--name", "run", ranks=1, cwd=folder)
+    return folder / "runs" / "run"
+
+
+@pytest.fixture
+def stopped(undisturbed, tmp_path):
+    """The undisturbed run as a kill after step 6 would have left it, in the middle of writing the next checkpoint."""
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(undisturbed, run)
+    (run / "checkpoints" / "step-000009").rename(run / "checkpoints" / "step-000009.part")
+    return run
+
+
+def test_a_resumed_run_writes_the_same_metrics_digit_for_digit(undisturbed, stopped, tmp_path):
+    torchrun(ROOT / "loop_sync.py", *QUICK, "--steps", "9", "--name", "run", "--resume", ranks=1, cwd=tmp_path)
+    assert without_times(metrics_of(stopped)) == without_times(metrics_of(undisturbed))
+    assert (stopped / "samples.jsonl").read_text() == (undisturbed / "samples.jsonl").read_text()
+    json.loads((stopped / "trace.json").read_text())
+
+
+def test_keep_removes_the_oldest(undisturbed):
+    assert [path.name for path in checkpoint.checkpoints_of(undisturbed)] == ["step-000003", "step-000006", "step-000009"]
+
+
+def test_resuming_at_another_layout(undisturbed, stopped, tmp_path):
+    """One rank -> two tensor-parallel ones: two engines share the prompts, so the samples are others, and the run goes on from the same weights."""
+    torchrun(ROOT / "loop_sync.py", *QUICK, "--steps", "7", "--name", "run", "--resume", "--tp", "2", ranks=2, cwd=tmp_path)
+    rows = metrics_of(stopped)
+    assert [row["step"] for row in rows] == list(range(8)) and without_times(rows[:7]) == without_times(metrics_of(undisturbed)[:7])
+    assert rows[7]["lr"] == metrics_of(undisturbed)[7]["lr"] and rows[7]["logprob_shift"] == 0 and rows[7]["mismatch_abs"] < 0.1
+
+
+def find(folder, monkeypatch, loop="sync", **changes):
+    monkeypatch.chdir(folder.parent.parent)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    return checkpoint.find(Settings(run=RunSettings(name=folder.name, **changes)), loop)
+
+
+def change_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda folder: (folder / "model" / "__0_0.distcp").write_bytes(b"short"), "__0_0.distcp has 5 bytes, and was written with"),
+    (lambda folder: (folder / "model" / "common.pt").unlink(), "common.pt is missing"),
+    (lambda folder: change_byte(folder / "model" / "__0_0.distcp"), "__0_0.distcp has other contents than were written"),
+    (lambda folder: change_byte(folder / "state.json"), "state.json has other contents"),
+    (lambda folder: (folder / "files.json").write_text("{"), "files.json cannot be read"),
+])  # fmt: skip
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(stopped, monkeypatch, damage, message):
+    monkeypatch.setattr(checkpoint, "MUST_AGREE", ())
+    newest = stopped / "checkpoints" / "step-000006"
+    assert find(stopped, monkeypatch).step == 6
+    damage(newest)
+    with pytest.raises(BadInput, match=rf"step-000006 is damaged: (model/)?{message}.*the one before; step-000003 before it is whole"):
+        find(stopped, monkeypatch)
+    shutil.rmtree(newest)
+    assert find(stopped, monkeypatch).step == 3
+
+
+def test_a_checkpoint_of_another_run_is_refused(stopped, monkeypatch):
+    with pytest.raises(BadInput, match="is of loop_sync.py"):
+        find(stopped, monkeypatch, loop="async")
+    with pytest.raises(BadInput, match="--seed was 1 when .* and is 2: it must stay the same"):
+        find(stopped, monkeypatch, seed=2)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(stopped, tmp_path):
+    """Files may not grow beyond 4 MiB, as on a disk that has no room: the run ends with an error, and what it had resumed from is whole."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(ROOT / "loop_sync.py"), *QUICK]
+    command += ["--steps", "9", "--save-every", "1", "--name", "run", "--resume"]
+
+    def no_room():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**22, 2**22))
+
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, preexec_fn=no_room)
+    assert done.returncode != 0 and "the checkpoint of step 7 could not be written" in done.stderr and "step-000006 is whole" in done.stderr, done.stderr[-6000:]
+    assert checkpoint.damage(stopped / "checkpoints" / "step-000006") == "" and not (stopped / "checkpoints" / "step-000007").exists()
+
+
+@pytest.mark.parametrize("script, flags", [("loop_sync.py", []), ("loop_async.py", ["--max-staleness", "2"])])
+def test_told_to_stop_it_saves_and_ends_well(start_loop, tmp_path, script, flags):
+    """SIGTERM to the ranks, as a scheduler sends it before preemption; the asynchronous loop has groups in flight then."""
+    started = start_loop(script, *QUICK, *flags, rows=3)
+    for rank in range(2):
+        started.rank(rank).send_signal(signal.SIGTERM)
+    assert started.end(60) == 0
+    run = tmp_path / "runs" / "long"
+    (saved,) = checkpoint.checkpoints_of(run)
+    assert checkpoint.damage(saved) == "" and "go on with --name long --resume" in started.text()
+    last = metrics_of(run)[-1]["step"]
+    assert saved.name == f"step-{last:06d}"
+    torchrun(ROOT / script, *QUICK, *flags, "--steps", str(last + 4), "--name", "long", "--resume", ranks=2, cwd=tmp_path)
+    rows = metrics_of(run)
+    assert [row["step"] for row in rows] == list(range(last + 5)) and max(row.get("staleness_max", 0) for row in rows) <= 2
+    if script == "loop_async.py":
+        assert len(json.loads((saved / "state.json").read_text())["ranks"][1]["in_flight"]) == 2 * 4
