@@ -70,7 +70,7 @@ def main() -> None:
     checkpoint.restore(resumed, trainer)
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes, broadcast_group=everyone)
     engine = None if trains else rollout.start_engine(model, settings.rollout, config, seed=seed)
-    judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges)
+    judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges, settings.reward.judge_timeout_s)
     with engine or contextlib.nullcontext():
         weight_sync.sync_weights(weights, engine, version=start, check=True)
         if not resumed:

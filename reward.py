@@ -15,7 +15,7 @@ import threading
 import traceback
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +47,8 @@ class RewardSettings:
     """Replace groups whose rewards are all equal by answers to new prompts, at most so many times over in a step (DAPO); 0: train on all."""
     judges: int = 32
     """How many answers a rank judges at a time: a reward function that waits for a service then does not wait in line."""
+    judge_timeout_s: float = 120.0
+    """A reward function that takes longer for one answer has failed on it; the sample is masked and counted in reward_errors."""
 
 
 def exact_match(sample: Sample) -> float:
@@ -61,8 +63,10 @@ def math_reward(sample: Sample) -> float:
 
 def check_reward_settings(settings: RewardSettings, rollout: RolloutSettings) -> None:
     """Raise BadInput for what cannot work, before anything is started."""
-    if settings.judges < 1 or settings.dynamic_sampling < 0:
-        raise BadInput(f"--judges {settings.judges} must be at least 1, --dynamic-sampling {settings.dynamic_sampling} must not be negative")
+    if settings.judges < 1 or settings.judge_timeout_s <= 0:
+        raise BadInput(f"--judges {settings.judges} must be at least 1, --judge-timeout-s {settings.judge_timeout_s} must be positive")
+    if settings.dynamic_sampling < 0:
+        raise BadInput(f"--dynamic-sampling {settings.dynamic_sampling} must not be negative")
     if not 0 <= settings.overlong_buffer <= rollout.max_response_tokens:
         raise BadInput(f"--overlong-buffer {settings.overlong_buffer} must lie between 0 and --max-response-tokens {rollout.max_response_tokens}")
 
@@ -73,13 +77,13 @@ REWARDS: dict[str, Reward] = {"exact": exact_match, "math": math_reward}
 class Judge:
     """A reward function, and the thread whose event loop judges: all of a batch at once, as many at a time as `judges` says.
 
-    A coroutine function runs on the loop itself and costs no thread; it is the right form for a judge that waits for a service. A plain function runs in a
-    pool of threads.
+    A coroutine function runs on the loop itself; it is the right form for a judge that waits for a service. A plain function gets a thread for each answer,
+    which is left behind should it hang: no later answer waits for it, nor does the end of the process.
     """
 
-    def __init__(self, reward: Reward, judges: int = 32):
-        self.reward, self.row, self._busy, self._failed = reward, Row(), 0, False
-        self._threads, self._places, self._loop = ThreadPoolExecutor(judges, "judge"), asyncio.Semaphore(judges), asyncio.new_event_loop()
+    def __init__(self, reward: Reward, judges: int = 32, timeout_s: float = 120.0):
+        self.reward, self.timeout_s, self.row, self._busy, self._failed = reward, timeout_s, Row(), 0, False
+        self._places, self._loop = asyncio.Semaphore(judges), asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="judge-loop", daemon=True).start()
 
     def submit(self, samples: list[Sample]) -> Future:
@@ -93,10 +97,10 @@ class Judge:
         async with self._places:
             self._count(1)
             try:
-                if asyncio.iscoroutinefunction(self.reward):
-                    sample.reward = float(await self.reward(sample))
-                else:
-                    sample.reward = float(await self._loop.run_in_executor(self._threads, self.reward, sample))
+                done, _ = await asyncio.wait([asyncio.ensure_future(self._call(sample))], timeout=self.timeout_s)
+                if not done:
+                    raise TimeoutError(f"the reward function has not returned within --judge-timeout-s {self.timeout_s:g}")
+                sample.reward = float(done.pop().result())
                 if not math.isfinite(sample.reward):
                     raise ValueError(f"the reward function returned {sample.reward}")
             except Exception as error:  # whatever a user's reward function may raise: counted, shown, and the sample set aside
@@ -106,6 +110,21 @@ class Judge:
                 self._failed = True
             finally:
                 self._count(-1)
+
+    async def _call(self, sample: Sample) -> float:
+        if asyncio.iscoroutinefunction(self.reward):
+            return await self.reward(sample)
+        answer = Future()
+        answer.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                answer.set_result(self.reward(sample))
+            except Exception as error:  # it is the caller's, in another thread
+                answer.set_exception(error)
+
+        threading.Thread(target=run, name="judge", daemon=True).start()
+        return await asyncio.wrap_future(answer)
 
     def _count(self, change: int) -> None:
         self._busy += change

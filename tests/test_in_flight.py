@@ -125,7 +125,7 @@ def test_replacing_has_a_cap(data):
 
 def test_a_straggler_is_carried_over_while_the_bound_allows(data):
     # K = 2: group 0 takes longer than two steps; steps go on with newer groups, and it is trained, late, not dropped.
-    given, engine = run_steps(data, lambda group: 0.06 if group == 0 else 0.001, train_s=0.03, max_staleness=2, oversample=1)
+    given, engine = run_steps(data, lambda group: 0.45 if group == 0 else 0.001, train_s=0.3, max_staleness=2, oversample=1, steps=6)
     assert 0 not in groups_of(given[0], dropped=False) and 0 in groups_of(given[2], dropped=False) + groups_of(given[1], dropped=False)
     assert 0 not in engine.aborted
 

@@ -1,10 +1,13 @@
 """reward.py: judging answers, dynamic sampling, and how a batch gets its advantages. The estimators themselves are in tests/oracle.
 
-Not covered: judges that never return.
+Not covered: judges that are services.
 """
 
 import asyncio
 import math
+import threading
+from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,7 +94,8 @@ def test_groups_that_teach_nothing_are_refilled(monkeypatch):
 
     monkeypatch.setattr(reward, "generate", generate)
     first = [answer(group=group, reward=1.0) for group in (0, 1) for _ in range(2)]
-    prompts = iter(Sample([1], group=group) for group in range(4, 20))
+    coming = iter(Sample([1], group=group) for group in range(4, 20))
+    prompts = SimpleNamespace(take=lambda n: list(islice(coming, n)))
     arguments = first, None, prompts, None, RolloutSettings(samples_per_prompt=2)
     samples, set_aside = without_marks(reward.refill(*arguments, RewardSettings(dynamic_sampling=3), Judge(judge)))
     assert rounds == [[4, 5], [6]] and [sample.group for sample in samples] == [4, 4, 6, 6]
@@ -131,6 +135,16 @@ def test_a_failing_judge_is_counted_not_scored_zero(capsys):
     assert samples[0].advantages[0] == -samples[3].advantages[0] > 0  # the mean is over the two that were scored
     assert batch_metrics(samples, version=3)["reward_errors"] == 2
     assert "judge is broken" in capsys.readouterr().out
+
+
+def test_a_judge_that_hangs_fails_on_that_answer_only():
+    """Its thread is left behind; the places for judging are free again, and nothing waits for it, not even the end of the process."""
+    release = threading.Event()
+    samples = [answer(label=label) for label in "hhab"]
+    compute_rewards(samples, Judge(lambda sample: release.wait(60) if sample.label == "h" else 1.0, 2, timeout_s=0.2))
+    assert [sample.reward for sample in samples] == [None, None, 1.0, 1.0] and samples[0].loss_mask == [0, 0]
+    assert "has not returned within --judge-timeout-s 0.2" in samples[0].metadata["reward_error"]
+    release.set()
 
 
 def test_a_judge_that_fails_on_everything_stops_the_run():

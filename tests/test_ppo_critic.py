@@ -1,0 +1,142 @@
+"""examples/ppo_critic.py: the value loss and the advantages by hand, a critic that learns what there is to see, and a short run on two ranks.
+
+Not covered: that values and gradients are the same at every layout (the run shows only that tensor parallelism works), learning of the toy, GPUs.
+"""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, metrics_of, torchrun
+
+sys.path.insert(0, str(ROOT / "examples"))
+import ppo_critic
+
+import run
+from hf_names import read_config
+from ppo_critic import CriticSettings
+from rollout import Sample
+from train_step import TrainSettings, build_trainer
+
+
+# --- by hand ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_value_loss_by_hand():
+    # All values were 0 before the step and may move by 0.2; the returns are 1. A value of 0.1 is inside: (0.1 - 1)^2 / 2. One of 0.5 is nearer to the return,
+    # but counts as 0.2: (0.2 - 1)^2 / 2, without gradient. One of -0.5 went the wrong way and pays in full: (-0.5 - 1)^2 / 2.
+    values = torch.tensor([0.1, 0.5, -0.5], requires_grad=True)
+    loss = ppo_critic.value_loss(values, torch.zeros(3), torch.ones(3), value_clip=0.2)
+    assert loss.tolist() == pytest.approx([0.405, 0.32, 1.125])
+    loss.sum().backward()
+    assert values.grad.tolist() == pytest.approx([-0.9, 0.0, -1.5])
+    assert ppo_critic.value_loss(values, torch.zeros(3), torch.ones(3), value_clip=0.0).tolist() == pytest.approx([0.405, 0.125, 1.125])
+
+
+def test_returns_and_advantages_by_hand():
+    """With gamma and lambda 1 every return is the reward; the advantages are what it exceeds the values by, whitened over the four tokens that count."""
+    samples = [
+        Sample([5], response_ids=[7, 8, 9], loss_mask=[1, 1, 0], reward=1.0),  # the last token is not the policy's own: the reward stands at the second
+        Sample([5], response_ids=[7, 8], loss_mask=[1, 1], reward=0.0),
+        Sample([5], response_ids=[7], loss_mask=[1], reward=None),  # its judge failed
+    ]
+    for sample, values in zip(samples, ([0.5, 0.75, 0.0], [0.5, 0.25], [0.5])):
+        sample.values = values
+    ppo_critic.compute_advantages(samples, CriticSettings(), overlong_buffer=0, max_response_tokens=8)
+    assert [sample.returns.tolist() for sample in samples] == [[1, 1, 0], [0, 0], [0]] and samples[2].loss_mask == [0]
+    # 0.5, 0.25, -0.5, -0.25: mean 0, variance 0.15625
+    expected = np.array([0.5, 0.25, 0, -0.5, -0.25, 0]) / math.sqrt(0.15625)
+    assert ppo_critic.joined(samples, "advantages") == pytest.approx(expected, rel=1e-6)
+
+
+# --- the critic -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def critic(fresh_megatron, models):
+    settings = TrainSettings(train_dtype="fp32", lr=1e-3, lr_schedule="constant")
+    return build_trainer(str(models["qwen3"]), settings, read_config(models["qwen3"]), steps=100, seed=1, head=ppo_critic.ValueHead)
+
+
+def answers() -> list[Sample]:
+    """Eight answers to one prompt, of unequal lengths; those that begin with a 7 are right."""
+    lengths = [3, 4, 3, 3, 4, 3, 3, 4]
+    return [Sample([5, 6], response_ids=[7 + i % 2, 9, 10, 11][:L], loss_mask=[1] * L, reward=1.0 - i % 2) for i, L in enumerate(lengths)]
+
+
+def one_step(critic, samples, **settings) -> dict:
+    settings = CriticSettings(**settings)
+    ppo_critic.score_values(critic, samples)
+    ppo_critic.compute_advantages(samples, settings, overlong_buffer=0, max_response_tokens=8)
+    return ppo_critic.critic_step(critic, samples, settings)
+
+
+def test_a_value_is_that_of_the_state_before_its_token(critic):
+    """Before the first token nobody can know, and the value is the mean reward; from the second on the critic has seen it. A value that looked one token
+    ahead would know at once, and one that lagged behind would not know at the second."""
+    metrics = [one_step(critic, answers(), value_clip=0.0) for _ in range(40)]
+    assert metrics[-1]["explained_variance"] > 0.5
+    samples = answers()
+    ppo_critic.score_values(critic, samples)
+    for sample in samples:
+        assert sample.values[0] == pytest.approx(0.5, abs=0.1) and sample.values[1:] == pytest.approx([sample.reward] * (len(sample.values) - 1), abs=0.1)
+
+
+def test_metrics_by_hand(critic):
+    """A critic that has learned nothing says 0 everywhere: the loss is 1/2 at the 13 tokens of right answers, and 0 at the 14 of wrong ones."""
+    metrics = one_step(critic, answers(), critic_epochs=1)
+    assert metrics["critic_loss"] == pytest.approx(13 / 27 / 2) and metrics["value"] == metrics["explained_variance"] == 0
+
+
+def test_a_loss_that_is_not_finite_leaves_the_critic_as_it_was(critic):
+    samples = answers()
+    one_step(critic, samples)
+    before = [parameter.detach().clone() for parameter in critic.gpt.parameters()]
+    samples[3].returns[1] = math.nan
+    with pytest.raises(RuntimeError, match="step 2: the critic has loss nan"):
+        ppo_critic.critic_step(critic, samples, CriticSettings())
+    assert all(torch.equal(parameter, old) for parameter, old in zip(critic.gpt.parameters(), before))
+
+
+def test_a_batch_without_a_token_that_counts_is_an_error(critic):
+    with pytest.raises(RuntimeError, match="none of the 1 samples"):
+        one_step(critic, [Sample([5, 6], response_ids=[7], loss_mask=[1], reward=None)])
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--value-clip", "-0.1"], "--value-clip -0.1 must not be negative"),
+    (["--gamma", "0"], "--gamma 0.0 must lie in"),
+    (["--lam", "1.5"], "--lam 1.5 in"),
+    (["--critic-epochs", "0"], "--critic-epochs 0"),
+    (["--save-every", "1"], "leave them out"),
+    (["--critic-warmup-steps", "3"], "smaller than --steps 3"),
+    (["--pp", "2"], "use --pp 1"),
+    (["--advantage", "rloo"], "leave them out"),
+    (["--kl-coef", "0.1", "--kl-in", "reward"], "use --kl-in loss"),
+])  # fmt: skip
+def test_bad_flags_stop_before_anything_starts(monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ppo_critic.py", "--steps", "3", *arguments])
+    for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(run, "init_distributed", lambda: pytest.fail("a process group was started"))
+    with pytest.raises(run.BadInput, match=message):
+        ppo_critic.main()
+
+
+def test_a_run_on_two_ranks(tmp_path):
+    """From another folder, tensor parallel, one warm-up step and two of both models."""
+    flags = ["--steps", "3", "--eval-every", "3", "--eval-samples", "16", "--prompts-per-step", "4", "--samples-per-prompt", "4", "--name", "a", "--export"]
+    torchrun(ROOT / "examples" / "ppo_critic.py", *flags, "--tp", "2", "--critic-warmup-steps", "1", ranks=2, cwd=tmp_path)
+    start, *steps = metrics_of(tmp_path / "runs" / "a")
+    assert start["step"] == 0 and [row["step"] for row in steps] == [1, 2, 3]
+    for row in steps:
+        assert all(math.isfinite(value) for value in row.values() if not isinstance(value, list))
+        assert row["critic_loss"] > 0 and row["critic_grad_norm"] > 0 and row["explained_variance"] <= 1
+    assert "grad_norm" not in steps[0] and all(row["logprob_shift"] == 0.0 and row["grad_norm"] > 0 for row in steps[1:])
+    assert steps[0]["value"] == 0.0 and len({row["value"] for row in steps}) == 3
