@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from transformers import AutoConfig
 
 from run import BadInput
 
@@ -58,10 +59,16 @@ def read_config(folder: str | Path) -> dict:
         raise BadInput(f"--model {folder} has no config.json: give a Hugging Face model folder on this machine (hub names are not resolved)")
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path} is not JSON (line {error.lineno}: {error.msg})") from error
-    if config.get("model_type") not in FAMILIES:
-        raise BadInput(f"{path}: model_type {config.get('model_type')!r} is not supported; supported are {', '.join(FAMILIES)}")
+    except ValueError as error:  # also of bytes that are no text
+        raise BadInput(f"{path} is not JSON ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise BadInput(f"{path} must be an object with a model_type, one of {', '.join(FAMILIES)}")
+    if config["model_type"] not in FAMILIES:
+        raise BadInput(f"{path}: model_type {config['model_type']!r} is not supported; supported are {', '.join(FAMILIES)}")
+    try:
+        AutoConfig.for_model(**config)  # transformers knows the type of every field
+    except Exception as error:  # it raises many kinds, and all are about this file
+        raise BadInput(f"{path} is no {config['model_type']} config: {error}") from error
     for field, value in config.items():
         if field == "layer_types":
             if set(value or ()) - {"full_attention"}:
@@ -71,15 +78,9 @@ def read_config(folder: str | Path) -> dict:
                 raise BadInput(f"{path}: {field} is {value!r}; only {REQUIRED[field][0]!r} is implemented")
         elif field not in MAPPED | IGNORED | (MAPPED_MOE if config["model_type"] in ("qwen3_moe", "glm4_moe") else set()):
             raise BadInput(f"{path}: field {field!r} is unknown to the mapping in hf_names.py; if it does not change the model, add it to IGNORED there")
-    for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings"):
-        if not isinstance(config.get(field), int) or config[field] < 1:
-            raise BadInput(f"{path}: {field} is {config.get(field)!r}; it must be a positive integer")
-    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    _check_sizes(config, path)
     if config["num_attention_heads"] % config["num_key_value_heads"]:
         raise BadInput(f"{path}: num_attention_heads {config['num_attention_heads']} is not divisible by num_key_value_heads {config['num_key_value_heads']}")
-    if config.get("head_dim") is None:
-        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-    config.setdefault("tie_word_embeddings", False)
     config["num_experts"] = next((config[field] for field in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(field)), 0)
     if config["num_experts"] and not config.get("norm_topk_prob"):
         raise BadInput(f"{path}: norm_topk_prob is {config.get('norm_topk_prob')!r}; only True is implemented: expert weights that sum to one")
@@ -87,6 +88,27 @@ def read_config(folder: str | Path) -> dict:
         raise BadInput(f"{path}: attention_bias is True, which is implemented for glm4_moe only")
     rope_of(config)
     return config
+
+
+def _check_sizes(config: dict, path: Path) -> None:
+    """Fill in what may be left out, and raise BadInput for a size, a number or a switch that is none."""
+    optional = {"num_key_value_heads": config.get("num_attention_heads"), "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    config |= {name: default for name, default in optional.items() if config.get(name) is None}
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "max_position_embeddings")
+    for field in (*sizes, "head_dim"):
+        if field == "head_dim" and config.get(field) is None:
+            config[field] = config["hidden_size"] // config["num_attention_heads"]
+        if type(config.get(field)) is not int or config[field] < 1:
+            raise BadInput(f"{path}: {field} is {config.get(field)!r}; it must be a positive integer")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise BadInput(f"{path}: the rope settings are {rope!r}; they must be an object")
+    numbers = {name: config.get(name) for name in ("rms_norm_eps", "rope_theta", "partial_rotary_factor")} | {f"rope {name}": rope.get(name) for name in rope}
+    for field, value in numbers.items():
+        if field not in ("rope rope_type", "rope type") and value is not None and (type(value) not in (int, float) or not 0 < value < 1e12):
+            raise BadInput(f"{path}: {field} is {value!r}; it must be a positive number")
+    if type(config["tie_word_embeddings"]) is not bool:
+        raise BadInput(f"{path}: tie_word_embeddings is {config['tie_word_embeddings']!r}; it must be true or false")
 
 
 def rope_of(config: dict) -> dict:
@@ -117,7 +139,7 @@ def megatron_arguments(config: dict, *, tp: int) -> tuple[dict, dict]:
         num_query_groups=config["num_key_value_heads"],
         kv_channels=config["head_dim"],
         normalization="RMSNorm",
-        layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
+        layernorm_epsilon=config["rms_norm_eps"],
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,

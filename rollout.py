@@ -107,7 +107,7 @@ class RolloutSettings:
 def load_tokenizer(model_folder: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and tokenizers raise many kinds, and all are about these files
         raise BadInput(f"--model {model_folder}: no tokenizer loads ({error}); copy tokenizer.json and tokenizer_config.json there") from error
 
 
@@ -115,8 +115,12 @@ def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase, *, max_prompt_to
     """All rows of a JSONL file as samples without a response. Raises BadInput naming file and line of the first row that cannot be used."""
     if not Path(path).is_file():
         raise BadInput(f"prompts file {path} does not exist: give a JSONL file, or leave the flag out for the toy task")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"prompts file {path} cannot be read as UTF-8 text: {error}") from error
     samples = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         where = f"{path} line {number}"
         if not line.strip():
             continue

@@ -1,0 +1,137 @@
+"""Generated bad input: flags, prompt files, model configs, checkpoints. Each is refused with a message before anything is started, none with a traceback.
+
+All of it goes through the loop's own main() in this process, up to the point where process groups would be started; what reaches that point was no bad input.
+The exit codes that run_main makes of these errors are tested in test_loop_sync.py.
+"""
+
+import contextlib
+import dataclasses
+import json
+import random
+import shutil
+import typing
+
+import loop_sync
+import pytest
+from conftest import ROOT
+
+import checkpoint
+import run
+
+ODD = ["-1", "0", "-0.5", "1e9", "nan", "inf", "x", "", "3.7", "99999999999999999999", "None", "true", "[1]", "a=b", "--", "\x00", "é" * 300]
+VALUES = [None, -1, 0, 1.5, "x", "", [], {}, [1], {"a": 1}, True, False, 10**12, float("inf"), -(10**12), "128", [[]], {"rope_type": 3}, {"rope_theta": "x"}]
+
+
+class Started(Exception):
+    """The run would have begun."""
+
+
+@pytest.fixture
+def outcome(monkeypatch, tmp_path, capsys):
+    """Call main() with these flags; "refused", or "started" where all of them were good. Any other end fails the test."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():
+        monkeypatch.setenv(name, str(value))
+
+    def started(*args):
+        raise Started
+
+    monkeypatch.setattr(run, "init_distributed", started)
+
+    def call(*flags: str) -> str:
+        monkeypatch.setattr("sys.argv", ["loop_sync.py", *flags])
+        try:
+            loop_sync.main()
+        except run.BadInput as error:
+            assert len(str(error)) > 20, flags
+            return "refused"
+        except SystemExit as ended:  # tyro's, for what it can judge
+            assert ended.code == 2 and capsys.readouterr().err, flags
+            return "refused"
+        except Started:
+            return "started"
+        except BaseException as error:
+            error.add_note(f"flags: {flags}")
+            raise
+        raise AssertionError(f"{flags}: main() has returned")
+
+    return call
+
+
+def flags_of_all_settings() -> list[str]:
+    parts = typing.get_type_hints(loop_sync.Settings).values()
+    return ["--" + field.name.replace("_", "-") for part in parts for field in dataclasses.fields(part)]
+
+
+def test_flags(outcome):
+    rng, refused = random.Random(0), 0
+    flags = flags_of_all_settings()
+    cases = [(flag, value) for flag in flags for value in rng.sample(ODD, 4)]
+    cases += [(flag[:-1] + rng.choice("xyz"), "1") for flag in flags] + [(flag,) for flag in flags]
+    for case in cases:
+        refused += outcome(*case) == "refused"
+    assert refused > 200 and outcome() == "started"
+
+
+def test_lines_of_prompt_files(outcome, tmp_path):
+    rng, refused = random.Random(1), 0
+    good = json.dumps({"prompt": "1+1=", "label": "2", "metadata": {"a": 1}})
+    assert file_outcome(outcome, tmp_path, good.encode()) == "started"
+    for _ in range(60):
+        data = bytearray(good.encode())
+        for _ in range(rng.randint(1, 4)):
+            at, kind = rng.randrange(len(data)), rng.randrange(3)
+            data[at : at + (kind > 0)] = b"" if kind == 1 else bytes([rng.randrange(256)])
+        refused += file_outcome(outcome, tmp_path, bytes(data)) == "refused"
+    for field in ("prompt", "label", "metadata"):
+        for value in VALUES:
+            refused += file_outcome(outcome, tmp_path, json.dumps({"prompt": "1+1=", "label": "2", field: value}).encode()) == "refused"
+    assert refused > 60
+
+
+def file_outcome(outcome, folder, line: bytes) -> str:
+    (folder / "prompts.jsonl").write_bytes(b'{"prompt": "2+2=", "label": "4"}\n' + line + b"\n")
+    return outcome("--prompts", "prompts.jsonl")
+
+
+def test_model_configs(outcome, tmp_path):
+    model, refused = tmp_path / "model", 0
+    shutil.copytree(ROOT / "toy", model, ignore=shutil.ignore_patterns("__pycache__"))
+    config = json.loads((model / "config.json").read_text())
+    assert outcome("--model", str(model)) == "started"
+    for field in sorted(config):
+        for value in VALUES:
+            (model / "config.json").write_text(json.dumps({**config, field: value}))
+            refused += outcome("--model", str(model)) == "refused"
+        (model / "config.json").write_text(json.dumps({name: kept for name, kept in config.items() if name != field}))
+        outcome("--model", str(model))
+    for text in ("", "{", "[]", "3", '"x"', "null", '{"model_type": []}', "\x00"):
+        (model / "config.json").write_text(text)
+        assert outcome("--model", str(model)) == "refused", text
+    assert refused > 200
+
+
+def test_bytes_of_checkpoints(outcome, tmp_path):
+    """A flipped bit or a cut, anywhere in any file, is found before anything is started."""
+    rng, saved = random.Random(2), tmp_path / "runs" / "old" / "checkpoints" / "step-000004"
+    (saved / "model").mkdir(parents=True)
+    (saved / "model" / "weights").write_bytes(rng.randbytes(3000))
+    settings = json.loads(json.dumps(dataclasses.asdict(loop_sync.Settings())))
+    (saved / "state.json").write_text(json.dumps({"step": 4, "loop": "sync", "settings": settings, "record": {}, "ranks": [{"prompts": 64}]}))
+    listed = {str(path.relative_to(saved)): (path.stat().st_size, checkpoint._crc(path)) for path in saved.rglob("*") if path.is_file()}
+    (saved / "files.json").write_text(json.dumps(listed))
+    assert outcome("--name", "old", "--resume") == "started"
+    whole = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    for _ in range(60):
+        path = rng.choice(list(whole))
+        data = bytearray(whole[path])
+        if rng.random() < 0.5:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        else:
+            del data[rng.randrange(len(data)) :]
+        path.write_bytes(data)
+        with contextlib.suppress(AssertionError):
+            assert outcome("--name", "old", "--resume") == "refused" or path.name == "files.json"
+            path.write_bytes(whole[path])
+            continue
+        pytest.fail(f"{path.name} was damaged, and the run started")
