@@ -67,7 +67,7 @@ class RunSettings:
     eval_every: int = 10
     """Evaluate on the held-out prompts every so many steps, and before the first and after the last."""
     seed: int = 1
-    """Seeds prompts, sampling and Megatron. Each engine samples with seed + its rank."""
+    """Seeds prompts, sampling and Megatron."""
     check_sync: bool = False
     """Read every weight back from the engine after every hand-off; always done after the first and the last."""
     save_every: int = 0

@@ -61,9 +61,8 @@ def critic(fresh_megatron, models):
 
 
 def answers() -> list[Sample]:
-    """Eight answers to one prompt, of unequal lengths; those that begin with a 7 are right."""
-    lengths = [3, 4, 3, 3, 4, 3, 3, 4]
-    return [Sample([5, 6], response_ids=[7 + i % 2, 9, 10, 11][:L], loss_mask=[1] * L, reward=1.0 - i % 2) for i, L in enumerate(lengths)]
+    """Eight answers of three tokens to one prompt; those that begin with a 7 are right."""
+    return [Sample([5, 6], response_ids=[7 + i % 2, 9, 10], loss_mask=[1, 1, 1], reward=1.0 - i % 2) for i in range(8)]
 
 
 def one_step(critic, samples, **settings) -> dict:
@@ -74,20 +73,20 @@ def one_step(critic, samples, **settings) -> dict:
 
 
 def test_a_value_is_that_of_the_state_before_its_token(critic):
-    """Before the first token nobody can know, and the value is the mean reward; from the second on the critic has seen it. A value that looked one token
-    ahead would know at once, and one that lagged behind would not know at the second."""
-    metrics = [one_step(critic, answers(), value_clip=0.0) for _ in range(40)]
-    assert metrics[-1]["explained_variance"] > 0.5
+    """With gamma 1/2 the returns of a right answer are 1/4, 1/2 and 1. Before the first token nobody can know, and the value is the mean of 1/4 and 0; from the
+    second on the critic has seen it. A value that looked one token ahead would know at once; a return of the token before or after would be another number."""
+    metrics = [one_step(critic, answers(), gamma=0.5, value_clip=0.0) for _ in range(40)]
+    assert metrics[-1]["explained_variance"] > 0.9
     samples = answers()
     ppo_critic.score_values(critic, samples)
     for sample in samples:
-        assert sample.values[0] == pytest.approx(0.5, abs=0.1) and sample.values[1:] == pytest.approx([sample.reward] * (len(sample.values) - 1), abs=0.1)
+        assert sample.values == pytest.approx([0.125, 0.5 * sample.reward, sample.reward], abs=0.05)
 
 
 def test_metrics_by_hand(critic):
-    """A critic that has learned nothing says 0 everywhere: the loss is 1/2 at the 13 tokens of right answers, and 0 at the 14 of wrong ones."""
-    metrics = one_step(critic, answers(), critic_epochs=1)
-    assert metrics["critic_loss"] == pytest.approx(13 / 27 / 2) and metrics["value"] == metrics["explained_variance"] == 0
+    """A critic that has learned nothing says 0 everywhere: half of the mean of 1/16, 1/4 and 1 over right answers and 0 over as many wrong ones, 7/64."""
+    metrics = one_step(critic, answers(), gamma=0.5, critic_epochs=1)
+    assert metrics["critic_loss"] == pytest.approx(7 / 64) and metrics["value"] == metrics["explained_variance"] == 0
 
 
 def test_a_loss_that_is_not_finite_leaves_the_critic_as_it_was(critic):
