@@ -29,6 +29,7 @@ ALGORITHMS = {
     "GRPO, four mini-batches": "--minibatches 4",
     "dual clip, four mini-batches": "--minibatches 4 --dual-clip 3",
     "GSPO, four mini-batches": "--minibatches 4 --policy-loss gspo --aggregation sequence",
+    "CISPO, two mini-batches": "--minibatches 2 --policy-loss cispo",
     "CISPO, four mini-batches": "--minibatches 4 --policy-loss cispo",
     "no correction": "--correction none",
     "IcePop": "--correction icepop --correction-high 5",
