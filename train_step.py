@@ -319,11 +319,15 @@ def compute_logprobs(trainer: Trainer, batches: list[MicroBatch], *, temperature
     return [report["logprobs"] for report in run_schedule(trainer, batches, loss_function, model=model, forward_only=True)]
 
 
-def minibatches(trainer: Trainer, samples: list[Sample]) -> list[list[Sample]]:
-    """The samples of each optimizer step: equal parts, in order, without those parts in which no token counts."""
-    n = trainer.settings.minibatches
+def equal_parts(samples: list[Sample], n: int) -> list[list[Sample]]:
+    """n parts, in order; with fewer samples than n, one for each sample."""
     parts = [samples[len(samples) * i // n : len(samples) * (i + 1) // n] for i in range(n)]
-    return [part for part in parts if any(any(sample.loss_mask) for sample in part)]
+    return [part for part in parts if part]
+
+
+def minibatches(trainer: Trainer, samples: list[Sample]) -> list[list[Sample]]:
+    """The samples of each optimizer step: equal parts, without those in which no token counts."""
+    return [part for part in equal_parts(samples, trainer.settings.minibatches) if any(any(sample.loss_mask) for sample in part)]
 
 
 def score(trainer: Trainer | None, samples: list[Sample], *, temperature: float) -> list[Sample]:
@@ -334,7 +338,7 @@ def score(trainer: Trainer | None, samples: list[Sample], *, temperature: float)
     if trainer is None:
         return []
     device = next(trainer.gpt.parameters()).device
-    for part in minibatches(trainer, samples):
+    for part in equal_parts(samples, trainer.settings.minibatches):
         batches = local_microbatches(trainer, part)
         give_to_samples(trainer, part, batches, compute_logprobs(trainer, batches, temperature=temperature), "old_logprobs")
         if trainer.reference is not None:
