@@ -21,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import train_step
 import weight_sync
 from hf_names import read_config
+from losses import LossSettings
 
 FOLDER, (TP, EP, PP) = sys.argv[1], map(int, sys.argv[2:])
 
@@ -41,7 +42,7 @@ def main() -> None:
     torch.cuda.current_device = lambda: torch.device("meta")  # where Megatron puts its parameters
     config, world_size = read_config(FOLDER), max(TP, EP) * PP
     settings = train_step.TrainSettings(tp=TP, pp=PP, ep=EP)
-    train_step.check_train_settings(settings, config, world_size=world_size, steps=1, longest=8192)
+    train_step.check_train_settings(settings, LossSettings(), config, world_size=world_size, steps=1, longest=8192)
     delivered = {}
     for stage in range(PP):
         gpt, layout = build_as(stage * world_size // PP, world_size, settings, config)
