@@ -1,0 +1,311 @@
+"""The synchronous loop with a tool: a response is a conversation in which the policy may call a calculator, and learns that calling pays.
+
+    torchrun examples/tool_use.py                           the toy, on one CPU core or one GPU
+    torchrun --nproc-per-node 2 examples/tool_use.py        two ranks, data parallel
+
+A turn of the policy that ends with "=" is a call, one that ends with </s> the answer. After the prompt "046+789=" the policy may go on
+
+    who                the policy            the calculator    the policy
+    response_ids       + 0 4 6 + 7 8 9 =     5 3 8             5 3 8 </s>        46 + 789 = 835, lowest digit first as in toy/task.py
+    loss_mask          1 1 1 1 1 1 1 1 1     0 0 0             1 1 1 1
+    rollout_logprobs   as sampled            0 0 0             as sampled
+
+Tokens in, tokens out: a conversation is one list of ids that grows, and all of it is the prompt of the next turn. What the policy sampled is decoded to read
+a call, and never tokenized again: other tokens can have the same text, and their log-probs nobody sampled. Only the calculator's text becomes tokens. For the
+trainer it is a Sample like any other.
+
+What differs from loop_sync.py, otherwise line by line the same:
+    converse()      in place of rollout.generate(); evaluate() and right_answer() go with it
+    warm_start()    before the loop: the toy has never seen a call, so a trainer of its own learns from demonstrations, by the same train_step, and writes the
+                    folder that the loop starts from. The policy then calls in six cases of ten, and copies with errors.
+    --lr            5e-5. A new optimizer's first step moves every weight by it, and 2e-4 would undo half of what the warm start has taught.
+    flags           --dynamic-sampling and --reward are refused, as they generate and judge single turns; --prompts, as the calculator writes like the toy
+
+For a chat model, CALL_END is the token that ends its tool calls (</tool_call>), calculator() reads what stands before it, and say_result() appends what the
+model's chat template puts between two turns of the assistant: end of the call's turn, the result's turn, begin of the next. It needs no warm start.
+"""
+
+import contextlib
+import os
+import re
+import sys
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import rollout  # first: on a machine without a GPU it prepares the imports that follow
+import numpy as np
+import torch.distributed as dist
+
+import checkpoint
+import hf_folder
+import reward
+import run
+import train_step
+import weight_sync
+from engine import Engine
+from hf_names import read_config
+from losses import LossSettings
+from reward import RewardSettings
+from rollout import Data, RolloutSettings, Sample
+from run import BadInput, RunSettings
+from toy.task import DIGITS
+from train_step import TrainSettings
+from weight_sync import SyncSettings
+
+CALL = re.compile(r"(\+[0-9]{1,9}){2,4}=")
+"""Two to four numbers, each with its sign: no answer begins with one, so a turn's first token says whether it is a call."""
+CALL_END = "="
+ERROR = "+"
+"""What the calculator says to all else: the toy's alphabet has no words, and no number looks like it."""
+LONGEST_DEMONSTRATION = (2 * DIGITS + 3) + 2 * (DIGITS + 1) + 1  # call, result, the result repeated, </s>
+
+
+@dataclass(frozen=True)
+class ToolSettings:
+    """Conversations with the calculator, and the demonstrations they begin with."""
+
+    max_turns: int = 3
+    """The policy speaks at most so many times; a call in its last turn gets no result."""
+    warm_steps: int = 500
+    """Optimizer steps on demonstrations before the loop; 0: none, --model knows how to call."""
+    warm_samples: int = 64
+    """Demonstrations in a step."""
+    warm_calls: float = 0.6
+    """Share of demonstrations that call the calculator; the others answer at once."""
+    warm_lr: float = 1e-3
+    """Learning rate of the first of these steps; it falls to 0."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    run: RunSettings = RunSettings(steps=30)
+    rollout: RolloutSettings = RolloutSettings(max_response_tokens=24)
+    reward: RewardSettings = RewardSettings()
+    train: TrainSettings = TrainSettings(lr=5e-5)
+    loss: LossSettings = LossSettings()
+    sync: SyncSettings = SyncSettings()
+    tools: ToolSettings = ToolSettings()
+
+
+def check_tool_settings(settings: Settings) -> None:
+    """Raise BadInput for what cannot work, and for flags that would do nothing here, before anything is started."""
+    tools, max_response_tokens = settings.tools, settings.rollout.max_response_tokens
+    if settings.reward.reward != "exact" or settings.reward.dynamic_sampling:
+        raise BadInput("--reward and --dynamic-sampling judge and generate single turns, not conversations: leave them out")
+    if settings.rollout.prompts != "toy" or settings.rollout.eval_prompts:
+        raise BadInput("--prompts and --eval-prompts: the calculator and the demonstrations are those of the toy: leave them out")
+    if tools.max_turns < 1 or tools.warm_steps < 0 or tools.warm_samples < 1:
+        counts = f"--max-turns {tools.max_turns} and --warm-samples {tools.warm_samples} must be at least 1"
+        raise BadInput(f"{counts}, --warm-steps {tools.warm_steps} must not be negative")
+    if not 0 <= tools.warm_calls <= 1 or tools.warm_lr < 0:
+        raise BadInput(f"--warm-calls {tools.warm_calls} must lie between 0 and 1, --warm-lr {tools.warm_lr} must not be negative")
+    if max_response_tokens < LONGEST_DEMONSTRATION:
+        raise BadInput(f"--max-response-tokens {max_response_tokens} has no room for a call, its result and the answer: use at least {LONGEST_DEMONSTRATION}")
+
+
+# --- the tool ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def calculator(call: str) -> str | None:
+    """The sum that a call asks for, lowest digit first; None if it is no such call. Nothing of it is evaluated: a pattern is matched, and numbers are added."""
+    if not CALL.fullmatch(call):
+        return None
+    return str(sum(int(number) for number in call[1:-1].split("+")))[::-1]
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------------------------------
+
+
+def begin(prompt: Sample) -> Sample:
+    """A conversation in which nothing has been said yet. Its metadata: results that the calculator gave, errors among them, the policy's answer."""
+    return replace(prompt, metadata={**prompt.metadata, "calls": 0, "errors": 0, "answer": ""})
+
+
+def say(sample: Sample, ids: list[int], text: str, *, logprobs: list[float], versions: list[int], mask: int) -> None:
+    """Append tokens to a conversation: its per-token lists grow here and nowhere else. They are new lists, as all copies of a prompt share the empty ones."""
+    sample.response_ids = sample.response_ids + ids
+    sample.response += text
+    sample.rollout_logprobs = sample.rollout_logprobs + logprobs
+    sample.weight_versions = sample.weight_versions + versions
+    sample.loss_mask = sample.loss_mask + [mask] * len(ids)
+
+
+def say_result(sample: Sample, call: str, data: Data, *, max_response_tokens: int) -> None:
+    """Append the calculator's result, cut off where the response is full. In the text, which is for readers, it stands in brackets."""
+    result = calculator(call)
+    ids = data.tokenizer(result or ERROR, add_special_tokens=False).input_ids[: max_response_tokens - len(sample.response_ids)]
+    version = sample.weight_versions[-1]  # nothing sampled these tokens; they are as old as the turn that asked for them
+    say(sample, ids, f"[{result or ERROR}]", logprobs=[0.0] * len(ids), versions=[version] * len(ids), mask=0)
+    sample.metadata["calls"] += 1
+    sample.metadata["errors"] += result is None
+
+
+def end_turn(sample: Sample, turn: Sample, data: Data, *, max_turns: int, max_response_tokens: int) -> None:
+    """Append a turn of the policy, and the result if it is a call. finish_reason is set where the conversation ends: with the answer, or at a limit."""
+    say(sample, turn.response_ids, turn.response, logprobs=turn.rollout_logprobs, versions=turn.weight_versions, mask=1)
+    is_call = turn.finish_reason == "stop" and turn.response_ids[-1] == data.tokenizer.convert_tokens_to_ids(CALL_END)
+    if not is_call:
+        sample.finish_reason, sample.metadata["answer"] = turn.finish_reason, turn.response
+    elif sample.metadata["calls"] == max_turns - 1:
+        sample.finish_reason = "length"
+    else:
+        say_result(sample, turn.response, data, max_response_tokens=max_response_tokens)
+        if len(sample.response_ids) == max_response_tokens:
+            sample.finish_reason = "length"
+
+
+def converse(
+    engine: Engine | None, prompts: list[Sample], data: Data, settings: RolloutSettings, *, max_turns: int, n: int, cache: str = ""
+) -> list[Sample]:
+    """n conversations about each of this engine's prompts, in order; as rollout.generate. Raises EngineDied if a turn was aborted.
+
+    The next turn of all that go on is one batch. The engine finds what was said before in its prefix cache, where the same weights have put it.
+    """
+    if engine is None:
+        return []
+    live = samples = [begin(sample) for prompt in prompts for sample in rollout.copies(prompt, n)]
+    while live:
+        turns = [replace(sample, prompt_ids=sample.prompt_ids + sample.response_ids) for sample in live]
+        sampling = rollout.sampling_params(data, settings, turns)
+        for sample, params in zip(live, sampling):
+            params["max_new_tokens"] = settings.max_response_tokens - len(sample.response_ids)
+        rollout.fill(turns, engine.call(engine.generate([turn.prompt_ids for turn in turns], sampling, cache=cache)), data)
+        rollout.check_aborts(turns)
+        for sample, turn in zip(live, turns):
+            end_turn(sample, turn, data, max_turns=max_turns, max_response_tokens=settings.max_response_tokens)
+        live = [sample for sample in live if not sample.finish_reason]
+    return samples
+
+
+def right_answer(sample: Sample) -> float:
+    """reward.exact_match of what the policy said after the last result, or of all it said if it never called."""
+    return reward.exact_match(replace(sample, response=sample.metadata["answer"]))
+
+
+def evaluate(engine: Engine | None, data: Data, settings: RolloutSettings, judge: reward.Judge, group: dist.ProcessGroup, *, max_turns: int) -> list[Sample]:
+    """reward.evaluate with conversations. Collective."""
+    samples = converse(engine, list(rollout.my_share(data.held_out, settings.engine_tp)), data, settings, max_turns=max_turns, n=1, cache="held-out")
+    reward.compute_rewards(samples, judge)
+    return sorted(rollout.all_gather_samples(samples, group), key=lambda sample: sample.group)
+
+
+def tool_metrics(samples: list[Sample]) -> dict[str, float]:
+    """Means over the samples: results that the calculator gave, whether it gave one, results that were errors."""
+    calls, errors = ([sample.metadata[name] for sample in samples] for name in ("calls", "errors"))
+    return {"tool_calls": sum(calls) / len(samples), "tool_share": sum(map(bool, calls)) / len(samples), "tool_errors": sum(errors) / len(samples)}
+
+
+# --- demonstrations ---------------------------------------------------------------------------------------------------------------------------
+
+
+def demonstration(prompt: Sample, data: Data, *, calls: bool) -> Sample:
+    """A conversation to learn from: the problem as a call, its result, the result repeated; or, without a call, the answer."""
+    sample = begin(prompt)
+
+    def policy_says(text: str) -> None:
+        ids = data.tokenizer(text, add_special_tokens=False).input_ids
+        say(sample, ids, text, logprobs=[0.0] * len(ids), versions=[0] * len(ids), mask=1)
+
+    if calls:
+        policy_says("+" + prompt.prompt)
+        say_result(sample, sample.response, data, max_response_tokens=LONGEST_DEMONSTRATION)
+    policy_says(prompt.label + data.tokenizer.eos_token)
+    return sample
+
+
+def warm_start(record: run.Run, data: Data, settings: Settings, config: dict) -> str:
+    """The Hugging Face folder of a policy that has learned from demonstrations. Collective.
+
+    train_step is a supervised step where advantages are 1 at the tokens to learn and the ratio is 1, as it is right after score(): its gradient is then that of
+    -logprobs. There is no importance weight, for no engine has sampled these tokens.
+    """
+    folder, tools, temperature = record.folder / "warm-start", settings.tools, settings.rollout.temperature
+    schedule = dict(lr=tools.warm_lr, lr_schedule="linear", lr_warmup_steps=0, min_lr=0.0, minibatches=1)
+    trainer = train_step.build_trainer(settings.run.model, replace(settings.train, **schedule), config, steps=tools.warm_steps, seed=settings.run.seed)
+    prompts = rollout.toy_prompts(data.tokenizer, seed=settings.run.seed + 1, held_out=False)  # the same on every rank
+    for _ in range(tools.warm_steps):
+        samples = [demonstration(prompt, data, calls=i < tools.warm_calls * tools.warm_samples) for i, prompt in enumerate(islice(prompts, tools.warm_samples))]
+        for sample in samples:
+            sample.advantages = sample.loss_mask
+        batch = train_step.score(trainer, samples, temperature=temperature)
+        train_step.train_step(trainer, batch, LossSettings(correction="none"), temperature=temperature, max_response_tokens=LONGEST_DEMONSTRATION)
+    logprobs_T, mask_T = (np.concatenate([getattr(sample, name) for sample in samples]) for name in ("old_logprobs", "loss_mask"))
+    record.say(f"warm start: {tools.warm_steps} steps; log-prob of a demonstrated token {(logprobs_T * mask_T).sum() / mask_T.sum():.2f}")
+    weights = weight_sync.Weights(trainer, config, frozenset(), settings.sync.bucket_bytes)
+    hf_folder.export_hf(weights, folder, source=settings.run.model, dtype="bf16")
+    run.all_gather_bytes(b"", record.group)  # rank 0 has written it
+    return str(folder)
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    # Everything that can be wrong with the input is found before anything is started.
+    settings = run.parse_settings(Settings)
+    model, seed, steps, max_turns = settings.run.model, settings.run.seed, settings.run.steps, settings.tools.max_turns
+    config = read_config(model)
+    trainer_ranks = rollout_ranks = int(os.environ["WORLD_SIZE"])
+    rollout.check_rollout_settings(settings.rollout, config, world_size=rollout_ranks)
+    data = rollout.load_data(model, replace(settings.rollout, stop=(*settings.rollout.stop, CALL_END)), config, seed=seed)
+    reward.check_reward_settings(settings.reward, settings.rollout)
+    check_tool_settings(settings)
+    train_step.check_train_settings(settings.train, settings.loss, config, world_size=trainer_ranks, steps=steps, longest=data.longest)
+    temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
+    resumed = checkpoint.find(settings, "tool") if settings.run.resume else None
+    start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
+
+    everyone = run.init_distributed()
+    record = run.Run(settings, "tool", everyone, resumed=resumed)
+    fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
+    record.say(weight_sync.describe(config, fp8))
+    if settings.tools.warm_steps:
+        model = warm_start(record, data, settings, config) if not resumed else str(record.folder / "warm-start")
+    with_reference = settings.loss.kl_coef > 0
+    trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed, with_reference=with_reference)
+    checkpoint.restore(resumed, trainer)
+    weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
+    engine = rollout.start_engine(model, settings.rollout, config, seed=seed)
+    judge = reward.Judge(right_answer, settings.reward.judges, settings.reward.judge_timeout_s)
+    with engine or contextlib.nullcontext():
+        weight_sync.sync_weights(weights, engine, version=start, check=True)
+        if not resumed:
+            record.log(record.log_eval(0, evaluate(engine, data, settings.rollout, judge, everyone, max_turns=max_turns)))
+        prompts = rollout.Prompts(data, settings.rollout, taken=rollout.taken_before(ranks, settings.rollout))
+        for step in range(start + 1, steps + 1):
+            watch = run.Stopwatch()
+            n = settings.rollout.samples_per_prompt
+            samples = converse(engine, prompts.take(rollout.step_share(settings.rollout)), data, settings.rollout, max_turns=max_turns, n=n)
+            rollout_s = watch.lap("rollout")
+
+            reward.compute_rewards(samples, judge)
+            samples = rollout.all_gather_samples(samples, everyone)
+            reward_s = watch.lap("reward")
+
+            rollout.release_memory(engine)  # on a GPU; the hand-off takes it back
+            batch = train_step.score(trainer, samples, temperature=temperature)  # log-probs of trainer and reference
+            reward.compute_advantages(batch, settings.reward, settings.loss, max_response_tokens=max_response_tokens)
+            metrics = train_step.train_step(trainer, batch, settings.loss, temperature=temperature, max_response_tokens=max_response_tokens)
+            train_s = watch.lap("train")
+
+            sync_bytes = weight_sync.sync_weights(weights, engine, version=step, check=settings.run.check_sync or step == steps)
+            sync_s = watch.lap("sync")
+
+            metrics |= reward.batch_metrics(samples, version=step - 1) | tool_metrics(samples) | record.trace(watch, engine, judge)
+            metrics |= {"rollout_s": rollout_s, "reward_s": reward_s, "train_s": train_s, "sync_s": sync_s, "sync_bytes": sync_bytes}
+            if step % settings.run.eval_every == 0 or step == steps:
+                metrics |= record.log_eval(step, evaluate(engine, data, settings.rollout, judge, everyone, max_turns=max_turns))
+            record.log({"step": step, **metrics})
+            if record.stopping or (settings.run.save_every and step % settings.run.save_every == 0):
+                checkpoint.save(record, settings, trainer, step=step, rank_state={"prompts": prompts.taken} if engine else {})
+            if record.stopping:
+                return record.finish()
+    for dtype in settings.run.export:
+        hf_folder.export_hf(weights, record.folder / f"model-{dtype}", source=model, dtype=dtype)
+    record.finish()
+
+
+if __name__ == "__main__":
+    run.run_main(main)
