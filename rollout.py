@@ -57,11 +57,11 @@ class Sample:
     finish_reason: str = ""
     """stop, length or abort; or what became of a sample that is not trained, DROPPED or REPLACED."""
     reward: float | None = None
-    old_logprobs: Sequence[float] = ()
+    old_logprobs: Sequence[float] = field(default_factory=list)
     """Per response token, by the trainer before it learns from the batch."""
-    ref_logprobs: Sequence[float] = ()
+    ref_logprobs: Sequence[float] = field(default_factory=list)
     """Per response token, by the frozen reference, where there is one."""
-    advantages: Sequence[float] = ()
+    advantages: Sequence[float] = field(default_factory=list)
     """Per response token."""
     metadata: dict = field(default_factory=dict)
 

@@ -11,8 +11,9 @@ A turn of the policy that ends with "=" is a call, one that ends with </s> the a
     rollout_logprobs   as sampled            0 0 0             as sampled
 
 Tokens in, tokens out: a conversation is one list of ids that grows, and all of it is the prompt of the next turn. What the policy sampled is decoded to read
-a call, and never tokenized again: other tokens can have the same text, and their log-probs nobody sampled. Only the calculator's text becomes tokens. For the
-trainer it is a Sample like any other.
+a call, and never tokenized again: other tokens can have the same text, and nobody has sampled those. Only the calculator's text becomes tokens. For the trainer
+it is a Sample like any other. In 30 steps, about three minutes on one rank, the share of responses with a call goes from 0.60 to 0.99, and held-out accuracy
+from 0.50 to 0.80.
 
 What differs from loop_sync.py, otherwise line by line the same:
     converse()      in place of rollout.generate(); evaluate() and right_answer() go with it
@@ -159,14 +160,15 @@ def end_turn(sample: Sample, turn: Sample, data: Data, *, max_turns: int, max_re
 def converse(
     engine: Engine | None, prompts: list[Sample], data: Data, settings: RolloutSettings, *, max_turns: int, n: int, cache: str = ""
 ) -> list[Sample]:
-    """n conversations about each of this engine's prompts, in order; as rollout.generate. Raises EngineDied if a turn was aborted.
+    """n conversations about each of this engine's prompts, in order; as rollout.generate. data.end_ids hold CALL_END. Raises EngineDied on an aborted turn.
 
-    The next turn of all that go on is one batch. The engine finds what was said before in its prefix cache, where the same weights have put it.
+    The next turns of all that go on are one batch. The engine has what was said before in its prefix cache, computed with the same version of the weights.
     """
     if engine is None:
         return []
     live = samples = [begin(sample) for prompt in prompts for sample in rollout.copies(prompt, n)]
     while live:
+        # A turn is a Sample too: its prompt is all that was said, its group and index, from which its sampling seed comes, are those of the conversation.
         turns = [replace(sample, prompt_ids=sample.prompt_ids + sample.response_ids) for sample in live]
         sampling = rollout.sampling_params(data, settings, turns)
         for sample, params in zip(live, sampling):

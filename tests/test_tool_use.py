@@ -1,146 +1,229 @@
-"""examples/tool_use.py: conversations token by token, with a scripted engine, and a short run of the whole.
+"""examples/tool_use.py: conversations by hand with a scripted engine, what the calculator accepts, demonstrations, and a short run on the real stack.
 
-What matters: the policy's tokens come back as they were sampled and are never made from text again, the tool's tokens are masked, and all per-token lists stay
-aligned. Not covered: that it learns, which bench-sized runs show, and a chat model's own tool calls.
+What goes wrong here shows late and far away: a mask or log-prob one token off still trains, only worse. So the lists are compared token by token, and the run
+in fp32, where engine and trainer must agree on what follows a result as they do on what comes before. Not covered: learning (README.md shows a run), GPUs.
 """
 
+import asyncio
 import math
 import sys
+import time
 
 import pytest
+import torch
 from conftest import ROOT, metrics_of, torchrun
 
 sys.path.insert(0, str(ROOT / "examples"))
 import tool_use
+
+import run
 from hf_names import read_config
+from losses import LossSettings, ppo
 from rollout import RolloutSettings, Sample, load_data
-from run import BadInput
+from run import REPOSITORY, BadInput, EngineDied
+from tool_use import CALL_END, LONGEST_DEMONSTRATION, calculator, converse, demonstration, right_answer
 
-TOY = str(ROOT / "toy")
-SETTINGS = RolloutSettings(max_response_tokens=24)
-
-
-@pytest.fixture
-def data(one_rank):
-    return load_data(TOY, RolloutSettings(stop=("=",), max_response_tokens=24), read_config(TOY), seed=1)
+TOY = str(REPOSITORY / "toy")
+SETTINGS = RolloutSettings(max_response_tokens=24, stop=(CALL_END,))
+PLUS, EQUALS, END, PAD, UNUSED = 13, 14, 2, 0, 20  # token ids of the toy; digit d is 3 + d
+PROMPT = [1, 3, 7, 9, PLUS, 10, 11, 12, EQUALS]  # <s>046+789=
+CALL = [PLUS, *PROMPT[1:]]  # +046+789=
+SUM = [8, 6, 11]  # 538, which is 835 with the lowest digit first
 
 
 class Scripted:
-    """Says the next line of each conversation's script; a token's log-prob is minus its number, its version the number of the turn."""
+    """Says what the script has for each turn, one list of ids per conversation that goes on; log-probs -1.00, -1.01, … in turn 1, -2.00, … in turn 2."""
 
-    def __init__(self, data, *scripts: list[str]):
-        self.tokenizer, self.scripts, self.seen, self.rooms = data.tokenizer, [list(script) for script in scripts], [], []
+    def __init__(self, *script: list[list[int]], abort: bool = False):
+        self.script, self.abort, self.prompts, self.limits, self.caches = script, abort, [], [], []
 
-    def call(self, output):
-        return output
+    def call(self, coroutine):
+        return asyncio.run(coroutine)
 
-    def ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    async def generate(self, prompts_ids, sampling, *, cache):
+        self.prompts.append(prompts_ids)
+        self.limits.append([params["max_new_tokens"] for params in sampling])
+        self.caches.append(cache)
+        turn = len(self.prompts)
+        said = self.script[turn - 1]
+        assert len(said) == len(prompts_ids) == len(sampling)
+        return [self.output(turn, ids[: params["max_new_tokens"]], params) for ids, params in zip(said, sampling)]
 
-    def generate(self, prompts_ids, sampling, *, cache=""):
-        self.seen.append(prompts_ids)
-        self.rooms.append([params["max_new_tokens"] for params in sampling])
-        outputs = []
-        for script, room in zip([script for script in self.scripts if script], self.rooms[-1]):
-            ids = self.ids(script.pop(0))
-            reason = "stop" if ids[-1] in (2, self.ids("=")[0]) and len(ids) <= room else "length"
-            ids = ids[:room]
-            meta = {"finish_reason": {"type": reason}, "output_token_logprobs": [(-float(i), i, None) for i in ids]}
-            outputs.append({"output_ids": ids, "meta_info": meta, "weight_versions": [len(self.seen)] * len(ids)})
-        return outputs
-
-
-def converse(data, *scripts: list[str], max_turns: int = 3, **changes) -> tuple[list[Sample], Scripted]:
-    engine = Scripted(data, *scripts)
-    prompts = [Sample(data.tokenizer("046+789=").input_ids, "046+789=", "538", group) for group in range(len(scripts))]
-    settings = RolloutSettings(**{"max_response_tokens": 24, **changes})
-    return tool_use.converse(engine, prompts, data, settings, max_turns=max_turns, n=1), engine
+    def output(self, turn, ids, params):
+        reason = "abort" if self.abort else "stop" if ids[-1] in params["stop_token_ids"] else "length"
+        logprobs = [(-turn - i / 100, token, None) for i, token in enumerate(ids)]
+        meta = {"finish_reason": {"type": reason, "message": "out of memory"}, "output_token_logprobs": logprobs}
+        return {"output_ids": ids, "meta_info": meta, "weight_versions": [turn + 4] * len(ids)}  # as if new weights had come in between
 
 
-def test_a_conversation_by_hand(data):
-    (sample,), engine = converse(data, ["+046+789=", "538</s>"])
-    call, result, answer = engine.ids("+046+789="), engine.ids("538"), engine.ids("538</s>")
-    assert sample.response_ids == call + result + answer
+@pytest.fixture(scope="module")
+def data():
+    return load_data(TOY, SETTINGS, read_config(TOY), seed=1)
+
+
+def talk(data, *script, n=1, max_turns=3, max_response_tokens=24, **options) -> tuple[list[Sample], Scripted]:
+    """n conversations about 046+789=, of which turn t is script[t]."""
+    engine = Scripted(*script, **options)
+    settings = RolloutSettings(max_response_tokens=max_response_tokens, stop=(CALL_END,))
+    samples = converse(engine, [Sample(PROMPT, "046+789=", "538", group=7)], data, settings, max_turns=max_turns, n=n)
+    assert len(engine.prompts) == len(script)  # nothing of the script is left
+    for s in samples:
+        assert len(s.response_ids) == len(s.loss_mask) == len(s.rollout_logprobs) == len(s.weight_versions) <= max_response_tokens
+    return samples, engine
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_two_turns_by_hand(data):
+    (sample,), engine = talk(data, [CALL], [[*SUM, END]])
+    assert sample.response_ids == CALL + SUM + [*SUM, END]
     assert sample.loss_mask == [1] * 9 + [0] * 3 + [1] * 4
-    assert sample.rollout_logprobs == [-float(i) for i in call] + [0.0] * 3 + [-float(i) for i in answer]
-    assert sample.weight_versions == [1] * 9 + [1] * 3 + [2] * 4  # the result is as old as the call
-    assert engine.seen[1] == [sample.prompt_ids + call + result]  # the second turn sees the very tokens of the first
-    assert engine.rooms == [[24], [12]]
-    assert sample.finish_reason == "stop" and tool_use.right_answer(sample) == 1
-    assert tool_use.tool_metrics([sample]) == {"tool_calls": 1, "tool_share": 1, "tool_errors": 0}
+    assert sample.rollout_logprobs == [-1 - i / 100 for i in range(9)] + [0.0] * 3 + [-2.0, -2.01, -2.02, -2.03]
+    assert sample.weight_versions == [5] * 12 + [6] * 4  # the result is as old as the turn that asked for it
+    assert sample.response == "+046+789=[538]538" and sample.finish_reason == "stop"
+    assert sample.metadata == {"calls": 1, "errors": 0, "answer": "538"} and right_answer(sample) == 1
+    assert engine.prompts == [[PROMPT], [PROMPT + CALL + SUM]] and engine.limits == [[24], [12]]
 
 
-def test_sampled_tokens_are_never_made_from_text_again(data, monkeypatch):
-    """With a tokenizer that reads everything as 99: only what the calculator says may come out so."""
-    engine = Scripted(data, ["+1+1=", "2</s>"])
-    ids = engine.ids("+1+1=")
-
-    class Misreading:
-        def __getattr__(self, name):
-            return getattr(engine.tokenizer, name)
-
-        def __call__(self, text, **kwargs):
-            return type("Encoded", (), {"input_ids": [99] * len(text)})
-
-    monkeypatch.setattr(data, "tokenizer", Misreading())
-    sample = tool_use.converse(engine, [Sample([1], "1+1=", "2", 0)], data, SETTINGS, max_turns=3, n=1)[0]
-    assert sample.response_ids == ids + [99] + engine.ids("2</s>") and sample.loss_mask == [1] * 5 + [0] + [1] * 2
+def test_what_was_sampled_is_never_tokenized_again(data):
+    """A <pad> disappears from the text, and the text of an unused token would come back as ten tokens: only ids lead to the next prompt."""
+    said = [PLUS, PAD, 3, 7, 9, UNUSED, EQUALS]
+    assert data.tokenizer(data.tokenizer.decode(said), add_special_tokens=False).input_ids != said
+    (sample,), engine = talk(data, [said], [[UNUSED, PAD, END]])
+    assert engine.prompts[1] == [PROMPT + said + [PLUS]] and sample.response_ids == said + [PLUS] + [UNUSED, PAD, END]
 
 
-def test_those_who_have_answered_drop_out_of_the_batch(data):
-    samples, engine = converse(data, ["835</s>"], ["+046+789=", "538</s>"], ["+1=", "9</s>"])
-    assert [len(prompts) for prompts in engine.seen] == [3, 2]
-    assert [tool_use.right_answer(sample) for sample in samples] == [0, 1, 0]
-    assert [sample.metadata["errors"] for sample in samples] == [0, 0, 1] and "[+]" in samples[2].response  # one number is no sum
-    assert all(len(s.response_ids) == len(s.loss_mask) == len(s.rollout_logprobs) == len(s.weight_versions) for s in samples)
+def test_what_goes_on_is_one_batch(data):
+    """Of three conversations one answers at once, one after a call, one after two; each keeps its place, and the copies of a prompt share no list."""
+    answer, two_and_two = [*SUM, END], [PLUS, 5, PLUS, 5, EQUALS]
+    samples, engine = talk(data, [CALL, answer, two_and_two], [answer, CALL], [answer], n=3)
+    assert [len(prompts) for prompts in engine.prompts] == [3, 2, 1]
+    assert engine.prompts[2] == [PROMPT + two_and_two + [7] + CALL + SUM] and engine.limits[2] == [24 - 5 - 1 - 9 - 3]
+    assert [sample.response for sample in samples] == ["+046+789=[538]538", "538", "+2+2=[4]+046+789=[538]538"]
+    assert [sample.metadata["calls"] for sample in samples] == [1, 0, 2] and [sample.index for sample in samples] == [0, 1, 2]
+    assert all(right_answer(sample) == 1 for sample in samples)
+    assert tool_use.tool_metrics(samples) == {"tool_calls": 1.0, "tool_share": 2 / 3, "tool_errors": 0.0}
 
 
-def test_limits(data):
-    (sample,), engine = converse(data, ["+1+1=", "+1+1=", "+1+1=", "2</s>"], max_turns=2)
-    assert len(engine.seen) == 2 and sample.finish_reason == "length" and sample.metadata["calls"] == 1  # the last turn's call gets no result
-    (full,), _ = converse(data, ["+046+789=", "538</s>"], max_response_tokens=11)  # no room for the third digit of the result
-    assert len(full.response_ids) == 11 and full.loss_mask == [1] * 9 + [0] * 2 and full.finish_reason == "length"
-    assert tool_use.right_answer(sample) == tool_use.right_answer(full) == 0
+def test_the_answer_is_what_follows_the_last_result(data):
+    (sample,), _ = talk(data, [CALL], [[*SUM, *SUM, END]])
+    assert right_answer(sample) == 0  # 538 stands in it, and is not all of it
+    (sample,), _ = talk(data, [CALL], [[END]])
+    assert right_answer(sample) == 0  # the result is the calculator's word, not the policy's
 
 
-@pytest.mark.parametrize("call, result", [
-    ("+046+789=", "538"), ("+1+2+3=", "6"), ("+999999999+1=", "0000000001"),
-    ("+1=", None), ("+1+2+3+4+5=", None), ("+1234567890+1=", None), ("1+1=", None), ("+1+1", None), ("+1-1=", None), ("+1*9**9=", None),
-    ("__import__('os')=", None), ("+1+open('x')=", None), ("+１+１=", None), ("+1+1=\n", None), ("", None),
+def test_a_call_in_the_last_turn_gets_no_result(data):
+    (sample,), _ = talk(data, [CALL], [CALL], max_turns=2)
+    assert sample.response_ids == CALL + SUM + CALL and sample.finish_reason == "length"
+    assert sample.metadata["calls"] == 1 and right_answer(sample) == 0
+    (sample,), _ = talk(data, [CALL], max_turns=1)
+    assert sample.response_ids == CALL and sample.finish_reason == "length" and right_answer(sample) == 0
+
+
+def test_a_malformed_call_gets_an_error_and_goes_on(data):
+    (sample,), engine = talk(data, [[PLUS, PLUS, EQUALS]], [[*SUM, END]])
+    assert engine.prompts[1] == [PROMPT + [PLUS, PLUS, EQUALS] + [PLUS]]  # the error is "+"
+    assert sample.loss_mask == [1, 1, 1, 0, 1, 1, 1, 1] and sample.response == "++=[+]538"
+    assert sample.metadata == {"calls": 1, "errors": 1, "answer": "538"} and right_answer(sample) == 1
+
+
+@pytest.mark.parametrize("limit", [11, 12])
+def test_the_token_limit_inside_or_right_after_a_result(data, limit):
+    (sample,), _ = talk(data, [CALL], max_response_tokens=limit)
+    assert sample.response_ids == (CALL + SUM)[:limit] and sample.loss_mask == [1] * 9 + [0] * (limit - 9)
+    assert sample.finish_reason == "length" and sample.metadata["answer"] == "" and right_answer(sample) == 0
+
+
+def test_the_token_limit_inside_a_turn(data):
+    (sample,), _ = talk(data, [CALL], [[*SUM, END]], max_response_tokens=15)
+    assert sample.response_ids == CALL + SUM + SUM and sample.finish_reason == "length"
+    assert right_answer(sample) == 0  # it says 538, but whether it would have ended there is unknown
+
+
+def test_an_aborted_turn_ends_the_run(data):
+    with pytest.raises(EngineDied, match="sample 0 of group 7: out of memory"):
+        talk(data, [CALL], abort=True)
+
+
+# --- the calculator ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call, result", [("+046+789=", "538"), ("+1+2+3+4=", "01"), ("+0+0=", "0"), ("+999999999+1=", "0000000001")])
+def test_sums(call, result):
+    assert calculator(call) == result
+
+
+@pytest.mark.parametrize("call", [
+    "", "=", "+1=", "046+789=", "+1+2", "+1+2==", "+1+2=\n", " +1+2=", "+1 +2=", "++1+2=", "+1+-2=", "+1-2=", "+1*2=", "+1.5+2=", "+1e9+2=", "+0x1+2=", 
+    "+1_0+2=", "+9**9**9=", "+1+2;+3=", "+1+a=", "+१+२=", "__import__('os').system('ls')=", "+1+open('/etc/passwd').read()=", "+1+{0.__class__}=",
+    "+1234567890+1=", "+1" * 5 + "=",
 ])  # fmt: skip
-def test_the_calculator_adds_and_does_nothing_else(call, result):
-    assert tool_use.calculator(call) == result
+def test_all_else_is_refused(call):
+    assert calculator(call) is None
 
 
-def test_demonstrations(data):
-    prompt = next(data.stream)
-    called, direct = (tool_use.demonstration(prompt, data, calls=calls) for calls in (True, False))
-    assert called.response == f"+{prompt.prompt}[{prompt.label}]{prompt.label}</s>" and direct.response == f"{prompt.label}</s>"
-    assert sum(called.loss_mask) == len(called.loss_mask) - len(prompt.label) and all(direct.loss_mask)
+def test_a_huge_call_costs_nothing():
+    started = time.time()
+    assert calculator("+1" * 10**6 + "=") is calculator("+" + "9" * 10**6 + "+1=") is calculator("+" * 10**6 + "=") is None
+    assert time.time() - started < 1
 
 
-@pytest.mark.parametrize("changes, message", [
-    (["--max-response-tokens", "8"], "has no room for a call"),
+# --- demonstrations ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_demonstrations_by_hand(data):
+    prompt = Sample(PROMPT, "046+789=", "538")
+    called, direct = (demonstration(prompt, data, calls=calls) for calls in (True, False))
+    assert called.response_ids == CALL + SUM + [*SUM, END] and called.loss_mask == [1] * 9 + [0] * 3 + [1] * 4
+    assert direct.response_ids == [*SUM, END] and direct.loss_mask == [1] * 4
+    longest = demonstration(Sample(prompt_ids=PROMPT, prompt="999+999=", label="8991"), data, calls=True)
+    assert len(longest.response_ids) == LONGEST_DEMONSTRATION and longest.response.endswith("=[8991]8991</s>")
+    assert prompt.response_ids == [] and prompt.metadata == {}
+
+
+def test_at_ratio_1_and_advantage_1_the_policy_loss_is_supervised():
+    """d loss / d logprob = -1 at every token: the gradient of -sum of logprobs."""
+    logprobs_T = torch.tensor([-0.1, -5.0, -30.0], requires_grad=True)
+    low, high = LossSettings().clips
+    loss_T, ratio_T, _ = ppo(logprobs_T, logprobs_T.detach(), torch.ones(3), None, clip_low=low, clip_high=high, dual_clip=0.0)
+    loss_T.sum().backward()
+    assert ratio_T.tolist() == [1, 1, 1] and logprobs_T.grad.tolist() == [-1, -1, -1]
+
+
+# --- settings and a run -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--reward", "math"], "--reward and --dynamic-sampling"),
+    (["--dynamic-sampling", "1"], "--reward and --dynamic-sampling"),
+    (["--max-response-tokens", "17"], "--max-response-tokens 17 .* use at least 18"),
     (["--max-turns", "0"], "--max-turns 0"),
-    (["--warm-calls", "2"], "--warm-calls 2"),
-    (["--dynamic-sampling", "1"], "single turns"),
+    (["--warm-steps", "-1"], "--warm-steps -1"),
+    (["--warm-samples", "0"], "--warm-samples 0"),
+    (["--warm-calls", "1.5"], "--warm-calls 1.5"),
+    (["--warm-lr", "-1"], "--warm-lr -1.0"),
+    (["--prompts", "PROMPTS"], "--prompts and --eval-prompts"),
 ])  # fmt: skip
-def test_settings_that_cannot_work(monkeypatch, tmp_path, changes, message):
+def test_flags_that_cannot_work(monkeypatch, tmp_path, flags, message):
+    (tmp_path / "PROMPTS").write_text('{"prompt": "1+1=", "label": "2"}')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["tool_use.py", *changes])
+    monkeypatch.setattr(sys, "argv", ["tool_use.py", *flags])
     for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(run, "init_distributed", lambda: pytest.fail("a process group was started"))
     with pytest.raises(BadInput, match=message):
         tool_use.main()
 
 
-def test_a_short_run(tmp_path):
-    """Trainer and engine agree about conversations as they do about single turns: the masks and log-probs stand at the right tokens."""
-    quick = ["--steps", "2", "--eval-every", "2", "--eval-samples", "16", "--prompts-per-step", "4", "--samples-per-prompt", "4", "--export"]
-    torchrun(ROOT / "examples" / "tool_use.py", *quick, "--warm-steps", "60", "--name", "a", ranks=1, cwd=tmp_path)
-    start, *rows = metrics_of(tmp_path / "runs" / "a")
-    assert [row["step"] for row in rows] == [1, 2] and 0 <= start["held_out"] <= 1
-    for row in rows:
-        assert row["logprob_shift"] == 0.0 and row["ratio"] == 1.0 and 0 < row["mismatch_abs"] < 0.1
+def test_a_run(tmp_path):
+    """Two steps after a warm start so short that turns are half noise: results, errors and answers without a call. In fp32 engine and trainer differ by
+    rounding only, unless a token stands in one place for the one and in another for the other."""
+    quick = ["--steps", "2", "--eval-samples", "16", "--prompts-per-step", "4", "--samples-per-prompt", "8", "--warm-steps", "60", "--warm-samples", "32"]
+    torchrun(ROOT / "examples" / "tool_use.py", *quick, "--rollout-dtype", "fp32", "--train-dtype", "fp32", "--name", "a", "--export", ranks=1, cwd=tmp_path)
+    start, *steps = metrics_of(tmp_path / "runs" / "a")
+    assert start["step"] == 0 and [row["step"] for row in steps] == [1, 2] and (tmp_path / "runs" / "a" / "warm-start" / "model.safetensors").is_file()
+    for row in steps:
         assert all(math.isfinite(value) for value in row.values() if not isinstance(value, list))
-        assert row["tool_share"] <= row["tool_calls"] <= 2
+        assert row["logprob_shift"] == 0.0 and row["mismatch_max"] < 1e-3
+        assert row["tool_calls"] >= row["tool_share"] > 0 and row["tokens"] < row["response_tokens"] * 32  # results are in the responses and do not count
