@@ -60,3 +60,10 @@ def test_each_algorithm_is_one_of_its_own(whole):
     norms = [losses["grad_norm"] for losses, _ in whole.values()]
     assert len({round(norm, 6) for norm in norms}) == len(norms)
     assert all(losses["clipfrac"] > 0 for name, (losses, _) in whole.items() if name != "cispo") and whole["icepop"][0]["tis_clipfrac"] > 0
+
+
+def test_a_loss_that_is_not_finite_ends_all_ranks_with_the_same_words(models):
+    """Of four samples of one length on two ranks the third is rank 0's; both ranks name it, and neither waits for the other."""
+    done = torchrun("tests/workers/not_finite.py", models["qwen3"], ranks=2)
+    raised = [line.partition(" raises: ")[2] for line in sorted(done.stdout.splitlines()) if " raises: " in line]
+    assert len(raised) == 2 and raised[0] == raised[1] and "step 1, rank 0: sample 2 of group 5 has loss nan" in raised[0]

@@ -1,0 +1,36 @@
+"""A batch of which one sample spoils the loss, on two data-parallel ranks, run under torchrun by test_splits.py: each rank prints what it raises.
+
+    torchrun --nproc-per-node 2 not_finite.py MODEL_FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
+
+import rollout  # noqa: F401  first, as in the loops
+import run
+import train_step
+from hf_names import read_config
+from losses import LossSettings
+from rollout import Sample
+
+import torch.distributed as dist
+
+
+def main() -> None:
+    run.init_distributed()
+    folder = sys.argv[1]
+    trainer = train_step.build_trainer(folder, train_step.TrainSettings(train_dtype="fp32"), read_config(folder), steps=4, seed=1)
+    answer = dict(response_ids=[7, 8], rollout_logprobs=[-1.0, -1.0], loss_mask=[1, 1], advantages=[1.0, 1.0], group=5)
+    samples = [Sample([5, 6], index=i, **answer) for i in range(4)]
+    samples[2].rollout_logprobs = [-1.0, float("nan")]
+    train_step.score(trainer, samples, temperature=1.0)
+    try:
+        train_step.train_step(trainer, samples, LossSettings(), temperature=1.0, max_response_tokens=8)
+    except RuntimeError as error:
+        print(f"rank {dist.get_rank()} raises: {error}", flush=True)
+
+
+if __name__ == "__main__":
+    run.run_main(main)
