@@ -12,6 +12,7 @@ What differs between SGLang 0.5.14 (torch 2.11) and 0.5.21 is told apart here an
 """
 
 import asyncio
+import gc
 import importlib.util
 import logging
 import os
@@ -46,6 +47,8 @@ def run_scheduler(*args, **kwargs) -> None:
     _load_block_scales_of_llama()
     from sglang.srt.managers.scheduler import run_scheduler_process
 
+    gc.collect()
+    gc.freeze()  # as in run.init_distributed: else all requests stand still for half a second now and then
     run_scheduler_process(*args, **kwargs)
 
 
