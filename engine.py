@@ -88,7 +88,7 @@ class Engine(SGLangEngine):
         self.version = -1
         self.row = Row()
         self._requests, self._paused, self._released = 0, False, False
-        self._last_part, self._last_phase = None, ("start", ["no weights yet"])
+        self._last_part, self.last_phase = None, ("start", ["no weights yet"])
         # The loop's thread and the judges' threads share the interpreter with the main thread, which other ranks wait for in collectives.
         sys.setswitchinterval(5e-4)
         self._thread = threading.Thread(target=self.loop.run_forever, name="sglang-event-loop", daemon=True)
@@ -170,15 +170,14 @@ class Engine(SGLangEngine):
 
     def settle(self) -> None:
         """Wait until all parts of updates so far are done."""
-        with phase(*self._last_phase):  # for what is no error of the part itself: that the engine died
-            self.call(self._settled())
+        self.call(self._settled())
 
     async def _settled(self) -> None:
         if self._last_part is not None:
             await asyncio.wrap_future(self._last_part)
 
     def _enqueue(self, part, name: str, about: list[str]) -> None:
-        previous, self._last_phase = self._last_part, (name, about)
+        previous, self.last_phase = self._last_part, (name, about)
 
         async def after_previous():
             if previous is not None:
@@ -220,7 +219,7 @@ class Engine(SGLangEngine):
 
     def load(self, named: list[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Load full Hugging Face tensors of this version, as one message of bytes in memory shared with the engine. Waits for those given before."""
-        if self._last_phase[0] == "load":
+        if self.last_phase[0] == "load":
             self.settle()
         header, flat = pack(named)
         payload = [("header", torch.frombuffer(bytearray(header), dtype=torch.uint8)), ("bytes", flat)]

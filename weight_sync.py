@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8_quant import BLOCK, quantize_blockwise
 from hf_names import Rule, merged_linears, parameters_of, rule_of, split_stacked, unquantized_linears
-from run import broadcast_bytes
+from run import EngineDied, broadcast_bytes
 
 Named = tuple[str, torch.Tensor]
 
@@ -218,16 +218,22 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def where(name: str, tensors: list[str]) -> str:
+    """The note that tells in which phase of the hand-off something failed, and about which tensors."""
+    about = tensors[0] if len(tensors) == 1 else f"{tensors[0]} to {tensors[-1]}, {len(tensors)} tensors"
+    return f"The weight hand-off failed in phase {name!r}: {about}. An engine that holds half of the new weights stays paused; the run ends."
+
+
 @contextlib.contextmanager
 def phase(name: str, tensors: list[str]):
-    """What fails inside is told in which phase of the hand-off, and about which tensors: both are in the traceback. The innermost phase tells."""
+    """What fails inside is told in which phase; the innermost one tells. That an engine has died is no matter of what this rank was doing: see hand_over."""
     try:
         yield
+    except EngineDied:
+        raise
     except Exception as error:
-        if hasattr(error, "__notes__"):
-            raise
-        about = tensors[0] if len(tensors) == 1 else f"{tensors[0]} to {tensors[-1]}, {len(tensors)} tensors"
-        error.add_note(f"The weight hand-off failed in phase {name!r}: {about}. An engine that holds half of the new weights stays paused; the run ends.")
+        if not hasattr(error, "__notes__"):
+            error.add_note(where(name, tensors))
         raise
 
 
@@ -312,17 +318,22 @@ def hand_over(weights: Weights, engine, *, version: int) -> int:
     A bucket is loaded while the next is on its way. The asynchronous loop does not wait for the last one either: new requests do, and raise what went wrong.
     """
     sent_bytes = 0
-    for bucket in buckets_of(weights, quantize=True):
+    try:
+        for bucket in buckets_of(weights, quantize=True):
+            if engine is not None:
+                if not sent_bytes:
+                    engine.begin_update()
+                engine.load(bucket, version=version)
+            sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
+            del bucket
         if engine is not None:
-            if not sent_bytes:
-                engine.begin_update()
-            engine.load(bucket, version=version)
-        sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
-        del bucket
-    if engine is not None:
-        engine.end_update(version)
-        if weights.broadcast_group is None:
-            engine.settle()
+            engine.end_update(version)
+            if weights.broadcast_group is None:
+                engine.settle()
+    except EngineDied as error:
+        if engine is not None:  # what it was given last is what it died of, whatever this rank has done since
+            error.add_note(where(*engine.last_phase))
+        raise
     return sent_bytes
 
 
