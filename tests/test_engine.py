@@ -129,9 +129,12 @@ def test_an_update_in_flight(exact, monkeypatch, reported):
     monkeypatch.setattr(engine_module, "REPORTS_VERSIONS", reported)
     engine, samples = exact.engine, [sample for prompt in exact.data.held_out[:8] for sample in rollout.copies(prompt, 2)]
     sampling = [{**one, "max_new_tokens": 150, "ignore_eos": True} for one in rollout.sampling_params(exact.data, exact.settings, samples)]
-    before = engine.version
-    running = asyncio.run_coroutine_threadsafe(engine.generate([sample.prompt_ids for sample in samples], sampling), engine.loop)
-    time.sleep(0.7)
+    before, prompts = engine.version, [sample.prompt_ids for sample in samples]
+    started = time.perf_counter()
+    engine.call(engine.generate(prompts, sampling))
+    undisturbed_s = time.perf_counter() - started
+    running = asyncio.run_coroutine_threadsafe(engine.generate(prompts, sampling), engine.loop)
+    time.sleep(undisturbed_s / 3)
     old_weights = [parameter.detach().clone() for parameter in exact.trainer.gpt.parameters()]
     with torch.no_grad():
         for parameter in exact.trainer.gpt.parameters():

@@ -29,7 +29,7 @@ def main() -> None:
     try:
         train_step.train_step(trainer, samples, LossSettings(), temperature=1.0, max_response_tokens=8)
     except RuntimeError as error:
-        print(f"rank {dist.get_rank()} raises: {error}", flush=True)
+        sys.stdout.write(f"rank {dist.get_rank()} raises: {error}\n")  # in one piece: print would write the end of the line apart, after the other rank's
 
 
 if __name__ == "__main__":
