@@ -6,19 +6,19 @@
 A turn of the policy that ends with "=" is a call, one that ends with </s> the answer. After the prompt "046+789=" the policy may go on
 
     who                the policy            the calculator    the policy
-    response_ids       + 0 4 6 + 7 8 9 =     5 3 8             5 3 8 </s>        46 + 789 = 835, lowest digit first as in toy/task.py
-    loss_mask          1 1 1 1 1 1 1 1 1     0 0 0             1 1 1 1
-    rollout_logprobs   as sampled            0 0 0             as sampled
+    response_ids       + 0 4 6 + 7 8 9 =     5 3 8 0           5 3 8 </s>        46 + 789 = 0835, lowest digit first as in toy/task.py
+    loss_mask          1 1 1 1 1 1 1 1 1     0 0 0 0           1 1 1 1
+    rollout_logprobs   as sampled            0 0 0 0           as sampled
 
 Tokens in, tokens out: a conversation is one list of ids that grows, and all of it is the prompt of the next turn. What the policy sampled is decoded to read
 a call, and never tokenized again: other tokens can have the same text, and nobody has sampled those. Only the calculator's text becomes tokens. For the trainer
-it is a Sample like any other. In 30 steps, about three minutes on one rank, the share of responses with a call goes from 0.60 to 0.99, and held-out accuracy
-from 0.50 to 0.80.
+it is a Sample like any other. In 30 steps, less than two minutes on one rank, the share of responses with a call goes from 0.52 to 0.99, and held-out accuracy
+from 0.44 to 0.89.
 
 What differs from loop_sync.py, otherwise line by line the same:
     converse()      in place of rollout.generate(); evaluate() and right_answer() go with it
     warm_start()    before the loop: the toy has never seen a call, so a trainer of its own learns from demonstrations, by the same train_step, and writes the
-                    folder that the loop starts from. The policy then calls in six cases of ten, and copies with errors.
+                    folder that the loop starts from. The policy then calls in half of the cases, and copies with errors.
     --lr            5e-5. A new optimizer's first step moves every weight by it, and 2e-4 would undo half of what the warm start has taught.
     flags           --dynamic-sampling and --reward are refused, as they generate and judge single turns; --prompts, as the calculator writes like the toy
 
@@ -60,7 +60,7 @@ CALL = re.compile(r"(\+[0-9]{1,9}){2,4}=")
 CALL_END = "="
 ERROR = "+"
 """What the calculator says to all else: the toy's alphabet has no words, and no number looks like it."""
-LONGEST_DEMONSTRATION = (2 * DIGITS + 3) + 2 * (DIGITS + 1) + 1  # call, result, the result repeated, </s>
+LONGEST_DEMONSTRATION = (2 * DIGITS + 3) + 2 * (DIGITS + 1) + 1  # call, result, answer, </s>
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ class ToolSettings:
 
     max_turns: int = 3
     """The policy speaks at most so many times; a call in its last turn gets no result."""
-    warm_steps: int = 500
+    warm_steps: int = 600
     """Optimizer steps on demonstrations before the loop; 0: none, --model knows how to call."""
-    warm_samples: int = 64
+    warm_samples: int = 16
     """Demonstrations in a step."""
-    warm_calls: float = 0.6
+    warm_calls: float = 0.5
     """Share of demonstrations that call the calculator; the others answer at once."""
     warm_lr: float = 1e-3
     """Learning rate of the first of these steps; it falls to 0."""
@@ -110,10 +110,13 @@ def check_tool_settings(settings: Settings) -> None:
 
 
 def calculator(call: str) -> str | None:
-    """The sum that a call asks for, lowest digit first; None if it is no such call. Nothing of it is evaluated: a pattern is matched, and numbers are added."""
+    """The sum that a call asks for, lowest digit first; None if it is no such call. Nothing of it is evaluated: a pattern is matched, and numbers are added.
+
+    It has at least four digits, so that what the policy repeats always stands four tokens back: with three or four, some seeds never learned to repeat it.
+    """
     if not CALL.fullmatch(call):
         return None
-    return str(sum(int(number) for number in call[1:-1].split("+")))[::-1]
+    return f"{sum(int(number) for number in call[1:-1].split('+')):0{DIGITS + 1}d}"[::-1]
 
 
 # --- conversations ----------------------------------------------------------------------------------------------------------------------------
@@ -203,7 +206,7 @@ def tool_metrics(samples: list[Sample]) -> dict[str, float]:
 
 
 def demonstration(prompt: Sample, data: Data, *, calls: bool) -> Sample:
-    """A conversation to learn from: the problem as a call, its result, the result repeated; or, without a call, the answer."""
+    """A conversation to learn from: the problem as a call, its result, the answer as it stands there; or the answer at once."""
     sample = begin(prompt)
 
     def policy_says(text: str) -> None:
