@@ -6,8 +6,10 @@
         files.json      size and CRC-32 of every file
 
 A checkpoint is written as step-000040.part and renamed when it is whole; only then older ones go. So a full disk, a kill or a lost machine leaves the one
-before intact. On several nodes runs/ must be a file system that all of them see. Nothing is pickled but by dist_checkpointing, and torch loads that with
-weights_only; random generators are base64 in JSON.
+before intact. On several nodes runs/ must be a file system that all of them see.
+
+A checkpoint from elsewhere runs no code: random generators are base64 in JSON, torch reads the tensors with weights_only, and the one file of
+dist_checkpointing that is unpickled otherwise, .metadata, is read here first by an unpickler that knows only the classes that belong there.
 
 What is restored: everything that the next step depends on. The engine is not saved: its weights come from the first hand-off, and what it samples follows
 from each request's own seed (rollout.sampling_params). Groups in flight, in the asynchronous loop, are saved with their answers where they are finished, and
@@ -18,6 +20,7 @@ import base64
 import dataclasses
 import json
 import os
+import pickle
 import shutil
 import zlib
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
@@ -75,27 +79,57 @@ def damage(folder: Path, *, share: int = 0, of: int = 1) -> str:
     return ""
 
 
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads .metadata, and refuses to import what is not part of one."""
+
+    allowed = {
+        "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata "
+        "TensorProperties _MEM_FORMAT_ENCODING",
+        "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData",
+        "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+        "torch.serialization": "_get_layout",
+        "torch": "Size bfloat16 float16 float32 float64 int32 int64 uint8 bool",
+    }
+
+    def find_class(self, module: str, name: str):
+        if name not in self.allowed.get(module, "").split():
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint")
+        return super().find_class(module, name)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint that is whole and safe to read. Raises BadInput."""
+    if wrong := damage(folder, share=int(os.environ["RANK"]), of=int(os.environ["WORLD_SIZE"])):
+        earlier = [other for other in checkpoints_of(folder.parent.parent) if other < folder]
+        older = next((f"; {other.name} before it is whole" for other in reversed(earlier) if not damage(other)), "")
+        raise BadInput(f"the checkpoint {folder} is damaged: {wrong}. Remove that folder to resume from the one before{older or ', which there is none'}")
+    with open(folder / "model" / ".metadata", "rb") as file:
+        try:
+            _MetadataUnpickler(file).load()
+        except Exception as error:  # an unpickler may raise anything, and all of it is about this file
+            raise BadInput(f"the checkpoint {folder} is not safe to read: model/.metadata: {error}. Use one that this program has written") from error
+    state = json.loads((folder / "state.json").read_text())
+    return Checkpoint(folder, state["step"], state)
+
+
 def find(settings, loop: str) -> Checkpoint:
     """The newest checkpoint of the run --name, checked. Raises BadInput where there is none, where it is damaged, or where the settings are of another run."""
     run_folder, settings = Path("runs") / settings.run.name, dataclasses.asdict(settings)
     folders = checkpoints_of(run_folder)
     if not folders:
         raise BadInput(f"{run_folder} holds no checkpoint to resume from: run with --save-every N first, or leave --resume out and choose another --name")
-    newest = folders[-1]
-    if wrong := damage(newest, share=int(os.environ["RANK"]), of=int(os.environ["WORLD_SIZE"])):
-        older = next((f"; {folder.name} before it is whole" for folder in reversed(folders[:-1]) if not damage(folder)), "")
-        raise BadInput(f"the checkpoint {newest} is damaged: {wrong}. Remove that folder to resume from the one before{older or ', which there is none'}")
-    state = json.loads((newest / "state.json").read_text())
+    newest = open_checkpoint(folders[-1])
+    state, folder = newest.state, newest.folder
     if state["loop"] != loop:
-        raise BadInput(f"{newest} is of loop_{state['loop']}.py: resume it with that loop")
+        raise BadInput(f"{folder} is of loop_{state['loop']}.py: resume it with that loop")
     for part, name in MUST_AGREE:
         then, now = (which.get(part, {}).get(name) for which in (state["settings"], settings))
         if then != now:
-            raise BadInput(f"--{name.replace('_', '-')} was {then!r} when {newest} was written, and is {now!r}: it must stay the same")
+            raise BadInput(f"--{name.replace('_', '-')} was {then!r} when {folder} was written, and is {now!r}: it must stay the same")
     ep = [s["train"]["ep"] for s in (state["settings"], settings)]
     if ep[0] != ep[1]:
-        raise BadInput(f"{newest} was written with --ep {ep[0]}: optimizer state of experts can only be read with the same, not with --ep {ep[1]}")
-    return Checkpoint(newest, state["step"], state)
+        raise BadInput(f"{folder} was written with --ep {ep[0]}: optimizer state of experts can only be read with the same, not with --ep {ep[1]}")
+    return newest
 
 
 # --- writing --------------------------------------------------------------------------------------------------------------------------------
@@ -147,6 +181,12 @@ def restore(checkpoint: Checkpoint | None, trainer) -> None:
     trainer.scheduler.load_state_dict(loaded["scheduler"])
     trainers = [state["generators"] for state in checkpoint.ranks if "generators" in state]
     set_generators(trainers[dist.get_rank() if dist.get_rank() < len(trainers) else 0])
+
+
+def restore_weights(checkpoint: Checkpoint, gpt) -> None:
+    """Fill a model alone, of whatever layout. Collective over its ranks."""
+    state = {"model": gpt.sharded_state_dict(metadata={"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)})}
+    gpt.load_state_dict(dist_checkpointing.load(state, str(checkpoint.folder / "model"), validate_access_integrity=False)["model"])
 
 
 def _sharded_state(trainer, *, is_loading: bool = False) -> dict:

@@ -12,11 +12,13 @@ What differs between SGLang 0.5.14 (torch 2.11) and 0.5.21 is told apart here an
 """
 
 import asyncio
+import contextlib
 import gc
 import importlib.util
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -30,7 +32,8 @@ from sglang.srt.entrypoints.engine import Engine as SGLangEngine
 from sglang.srt.managers import io_struct
 from sglang.srt.utils import MultiprocessingSerializer
 
-from run import Row, end_with_parent, main_module_hidden
+from record import Row
+from run import EngineDied, end_with_parent, main_module_hidden
 from weight_sync import pack, phase
 
 # 0.5.21 reports the weight versions of a response as spans. Where it does not, tokens are counted as they arrive.
@@ -44,12 +47,27 @@ def run_scheduler(*args, **kwargs) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its engine
     if not torch.cuda.is_available():
         cpu.patch_sglang()
+    _listen_on_loopback()
     _load_block_scales_of_llama()
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     gc.collect()
     gc.freeze()  # as in run.init_distributed: else all requests stand still for half a second now and then
     run_scheduler_process(*args, **kwargs)
+
+
+def _listen_on_loopback() -> None:
+    """torch's TCPStore, by which an engine's ranks find each other, listens on every interface of the machine; they are all on this one."""
+    rendezvous = sys.modules["torch.distributed.rendezvous"]  # the package has a function of the same name
+    stock = rendezvous.TCPStore
+
+    def store(host_name, port, *args, is_master=False, **kwargs):
+        if is_master and host_name == "127.0.0.1":
+            listener = socket.create_server((host_name, port))
+            kwargs["master_listen_fd"] = listener.detach()
+        return stock(host_name, port, *args, is_master=is_master, **kwargs)
+
+    rendezvous.TCPStore = store
 
 
 def _load_block_scales_of_llama() -> None:
@@ -81,11 +99,11 @@ class Engine(SGLangEngine):
     def _launch_detokenizer_subprocesses(cls, *args, **kwargs):
         return [], []  # tokens come back as tokens: there is nothing to detokenize, and a process less
 
-    def __init__(self, **server_args):
+    def __init__(self, answer_timeout_s: float = 3600.0, **server_args):
         logging.getLogger("sglang.srt.entrypoints.engine").addFilter(lambda record: "SIGQUIT handler" not in record.getMessage())  # not an error
         with main_module_hidden():
             super().__init__(weight_version="-1", **server_args)
-        self.version = -1
+        self.version, self.answer_timeout_s = -1, answer_timeout_s
         self.row = Row()
         self._requests, self._paused, self._released = 0, False, False
         self._last_part, self.last_phase = None, ("start", ["no weights yet"])
@@ -125,15 +143,25 @@ class Engine(SGLangEngine):
             await self._settled()  # an update that has begun is not waited for by its sender, but by whoever asks next
             request.extra_key = f"{self.version} {cache}"
             stream = self.tokenizer_manager.generate_request(request, None)
-            if not REPORTS_VERSIONS:
-                return await self._count_versions(stream, len(prompts_ids))
-            outputs = await anext(stream)
+            async with self._patience(f"{len(prompts_ids)} requests"):
+                if not REPORTS_VERSIONS:
+                    return await self._count_versions(stream, len(prompts_ids))
+                outputs = await anext(stream)
         finally:
             self._count_requests(-len(prompts_ids))
         for output in outputs:
             spans = output["meta_info"]["weight_versions"]
             output["weight_versions"] = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
         return outputs
+
+    @contextlib.asynccontextmanager
+    async def _patience(self, what: str):
+        """Raise EngineDied if this takes longer than an engine can need: one that hangs says nothing."""
+        try:
+            async with asyncio.timeout(self.answer_timeout_s):
+                yield
+        except TimeoutError as error:
+            raise EngineDied(f"the engine has not finished {what} within --answer-timeout-s {self.answer_timeout_s:g}; it hangs, or needs more time") from error
 
     async def _count_versions(self, stream, n: int) -> list[dict]:
         """Versions by arrival: replies come in order, so what arrives before an update's reply was sampled before that update."""
@@ -183,7 +211,8 @@ class Engine(SGLangEngine):
             if previous is not None:
                 await asyncio.wrap_future(previous)
             with phase(name, about):
-                await part()
+                async with self._patience(name):
+                    await part()
 
         self._last_part = asyncio.run_coroutine_threadsafe(after_previous(), self.loop)
 

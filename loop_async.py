@@ -28,6 +28,7 @@ import weight_sync
 from hf_names import read_config
 from in_flight import InFlightSettings
 from losses import LossSettings
+from record import Record, Stopwatch
 from reward import RewardSettings
 from rollout import RolloutSettings
 from run import RunSettings
@@ -62,14 +63,15 @@ def main() -> None:
     start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
     everyone = run.init_distributed(rollout_ranks)
-    record = run.Run(settings, "async", everyone, trains, resumed=resumed)
+    record = Record(settings, "async", everyone, trains, resumed=resumed)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
     record.say(weight_sync.describe(config, fp8))
     with_reference = settings.loss.kl_coef > 0
     trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed, with_reference=with_reference) if trains else None
     checkpoint.restore(resumed, trainer)
+    learner = None if settings.run.debug_rollout_only else trainer
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes, broadcast_group=everyone)
-    engine = None if trains else rollout.start_engine(model, settings.rollout, config, seed=seed)
+    engine = None if trains or settings.run.load_rollouts else rollout.start_engine(model, settings.rollout, config, seed=seed)
     judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges, settings.reward.judge_timeout_s)
     with engine or contextlib.nullcontext():
         weight_sync.sync_weights(weights, engine, version=start, check=True)
@@ -77,15 +79,15 @@ def main() -> None:
             record.log(record.log_eval(0, reward.evaluate(engine, data, settings.rollout, judge, everyone)))
         groups = in_flight.InFlight(engine, data, settings.rollout, settings.in_flight, settings.reward, judge, steps=steps, ranks=ranks)
         for step in range(start + 1, steps + 1):
-            watch = run.Stopwatch()
+            watch = Stopwatch()
             # The engines start new groups, and hand over finished ones. No trained token is older than the bound, or this raises.
-            samples, set_aside = rollout.without_marks(rollout.all_gather_samples(groups.next_step(version=step - 1), everyone))
+            samples, set_aside = rollout.without_marks(rollout.replay(record, step, rollout.all_gather_samples(groups.next_step(version=step - 1), everyone)))
             in_flight.check_staleness(samples, version=step - 1, max_staleness=settings.in_flight.max_staleness)
             wait_s = watch.lap("wait")
 
-            batch = train_step.score(trainer, samples, temperature=temperature)  # log-probs of trainer and reference
+            batch = train_step.score(learner, samples, settings.loss, temperature=temperature)  # log-probs of trainer and reference, where needed
             reward.compute_advantages(batch, settings.reward, settings.loss, max_response_tokens=max_response_tokens)
-            metrics = train_step.train_step(trainer, batch, settings.loss, temperature=temperature, max_response_tokens=max_response_tokens)
+            metrics = train_step.train_step(learner, batch, settings.loss, temperature=temperature, max_response_tokens=max_response_tokens)
             train_s = watch.lap("train")
 
             groups.drain()  # only if asked to; else requests in flight are paused while the weights change, and go on

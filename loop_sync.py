@@ -24,6 +24,7 @@ import train_step
 import weight_sync
 from hf_names import read_config
 from losses import LossSettings
+from record import Record, Stopwatch
 from reward import RewardSettings
 from rollout import RolloutSettings
 from run import RunSettings
@@ -56,14 +57,15 @@ def main() -> None:
     start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
     everyone = run.init_distributed()
-    record = run.Run(settings, "sync", everyone, resumed=resumed)
+    record = Record(settings, "sync", everyone, resumed=resumed)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
     record.say(weight_sync.describe(config, fp8))
     with_reference = settings.loss.kl_coef > 0
     trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed, with_reference=with_reference)
     checkpoint.restore(resumed, trainer)
+    learner = None if settings.run.debug_rollout_only else trainer
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
-    engine = rollout.start_engine(model, settings.rollout, config, seed=seed)
+    engine = None if settings.run.load_rollouts else rollout.start_engine(model, settings.rollout, config, seed=seed)
     judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges, settings.reward.judge_timeout_s)
     with engine or contextlib.nullcontext():
         weight_sync.sync_weights(weights, engine, version=start, check=True)
@@ -71,20 +73,20 @@ def main() -> None:
             record.log(record.log_eval(0, reward.evaluate(engine, data, settings.rollout, judge, everyone)))
         prompts = rollout.Prompts(data, settings.rollout, taken=rollout.taken_before(ranks, settings.rollout))
         for step in range(start + 1, steps + 1):
-            watch = run.Stopwatch()
+            watch = Stopwatch()
             n = settings.rollout.samples_per_prompt
             samples = rollout.generate(engine, prompts.take(rollout.step_share(settings.rollout)), data, settings.rollout, n=n)
             rollout_s = watch.lap("rollout")
 
             reward.compute_rewards(samples, judge)
             samples = reward.refill(samples, engine, prompts, data, settings.rollout, settings.reward, judge)  # with --dynamic-sampling
-            samples, set_aside = rollout.without_marks(rollout.all_gather_samples(samples, everyone))
+            samples, set_aside = rollout.without_marks(rollout.replay(record, step, rollout.all_gather_samples(samples, everyone)))
             reward_s = watch.lap("reward")
 
             rollout.release_memory(engine)  # on a GPU; the hand-off takes it back
-            batch = train_step.score(trainer, samples, temperature=temperature)  # log-probs of trainer and reference
+            batch = train_step.score(learner, samples, settings.loss, temperature=temperature)  # log-probs of trainer and reference, where needed
             reward.compute_advantages(batch, settings.reward, settings.loss, max_response_tokens=max_response_tokens)
-            metrics = train_step.train_step(trainer, batch, settings.loss, temperature=temperature, max_response_tokens=max_response_tokens)
+            metrics = train_step.train_step(learner, batch, settings.loss, temperature=temperature, max_response_tokens=max_response_tokens)
             train_s = watch.lap("train")
 
             sync_bytes = weight_sync.sync_weights(weights, engine, version=step, check=settings.run.check_sync or step == steps)

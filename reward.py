@@ -27,8 +27,9 @@ import math_judge
 from advantages import ADVANTAGES, Scores, overlong_penalty
 from engine import Engine
 from losses import KL_ESTIMATORS, LossSettings
+from record import Row
 from rollout import REPLACED, Data, Prompts, RolloutSettings, Sample, all_gather_samples, generate, marks, my_share
-from run import BadInput, Row
+from run import BadInput
 
 Reward = Callable[[Sample], float | Awaitable[float]]
 

@@ -19,7 +19,7 @@ import orjson
 import torch
 import torch.distributed as dist
 
-from run import BadInput, EngineDied, all_gather_bytes, check_installation, parse_overrides
+from run import BadInput, EngineDied, all_gather_bytes, check_installation, parse_overrides, rollouts_file
 
 check_installation()
 if not torch.cuda.is_available():
@@ -58,7 +58,7 @@ class Sample:
     """stop, length or abort; or what became of a sample that is not trained, DROPPED or REPLACED."""
     reward: float | None = None
     old_logprobs: Sequence[float] = field(default_factory=list)
-    """Per response token, by the trainer before it learns from the batch."""
+    """Per response token, by the trainer before it learns from the batch; empty where the batch has one update only, which starts from them."""
     ref_logprobs: Sequence[float] = field(default_factory=list)
     """Per response token, by the frozen reference, where there is one."""
     advantages: Sequence[float] = field(default_factory=list)
@@ -97,6 +97,8 @@ class RolloutSettings:
     """What the engine computes with: block-scaled FP8 weights and activations, or plain BF16 or FP32."""
     engine_tp: int = 1
     """Ranks that share one engine (SGLang tensor parallelism)."""
+    answer_timeout_s: float = 3600.0
+    """An engine that takes longer for a request or for a part of a hand-off counts as dead, and the run ends."""
     sglang: tuple[str, ...] = ()
     """Further ServerArgs fields, key=value; for instance mem_fraction_static=0.5."""
 
@@ -233,6 +235,8 @@ def check_rollout_settings(settings: RolloutSettings, config: dict, *, world_siz
         raise BadInput(f"--samples-per-prompt {settings.samples_per_prompt}: GRPO compares answers to one prompt and needs at least 2")
     if not 1 <= settings.max_response_tokens < config["max_position_embeddings"]:
         raise BadInput(f"--max-response-tokens {settings.max_response_tokens} must lie below the model's context, {config['max_position_embeddings']}")
+    if not settings.answer_timeout_s > 0:
+        raise BadInput(f"--answer-timeout-s {settings.answer_timeout_s} must be positive")
     if settings.eval_samples < 1:
         raise BadInput(f"--eval-samples {settings.eval_samples} must be at least 1")
     _server_overrides(settings)
@@ -267,7 +271,7 @@ def start_engine(model_folder: str, settings: RolloutSettings, config: dict, *, 
         arguments.update(cpu.SERVER_ARGS)
     if settings.rollout_dtype == "fp8":
         arguments["json_model_override_args"] = json.dumps({"quantization_config": fp8_config(config, engine_tp=settings.engine_tp)})
-    return Engine(**{**arguments, **_server_overrides(settings)})
+    return Engine(settings.answer_timeout_s, **{**arguments, **_server_overrides(settings)})
 
 
 # --- generation -------------------------------------------------------------------------------------------------------------------------------
@@ -351,7 +355,7 @@ def taken_before(ranks: list[dict] | None, settings: RolloutSettings) -> int:
     comes twice. 0 without a checkpoint."""
     if ranks is None or dist.get_rank() % settings.engine_tp:
         return 0
-    before = [state["prompts"] for state in ranks if state.get("prompts") is not None]
+    before = [state["prompts"] for state in ranks if state.get("prompts") is not None] or [0]
     engine, engines = dist.get_rank() // settings.engine_tp, dist.get_world_size() // settings.engine_tp
     return before[engine] if len(before) == engines else -(-max(before) * len(before) // engines)
 
@@ -376,3 +380,12 @@ def all_gather_samples(samples: list[Sample], group: dist.ProcessGroup) -> list[
     """Every rank's samples on every rank of the group, in rank order; as JSON lines in tensors of bytes, never pickled. Collective (gloo)."""
     gathered = all_gather_bytes(b"\n".join(sample.to_json() for sample in samples), group)
     return [Sample.from_json(line) for lines in gathered for line in lines.split(b"\n") if line]
+
+
+def replay(record, step: int, samples: list[Sample]) -> list[Sample]:
+    """A step's samples, of all ranks: given, and with --save-rollouts written; with --load-rollouts read in their place. record: record.Record."""
+    if record.settings.load_rollouts:
+        return [Sample.from_json(line) for line in rollouts_file(record.settings.load_rollouts, step).read_bytes().splitlines()]
+    if record.settings.save_rollouts and record.is_writer:
+        rollouts_file(record.folder / "rollouts", step).write_bytes(b"".join(sample.to_json() + b"\n" for sample in samples))
+    return samples

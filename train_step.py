@@ -214,6 +214,14 @@ def layers_in_last_stage(config: dict, pp: int) -> int | None:
     return None if layers % pp == 0 else layers - (pp - 1) * -(-layers // pp)
 
 
+def init_parallel(settings: TrainSettings, *, seed: int) -> None:
+    """Megatron's process groups and random generators, unless they are there. Collective."""
+    if not mpu.model_parallel_is_initialized():
+        experts = dict(expert_model_parallel_size=settings.ep, expert_tensor_parallel_size=expert_tp(settings))
+        mpu.initialize_model_parallel(settings.tp, settings.pp, context_parallel_size=settings.cp, **experts)
+        model_parallel_cuda_manual_seed(seed)
+
+
 def build_trainer(
     model_folder: str, settings: TrainSettings, config: dict, *, steps: int, seed: int, with_reference: bool = False, head=None
 ) -> Trainer:
@@ -221,10 +229,7 @@ def build_trainer(
 
     head(transformer_config) -> module that takes the place of the output layer, for a model that computes something else than logits, such as a critic.
     """
-    experts = dict(expert_model_parallel_size=settings.ep, expert_tensor_parallel_size=expert_tp(settings))
-    if not mpu.model_parallel_is_initialized():
-        mpu.initialize_model_parallel(settings.tp, settings.pp, context_parallel_size=settings.cp, **experts)
-        model_parallel_cuda_manual_seed(seed)
+    init_parallel(settings, seed=seed)
     gpt, layout, wrapped = load_model(model_folder, settings, config)
     if head is not None and gpt.post_process:
         gpt.output_layer = head(gpt.config)
@@ -330,17 +335,22 @@ def minibatches(trainer: Trainer, samples: list[Sample]) -> list[list[Sample]]:
     return [part for part in equal_parts(samples, trainer.settings.minibatches) if any(any(sample.loss_mask) for sample in part)]
 
 
-def score(trainer: Trainer | None, samples: list[Sample], *, temperature: float) -> list[Sample]:
+def score(trainer: Trainer | None, samples: list[Sample], settings: LossSettings | None = None, *, temperature: float) -> list[Sample]:
     """Set every sample's old_logprobs, and its ref_logprobs where there is a reference: a forward pass over the batch for each. Collective.
 
     Returns the samples; on ranks that do not train, none. The batch is packed as train_step packs it: the first ratio is then exactly 1.
+    settings: leave out old_logprobs where nothing needs them: a batch's only update starts from the very weights that they would be computed with.
     """
     if trainer is None:
         return []
+    needs_old = settings is None or trainer.settings.minibatches > 1 or (settings.kl_coef > 0 and settings.kl_in == "reward")
     device = next(trainer.gpt.parameters()).device
+    if not needs_old and trainer.reference is None:
+        return samples
     for part in equal_parts(samples, trainer.settings.minibatches):
         batches = local_microbatches(trainer, part)
-        give_to_samples(trainer, part, batches, compute_logprobs(trainer, batches, temperature=temperature), "old_logprobs")
+        if needs_old:
+            give_to_samples(trainer, part, batches, compute_logprobs(trainer, batches, temperature=temperature), "old_logprobs")
         if trainer.reference is not None:
             trainer.reference.to(device)
             logprobs = compute_logprobs(trainer, batches, temperature=temperature, model=trainer.reference)
@@ -353,14 +363,16 @@ def score(trainer: Trainer | None, samples: list[Sample], *, temperature: float)
 def backward(trainer: Trainer, samples: list[Sample], settings: LossSettings, *, temperature: float, max_response_tokens: int) -> dict[str, float]:
     """Gradient of the loss of these samples, into the trainer's buffers; returns sums over all their tokens, equal on every rank. Collective."""
     low, high = settings.clips
+    scored = any(len(sample.old_logprobs) for sample in samples)
 
     def loss_function(batch, logits_TV):
         logprobs_T, entropy_T = logprobs_of(trainer, batch, logits_TV, temperature)
         # What does not count is set to 0 before anything is computed from it: 0 times infinity is not 0.
         zero = batch.mask_T == 0
+        old_T = batch.old_logprobs_T if scored else logprobs_T.detach()
         logprobs_T, entropy_T, old_T, rollout_T, ref_T, advantages_T = (
             x_T.masked_fill(zero, 0)
-            for x_T in (logprobs_T, entropy_T, batch.old_logprobs_T, batch.rollout_logprobs_T, batch.ref_logprobs_T, batch.advantages_T)
+            for x_T in (logprobs_T, entropy_T, old_T, batch.rollout_logprobs_T, batch.ref_logprobs_T, batch.advantages_T)
         )
         clips = dict(clip_low=low, clip_high=high, dual_clip=settings.dual_clip)
         policy_T, ratio_T, clipped_T = POLICY_LOSSES[settings.policy_loss](logprobs_T, old_T, advantages_T, batch.sequences, **clips)
@@ -404,9 +416,9 @@ def train_step(
 ) -> dict[str, float]:
     """One optimizer step on each mini-batch of the global batch; returns metrics that are equal on every rank that trains, {} on others. Collective.
 
-    samples: with old_logprobs and advantages, and ref_logprobs where there is a reference. temperature: of the rollout; log-probs are those of the
-    distribution that was sampled from. Raises RuntimeError on every rank when no token counts, or when loss or gradient are not finite: a step that is
-    skipped in silence is a run that fails later. The weights are then those of before the step.
+    samples: with advantages, and what score() has set. temperature: of the rollout; log-probs are those of the distribution that was sampled from. Raises
+    RuntimeError on every rank when no token counts, or when loss or gradient are not finite: a step that is skipped in silence is a run that fails later. The
+    weights are then those of before the step.
     """
     if trainer is None:
         return {}

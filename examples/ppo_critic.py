@@ -43,6 +43,7 @@ import weight_sync
 from advantages import gae, overlong_penalty, whiten
 from hf_names import read_config
 from losses import LossSettings
+from record import Record, Stopwatch
 from reward import RewardSettings
 from rollout import RolloutSettings, Sample
 from run import BadInput, RunSettings
@@ -244,7 +245,7 @@ def main() -> None:
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
 
     everyone = run.init_distributed()
-    record = run.Run(settings, "ppo-critic", everyone)
+    record = Record(settings, "ppo-critic", everyone)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
     record.say(weight_sync.describe(config, fp8))
     with_reference = settings.loss.kl_coef > 0
@@ -259,7 +260,7 @@ def main() -> None:
         record.log(record.log_eval(0, reward.evaluate(engine, data, settings.rollout, judge, everyone)))
         prompts = rollout.Prompts(data, settings.rollout)
         for step in range(1, steps + 1):
-            watch = run.Stopwatch()
+            watch = Stopwatch()
             n = settings.rollout.samples_per_prompt
             samples = rollout.generate(engine, prompts.take(rollout.step_share(settings.rollout)), data, settings.rollout, n=n)
             rollout_s = watch.lap("rollout")
@@ -269,7 +270,7 @@ def main() -> None:
             reward_s = watch.lap("reward")
 
             rollout.release_memory(engine)  # on a GPU; the hand-off takes it back
-            batch = train_step.score(trainer, samples, temperature=temperature)  # log-probs of trainer and reference
+            batch = train_step.score(trainer, samples, settings.loss, temperature=temperature)  # log-probs of trainer and reference, where needed
             score_values(critic, batch)
             compute_advantages(batch, settings.critic, overlong_buffer=settings.reward.overlong_buffer, max_response_tokens=max_response_tokens)
             metrics = critic_step(critic, batch, settings.critic)

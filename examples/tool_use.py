@@ -48,6 +48,7 @@ import weight_sync
 from engine import Engine
 from hf_names import read_config
 from losses import LossSettings
+from record import Record, Stopwatch
 from reward import RewardSettings
 from rollout import Data, RolloutSettings, Sample
 from run import BadInput, RunSettings
@@ -220,7 +221,7 @@ def demonstration(prompt: Sample, data: Data, *, calls: bool) -> Sample:
     return sample
 
 
-def warm_start(record: run.Run, data: Data, settings: Settings, config: dict) -> str:
+def warm_start(record: Record, data: Data, settings: Settings, config: dict) -> str:
     """The Hugging Face folder of a policy that has learned from demonstrations. Collective.
 
     train_step is a supervised step where advantages are 1 at the tokens to learn and the ratio is 1, as it is right after score(): its gradient is then that of
@@ -263,7 +264,7 @@ def main() -> None:
     start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
     everyone = run.init_distributed()
-    record = run.Run(settings, "tool", everyone, resumed=resumed)
+    record = Record(settings, "tool", everyone, resumed=resumed)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
     record.say(weight_sync.describe(config, fp8))
     if settings.tools.warm_steps:
@@ -280,7 +281,7 @@ def main() -> None:
             record.log(record.log_eval(0, evaluate(engine, data, settings.rollout, judge, everyone, max_turns=max_turns)))
         prompts = rollout.Prompts(data, settings.rollout, taken=rollout.taken_before(ranks, settings.rollout))
         for step in range(start + 1, steps + 1):
-            watch = run.Stopwatch()
+            watch = Stopwatch()
             n = settings.rollout.samples_per_prompt
             samples = converse(engine, prompts.take(rollout.step_share(settings.rollout)), data, settings.rollout, max_turns=max_turns, n=n)
             rollout_s = watch.lap("rollout")
@@ -290,7 +291,7 @@ def main() -> None:
             reward_s = watch.lap("reward")
 
             rollout.release_memory(engine)  # on a GPU; the hand-off takes it back
-            batch = train_step.score(trainer, samples, temperature=temperature)  # log-probs of trainer and reference
+            batch = train_step.score(trainer, samples, settings.loss, temperature=temperature)  # log-probs of trainer and reference, where needed
             reward.compute_advantages(batch, settings.reward, settings.loss, max_response_tokens=max_response_tokens)
             metrics = train_step.train_step(trainer, batch, settings.loss, temperature=temperature, max_response_tokens=max_response_tokens)
             train_s = watch.lap("train")

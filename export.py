@@ -1,0 +1,71 @@
+"""A checkpoint -> Hugging Face folders, in BF16 or block FP8, that transformers or SGLang loads.
+
+    torchrun export.py --checkpoint runs/NAME                                               its newest checkpoint, in BF16
+    torchrun export.py --checkpoint runs/NAME/checkpoints/step-000040 --dtype bf16 fp8
+    torchrun --nproc-per-node 8 export.py --checkpoint runs/NAME --tp 8                     a model that one rank does not hold
+
+The layout is this command's own: any layout reads what any other has written. Only weights are read, no optimizer state.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import rollout  # noqa: F401  first: on a machine without a GPU it prepares the imports that follow
+import torch.distributed as dist
+
+import checkpoint
+import hf_folder
+import run
+import train_step
+from hf_names import read_config
+from losses import LossSettings
+from run import BadInput
+from train_step import TrainSettings
+from weight_sync import Weights
+
+BUCKET_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    checkpoint: str
+    """A checkpoint's folder, or a run's, of which the newest is taken."""
+    dtype: tuple[str, ...] = ("bf16",)
+    """bf16, fp8, or both."""
+    out: str = ""
+    """The folders are OUT-bf16 and OUT-fp8; empty: runs/NAME/step-000040-bf16 and so on."""
+    model: str = ""
+    """Hugging Face folder that config and tokenizer are copied from; empty: the run's --model."""
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+
+
+def main() -> None:
+    settings = run.command_line(ExportSettings)
+    if not settings.dtype or set(settings.dtype) - {"bf16", "fp8"}:
+        raise BadInput(f"--dtype {' '.join(settings.dtype)!r} must be bf16, fp8, or both")
+    folder = Path(settings.checkpoint)
+    saved = checkpoint.open_checkpoint(next(reversed(checkpoint.checkpoints_of(folder)), folder))
+    model = settings.model or saved.state["settings"]["run"]["model"]
+    config = read_config(model)
+    train = TrainSettings(train_dtype=saved.state["settings"]["train"]["train_dtype"], tp=settings.tp, pp=settings.pp, ep=settings.ep)
+    train_step.check_train_settings(train, LossSettings(), config, world_size=int(os.environ["WORLD_SIZE"]), steps=1, longest=1)
+    out = Path(settings.out or saved.folder.parent.parent / saved.folder.name)
+
+    run.init_distributed()
+    train_step.init_parallel(train, seed=1)
+    gpt, layout, _ = train_step.load_model(model, train, config)
+    checkpoint.restore_weights(saved, gpt)
+    weights = Weights(SimpleNamespace(gpt=gpt, layout=layout), config, frozenset(), BUCKET_BYTES)
+    for dtype in settings.dtype:
+        target = out.with_name(f"{out.name}-{dtype}")
+        hf_folder.export_hf(weights, target, source=model, dtype=dtype)
+        if dist.get_rank() == 0:
+            print(f"step {saved.step} in {dtype}: {target}", flush=True)
+
+
+if __name__ == "__main__":
+    run.run_main(main)

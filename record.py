@@ -1,0 +1,209 @@
+"""The record of a run: its folder, its metrics and timeline, and the progress bar.
+
+    runs/NAME/settings.json    every setting as resolved, versions and the command line
+    runs/NAME/metrics.jsonl    one object a step; README.md explains each key
+    runs/NAME/samples.jsonl    a few generated answers of every evaluation, with their rewards
+    runs/NAME/trace.json       what every rank did when, in Chrome's trace format: open it at ui.perfetto.dev
+    runs/NAME/rollouts/        with --save-rollouts: every sample of every step, what --load-rollouts reads
+    runs/NAME/profile/         with --profile: PyTorch's profile of chosen steps
+    runs/NAME/checkpoints/     what --resume goes on from; see checkpoint.py
+    runs/NAME/model-bf16/      the trained weights as a Hugging Face folder
+
+Only global rank 0 writes. Lines are flushed as they are written, so that whatever ends a run, the record up to then is there.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import run
+from run import BadInput, all_gather_bytes, broadcast_bytes
+
+ROWS = ("trainer", "engine", "judge")  # of each rank's part of the timeline
+
+
+class Stopwatch:
+    """Seconds between calls of lap(), which are also kept as spans of the timeline: (stage, from, to), in seconds since the epoch."""
+
+    def __init__(self):
+        self.started = self.last = time.time()
+        self.spans: list[tuple[str, float, float]] = []
+
+    def lap(self, stage: str) -> float:
+        previous, self.last = self.last, time.time()
+        self.spans.append((stage, previous, self.last))
+        return self.last - previous
+
+
+class Row:
+    """What a part of this rank does when, as spans of the timeline; any thread may mark a change."""
+
+    def __init__(self):
+        self._lock, self._spans, self._activity, self._since = threading.Lock(), [], "wait", time.time()
+
+    def mark(self, activity: str) -> None:
+        """From now on it does this."""
+        if activity != self._activity:
+            with self._lock:
+                self._close()
+                self._activity = activity
+
+    def take(self) -> list[tuple[str, float, float]]:
+        """(activity, from, to), in seconds since the epoch, since the last call and up to now."""
+        with self._lock:
+            self._close()
+            spans, self._spans = self._spans, []
+        return spans
+
+    def _close(self) -> None:
+        now = time.time()
+        short_wait = self._activity == "wait" and now - self._since < 1e-4  # hundreds of answers, judged in microseconds each, are one span
+        if self._spans and (short_wait or self._spans[-1][0] == self._activity):
+            activity, start, _ = self._spans.pop()
+            self._spans.append((activity, start, now))
+        else:
+            self._spans.append((self._activity, self._since, now))
+        self._since = now
+
+
+FILES = {"metrics": "metrics.jsonl", "samples": "samples.jsonl", "trace": "trace.json"}
+
+
+class Record:
+    """The run folder and the progress bar. group: all ranks of the run; its rank 0, a trainer, is the one that writes. trains: whether this rank does.
+
+    resumed: the checkpoint.Checkpoint that the run goes on from: what was written after it is cut off.
+    """
+
+    def __init__(self, settings, loop: str, group: dist.ProcessGroup, trains: bool = True, resumed=None):
+        self.group, self.loop, self.trains, self.is_writer = group, loop, trains, group.rank() == 0
+        name = settings.run.name or f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path("runs") / broadcast_bytes(name.encode(), group).decode()
+        self.started, self.accuracy, self.settings, self.profiler, self.boards = time.time(), [], settings.run, None, []
+        self.stopping = False
+        """Whether a rank has been told to stop: the same on all ranks, from the end of a step on."""
+        if not self.is_writer:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.files = {name: open(self.folder / file, "a" if resumed else "w", buffering=1) for name, file in FILES.items()}
+            if resumed:
+                self.started = resumed.state["record"]["started"]
+                for name, file in self.files.items():
+                    file.truncate(resumed.state["record"][name])
+                rows = map(json.loads, (self.folder / FILES["metrics"]).read_text().splitlines())
+                self.accuracy = [row["held_out"] for row in rows if "held_out" in row]
+            else:
+                names = [{"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}} for rank in range(group.size())]
+                names += [{"name": "thread_name", "ph": "M", "pid": n["pid"], "tid": i, "args": {"name": row}} for n in names for i, row in enumerate(ROWS)]
+                self.files["trace"].write("[" + ",\n".join(map(json.dumps, names)))
+            if settings.run.save_rollouts:
+                (self.folder / "rollouts").mkdir(exist_ok=True)
+            versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "sglang", "transformers")}
+            record = {"command": sys.argv, "world_size": group.size(), "versions": versions, **dataclasses.asdict(settings)}
+            (self.folder / "settings.json").write_text(json.dumps(record, indent=2) + "\n")
+        except OSError as error:
+            raise BadInput(f"the run folder {self.folder} cannot be written ({error.strerror}): run where you may write, or choose --name") from error
+        if settings.run.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(self.folder / "tensorboard", purge_step=resumed.step + 1 if resumed else None)
+            self.boards.append(lambda metrics: [board.add_scalar(key, value, metrics["step"]) for key, value in metrics.items()] and board.flush())
+        if settings.run.wandb:
+            import wandb
+
+            wandb_run = wandb.init(project=settings.run.wandb, name=self.folder.name, id=self.folder.name, resume="allow", dir=self.folder, config=record)
+            self.boards.append(lambda metrics: wandb_run.log(metrics, step=metrics["step"]))
+        self.bar = tqdm(total=settings.run.steps, initial=resumed.step if resumed else 0, unit="step", dynamic_ncols=True)
+
+    def positions(self) -> dict[str, float]:
+        """Where the files of the record stand, for a checkpoint."""
+        return {"started": self.started, **{name: os.fstat(file.fileno()).st_size for name, file in self.files.items()}}
+
+    def say(self, text: str) -> None:
+        """One line above the progress bar."""
+        if self.is_writer:
+            self.bar.write(text, file=sys.stderr)
+
+    def profile(self, step: int) -> None:
+        """At the end of a step: with --profile, write this rank's profile of it, and begin that of the next."""
+        if self.profiler:
+            self.profiler.stop()
+            (self.folder / "profile").mkdir(exist_ok=True)
+            self.profiler.export_chrome_trace(str(self.folder / "profile" / f"step-{step}-rank-{self.group.rank()}.json"))
+        self.profiler = torch.profiler.profile() if step + 1 in self.settings.profile else None
+        if self.profiler:
+            self.profiler.start()
+
+    def log(self, metrics: dict) -> None:
+        """One line of metrics.jsonl; the bar shows the reward and where the step's time went."""
+        self.profile(metrics["step"])
+        if not self.is_writer:
+            return
+        for board in self.boards:
+            board({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
+        self.files["metrics"].write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in metrics.items()}) + "\n")
+        if "reward" in metrics:
+            stages = "  ".join(f"{stage} {metrics[f'{stage}_s']:.2f} s" for stage in ("rollout", "wait", "train", "sync") if f"{stage}_s" in metrics)
+            self.bar.set_postfix_str(f"reward {metrics['reward']:.2f}  {stages}", refresh=False)
+            self.bar.update()
+
+    def trace(self, watch: Stopwatch, engine, judge) -> dict[str, float]:
+        """Add every rank's step to trace.json; returns the step's seconds and the shares of it that trainers and engines wait. Collective: the step's end.
+
+        watch: of the step. engine: None on ranks without one. A trainer waits while it neither trains nor hands over weights, for the last rank at the
+        step's end too; an engine waits while it generates nothing. Clocks of several machines are taken as they are.
+        """
+        rows = {"trainer": watch.spans, "stop": run.told_to_stop.is_set()} if self.trains else {"stop": run.told_to_stop.is_set()}
+        rows |= {"engine": engine.row.take(), "judge": judge.row.take()} if engine else {}
+        ranks = [json.loads(row) for row in all_gather_bytes(json.dumps(rows).encode(), self.group)]
+        self.stopping = any([rank.pop("stop") for rank in ranks])
+        if not self.is_writer:
+            return {}
+        for rank, rows in enumerate(ranks):
+            for row, spans in rows.items():
+                for stage, start, end in spans:
+                    times = {"ts": round((start - self.started) * 1e6), "dur": round((end - start) * 1e6)}  # microseconds
+                    self.files["trace"].write(",\n" + json.dumps({"name": stage, "ph": "X", **times, "pid": rank, "tid": ROWS.index(row)}))
+
+        def waiting(row: str, busy: tuple[str, ...]) -> float:
+            rows = [rank[row] for rank in ranks if row in rank]
+            busy_s = sum(max(min(end, ended) - max(start, watch.started), 0) for spans in rows for stage, start, end in spans if stage in busy)
+            return 1 - busy_s / len(rows) / step_s if rows else 1.0
+
+        ended = time.time()
+        step_s = ended - watch.started
+        return {"step_s": step_s, "trainer_wait": waiting("trainer", ("train", "sync")), "engine_wait": waiting("engine", ("rollout",))}
+
+    def log_eval(self, step: int, samples: list) -> dict:
+        """The held-out accuracy on the console and as a metric, the first answers in samples.jsonl; {} where there are no samples."""
+        if not samples:
+            return {"step": step}
+        scores = [sample.reward or 0.0 for sample in samples]
+        self.accuracy.append(sum(scores) / len(scores))
+        self.say(f"step {step:4d}  held-out accuracy {self.accuracy[-1]:.3f} on {len(samples)} prompts")
+        for sample in samples[:8] if self.is_writer else ():
+            row = {"step": step, "prompt": sample.prompt, "response": sample.response, "label": sample.label, "reward": sample.reward}
+            self.files["samples"].write(json.dumps(row, ensure_ascii=False) + "\n")
+        return {"step": step, "held_out": self.accuracy[-1]}
+
+    def finish(self) -> None:
+        """The last line: what was learned, and where the record is; or how to go on."""
+        if not self.is_writer:
+            return
+        self.bar.close()
+        if self.stopping:
+            print(f"stopped after step {self.bar.n}, as asked by SIGTERM: go on with --name {self.folder.name} --resume", flush=True)
+            return
+        self.files["trace"].write("]\n")
+        learned = f"held-out accuracy {self.accuracy[0]:.3f} -> {self.accuracy[-1]:.3f}" if self.accuracy else "no held-out prompts to judge by"
+        print(f"{learned} in {self.bar.total} steps, {time.time() - self.started:.0f} s; metrics, samples and weights are in {self.folder}", flush=True)
