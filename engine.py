@@ -161,7 +161,8 @@ class Engine(SGLangEngine):
             async with asyncio.timeout(self.answer_timeout_s):
                 yield
         except TimeoutError as error:
-            raise EngineDied(f"the engine has not finished {what} within --answer-timeout-s {self.answer_timeout_s:g}; it hangs, or needs more time") from error
+            rule = f"within --answer-timeout-s {self.answer_timeout_s:g}"
+            raise EngineDied(f"rank {os.environ['RANK']}: the engine has not finished {what} {rule}: it hangs, or needs more time") from error
 
     async def _count_versions(self, stream, n: int) -> list[dict]:
         """Versions by arrival: replies come in order, so what arrives before an update's reply was sampled before that update."""

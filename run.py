@@ -1,6 +1,7 @@
 """What every run needs and no stage owns: settings from the command line, process groups, and a clean end."""
 
 import contextlib
+import ctypes
 import difflib
 import gc
 import importlib.metadata
@@ -227,6 +228,7 @@ def run_main(main: Callable[[], None]) -> None:
     """
     signal.signal(signal.SIGQUIT, _engine_child_died)
     signal.signal(signal.SIGTERM, lambda signum, frame: told_to_stop.set())  # at the end of the step: a checkpoint, and exit code 0
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: should torchrun be killed, nobody else would end this rank
     try:
         main()
         dist.destroy_process_group()

@@ -5,6 +5,7 @@ Not covered: GPUs, several nodes, experts spread over other numbers of ranks (re
 
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -12,7 +13,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, metrics_of, torchrun
+from megatron.core import dist_checkpointing
 
 import checkpoint
 from loop_sync import Settings
@@ -27,9 +30,10 @@ def without_times(rows: list[dict]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Nine steps on one rank, with checkpoints of 3, 6 and 9."""
+    """Nine steps on one rank, with checkpoints of 3, 6 and 9, every sample on disk, and the weights exported at the end."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    torchrun(ROOT / "loop_sync.py", *QUICK, "--steps", "9", "--save-every", "3", "--keep", "3", "--name", "run", ranks=1, cwd=folder)
+    flags = ["bf16", "fp8", "--steps", "9", "--save-every", "3", "--keep", "3", "--save-rollouts", "--name", "run"]
+    torchrun(ROOT / "loop_sync.py", *QUICK, *flags, ranks=1, cwd=folder)
     return folder / "runs" / "run"
 
 
@@ -47,6 +51,77 @@ def test_a_resumed_run_writes_the_same_metrics_digit_for_digit(undisturbed, stop
     assert without_times(metrics_of(stopped)) == without_times(metrics_of(undisturbed))
     assert (stopped / "samples.jsonl").read_text() == (undisturbed / "samples.jsonl").read_text()
     json.loads((stopped / "trace.json").read_text())
+
+
+@pytest.mark.parametrize("script, ranks", [("loop_sync.py", 1), ("loop_async.py", 2)])
+def test_training_on_a_dump_of_rollouts_writes_the_same_metrics_digit_for_digit(undisturbed, tmp_path, script, ranks):
+    flags = [*QUICK, "--steps", "9", "--name", "again", "--load-rollouts", str(undisturbed / "rollouts")]
+    torchrun(ROOT / script, *flags, ranks=ranks, cwd=tmp_path)
+    of_generation = {"held_out", "sync_bytes"}
+    again, first = ([{key: row[key] for key in row.keys() - of_generation} for row in without_times(metrics_of(run))] for run in (
+        tmp_path / "runs" / "again", undisturbed))  # fmt: skip
+    assert again == first and len(again) == 10
+
+
+def test_a_checkpoint_is_exported_at_another_layout(undisturbed, tmp_path):
+    torchrun(ROOT / "export.py", "--checkpoint", undisturbed, "--dtype", "bf16", "fp8", "--tp", "2", "--out", tmp_path / "out", ranks=2)
+    for dtype in ("bf16", "fp8"):
+        theirs, ours = undisturbed / f"model-{dtype}", tmp_path / f"out-{dtype}"
+        assert {path.name: path.read_bytes() for path in theirs.iterdir()} == {path.name: path.read_bytes() for path in ours.iterdir()}
+    done = torchrun(ROOT / "export.py", "--checkpoint", tmp_path, ranks=1, check=False)
+    assert done.returncode != 0 and f"error: the checkpoint {tmp_path} is damaged: files.json cannot be read" in done.stderr
+
+
+def test_the_asynchronous_loop_loses_and_repeats_no_prompt(tmp_path):
+    """Killed after a checkpoint with groups in flight, it trains each of them once; its samples are others, as they depend on when updates arrive."""
+    flags = [*QUICK, "--max-staleness", "2", "--steps", "9", "--name", "run"]
+
+    def steps(part: str, *more: str) -> list[dict]:
+        (tmp_path / part).mkdir()
+        torchrun(ROOT / "tests/workers/async_run.py", tmp_path / part, "none", *flags, *more, ranks=2, cwd=tmp_path)
+        return json.loads((tmp_path / part / "rank-0.json").read_text())["steps"]
+
+    before = steps("before", "--save-every", "5")[:5]
+    rows = metrics_of(tmp_path / "runs" / "run")[:6]
+    after = steps("after", "--resume")
+    assert [step["version"] for step in before + after] == list(range(9))
+    trained = [tuple(name) for step in before + after for name in step["trained"]]
+    assert sorted(trained) == [(group, index) for group in range(9 * 4) for index in range(8)]
+    assert metrics_of(tmp_path / "runs" / "run")[:6] == rows and max(row.get("staleness_max", 0) for row in metrics_of(tmp_path / "runs" / "run")) <= 2
+
+
+class Runs:
+    """Pickled, it is a call of os.mkdir: what a hostile file would make of whoever loads it."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_a_hostile_checkpoint_runs_no_code(stopped, tmp_path, monkeypatch):
+    saved, trap = stopped / "checkpoints" / "step-000006", tmp_path / "trap"
+
+    def plant(name: str) -> None:
+        path = saved / "model" / name
+        path.write_bytes(pickle.dumps(Runs(trap)) if name == ".metadata" else b"")
+        if name == "common.pt":
+            torch.save({"x": Runs(trap)}, path)
+        files = json.loads((saved / "files.json").read_text())
+        files[f"model/{name}"] = (path.stat().st_size, checkpoint._crc(path))
+        (saved / "files.json").write_text(json.dumps(files))
+
+    plant("common.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        dist_checkpointing.load_common_state_dict(str(saved / "model"))
+    plant(".metadata")
+    monkeypatch.setattr(checkpoint, "MUST_AGREE", ())
+    with pytest.raises(BadInput, match="not safe to read: model/.metadata: it names posix.mkdir, which is no part of a checkpoint"):
+        find(stopped, monkeypatch)
+    assert not trap.exists()
+    pickle.loads(pickle.dumps(Runs(trap)))
+    assert trap.exists()  # it would have
 
 
 def test_keep_removes_the_oldest(undisturbed):
@@ -117,6 +192,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(stopped, tmp_path):
 def test_told_to_stop_it_saves_and_ends_well(start_loop, tmp_path, script, flags):
     """SIGTERM to the ranks, as a scheduler sends it before preemption; the asynchronous loop has groups in flight then."""
     started = start_loop(script, *QUICK, *flags, rows=3)
+    listening = [c.laddr.ip for process in started.family for c in process.net_connections() if c.status == "LISTEN"]
+    assert set(listening) == {"127.0.0.1"}  # nobody outside this machine can reach a rank or an engine; torchrun's own store is not ours
     for rank in range(2):
         started.rank(rank).send_signal(signal.SIGTERM)
     assert started.end(60) == 0

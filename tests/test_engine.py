@@ -6,6 +6,7 @@ tensor parallelism.
 
 import asyncio
 import time
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -86,6 +87,16 @@ def test_responses_end_where_they_should(exact):
     cut = exact.generate(max_response_tokens=2)
     assert all(len(sample.response_ids) == 2 and sample.finish_reason == "length" for sample in cut)
     assert all(len(s.rollout_logprobs) == len(s.loss_mask) == len(s.weight_versions) == len(s.response_ids) for s in whole + cut)
+
+
+def test_a_prompt_may_fill_the_context_up_to_the_answer(exact):
+    """The longest prompt that read_prompts lets pass, and an answer that is never done: the two fill the context to its last token."""
+    context, answer = exact.config["max_position_embeddings"], exact.settings.max_response_tokens
+    samples = [replace(exact.data.held_out[0], prompt_ids=[3 + i % 10 for i in range(context - answer)])]
+    sampling = [{**one, "ignore_eos": True} for one in rollout.sampling_params(exact.data, exact.settings, samples)]
+    rollout.fill(samples, exact.engine.call(exact.engine.generate([samples[0].prompt_ids], sampling)), exact.data)
+    assert len(samples[0].response_ids) == answer and samples[0].finish_reason == "length"
+    assert exact.differences(samples).max() < 1e-4
 
 
 def test_the_toy_starts_undecided(exact):

@@ -152,3 +152,11 @@ def test_a_dying_engine_ends_the_job(start_loop):
     started.engine().kill()
     assert started.end(60) != 0
     assert "rank 1: a process of the SGLang engine died" in started.text()
+
+
+def test_an_engine_that_hangs_ends_the_job(start_loop):
+    """A stopped process is one that never answers, and never dies either."""
+    started = start_loop("loop_async.py", *QUICK, *LONG, "--answer-timeout-s", "10", rows=4)
+    started.engine().suspend()
+    assert started.end(60) != 0
+    assert "rank 1: the engine has not finished" in started.text() and "within --answer-timeout-s 10" in started.text()

@@ -17,6 +17,7 @@ from conftest import ROOT, metrics_of, torchrun, write_model
 from safetensors.torch import load_file, save_file
 
 import run
+from checkpoint import checkpoints_of
 from toy.task import problems
 
 QUICK = ["--steps", "2", "--eval-every", "2", "--eval-samples", "16", "--prompts-per-step", "4", "--samples-per-prompt", "4"]
@@ -179,6 +180,22 @@ def test_a_dying_engine_ends_the_run_with_its_error(start_loop):
     assert "a process of the SGLang engine died" in started.text()
     rows = started.metrics.read_text()
     assert rows.startswith(before) and [json.loads(line)["step"] for line in rows.splitlines()] == list(range(len(rows.splitlines())))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killing_a_rank_ends_the_job_and_names_it(start_loop, rank):
+    started = start_loop("loop_sync.py", *LONG, rows=3)
+    started.rank(rank).kill()
+    assert started.end(60) != 0
+    assert f"rank      : {rank} (local_rank: {rank})\n  exitcode  : -9" in started.text().split("Root Cause")[1]
+
+
+def test_killing_torchrun_leaves_a_checkpoint_and_no_rank(start_loop):
+    started = start_loop("loop_sync.py", *LONG, rows=3)
+    started.process.kill()
+    assert started.end(60) == -9  # end() also waits for the ranks and engines
+    (saved,) = checkpoints_of(started.metrics.parent)
+    assert saved.name == f"step-{metrics_of(started.metrics.parent)[-1]['step']:06d}"
 
 
 def test_ctrl_c_ends_every_process(start_loop):

@@ -119,6 +119,27 @@ def test_a_loss_or_gradient_that_is_not_finite_names_the_sample(trainer, changes
     assert all(torch.equal(parameter, old) for parameter, old in zip(trainer.gpt.parameters(), before))
 
 
+def test_an_empty_response_changes_nothing(trainer):
+    """An engine that gives up at once returns no token; such a sample has nothing to learn from, and is in nobody's way."""
+    empty = sample(1, response_ids=[], rollout_logprobs=[], loss_mask=[], advantages=[])
+    metrics = step(trainer, [sample(0), empty])
+    assert metrics["tokens"] == 2 and all(np.isfinite(value) for value in metrics.values())
+    with pytest.raises(RuntimeError, match="none of the 1 samples"):
+        step(trainer, [empty])
+
+
+def test_the_only_update_of_a_batch_needs_no_old_logprobs(fresh_megatron, models):
+    """Without a pass of their own, old log-probs are the update's: the step is the same to the bit."""
+    steps = []
+    for settings in (None, LossSettings()):
+        trainer = train_step.build_trainer(str(models["llama"]), TrainSettings(train_dtype="fp32"), read_config(models["llama"]), steps=9, seed=1)
+        batch = train_step.score(trainer, [sample(0), sample(1, advantages=[-1.0, 0.5])], settings, temperature=1.0)
+        assert [len(one.old_logprobs) for one in batch] == ([2, 2] if settings is None else [0, 0])
+        metrics = train_step.train_step(trainer, batch, LossSettings(), temperature=1.0, max_response_tokens=8)
+        steps.append((metrics, [parameter.clone() for parameter in trainer.gpt.parameters()]))
+    assert steps[0][0] == steps[1][0] and all(map(torch.equal, steps[0][1], steps[1][1]))
+
+
 def test_what_does_not_count_cannot_spoil_the_batch(trainer):
     spoiled = sample(1, rollout_logprobs=[float("nan"), -1.0], advantages=[float("inf"), 1.0], loss_mask=[0, 1])
     metrics = step(trainer, [sample(0), spoiled], kl_coef=0.0)
