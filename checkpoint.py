@@ -77,7 +77,7 @@ def damage(folder: Path, *, share: int = 0, of: int = 1) -> str:
 
 def find(settings, loop: str) -> Checkpoint:
     """The newest checkpoint of the run --name, checked. Raises BadInput where there is none, where it is damaged, or where the settings are of another run."""
-    run_folder, settings = Path("runs") / settings.run.name, dataclasses.asdict(settings)
+    run_folder, settings = Path("runs") / settings.run.name, json.loads(json.dumps(dataclasses.asdict(settings)))  # lists for tuples, as in the file
     folders = checkpoints_of(run_folder)
     if not folders:
         raise BadInput(f"{run_folder} holds no checkpoint to resume from: run with --save-every N first, or leave --resume out and choose another --name")

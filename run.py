@@ -10,6 +10,7 @@
 Only global rank 0 writes. Lines are flushed as they are written, so that whatever ends a run, the record up to then is there.
 """
 
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -328,17 +329,22 @@ class Run:
         step_s = ended - watch.started
         return {"step_s": step_s, "trainer_wait": waiting("trainer", ("train", "sync")), "engine_wait": waiting("engine", ("rollout",))}
 
-    def log_eval(self, step: int, samples: list) -> dict:
-        """The held-out accuracy on the console and as a metric, the first answers in samples.jsonl; {} where there are no samples."""
+    def log_eval(self, step: int, samples: list, metrics: dict) -> dict:
+        """An evaluation's metrics on the console and as metrics of the step, the first answers from each held-out set in samples.jsonl."""
         if not samples:
             return {"step": step}
-        scores = [sample.reward or 0.0 for sample in samples]
-        self.accuracy.append(sum(scores) / len(scores))
-        self.say(f"step {step:4d}  held-out accuracy {self.accuracy[-1]:.3f} on {len(samples)} prompts")
-        for sample in samples[:8] if self.is_writer else ():
-            row = {"step": step, "prompt": sample.prompt, "response": sample.response, "label": sample.label, "reward": sample.reward}
-            self.files["samples"].write(json.dumps(row, ensure_ascii=False) + "\n")
-        return {"step": step, "held_out": self.accuracy[-1]}
+        self.accuracy.append(metrics["held_out"])
+        more = "".join(f"  {key.removeprefix('held_out/')} {value:.3f}" for key, value in metrics.items() if key != "held_out")
+        prompts = len({sample.group for sample in samples})
+        self.say(f"step {step:4d}  held-out accuracy {self.accuracy[-1]:.3f} on {prompts} prompts{more}")
+        shown = collections.Counter()
+        for sample in samples if self.is_writer else ():
+            source = sample.metadata.get("source", "")
+            shown[source] += 1
+            if shown[source] <= 8:
+                row = {"prompt": sample.prompt, "response": sample.response, "label": sample.label, "reward": sample.reward, "source": source}
+                self.files["samples"].write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        return {"step": step, **metrics}
 
     def finish(self) -> None:
         """The last line: what was learned, and where the record is; or how to go on."""
