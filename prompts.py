@@ -321,16 +321,13 @@ def load_data(model_folder: str, settings: DataSettings, config: dict, *, seed: 
         streams, longest = [*streams, stream], max(longest, length)
     if with_weight := [given for given in settings.eval_prompts if given not in weighted((given,))]:
         raise BadInput(f"--eval-prompts {with_weight[0]}: a held-out set has no weight, each is evaluated whole: leave the number out")
-    for given, name in names(list(settings.eval_prompts) or [given for given in sources if is_generated(given)], flag="--eval-prompts").items():
+    own = [given for given in sources if given == "toy" or given.startswith(GYM)]
+    for given, name in names(list(settings.eval_prompts) or own, flag="--eval-prompts").items():
         prompts, length = opened(given, name, is_eval=True)
         held_out, longest = [*held_out, *islice(prompts, settings.eval_samples)], max(longest, length)
     held_out = [replace(sample, group=group) for group, sample in enumerate(held_out)]
     end_ids = end_tokens(model_folder, tokenizer, settings.stop)
     return Data(tokenizer, mixture(streams, list(sources.values()), seed=seed), held_out, end_ids, longest + settings.max_response_tokens, seed)
-
-
-def is_generated(given: str) -> bool:
-    return given == "toy" or given.startswith(GYM)
 
 
 def weighted(prompts: tuple[str, ...]) -> dict[str, float]:

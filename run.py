@@ -334,14 +334,15 @@ class Run:
         if not samples:
             return {"step": step}
         self.accuracy.append(metrics["held_out"])
-        more = "".join(f"  {key.removeprefix('held_out/')} {value:.3f}" for key, value in metrics.items() if key != "held_out")
-        prompts = len({sample.group for sample in samples})
+        prompts, n = len({sample.group for sample in samples}), 1 + max(sample.index for sample in samples)
+        shown = [key for key in metrics if key.startswith("held_out/") or n > 1 and key in (f"pass@{n}", f"majority@{n}")]
+        more = "".join(f"  {key.removeprefix('held_out/')} {metrics[key]:.3f}" for key in shown)
         self.say(f"step {step:4d}  held-out accuracy {self.accuracy[-1]:.3f} on {prompts} prompts{more}")
-        shown = collections.Counter()
+        written = collections.Counter()
         for sample in samples if self.is_writer else ():
             source = sample.metadata.get("source", "")
-            shown[source] += 1
-            if shown[source] <= 8:
+            written[source] += 1
+            if written[source] <= 8:
                 row = {"prompt": sample.prompt, "response": sample.response, "label": sample.label, "reward": sample.reward, "source": source}
                 self.files["samples"].write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
         return {"step": step, **metrics}
