@@ -19,6 +19,17 @@ from loop_sync import Settings
 from run import BadInput, RunSettings
 
 QUICK = ["--eval-every", "3", "--eval-samples", "32", "--prompts-per-step", "4", "--samples-per-prompt", "8", "--lr-schedule", "cosine", "--export"]
+QUICK += ["--prompts", "toy:3", "more.jsonl", "--eval-samples-per-prompt", "2"]
+
+
+def write_more(folder):
+    """The other half of the mixture: a prompts file where the run is started."""
+    (folder / "more.jsonl").write_text("".join(json.dumps({"prompt": f"{i:03d}+111=", "label": str(i + 111)[::-1]}) + "\n" for i in range(7)))
+
+
+@pytest.fixture(autouse=True)
+def more(tmp_path):
+    write_more(tmp_path)
 
 
 def without_times(rows: list[dict]) -> list[dict]:
@@ -29,6 +40,7 @@ def without_times(rows: list[dict]) -> list[dict]:
 def undisturbed(tmp_path_factory):
     """Nine steps on one rank, with checkpoints of 3, 6 and 9."""
     folder = tmp_path_factory.mktemp("undisturbed")
+    write_more(folder)
     torchrun(ROOT / "loop_sync.py", *QUICK, "--steps", "9", "--save-every", "3", "--keep", "3", "--name", "run", ranks=1, cwd=folder)
     return folder / "runs" / "run"
 
@@ -47,6 +59,11 @@ def test_a_resumed_run_writes_the_same_metrics_digit_for_digit(undisturbed, stop
     assert without_times(metrics_of(stopped)) == without_times(metrics_of(undisturbed))
     assert (stopped / "samples.jsonl").read_text() == (undisturbed / "samples.jsonl").read_text()
     json.loads((stopped / "trace.json").read_text())
+
+
+def test_both_sources_were_trained_on(undisturbed):
+    keys = {key for row in metrics_of(undisturbed) for key in row}
+    assert {"reward/toy", "reward/more", "pass@1", "pass@2", "majority@2"} <= keys and "held_out/toy" not in keys
 
 
 def test_keep_removes_the_oldest(undisturbed):
@@ -97,6 +114,8 @@ def test_a_checkpoint_of_another_run_is_refused(stopped, monkeypatch):
         find(stopped, monkeypatch, loop="async")
     with pytest.raises(BadInput, match="--seed was 1 when .* and is 2: it must stay the same"):
         find(stopped, monkeypatch, seed=2)
+    with pytest.raises(BadInput, match=r"--prompts was \['toy:3', 'more.jsonl'\] when .* and is \['toy'\]: it must stay the same"):
+        find(stopped, monkeypatch)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(stopped, tmp_path):
