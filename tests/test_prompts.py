@@ -350,7 +350,9 @@ def test_reasoning_gym_problems_are_endless_seeded_and_disjoint_of_the_held_out(
 def test_reasoning_gym_judges_its_own_problems(gym):
     both = data(prompts=("toy", "reasoning-gym:chain_sum:2"), eval_prompts=("reasoning-gym:chain_sum",), eval_samples=4)
     assert [sample.metadata["source"] for sample in both.held_out] == ["chain_sum"] * 4
-    sample = next(sample for sample in both.stream if sample.metadata["source"] == "chain_sum")
+    trained = [sample for sample in islice(both.stream, 60) if sample.metadata["source"] == "chain_sum"]
+    assert len(trained) > 20 and not {sample.prompt for sample in trained} & {sample.prompt for sample in both.held_out}
+    sample = trained[0]
     sample = Sample.from_json(sample.to_json())
     for response, expected, answer in [
         (sample.label, 1.0, sample.label),
