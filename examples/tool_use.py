@@ -96,7 +96,7 @@ def check_tool_settings(settings: Settings) -> None:
     tools, max_response_tokens = settings.tools, settings.rollout.max_response_tokens
     if settings.reward.reward != "exact" or settings.reward.dynamic_sampling:
         raise BadInput("--reward and --dynamic-sampling judge and generate single turns, not conversations: leave them out")
-    if settings.rollout.prompts != "toy" or settings.rollout.eval_prompts:
+    if settings.rollout.prompts != ("toy",) or settings.rollout.eval_prompts:
         raise BadInput("--prompts and --eval-prompts: the calculator and the demonstrations are those of the toy: leave them out")
     if tools.max_turns < 1 or tools.warm_steps < 0 or tools.warm_samples < 1:
         counts = f"--max-turns {tools.max_turns} and --warm-samples {tools.warm_samples} must be at least 1"
