@@ -10,6 +10,7 @@ import random
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from types import ModuleType
 
@@ -56,9 +57,10 @@ def data(**settings):
 def test_a_sample_is_one_json_line():
     logprobs = np.float32([-0.1, -2.3333333])
     sample = Sample([1, 5], "3", "7", 4, 0, [6, 2], "4", list(logprobs), [1, 0], [3, 3], "stop", 0.5, metadata={"source": "töy\n"})
-    line = Sample.to_json(sample)
-    assert b"\n" not in line and Sample.from_json(line) == sample
+    line = replace(sample, rollout_logprobs=logprobs).to_json()
+    assert b"\n" not in line
     assert np.array_equal(np.float32(Sample.from_json(line).rollout_logprobs), logprobs)  # float32 survives the text exactly
+    assert replace(Sample.from_json(line), rollout_logprobs=sample.rollout_logprobs) == sample
 
 
 # --- the toy ----------------------------------------------------------------------------------------------------------------------------------
