@@ -21,6 +21,7 @@ import dataclasses
 import json
 import os
 import pickle
+import queue
 import shutil
 import zlib
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
@@ -114,7 +116,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def find(settings, loop: str) -> Checkpoint:
     """The newest checkpoint of the run --name, checked. Raises BadInput where there is none, where it is damaged, or where the settings are of another run."""
-    run_folder, settings = Path("runs") / settings.run.name, dataclasses.asdict(settings)
+    run_folder, settings = Path("runs") / settings.run.name, json.loads(json.dumps(dataclasses.asdict(settings)))  # lists for tuples, as in the file
     folders = checkpoints_of(run_folder)
     if not folders:
         raise BadInput(f"{run_folder} holds no checkpoint to resume from: run with --save-every N first, or leave --resume out and choose another --name")
@@ -221,6 +223,8 @@ def _set_states(self, model_param, tensors):
 
 
 DistributedOptimizer._set_main_param_and_optimizer_states = _set_states
+# megatron-core keeps what its writers return in a process of its own, for saves that go on in the background; it would outlive a rank that is killed.
+filesystem_async._results_queue = queue.Queue()
 
 
 def generators() -> dict[str, str]:

@@ -27,8 +27,9 @@ from typing import Literal
 import torch.distributed as dist
 
 from engine import Engine
+from prompts import Data, Sample
 from reward import Judge, RewardSettings, is_uninformative
-from rollout import DROPPED, REPLACED, Data, Prompts, RolloutSettings, Sample, check_aborts, copies, fill, marks, sampling_params, step_share, taken_before
+from rollout import DROPPED, REPLACED, Prompts, RolloutSettings, check_aborts, copies, fill, marks, sampling_params, step_share, taken_before
 from run import BadInput
 
 HEAD_START_S = 0.01  # the finished groups are handed over before new ones start: starting requests keeps the interpreter busy, and trainers waiting

@@ -28,6 +28,7 @@ import weight_sync
 from hf_names import read_config
 from in_flight import InFlightSettings
 from losses import LossSettings
+from prompts import load_data
 from record import Record, Stopwatch
 from reward import RewardSettings
 from rollout import RolloutSettings
@@ -55,7 +56,7 @@ def main() -> None:
     trainer_ranks, rollout_ranks = in_flight.split_ranks(settings.in_flight, settings.rollout, world_size=int(os.environ["WORLD_SIZE"]))
     trains = int(os.environ["RANK"]) < trainer_ranks
     rollout.check_rollout_settings(settings.rollout, config, world_size=rollout_ranks)
-    data = rollout.load_data(model, settings.rollout, config, seed=seed)
+    data = load_data(model, settings.rollout, config, seed=seed)
     reward.check_reward_settings(settings.reward, settings.rollout)
     train_step.check_train_settings(settings.train, settings.loss, config, world_size=trainer_ranks, steps=steps, longest=data.longest)
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
@@ -76,7 +77,7 @@ def main() -> None:
     with engine or contextlib.nullcontext():
         weight_sync.sync_weights(weights, engine, version=start, check=True)
         if not resumed:
-            record.log(record.log_eval(0, reward.evaluate(engine, data, settings.rollout, judge, everyone)))
+            record.log(record.log_eval(0, *reward.evaluate(engine, data, settings.rollout, judge, everyone)))
         groups = in_flight.InFlight(engine, data, settings.rollout, settings.in_flight, settings.reward, judge, steps=steps, ranks=ranks)
         for step in range(start + 1, steps + 1):
             watch = Stopwatch()
@@ -97,7 +98,7 @@ def main() -> None:
             metrics |= set_aside | reward.batch_metrics(samples, version=step - 1) | record.trace(watch, engine, judge)
             metrics |= {"wait_s": wait_s, "train_s": train_s, "sync_s": sync_s, "sync_bytes": sync_bytes}
             if step % settings.run.eval_every == 0 or step == steps:
-                metrics |= record.log_eval(step, reward.evaluate(engine, data, settings.rollout, judge, everyone))
+                metrics |= record.log_eval(step, *reward.evaluate(engine, data, settings.rollout, judge, everyone))
             record.log({"step": step, **metrics})
             if record.stopping or (settings.run.save_every and step % settings.run.save_every == 0):
                 checkpoint.save(record, settings, trainer, step=step, rank_state=groups.state())

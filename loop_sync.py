@@ -24,6 +24,7 @@ import train_step
 import weight_sync
 from hf_names import read_config
 from losses import LossSettings
+from prompts import load_data
 from record import Record, Stopwatch
 from reward import RewardSettings
 from rollout import RolloutSettings
@@ -49,7 +50,7 @@ def main() -> None:
     config = read_config(model)
     trainer_ranks = rollout_ranks = int(os.environ["WORLD_SIZE"])
     rollout.check_rollout_settings(settings.rollout, config, world_size=rollout_ranks)
-    data = rollout.load_data(model, settings.rollout, config, seed=seed)
+    data = load_data(model, settings.rollout, config, seed=seed)
     reward.check_reward_settings(settings.reward, settings.rollout)
     train_step.check_train_settings(settings.train, settings.loss, config, world_size=trainer_ranks, steps=steps, longest=data.longest)
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
@@ -70,7 +71,7 @@ def main() -> None:
     with engine or contextlib.nullcontext():
         weight_sync.sync_weights(weights, engine, version=start, check=True)
         if not resumed:
-            record.log(record.log_eval(0, reward.evaluate(engine, data, settings.rollout, judge, everyone)))
+            record.log(record.log_eval(0, *reward.evaluate(engine, data, settings.rollout, judge, everyone)))
         prompts = rollout.Prompts(data, settings.rollout, taken=rollout.taken_before(ranks, settings.rollout))
         for step in range(start + 1, steps + 1):
             watch = Stopwatch()
@@ -95,7 +96,7 @@ def main() -> None:
             metrics |= set_aside | reward.batch_metrics(samples, version=step - 1) | record.trace(watch, engine, judge)
             metrics |= {"rollout_s": rollout_s, "reward_s": reward_s, "train_s": train_s, "sync_s": sync_s, "sync_bytes": sync_bytes}
             if step % settings.run.eval_every == 0 or step == steps:
-                metrics |= record.log_eval(step, reward.evaluate(engine, data, settings.rollout, judge, everyone))
+                metrics |= record.log_eval(step, *reward.evaluate(engine, data, settings.rollout, judge, everyone))
             record.log({"step": step, **metrics})
             if record.stopping or (settings.run.save_every and step % settings.run.save_every == 0):
                 checkpoint.save(record, settings, trainer, step=step, rank_state={"prompts": prompts.taken} if engine else {})

@@ -17,10 +17,10 @@ TIMEOUT_S = 60
 _lock, _pool = threading.Lock(), None
 
 
-def equal(response: str, label: str) -> bool:
-    """Whether the last \\boxed{} of the response, or else its last number, equals the label in value. Raises ValueError for a label that is no mathematics.
+def judged(response: str, label: str) -> tuple[bool, str]:
+    """Whether the last \\boxed{} of the response, or else its last number, equals the label in value; and its text, "" if there is none.
 
-    Parsing and comparison are math-verify's, which evaluates nothing: it parses LaTeX to SymPy.
+    Raises ValueError for a label that is no mathematics. Parsing and comparison are math-verify's, which evaluates nothing: it parses LaTeX to SymPy.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
@@ -32,17 +32,17 @@ def equal(response: str, label: str) -> bool:
         answer = parse(boxed + tail, extraction_config=[LatexExtractionConfig(boxed_match_priority=0)])
     else:
         answer = parse(response, extraction_config=[ExprExtractionConfig(), LatexExtractionConfig()])
-    return bool(answer) and bool(verify(gold, answer))
+    return bool(answer) and bool(verify(gold, answer)), str(answer[-1]) if answer else ""
 
 
-def equal_in_worker(response: str, label: str) -> bool:
-    """equal(), in a worker process; from any thread. Raises TimeoutError after TIMEOUT_S."""
+def judged_in_worker(response: str, label: str) -> tuple[bool, str]:
+    """judged(), in a worker process; from any thread. Raises TimeoutError after TIMEOUT_S."""
     global _pool
     for attempt in range(2):
         with _lock:
             _pool = _pool or ProcessPoolExecutor(max(1, os.cpu_count() // 4), multiprocessing.get_context("spawn"), _start_worker)
             with main_module_hidden():
-                future = _pool.submit(equal, response, label)
+                future = _pool.submit(judged, response, label)
         try:
             return future.result(TIMEOUT_S)
         except BrokenProcessPool:  # a worker was killed: memory ran out, or an engine ended, which ends all children of its process

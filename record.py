@@ -12,6 +12,7 @@
 Only global rank 0 writes. Lines are flushed as they are written, so that whatever ends a run, the record up to then is there.
 """
 
+import collections
 import dataclasses
 import importlib.metadata
 import json
@@ -184,17 +185,23 @@ class Record:
         step_s = ended - watch.started
         return {"step_s": step_s, "trainer_wait": waiting("trainer", ("train", "sync")), "engine_wait": waiting("engine", ("rollout",))}
 
-    def log_eval(self, step: int, samples: list) -> dict:
-        """The held-out accuracy on the console and as a metric, the first answers in samples.jsonl; {} where there are no samples."""
+    def log_eval(self, step: int, samples: list, metrics: dict) -> dict:
+        """An evaluation's metrics on the console and as metrics of the step, the first answers from each held-out set in samples.jsonl."""
         if not samples:
             return {"step": step}
-        scores = [sample.reward or 0.0 for sample in samples]
-        self.accuracy.append(sum(scores) / len(scores))
-        self.say(f"step {step:4d}  held-out accuracy {self.accuracy[-1]:.3f} on {len(samples)} prompts")
-        for sample in samples[:8] if self.is_writer else ():
-            row = {"step": step, "prompt": sample.prompt, "response": sample.response, "label": sample.label, "reward": sample.reward}
-            self.files["samples"].write(json.dumps(row, ensure_ascii=False) + "\n")
-        return {"step": step, "held_out": self.accuracy[-1]}
+        self.accuracy.append(metrics["held_out"])
+        prompts, n = len({sample.group for sample in samples}), 1 + max(sample.index for sample in samples)
+        shown = [key for key in metrics if key.startswith("held_out/") or n > 1 and key in (f"pass@{n}", f"majority@{n}")]
+        more = "".join(f"  {key.removeprefix('held_out/')} {metrics[key]:.3f}" for key in shown)
+        self.say(f"step {step:4d}  held-out accuracy {self.accuracy[-1]:.3f} on {prompts} prompts{more}")
+        written = collections.Counter()
+        for sample in samples if self.is_writer else ():
+            source = sample.metadata.get("source", "")
+            written[source] += 1
+            if written[source] <= 8:
+                row = {"prompt": sample.prompt, "response": sample.response, "label": sample.label, "reward": sample.reward, "source": source}
+                self.files["samples"].write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        return {"step": step, **metrics}
 
     def finish(self) -> None:
         """The last line: what was learned, and where the record is; or how to go on."""

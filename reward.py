@@ -13,7 +13,7 @@ import asyncio
 import math
 import threading
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -24,11 +24,13 @@ import torch
 import torch.distributed as dist
 
 import math_judge
+import reasoning_gym_tasks
 from advantages import ADVANTAGES, Scores, overlong_penalty
 from engine import Engine
 from losses import KL_ESTIMATORS, LossSettings
+from prompts import GYM, Data, Sample
 from record import Row
-from rollout import REPLACED, Data, Prompts, RolloutSettings, Sample, all_gather_samples, generate, marks, my_share
+from rollout import REPLACED, Prompts, RolloutSettings, all_gather_samples, generate, marks, my_share
 from run import BadInput
 
 Reward = Callable[[Sample], float | Awaitable[float]]
@@ -38,8 +40,9 @@ Reward = Callable[[Sample], float | Awaitable[float]]
 class RewardSettings:
     """How answers are judged."""
 
-    reward: Literal["exact", "math"] = "exact"
-    """exact: the response equals the label and ended by itself. math: the last \\boxed{} or final number has the label's value (math-verify)."""
+    reward: Literal["exact", "math", "reasoning_gym"] = "exact"
+    """exact: the response equals the label and ended by itself. math: the last \\boxed{} or final number has the label's value (math-verify).
+    reasoning_gym: the task's own scorer for problems of reasoning-gym, math for all other prompts."""
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline"] = "grpo"
     """How rewards become advantages; see advantages.py."""
     overlong_buffer: int = 0
@@ -59,7 +62,16 @@ def exact_match(sample: Sample) -> float:
 
 def math_reward(sample: Sample) -> float:
     """1 if the last \\boxed{} of the response, or else its last number, equals the label in value: 0.5, 1/2 and \\frac{1}{2} are one answer."""
-    return float(math_judge.equal_in_worker(sample.response, str(sample.label)))
+    is_right, sample.metadata["answer"] = math_judge.judged_in_worker(sample.response, str(sample.label))
+    return float(is_right)
+
+
+def reasoning_gym_reward(sample: Sample) -> float:
+    """The score of reasoning-gym's own scorer for its problems; math_reward for prompts from elsewhere."""
+    if "reasoning_gym" not in sample.metadata:
+        return math_reward(sample)
+    score, sample.metadata["answer"] = reasoning_gym_tasks.score(sample.response, *sample.metadata["reasoning_gym"])
+    return score
 
 
 def check_reward_settings(settings: RewardSettings, rollout: RolloutSettings) -> None:
@@ -68,11 +80,13 @@ def check_reward_settings(settings: RewardSettings, rollout: RolloutSettings) ->
         raise BadInput(f"--judges {settings.judges} must be at least 1, --judge-timeout-s {settings.judge_timeout_s} must be positive")
     if settings.dynamic_sampling < 0:
         raise BadInput(f"--dynamic-sampling {settings.dynamic_sampling} must not be negative")
+    if settings.reward == "reasoning_gym" and not any(source.startswith(GYM) for source in (*rollout.prompts, *rollout.eval_prompts)):
+        raise BadInput(f"--reward reasoning_gym judges problems of reasoning-gym, and --prompts has none: add one such as {GYM}chain_sum, or use --reward math")
     if not 0 <= settings.overlong_buffer <= rollout.max_response_tokens:
         raise BadInput(f"--overlong-buffer {settings.overlong_buffer} must lie between 0 and --max-response-tokens {rollout.max_response_tokens}")
 
 
-REWARDS: dict[str, Reward] = {"exact": exact_match, "math": math_reward}
+REWARDS: dict[str, Reward] = {"exact": exact_match, "math": math_reward, "reasoning_gym": reasoning_gym_reward}
 
 
 class Judge:
@@ -200,19 +214,71 @@ def _joined(rows: list) -> np.ndarray:
     return np.concatenate([np.zeros(0), *rows])
 
 
-def evaluate(engine: Engine | None, data: Data, settings: RolloutSettings, judge: Judge, group: dist.ProcessGroup) -> list[Sample]:
-    """One scored answer to every held-out prompt, on every rank of the group; empty where there are none. Collective."""
-    samples = generate(engine, list(my_share(data.held_out, settings.engine_tp)), data, settings, n=1, cache="held-out")
+def evaluate(
+    engine: Engine | None, data: Data, settings: RolloutSettings, judge: Judge, group: dist.ProcessGroup
+) -> tuple[list[Sample], dict[str, float]]:
+    """--eval-samples-per-prompt scored answers to every held-out prompt and what they amount to, on every rank of the group; nothing where there are none.
+
+    Collective."""
+    mine = list(my_share(data.held_out, settings.engine_tp))
+    samples = generate(engine, mine, data, settings, n=settings.eval_samples_per_prompt, cache="held-out")
     compute_rewards(samples, judge)
-    return sorted(all_gather_samples(samples, group), key=lambda sample: sample.group)
+    samples = sorted(all_gather_samples(samples, group), key=lambda sample: sample.group)
+    return samples, eval_metrics(samples)
+
+
+def eval_metrics(samples: list[Sample]) -> dict[str, float]:
+    """held_out, the mean reward; with N > 1 answers to a prompt pass@k, k = 1, 2, 4, … and N, and majority@N. An answer is right if its reward is 1 or more.
+
+    With several held-out sets KEY/SET is that of each set, and KEY the mean of the sets, however many prompts each has.
+    """
+    sets = defaultdict(list)
+    for group in by_group(samples):
+        sets[group[0].metadata.get("source")].append(group)
+    of_set = {name: _set_metrics(groups) for name, groups in sets.items()}
+    means = {key: sum(row[key] for row in of_set.values()) / len(of_set) for row in [*of_set.values()][:1] for key in row}
+    return means | {f"{key}/{name}": value for name, row in of_set.items() for key, value in row.items() if len(of_set) > 1}
+
+
+def _set_metrics(groups: list[list[Sample]]) -> dict[str, float]:
+    rewards = [sample.reward or 0.0 for group in groups for sample in group]
+    metrics, n = {"held_out": sum(rewards) / len(rewards)}, len(groups[0])
+    if n == 1:
+        return metrics
+    is_right = [[(sample.reward or 0.0) >= 1 for sample in group] for group in groups]
+    for k in sorted({n, *(2**i for i in range(n.bit_length()))}):
+        metrics[f"pass@{k}"] = sum(pass_at_k(n, sum(right), k) for right in is_right) / len(groups)
+    answers = [[sample.metadata.get("answer", sample.response.strip()) for sample in group] for group in groups]
+    metrics[f"majority@{n}"] = sum(map(majority_is_right, answers, is_right)) / len(groups)
+    return metrics
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """The chance that one of k answers is right, estimated without bias from n of which `right` are: 1 - C(n - right, k) / C(n, k); Chen et al. 2021,
+    arXiv 2107.03374, equation 1."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def majority_is_right(answers: list[str], is_right: list[bool]) -> bool:
+    """Whether the most frequent answer is right; of equally frequent ones, the one that was given first. An empty answer has no vote.
+
+    Right answers are one answer however they are written, since the reward function found them equal to the label; wrong ones are told apart by their text,
+    which is what the reward function took for the answer (math, reasoning_gym) or else the whole response.
+    """
+    votes = Counter("right" if right else ("wrong", answer) for answer, right in zip(answers, is_right) if answer or right)
+    return bool(votes) and votes.most_common(1)[0][0] == "right"
 
 
 def batch_metrics(samples: list[Sample], *, version: int) -> dict[str, float]:
-    """What a step's samples looked like. version: of the weights that the step trains."""
+    """What a step's samples looked like; of each source alone, where they have several. version: of the weights that the step trains."""
     scored = [sample.reward for sample in samples if sample.reward is not None]
     groups = by_group(samples)
     ages = [version - token_version for sample in samples for token_version in sample.weight_versions]
-    return {
+    rewards = defaultdict(list)
+    for sample in samples:
+        rewards[sample.metadata.get("source")] += [] if sample.reward is None else [sample.reward]
+    of_source = {f"reward/{name}": sum(mine) / len(mine) for name, mine in sorted(rewards.items()) if mine} if len(rewards) > 1 else {}
+    return of_source | {
         "reward": sum(scored) / len(scored),
         "reward_errors": len(samples) - len(scored),
         "zero_std_groups": sum(map(is_uninformative, groups)) / len(groups),

@@ -1,4 +1,4 @@
-"""Prompts -> Samples: prompt data, engine settings, generation, and the exchange of samples between ranks.
+"""Prompts -> Samples: engine settings, generation, and the exchange of samples between ranks. What the prompts are is in prompts.py.
 
 Tokens go into the engine and tokens come out; the text of a response is for judges and readers and is never tokenized again. Each engine starts with empty
 weights of the right shapes and quantization; weight_sync.py gives it its first.
@@ -6,16 +6,13 @@ weights of the right shapes and quantization; weight_sync.py gives it its first.
 
 import json
 import os
-import random
 import signal
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import orjson
 import torch
 import torch.distributed as dist
 
@@ -26,73 +23,24 @@ if not torch.cuda.is_available():
     import cpu
 
 from sglang.srt.server_args import ServerArgs
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from engine import Engine
 from hf_names import fp8_config
-from toy.task import problems
+from prompts import Data, DataSettings, Sample
 
 DROPPED, REPLACED = "dropped", "replaced"  # finish reasons of samples that are not trained: too old; in a group whose rewards are all equal
 
 
-@dataclass
-class Sample:
-    """One prompt and, once generated, one response. Plain data: one JSON line holds all of it."""
-
-    prompt_ids: list[int]
-    prompt: str = ""
-    label: Any = None
-    group: int = -1
-    """The prompt's number in the run's prompt stream: the samples of one group answer the same prompt."""
-    index: int = 0
-    """Place in its group; (group, index) names a sample."""
-    response_ids: list[int] = field(default_factory=list)
-    response: str = ""
-    rollout_logprobs: list[float] = field(default_factory=list)
-    """Per response token, by the engine, at the sampling temperature."""
-    loss_mask: list[int] = field(default_factory=list)
-    """Per response token: 1 if the policy sampled it, 0 if it came from elsewhere (a tool's output)."""
-    weight_versions: list[int] = field(default_factory=list)
-    """Per response token: the version of the weights that sampled it."""
-    finish_reason: str = ""
-    """stop, length or abort; or what became of a sample that is not trained, DROPPED or REPLACED."""
-    reward: float | None = None
-    old_logprobs: Sequence[float] = field(default_factory=list)
-    """Per response token, by the trainer before it learns from the batch; empty where the batch has one update only, which starts from them."""
-    ref_logprobs: Sequence[float] = field(default_factory=list)
-    """Per response token, by the frozen reference, where there is one."""
-    advantages: Sequence[float] = field(default_factory=list)
-    """Per response token."""
-    metadata: dict = field(default_factory=dict)
-
-    def to_json(self) -> bytes:
-        return orjson.dumps(self, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
-
-    @classmethod
-    def from_json(cls, line: bytes | str) -> "Sample":
-        return cls(**orjson.loads(line))
-
-
 @dataclass(frozen=True)
-class RolloutSettings:
-    """Prompts, sampling, and the engine."""
+class RolloutSettings(DataSettings):
+    """Prompts (those of DataSettings), sampling, and the engine."""
 
-    prompts: str = "toy"
-    """toy, or a JSONL file: prompt (text, or a list of chat messages), label, optionally metadata."""
-    eval_prompts: str = ""
-    """JSONL file of held-out prompts; the toy has its own. Empty with a prompts file: no evaluation."""
-    eval_samples: int = 512
-    """How many held-out prompts an evaluation answers, one answer each."""
     prompts_per_step: int = 16
     """Prompts in a step, over all engines."""
     samples_per_prompt: int = 16
     """Answers sampled for each prompt: the group that GRPO compares."""
     temperature: float = 1.0
     """Sampling temperature, of training and of evaluation. The trainer computes its log-probs at the same."""
-    max_response_tokens: int = 8
-    """A response is cut off after so many tokens."""
-    stop: tuple[str, ...] = ()
-    """Further tokens that end a response, beside the model's own end-of-sequence tokens."""
     rollout_dtype: Literal["fp8", "bf16", "fp32"] = "fp8"
     """What the engine computes with: block-scaled FP8 weights and activations, or plain BF16 or FP32."""
     engine_tp: int = 1
@@ -103,120 +51,7 @@ class RolloutSettings:
     """Further ServerArgs fields, key=value; for instance mem_fraction_static=0.5."""
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------------------------------
-
-
-def load_tokenizer(model_folder: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise many kinds, and all are about these files
-        raise BadInput(f"--model {model_folder}: no tokenizer loads ({error}); copy tokenizer.json and tokenizer_config.json there") from error
-
-
-def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int) -> list[Sample]:
-    """All rows of a JSONL file as samples without a response. Raises BadInput naming file and line of the first row that cannot be used."""
-    if not Path(path).is_file():
-        raise BadInput(f"prompts file {path} does not exist: give a JSONL file, or leave the flag out for the toy task")
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"prompts file {path} cannot be read as UTF-8 text: {error}") from error
-    samples = []
-    for number, line in enumerate(lines, start=1):
-        where = f"{path} line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadInput(f"{where} is not JSON ({error.msg} at column {error.colno}): every line must be one object") from error
-        if not isinstance(row, dict) or not row.get("prompt"):
-            raise BadInput(f"{where} has no prompt: every line needs a non-empty \"prompt\", text or a list of chat messages")
-        if "label" not in row or not isinstance(row.get("metadata", {}), dict):
-            raise BadInput(f'{where} needs a "label" (null if the reward uses none), and "metadata", if given, must be an object')
-        prompt = row["prompt"]
-        if isinstance(prompt, list):
-            if tokenizer.chat_template is None:
-                raise BadInput(f"{where} holds chat messages, but the tokenizer has no chat template: give the prompt as text")
-            if not all(isinstance(message, dict) and isinstance(message.get("content"), str) and message.get("role") for message in prompt):
-                raise BadInput(f'{where}: every chat message needs a "role" and a text "content"')
-            prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-            ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        elif isinstance(prompt, str):
-            ids = tokenizer(prompt).input_ids
-        else:
-            raise BadInput(f"{where}: the prompt is a {type(prompt).__name__}; it must be text or a list of chat messages")
-        if not ids or len(ids) > max_prompt_tokens:
-            raise BadInput(
-                f"{where}: the prompt has {len(ids)} tokens; it must have 1 to {max_prompt_tokens} "
-                "(the model's context less --max-response-tokens): shorten it or lower that flag"
-            )
-        samples.append(Sample(ids, prompt, row["label"], metadata=row.get("metadata", {})))
-    if not samples:
-        raise BadInput(f"{path} holds no prompts")
-    return samples
-
-
-def toy_prompts(tokenizer: PreTrainedTokenizerBase, *, seed: int, held_out: bool) -> Iterator[Sample]:
-    """Endless problems of the toy task, as samples without a response."""
-    for group, row in enumerate(problems(seed=seed, held_out=held_out)):
-        yield Sample(tokenizer(row["prompt"]).input_ids, row["prompt"], row["label"], group)
-
-
-def shuffled(samples: list[Sample], *, seed: int) -> Iterator[Sample]:
-    """Endless passes over a file's prompts, each in a new seeded order, the same on every rank."""
-    rng, group = random.Random(seed), 0
-    while True:
-        for i in rng.sample(range(len(samples)), len(samples)):
-            yield replace(samples[i], group=group)
-            group += 1
-
-
-def end_tokens(model_folder: str, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> list[int]:
-    """Token ids that end a response: of generation_config.json, of the tokenizer, and of --stop."""
-    path = Path(model_folder) / "generation_config.json"
-    listed = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    ids = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
-    for text in stop:
-        token = tokenizer.convert_tokens_to_ids(text)
-        if token is None or token == tokenizer.unk_token_id:
-            raise BadInput(f"--stop {text!r} is not one token of this tokenizer: give a token such as {tokenizer.eos_token!r}")
-        ids.add(token)
-    ids.discard(None)
-    if not ids:
-        raise BadInput(f"{model_folder} names no end-of-sequence token in generation_config.json or its tokenizer: give one with --stop")
-    return sorted(ids)
-
-
-@dataclass
-class Data:
-    """What a run generates from."""
-
-    tokenizer: PreTrainedTokenizerBase
-    stream: Iterator[Sample]
-    held_out: list[Sample]
-    """Evaluation prompts; empty where there are none."""
-    end_ids: list[int]
-    """Tokens that end a response."""
-    longest: int
-    """Prompt and response tokens of the longest possible sample."""
-    seed: int
-
-
-def load_data(model_folder: str, settings: RolloutSettings, config: dict, *, seed: int) -> Data:
-    """Tokenizer and prompts, all checked. Raises BadInput."""
-    tokenizer = load_tokenizer(model_folder)
-    if len(tokenizer) > config["vocab_size"]:
-        raise BadInput(f"{model_folder}: the tokenizer has {len(tokenizer)} tokens, the model {config['vocab_size']}: they do not belong together")
-    room = config["max_position_embeddings"] - settings.max_response_tokens
-    prompts = None if settings.prompts == "toy" else read_prompts(settings.prompts, tokenizer, max_prompt_tokens=room)
-    if settings.eval_prompts:
-        held_out = read_prompts(settings.eval_prompts, tokenizer, max_prompt_tokens=room)[: settings.eval_samples]
-    else:
-        held_out = list(islice(toy_prompts(tokenizer, seed=0, held_out=True), settings.eval_samples)) if prompts is None else []
-    longest = max(len(prompt.prompt_ids) for prompt in [*(prompts or []), *held_out]) + settings.max_response_tokens
-    stream = toy_prompts(tokenizer, seed=seed, held_out=False) if prompts is None else shuffled(prompts, seed=seed)
-    return Data(tokenizer, stream, held_out, end_tokens(model_folder, tokenizer, settings.stop), longest, seed)
+# --- settings and engine ---------------------------------------------------------------------------------------------------------------------
 
 
 def check_rollout_settings(settings: RolloutSettings, config: dict, *, world_size: int) -> None:
@@ -237,8 +72,10 @@ def check_rollout_settings(settings: RolloutSettings, config: dict, *, world_siz
         raise BadInput(f"--max-response-tokens {settings.max_response_tokens} must lie below the model's context, {config['max_position_embeddings']}")
     if not settings.answer_timeout_s > 0:
         raise BadInput(f"--answer-timeout-s {settings.answer_timeout_s} must be positive")
-    if settings.eval_samples < 1:
-        raise BadInput(f"--eval-samples {settings.eval_samples} must be at least 1")
+    if not 1 <= settings.eval_samples <= 100_000:  # the toy's problems never end
+        raise BadInput(f"--eval-samples {settings.eval_samples} must lie between 1 and 100,000")
+    if not 1 <= settings.eval_samples_per_prompt <= 1024:
+        raise BadInput(f"--eval-samples-per-prompt {settings.eval_samples_per_prompt} must lie between 1 and 1,024")
     _server_overrides(settings)
 
 

@@ -43,9 +43,10 @@ import weight_sync
 from advantages import gae, overlong_penalty, whiten
 from hf_names import read_config
 from losses import LossSettings
+from prompts import Sample, load_data
 from record import Record, Stopwatch
 from reward import RewardSettings
-from rollout import RolloutSettings, Sample
+from rollout import RolloutSettings
 from run import BadInput, RunSettings
 from train_step import Trainer, TrainSettings
 from weight_sync import SyncSettings
@@ -239,7 +240,7 @@ def main() -> None:
     check_critic_settings(settings)
     policy_steps = steps - settings.critic.critic_warmup_steps
     rollout.check_rollout_settings(settings.rollout, config, world_size=rollout_ranks)
-    data = rollout.load_data(model, settings.rollout, config, seed=seed)
+    data = load_data(model, settings.rollout, config, seed=seed)
     reward.check_reward_settings(settings.reward, settings.rollout)
     train_step.check_train_settings(settings.train, settings.loss, config, world_size=trainer_ranks, steps=policy_steps, longest=data.longest)
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
@@ -257,7 +258,7 @@ def main() -> None:
     judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges, settings.reward.judge_timeout_s)
     with engine or contextlib.nullcontext():
         weight_sync.sync_weights(weights, engine, version=0, check=True)
-        record.log(record.log_eval(0, reward.evaluate(engine, data, settings.rollout, judge, everyone)))
+        record.log(record.log_eval(0, *reward.evaluate(engine, data, settings.rollout, judge, everyone)))
         prompts = rollout.Prompts(data, settings.rollout)
         for step in range(1, steps + 1):
             watch = Stopwatch()
@@ -284,7 +285,7 @@ def main() -> None:
             metrics |= reward.batch_metrics(samples, version=step - 1) | record.trace(watch, engine, judge)
             metrics |= {"rollout_s": rollout_s, "reward_s": reward_s, "train_s": train_s, "sync_s": sync_s, "sync_bytes": sync_bytes}
             if step % settings.run.eval_every == 0 or step == steps:
-                metrics |= record.log_eval(step, reward.evaluate(engine, data, settings.rollout, judge, everyone))
+                metrics |= record.log_eval(step, *reward.evaluate(engine, data, settings.rollout, judge, everyone))
             record.log({"step": step, **metrics})
             if record.stopping:
                 raise KeyboardInterrupt  # SIGTERM ends this run as Ctrl-C does, at the end of the step

@@ -48,9 +48,10 @@ import weight_sync
 from engine import Engine
 from hf_names import read_config
 from losses import LossSettings
+from prompts import Data, Sample, load_data, toy_prompts
 from record import Record, Stopwatch
 from reward import RewardSettings
-from rollout import Data, RolloutSettings, Sample
+from rollout import RolloutSettings
 from run import BadInput, RunSettings
 from toy.task import DIGITS
 from train_step import TrainSettings
@@ -96,7 +97,7 @@ def check_tool_settings(settings: Settings) -> None:
     tools, max_response_tokens = settings.tools, settings.rollout.max_response_tokens
     if settings.reward.reward != "exact" or settings.reward.dynamic_sampling:
         raise BadInput("--reward and --dynamic-sampling judge and generate single turns, not conversations: leave them out")
-    if settings.rollout.prompts != "toy" or settings.rollout.eval_prompts:
+    if settings.rollout.prompts != ("toy",) or settings.rollout.eval_prompts:
         raise BadInput("--prompts and --eval-prompts: the calculator and the demonstrations are those of the toy: leave them out")
     if tools.max_turns < 1 or tools.warm_steps < 0 or tools.warm_samples < 1:
         counts = f"--max-turns {tools.max_turns} and --warm-samples {tools.warm_samples} must be at least 1"
@@ -190,11 +191,13 @@ def right_answer(sample: Sample) -> float:
     return reward.exact_match(replace(sample, response=sample.metadata["answer"]))
 
 
-def evaluate(engine: Engine | None, data: Data, settings: RolloutSettings, judge: reward.Judge, group: dist.ProcessGroup, *, max_turns: int) -> list[Sample]:
+def evaluate(engine: Engine | None, data: Data, settings: RolloutSettings, judge: reward.Judge, group: dist.ProcessGroup, *, max_turns: int):
     """reward.evaluate with conversations. Collective."""
-    samples = converse(engine, list(rollout.my_share(data.held_out, settings.engine_tp)), data, settings, max_turns=max_turns, n=1, cache="held-out")
+    mine, n = list(rollout.my_share(data.held_out, settings.engine_tp)), settings.eval_samples_per_prompt
+    samples = converse(engine, mine, data, settings, max_turns=max_turns, n=n, cache="held-out")
     reward.compute_rewards(samples, judge)
-    return sorted(rollout.all_gather_samples(samples, group), key=lambda sample: sample.group)
+    samples = sorted(rollout.all_gather_samples(samples, group), key=lambda sample: sample.group)
+    return samples, reward.eval_metrics(samples)
 
 
 def tool_metrics(samples: list[Sample]) -> dict[str, float]:
@@ -230,7 +233,7 @@ def warm_start(record: Record, data: Data, settings: Settings, config: dict) -> 
     folder, tools, temperature = record.folder / "warm-start", settings.tools, settings.rollout.temperature
     schedule = dict(lr=tools.warm_lr, lr_schedule="linear", lr_warmup_steps=0, min_lr=0.0, minibatches=1)
     trainer = train_step.build_trainer(settings.run.model, replace(settings.train, **schedule), config, steps=tools.warm_steps, seed=settings.run.seed)
-    prompts = rollout.toy_prompts(data.tokenizer, seed=settings.run.seed + 1, held_out=False)  # the same on every rank
+    prompts = toy_prompts(data.tokenizer, settings.rollout, seed=settings.run.seed + 1, held_out=False)  # the same on every rank
     for _ in range(tools.warm_steps):
         samples = [demonstration(prompt, data, calls=i < tools.warm_calls * tools.warm_samples) for i, prompt in enumerate(islice(prompts, tools.warm_samples))]
         for sample in samples:
@@ -255,7 +258,7 @@ def main() -> None:
     config = read_config(model)
     trainer_ranks = rollout_ranks = int(os.environ["WORLD_SIZE"])
     rollout.check_rollout_settings(settings.rollout, config, world_size=rollout_ranks)
-    data = rollout.load_data(model, replace(settings.rollout, stop=(*settings.rollout.stop, CALL_END)), config, seed=seed)
+    data = load_data(model, replace(settings.rollout, stop=(*settings.rollout.stop, CALL_END)), config, seed=seed)
     reward.check_reward_settings(settings.reward, settings.rollout)
     check_tool_settings(settings)
     train_step.check_train_settings(settings.train, settings.loss, config, world_size=trainer_ranks, steps=steps, longest=data.longest)
@@ -278,7 +281,7 @@ def main() -> None:
     with engine or contextlib.nullcontext():
         weight_sync.sync_weights(weights, engine, version=start, check=True)
         if not resumed:
-            record.log(record.log_eval(0, evaluate(engine, data, settings.rollout, judge, everyone, max_turns=max_turns)))
+            record.log(record.log_eval(0, *evaluate(engine, data, settings.rollout, judge, everyone, max_turns=max_turns)))
         prompts = rollout.Prompts(data, settings.rollout, taken=rollout.taken_before(ranks, settings.rollout))
         for step in range(start + 1, steps + 1):
             watch = Stopwatch()
@@ -302,7 +305,7 @@ def main() -> None:
             metrics |= reward.batch_metrics(samples, version=step - 1) | tool_metrics(samples) | record.trace(watch, engine, judge)
             metrics |= {"rollout_s": rollout_s, "reward_s": reward_s, "train_s": train_s, "sync_s": sync_s, "sync_bytes": sync_bytes}
             if step % settings.run.eval_every == 0 or step == steps:
-                metrics |= record.log_eval(step, evaluate(engine, data, settings.rollout, judge, everyone, max_turns=max_turns))
+                metrics |= record.log_eval(step, *evaluate(engine, data, settings.rollout, judge, everyone, max_turns=max_turns))
             record.log({"step": step, **metrics})
             if record.stopping or (settings.run.save_every and step % settings.run.save_every == 0):
                 checkpoint.save(record, settings, trainer, step=step, rank_state={"prompts": prompts.taken} if engine else {})

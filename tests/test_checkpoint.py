@@ -22,6 +22,17 @@ from loop_sync import Settings
 from run import BadInput, RunSettings
 
 QUICK = ["--eval-every", "3", "--eval-samples", "32", "--prompts-per-step", "4", "--samples-per-prompt", "8", "--lr-schedule", "cosine", "--export"]
+QUICK += ["--prompts", "toy:3", "more.jsonl", "--eval-samples-per-prompt", "2"]
+
+
+def write_more(folder):
+    """The other half of the mixture: a prompts file where the run is started."""
+    (folder / "more.jsonl").write_text("".join(json.dumps({"prompt": f"{i:03d}+111=", "label": str(i + 111)[::-1]}) + "\n" for i in range(7)))
+
+
+@pytest.fixture(autouse=True)
+def more(tmp_path):
+    write_more(tmp_path)
 
 
 def without_times(rows: list[dict]) -> list[dict]:
@@ -32,7 +43,8 @@ def without_times(rows: list[dict]) -> list[dict]:
 def undisturbed(tmp_path_factory):
     """Nine steps on one rank, with checkpoints of 3, 6 and 9, every sample on disk, and the weights exported at the end."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    flags = ["bf16", "fp8", "--steps", "9", "--save-every", "3", "--keep", "3", "--save-rollouts", "--name", "run"]
+    write_more(folder)
+    flags = ["--export", "bf16", "fp8", "--steps", "9", "--save-every", "3", "--keep", "3", "--save-rollouts", "--name", "run"]
     torchrun(ROOT / "loop_sync.py", *QUICK, *flags, ranks=1, cwd=folder)
     return folder / "runs" / "run"
 
@@ -57,10 +69,9 @@ def test_a_resumed_run_writes_the_same_metrics_digit_for_digit(undisturbed, stop
 def test_training_on_a_dump_of_rollouts_writes_the_same_metrics_digit_for_digit(undisturbed, tmp_path, script, ranks):
     flags = [*QUICK, "--steps", "9", "--name", "again", "--load-rollouts", str(undisturbed / "rollouts")]
     torchrun(ROOT / script, *flags, ranks=ranks, cwd=tmp_path)
-    of_generation = {"held_out", "sync_bytes"}
-    again, first = ([{key: row[key] for key in row.keys() - of_generation} for row in without_times(metrics_of(run))] for run in (
-        tmp_path / "runs" / "again", undisturbed))  # fmt: skip
-    assert again == first and len(again) == 10
+    again, first = (without_times(metrics_of(run)) for run in (tmp_path / "runs" / "again", undisturbed))
+    of_an_engine = {"held_out", "pass@1", "pass@2", "majority@2"}
+    assert again == [{key: value for key, value in row.items() if key not in of_an_engine} for row in first] and len(again) == 10
 
 
 def test_a_checkpoint_is_exported_at_another_layout(undisturbed, tmp_path):
@@ -124,6 +135,11 @@ def test_a_hostile_checkpoint_runs_no_code(stopped, tmp_path, monkeypatch):
     assert trap.exists()  # it would have
 
 
+def test_both_sources_were_trained_on(undisturbed):
+    keys = {key for row in metrics_of(undisturbed) for key in row}
+    assert {"reward/toy", "reward/more", "pass@1", "pass@2", "majority@2"} <= keys and "held_out/toy" not in keys
+
+
 def test_keep_removes_the_oldest(undisturbed):
     assert [path.name for path in checkpoint.checkpoints_of(undisturbed)] == ["step-000003", "step-000006", "step-000009"]
 
@@ -172,6 +188,8 @@ def test_a_checkpoint_of_another_run_is_refused(stopped, monkeypatch):
         find(stopped, monkeypatch, loop="async")
     with pytest.raises(BadInput, match="--seed was 1 when .* and is 2: it must stay the same"):
         find(stopped, monkeypatch, seed=2)
+    with pytest.raises(BadInput, match=r"--prompts was \['toy:3', 'more.jsonl'\] when .* and is \['toy'\]: it must stay the same"):
+        find(stopped, monkeypatch)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(stopped, tmp_path):

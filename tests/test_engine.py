@@ -22,6 +22,7 @@ import train_step
 import weight_sync
 from conftest import write_model
 from hf_names import read_config
+from prompts import load_data
 from reward import exact_match
 from rollout import RolloutSettings
 from run import REPOSITORY, BadInput
@@ -37,7 +38,7 @@ class Pair:
             mpu.destroy_model_parallel()
         self.config = read_config(folder)
         self.settings = RolloutSettings(rollout_dtype=rollout_dtype)
-        self.data = rollout.load_data(folder, self.settings, self.config, seed=3)
+        self.data = load_data(folder, self.settings, self.config, seed=3)
         self.trainer = train_step.build_trainer(folder, train_step.TrainSettings(train_dtype=train_dtype), self.config, steps=50, seed=1)
         fp8 = weight_sync.fp8_weights(self.config, rollout_dtype=rollout_dtype, engine_tp=1)
         self.weights = weight_sync.Weights(self.trainer, self.config, fp8, bucket_bytes=400_000)  # several buckets

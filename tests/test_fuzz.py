@@ -12,6 +12,8 @@ import shutil
 import typing
 
 import loop_sync
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
@@ -92,6 +94,27 @@ def test_lines_of_prompt_files(outcome, tmp_path):
 def file_outcome(outcome, folder, line: bytes) -> str:
     (folder / "prompts.jsonl").write_bytes(b'{"prompt": "2+2=", "label": "4"}\n' + line + b"\n")
     return outcome("--prompts", "prompts.jsonl")
+
+
+def test_sources_and_fields(outcome, tmp_path):
+    """Odd weights, tasks, field names and texts, and a Parquet file of which any byte may be another."""
+    rng, refused = random.Random(4), 0
+    rows = [{"prompt": "1+1=", "label": str(i), "nested": {"label": i, "messages": [{"role": "user", "content": "1"}]}} for i in range(3)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "good.parquet")
+    assert outcome("--prompts", "good.parquet", "toy:0.5", "--label-key", "x", "nested.label", "label", "--eval-prompts", "toy") == "started"
+    for odd in ODD:
+        for flags in (("--prompts", f"toy:{odd}"), ("--prompts", "toy", odd), ("--prompts", f"reasoning-gym:{odd}"), ("--eval-prompts", "toy", odd)):
+            refused += outcome(*flags) == "refused"
+        for flag in ("--prompt-key", "--label-key", "--label-after", "--system-prompt"):
+            refused += outcome("--prompts", "good.parquet", flag, rng.choice([odd, f"nested.{odd}", f"{odd}.label"])) == "refused"
+    assert outcome("--prompts", "good.parquet", "--prompt-key", "nested.messages") == "refused"  # the toy's tokenizer has no chat template
+    whole = (tmp_path / "good.parquet").read_bytes()
+    for _ in range(100):
+        data = bytearray(whole)
+        data[rng.randrange(len(data))] = rng.randrange(256)
+        (tmp_path / "p.parquet").write_bytes(data)
+        refused += outcome("--prompts", "p.parquet") == "refused"
+    assert refused > 120
 
 
 def test_model_configs(outcome, tmp_path):

@@ -11,9 +11,10 @@ import pytest
 
 from hf_names import read_config
 from in_flight import InFlight, InFlightSettings, check_staleness, split_ranks
+from prompts import Sample, load_data
 from record import Row
 from reward import Judge, RewardSettings
-from rollout import DROPPED, REPLACED, RolloutSettings, Sample, load_data, without_marks
+from rollout import DROPPED, REPLACED, RolloutSettings, without_marks
 from run import REPOSITORY, BadInput, EngineDied
 
 TOY = str(REPOSITORY / "toy")

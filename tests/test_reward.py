@@ -1,21 +1,25 @@
-"""reward.py: judging answers, dynamic sampling, and how a batch gets its advantages. The estimators themselves are in tests/oracle.
+"""reward.py: judging answers, dynamic sampling, evaluation, and how a batch gets its advantages. The estimators themselves are in tests/oracle.
 
 Not covered: judges that are services.
 """
 
 import asyncio
 import math
+import re
 import threading
-from itertools import islice
+from itertools import combinations, islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import reward
+from conftest import ROOT
 from losses import LossSettings
-from reward import Judge, RewardSettings, batch_metrics, compute_advantages, compute_rewards, exact_match, is_uninformative, math_reward
-from rollout import RolloutSettings, Sample, without_marks
+from prompts import Sample
+from reward import Judge, RewardSettings, batch_metrics, compute_advantages, compute_rewards, eval_metrics, exact_match, is_uninformative
+from reward import majority_is_right, math_reward, pass_at_k
+from rollout import RolloutSettings, without_marks
 
 
 def answer(response="", label="", *, group=0, reward=None, finish="stop") -> Sample:
@@ -44,6 +48,65 @@ def test_exact_match_wants_an_ended_answer():
 ])  # fmt: skip
 def test_math_reward_compares_values(response, label, expected):
     assert math_reward(answer(response, label)) == expected
+
+
+def test_math_reward_says_what_it_took_for_the_answer():
+    samples = [answer(response, "1/2") for response in (r"\boxed{3}, no: \boxed{0.50}", "half of 4 is 2", "no idea", r"\boxed{")]
+    assert [math_reward(sample) for sample in samples] == [1, 0, 0, 0]
+    assert [sample.metadata["answer"] for sample in samples] == ["0.50", "2", "", ""]
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_answer():
+    # 4 answers, 1 right. Of the 6 pairs 3 hold it; of the 4 triples 3 do.
+    assert [pass_at_k(4, 1, k) for k in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
+    assert pass_at_k(4, 0, 2) == 0 and pass_at_k(4, 3, 2) == 1 and pass_at_k(10**4, 1, 10**3) == pytest.approx(0.1)
+    for n, right, k in ((5, 2, 3), (6, 1, 2), (7, 4, 2), (6, 6, 1)):
+        draws = list(combinations([True] * right + [False] * (n - right), k))
+        assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+@pytest.mark.parametrize("answers, is_right, expected", [
+    (["7", "7", "8"], [1, 1, 0], True),
+    (["7", "8", "8"], [1, 0, 0], False),
+    (["0.5", "8", "1/2", "8", "9/18"], [1, 0, 1, 0, 1], True),  # one value, written in three ways
+    (["7", "8"], [1, 0], True),
+    (["8", "7"], [0, 1], False),  # as many: the first
+    (["", "", "7"], [0, 0, 1], True),  # who says nothing has no vote
+    (["", ""], [0, 0], False),
+    ([], [], False),
+])  # fmt: skip
+def test_majority(answers, is_right, expected):
+    assert majority_is_right(answers, list(map(bool, is_right))) is expected
+
+
+def test_one_answer_to_each_prompt_of_one_set_is_one_number():
+    samples = [answer(group=group, reward=r) for group, r in enumerate([1.0, 0.0, None, 0.5])]
+    assert eval_metrics(samples) == {"held_out": 0.375} and eval_metrics([]) == {}  # a reward of 0.5 counts as that
+
+
+def test_several_sets_and_answers_by_hand():
+    """Set a has two prompts with 1 and 2 right answers of 3, set b one prompt with none."""
+    rewards = {0: ["a", 1.0, 0.0, 0.0], 1: ["a", 1.0, 0.0, 1.0], 2: ["b", 0.0, 0.5, None]}
+    samples = [answer("no" if r != 1 else f"yes {i}", group=g, reward=r) for g, (_, *row) in rewards.items() for i, r in enumerate(row)]
+    for sample in samples:
+        sample.metadata["source"] = rewards[sample.group][0]
+    of_a = {"held_out": 3 / 6, "pass@1": 3 / 6, "pass@2": (2 / 3 + 1) / 2, "pass@3": 1, "majority@3": 1 / 2}
+    of_b = {"held_out": 0.5 / 3, "pass@1": 0, "pass@2": 0, "pass@3": 0, "majority@3": 0}
+    metrics = eval_metrics(samples)
+    assert metrics == pytest.approx({**{key: (of_a[key] + of_b[key]) / 2 for key in of_a}, **{f"{key}/a": value for key, value in of_a.items()},
+                                     **{f"{key}/b": value for key, value in of_b.items()}})  # fmt: skip
+    assert eval_metrics([sample for sample in samples if sample.group < 2]) == pytest.approx(of_a)
+    metrics |= batch_metrics(samples, version=3)
+    assert metrics["reward/a"] == 0.5 and metrics["reward/b"] == 0.25  # without the one that could not be judged
+    assert not [key for key in batch_metrics(samples[:6], version=3) if "/" in key]
+    names = {re.sub(r"/[ab]$", "/NAME", re.sub(r"pass@\d", "pass@k", re.sub(r"majority@\d", "majority@N", key))) for key in metrics}
+    assert sorted(name for name in names if f"`{name}`" not in (ROOT / "README.md").read_text()) == []
+
+
+# --- advantages -------------------------------------------------------------------------------------------------------------------------------
 
 
 def advantages(samples, **settings) -> list[float]:

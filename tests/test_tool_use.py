@@ -19,7 +19,8 @@ import tool_use
 import run
 from hf_names import read_config
 from losses import LossSettings, ppo
-from rollout import RolloutSettings, Sample, load_data
+from prompts import Sample, load_data
+from rollout import RolloutSettings
 from run import REPOSITORY, BadInput, EngineDied
 from tool_use import CALL_END, LONGEST_DEMONSTRATION, calculator, converse, demonstration, right_answer
 

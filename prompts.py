@@ -1,0 +1,369 @@
+"""Prompt data -> Samples without a response: files, generated problems, mixtures of them. All of it is checked before anything is started.
+
+    toy                            the toy's additions, endless                                                     what --prompts and --eval-prompts take
+    FILE.jsonl, FILE.parquet       a prompt a row; endless passes over the file, each in a new order
+    reasoning-gym:TASK             the problems of a task of that package, endless; see reasoning_gym_tasks.py
+    any of these with :WEIGHT      in a mixture: how often it is drawn, over the sum of the weights; 1 unless given
+
+A row holds a prompt (text, or a list of chat messages), a label (null if the reward uses none), and optionally an object "metadata". The order of prompts and
+what is drawn from a mixture follow from the seed, the same on every rank. rollout.py must be imported first: it prepares transformers' import.
+"""
+
+import json
+import math
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any
+
+import orjson
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import reasoning_gym_tasks
+from run import BadInput
+from toy.task import problems
+
+GYM = "reasoning-gym:"
+PROBE = 64  # so many problems of a generated source are looked at before the start, for their lengths
+
+
+@dataclass
+class Sample:
+    """One prompt and, once generated, one response. Plain data: one JSON line holds all of it."""
+
+    prompt_ids: list[int]
+    prompt: str = ""
+    label: Any = None
+    group: int = -1
+    """The prompt's number in the run's prompt stream: the samples of one group answer the same prompt."""
+    index: int = 0
+    """Place in its group; (group, index) names a sample."""
+    response_ids: list[int] = field(default_factory=list)
+    response: str = ""
+    rollout_logprobs: list[float] = field(default_factory=list)
+    """Per response token, by the engine, at the sampling temperature."""
+    loss_mask: list[int] = field(default_factory=list)
+    """Per response token: 1 if the policy sampled it, 0 if it came from elsewhere (a tool's output)."""
+    weight_versions: list[int] = field(default_factory=list)
+    """Per response token: the version of the weights that sampled it."""
+    finish_reason: str = ""
+    """stop, length or abort; or what became of a sample that is not trained, rollout.DROPPED or REPLACED."""
+    reward: float | None = None
+    old_logprobs: Sequence[float] = field(default_factory=list)
+    """Per response token, by the trainer before it learns from the batch; empty where the batch has one update only, which starts from them."""
+    ref_logprobs: Sequence[float] = field(default_factory=list)
+    """Per response token, by the frozen reference, where there is one."""
+    advantages: Sequence[float] = field(default_factory=list)
+    """Per response token."""
+    metadata: dict = field(default_factory=dict)
+    """The row's own; "source", the name of what the prompt is from; "answer", what a reward function took for the answer, where it says so."""
+
+    def to_json(self) -> bytes:
+        return orjson.dumps(self, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+
+    @classmethod
+    def from_json(cls, line: bytes | str) -> "Sample":
+        return cls(**orjson.loads(line))
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is asked, and what ends an answer."""
+
+    prompts: tuple[str, ...] = ("toy",)
+    """Any of toy, FILE.jsonl, FILE.parquet, reasoning-gym:TASK, each with an optional :WEIGHT, its share of the prompts drawn."""
+    prompt_key: tuple[str, ...] = ("prompt",)
+    """The field of a row that holds the prompt: text, or a list of chat messages. Dots lead into nested fields; of several names the first that a row has."""
+    label_key: tuple[str, ...] = ("label",)
+    """The field that holds the label, given likewise; for instance reward_model.ground_truth."""
+    label_after: str = ""
+    """In files whose labels hold this text, the label is what stands after its last occurrence; for GSM8K's solutions "####"."""
+    chat: bool = False
+    """Make a text prompt the user's message in the tokenizer's chat template."""
+    system_prompt: str = ""
+    """A system message that goes before every prompt's chat messages."""
+    eval_prompts: tuple[str, ...] = ()
+    """Held-out sets, named as in --prompts. None given: the own held-out problems of toy and reasoning-gym, where --prompts has them."""
+    eval_samples: int = 512
+    """How many prompts of each held-out set an evaluation answers."""
+    eval_samples_per_prompt: int = 1
+    """Answers to each held-out prompt; with several, pass@k and majority@N are logged."""
+    max_response_tokens: int = 8
+    """A response is cut off after so many tokens."""
+    stop: tuple[str, ...] = ()
+    """Further tokens that end a response, beside the model's own end-of-sequence tokens."""
+
+
+# --- the tokenizer ----------------------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(model_folder: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many kinds, and all are about these files
+        raise BadInput(f"--model {model_folder}: no tokenizer loads ({error}); copy tokenizer.json and tokenizer_config.json there") from error
+
+
+def end_tokens(model_folder: str, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> list[int]:
+    """Token ids that end a response: of generation_config.json, of the tokenizer, and of --stop."""
+    path = Path(model_folder) / "generation_config.json"
+    listed = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    ids = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
+    for text in stop:
+        token = tokenizer.convert_tokens_to_ids(text)
+        if token is None or token == tokenizer.unk_token_id:
+            raise BadInput(f"--stop {text!r} is not one token of this tokenizer: give a token such as {tokenizer.eos_token!r}")
+        ids.add(token)
+    ids.discard(None)
+    if not ids:
+        raise BadInput(f"{model_folder} names no end-of-sequence token in generation_config.json or its tokenizer: give one with --stop")
+    return sorted(ids)
+
+
+def encode(prompt: Any, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, where: str) -> tuple[str, list[int]]:
+    """A prompt as text and as tokens. A chat template writes its own special tokens; to plain text the tokenizer adds its own. Raises BadInput."""
+    if isinstance(prompt, str) and settings.chat:
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, str):
+        if settings.system_prompt:
+            raise BadInput(f"--system-prompt needs chat messages, and the prompt of {where} is text: add --chat, or leave --system-prompt out")
+        return prompt, tokenizer(prompt).input_ids
+    if not isinstance(prompt, list):
+        raise BadInput(f"{where}: the prompt is a {type(prompt).__name__}; it must be text or a list of chat messages")
+    if tokenizer.chat_template is None:
+        raise BadInput(f"{where}: chat messages need a chat template, and the tokenizer has none: give the prompt as text, without --chat")
+    if not all(isinstance(message, dict) and isinstance(message.get("content"), str) and message.get("role") for message in prompt):
+        raise BadInput(f'{where}: every chat message needs a "role" and a text "content"')
+    if settings.system_prompt:
+        if prompt[0]["role"] == "system":
+            raise BadInput(f"{where} has a system message of its own: leave --system-prompt out, or remove that message")
+        prompt = [{"role": "system", "content": settings.system_prompt}, *prompt]
+    try:
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template is a program of the model's makers, and raises what it likes
+        raise BadInput(f"{where}: the tokenizer's chat template refuses these messages ({error}): change their roles or order") from error
+    return text, tokenizer(text, add_special_tokens=False).input_ids
+
+
+# --- files ------------------------------------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, name: str, max_prompt_tokens: int) -> list[Sample]:
+    """All rows of a file as samples without a response. Raises BadInput naming file and row of the first row that cannot be used."""
+    samples = []
+    for where, row in read_rows(path):
+        prompt = value_at(row, settings.prompt_key, where=where, flag="--prompt-key")
+        label = value_at(row, settings.label_key, where=where, flag="--label-key")
+        metadata = row.get("metadata")
+        if not prompt:
+            raise BadInput(f"{where} has no prompt: it needs a non-empty one, text or a list of chat messages")
+        if not isinstance(metadata, dict | None) or "source" in (metadata or {}):
+            raise BadInput(f'{where}: "metadata", if given, must be an object without "source", which names the file: rename that field')
+        try:
+            orjson.dumps([prompt, label, metadata])
+        except TypeError as error:
+            raise BadInput(f"{where}: prompt, label and metadata must fit in a line of JSON ({error}): convert the field to text") from error
+        text, ids = encode(prompt, tokenizer, settings, where=where)
+        if not ids or len(ids) > max_prompt_tokens:
+            raise BadInput(
+                f"{where}: the prompt has {len(ids)} tokens; it must have 1 to {max_prompt_tokens} "
+                "(the model's context less --max-response-tokens): shorten it or lower that flag"
+            )
+        samples.append(Sample(ids, text, label, metadata={**(metadata or {}), "source": name}))
+    if not samples:
+        raise BadInput(f"{path} holds no prompts")
+    if settings.label_after:
+        cut_labels(samples, settings.label_after, path=path)
+    return samples
+
+
+def read_rows(path: str) -> Iterator[tuple[str, dict]]:
+    """(file and row as an error names them, the row) of a Parquet or JSONL file, one after the other. Raises BadInput."""
+    if not os.path.isfile(path):  # False also for what cannot be a path, at which Path.is_file() raises
+        raise BadInput(f"prompts file {path} does not exist: give a JSONL or Parquet file, or leave the flag out for the toy task")
+    if path.endswith(".parquet"):
+        yield from _parquet_rows(path)
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path} line {number}", _parsed(line, where=f"{path} line {number}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"prompts file {path} cannot be read as UTF-8 text: {error}; a Parquet file's name must end in .parquet") from error
+
+
+def _parsed(line: str, *, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise BadInput(f"{where} is not JSON ({reason}): every line must be one object") from error
+    if not isinstance(row, dict):
+        raise BadInput(f"{where} is no object: every line must be one, with a prompt and a label")
+    return row
+
+
+def _parquet_rows(path: str) -> Iterator[tuple[str, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"prompts file {path} cannot be read as Parquet after row {number}: {error}") from error
+
+
+def value_at(row: dict, keys: tuple[str, ...], *, where: str, flag: str) -> Any:
+    """The row's value at the first of these dotted keys that it has: "reward_model.ground_truth" is row["reward_model"]["ground_truth"]. Raises BadInput."""
+    for key in keys:
+        value, found = row, True
+        for part in [key] if key in row else key.split("."):
+            found = found and isinstance(value, dict) and part in value
+            value = value[part] if found else None
+        if found:
+            return value
+    null = " (null if the reward uses none)" if flag == "--label-key" else ""
+    raise BadInput(f"{where} has no {' or '.join(keys)}{null}; its fields are {', '.join(row)}: name the right one with {flag}, nested ones with dots")
+
+
+def cut_labels(samples: list[Sample], after: str, *, path: str) -> None:
+    """Make each label what stands after the last `after` in it, in a file whose labels hold that; raises BadInput if only some of them do."""
+    whole = [sample.label for sample in samples if after not in str(sample.label)]
+    if len(whole) == len(samples):
+        return
+    if whole:
+        raise BadInput(f"{path}: {len(whole)} of {len(samples)} labels do not hold --label-after {after!r}, the first is {whole[0]!r}: mend or remove them")
+    for sample in samples:
+        sample.label = str(sample.label).rpartition(after)[2].strip()
+
+
+def shuffled(samples: list[Sample], *, seed: int) -> Iterator[Sample]:
+    """Endless passes over a file's prompts, each in a new seeded order, the same on every rank."""
+    rng = random.Random(seed)
+    while True:
+        for i in rng.sample(range(len(samples)), len(samples)):
+            yield samples[i]
+
+
+# --- generated problems -----------------------------------------------------------------------------------------------------------------------
+
+
+def generated(rows: Iterator[dict], tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, name: str) -> Iterator[Sample]:
+    """Endless problems, rows with a prompt, a label and perhaps metadata, as samples without a response."""
+    for group, row in enumerate(rows):
+        text, ids = encode(row["prompt"], tokenizer, settings, where=name)
+        yield Sample(ids, text, row["label"], group, metadata={**row.get("metadata", {}), "source": name})
+
+
+def toy_prompts(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, seed: int, held_out: bool) -> Iterator[Sample]:
+    """Endless problems of the toy task."""
+    return generated(problems(seed=seed, held_out=held_out), tokenizer, settings, name="toy")
+
+
+def fitting(stream: Iterator[Sample], *, name: str, max_prompt_tokens: int) -> tuple[Iterator[Sample], int]:
+    """A generated stream, and the length of its longest prompt: of the first PROBE that is; later prompts that are longer are passed over."""
+    first = list(islice(stream, PROBE))
+    longest = max(len(sample.prompt_ids) for sample in first)
+    if longest > max_prompt_tokens:
+        room = f"{max_prompt_tokens}, the model's context less --max-response-tokens"
+        raise BadInput(f"a prompt of {name} has {longest} tokens, more than {room}: lower that flag")
+    return (sample for sample in chain(first, stream) if len(sample.prompt_ids) <= longest), longest
+
+
+# --- what a run generates from ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """What a run generates from."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stream: Iterator[Sample]
+    held_out: list[Sample]
+    """Evaluation prompts of all sets, one after the other; empty where there are none."""
+    end_ids: list[int]
+    """Tokens that end a response."""
+    longest: int
+    """Prompt and response tokens of the longest possible sample."""
+    seed: int
+
+
+def load_data(model_folder: str, settings: DataSettings, config: dict, *, seed: int) -> Data:
+    """Tokenizer and prompts, all checked. Raises BadInput."""
+    tokenizer = load_tokenizer(model_folder)
+    if len(tokenizer) > config["vocab_size"]:
+        raise BadInput(f"{model_folder}: the tokenizer has {len(tokenizer)} tokens, the model {config['vocab_size']}: they do not belong together")
+    room = config["max_position_embeddings"] - settings.max_response_tokens
+    streams, held_out, longest = [], [], 0
+
+    def opened(given: str, name: str, *, is_eval: bool) -> tuple[Iterator[Sample], int]:
+        """Prompts and the length of the longest: endless ones, or for evaluation those of a file in its order."""
+        if given == "toy":
+            return fitting(toy_prompts(tokenizer, settings, seed=0 if is_eval else seed, held_out=is_eval), name=name, max_prompt_tokens=room)
+        if given.startswith(GYM):
+            rows = reasoning_gym_tasks.problems(given.removeprefix(GYM), seed="held-out" if is_eval else seed)
+            return fitting(generated(rows, tokenizer, settings, name=name), name=name, max_prompt_tokens=room)
+        samples = read_prompts(given, tokenizer, settings, name=name, max_prompt_tokens=room)
+        return iter(samples) if is_eval else shuffled(samples, seed=seed), max(len(sample.prompt_ids) for sample in samples)
+
+    sources = weighted(settings.prompts)
+    for given, name in names(list(sources), flag="--prompts").items():
+        stream, length = opened(given, name, is_eval=False)
+        streams, longest = [*streams, stream], max(longest, length)
+    if with_weight := [given for given in settings.eval_prompts if given not in weighted((given,))]:
+        raise BadInput(f"--eval-prompts {with_weight[0]}: a held-out set has no weight, each is evaluated whole: leave the number out")
+    own = [given for given in sources if given == "toy" or given.startswith(GYM)]
+    for given, name in names(list(settings.eval_prompts) or own, flag="--eval-prompts").items():
+        prompts, length = opened(given, name, is_eval=True)
+        held_out, longest = [*held_out, *islice(prompts, settings.eval_samples)], max(longest, length)
+    held_out = [replace(sample, group=group) for group, sample in enumerate(held_out)]
+    end_ids = end_tokens(model_folder, tokenizer, settings.stop)
+    return Data(tokenizer, mixture(streams, list(sources.values()), seed=seed), held_out, end_ids, longest + settings.max_response_tokens, seed)
+
+
+def weighted(prompts: tuple[str, ...]) -> dict[str, float]:
+    """("a.jsonl", "b.parquet:0.5") -> {"a.jsonl": 1.0, "b.parquet": 0.5}. Raises BadInput."""
+    weights = {}
+    for given in prompts:
+        source, _, text = given.rpartition(":")
+        try:
+            source, weight = (source, float(text)) if source else (given, 1.0)
+        except ValueError:
+            source, weight = given, 1.0
+        if not (0 < weight and math.isfinite(weight)):
+            raise BadInput(f"--prompts {given}: the weight {text} must be a positive number")
+        if source in weights:
+            raise BadInput(f"--prompts {source} is given twice: give it once, with the sum of the weights")
+        weights[source] = weight
+    if not weights:
+        raise BadInput("--prompts names nothing to learn from: give a file, or leave the flag out for the toy task")
+    return weights
+
+
+def names(sources: list[str], *, flag: str) -> dict[str, str]:
+    """{"toy": "toy", "a/gsm8k/train.parquet": "gsm8k/train", "a/math/train.parquet": "math/train"}: short names that tell the sources apart."""
+    if len(set(sources)) < len(sources):
+        raise BadInput(f"{flag} {' '.join(sources)}: a source is given twice: give each once")
+    paths = {source: Path(source.replace(GYM, "reasoning-gym/")) for source in sources}
+    parts = {source: (*path.parent.parts, path.stem) for source, path in paths.items()}
+    for n in range(1, max(map(len, parts.values()), default=0) + 1):
+        short = {source: "/".join(parts[source][-n:]) for source in sources}
+        if len(set(short.values())) == len(sources):
+            return short
+    return {source: source for source in sources}
+
+
+def mixture(streams: list[Iterator[Sample]], weights: list[float], *, seed: int) -> Iterator[Sample]:
+    """Prompts of all streams, each drawn with its weight, numbered in the order in which they are drawn."""
+    rng = random.Random(f"mixture {seed}")
+    for group in count():
+        yield replace(next(rng.choices(streams, weights)[0]), group=group)
