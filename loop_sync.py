@@ -24,6 +24,7 @@ import train_step
 import weight_sync
 from hf_names import read_config
 from losses import LossSettings
+from problems import Problems
 from reward import RewardSettings
 from rollout import RolloutSettings
 from run import RunSettings
@@ -42,17 +43,21 @@ class Settings:
 
 
 def main() -> None:
-    # Everything that can be wrong with the input is found before anything is started.
-    settings = run.parse_settings(Settings)
+    # Everything that can be wrong with the input is found before anything is started, and all of it is said at once.
+    settings, problems = run.parse_settings(Settings), Problems()
     model, seed, steps = settings.run.model, settings.run.seed, settings.run.steps
-    config = read_config(model)
+    problems.of(run.check_run_settings, settings.run)
+    config = problems.of(read_config, model)
     trainer_ranks = rollout_ranks = int(os.environ["WORLD_SIZE"])
-    rollout.check_rollout_settings(settings.rollout, config, world_size=rollout_ranks)
-    data = rollout.load_data(model, settings.rollout, config, seed=seed)
-    reward.check_reward_settings(settings.reward, settings.rollout)
-    train_step.check_train_settings(settings.train, settings.loss, config, world_size=trainer_ranks, steps=steps, longest=data.longest)
+    problems.of(rollout.check_rollout_settings, settings.rollout, config, world_size=rollout_ranks)
+    data = problems.of(rollout.load_data, model, settings.rollout, config, seed=seed)
+    problems.of(hf_folder.check_model_folder, model, config, data and data.tokenizer, stop=settings.rollout.stop)
+    problems.of(reward.check_reward_settings, settings.reward, settings.rollout)
+    sizes = dict(world_size=trainer_ranks, steps=steps, longest=data and data.longest)
+    problems.of(train_step.check_train_settings, settings.train, settings.loss, config, **sizes)
+    resumed = problems.of(checkpoint.find, settings, "sync") if settings.run.resume and settings.run.name else None
+    problems.refuse()
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
-    resumed = checkpoint.find(settings, "sync") if settings.run.resume else None
     start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
     everyone = run.init_distributed()

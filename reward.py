@@ -27,8 +27,9 @@ import math_judge
 from advantages import ADVANTAGES, Scores, overlong_penalty
 from engine import Engine
 from losses import KL_ESTIMATORS, LossSettings
+from problems import all_problems
 from rollout import REPLACED, Data, Prompts, RolloutSettings, Sample, all_gather_samples, generate, marks, my_share
-from run import BadInput, Row
+from run import Row
 
 Reward = Callable[[Sample], float | Awaitable[float]]
 
@@ -61,14 +62,15 @@ def math_reward(sample: Sample) -> float:
     return float(math_judge.equal_in_worker(sample.response, str(sample.label)))
 
 
-def check_reward_settings(settings: RewardSettings, rollout: RolloutSettings) -> None:
-    """Raise BadInput for what cannot work, before anything is started."""
+@all_problems
+def check_reward_settings(settings: RewardSettings, rollout: RolloutSettings):
+    """What cannot work, before anything is started."""
     if settings.judges < 1 or settings.judge_timeout_s <= 0:
-        raise BadInput(f"--judges {settings.judges} must be at least 1, --judge-timeout-s {settings.judge_timeout_s} must be positive")
+        yield f"--judges {settings.judges} must be at least 1, --judge-timeout-s {settings.judge_timeout_s} must be positive"
     if settings.dynamic_sampling < 0:
-        raise BadInput(f"--dynamic-sampling {settings.dynamic_sampling} must not be negative")
+        yield f"--dynamic-sampling {settings.dynamic_sampling} must not be negative"
     if not 0 <= settings.overlong_buffer <= rollout.max_response_tokens:
-        raise BadInput(f"--overlong-buffer {settings.overlong_buffer} must lie between 0 and --max-response-tokens {rollout.max_response_tokens}")
+        yield f"--overlong-buffer {settings.overlong_buffer} must lie between 0 and --max-response-tokens {rollout.max_response_tokens}"
 
 
 REWARDS: dict[str, Reward] = {"exact": exact_match, "math": math_reward}

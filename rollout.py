@@ -5,6 +5,7 @@ weights of the right shapes and quantization; weight_sync.py gives it its first.
 """
 
 import json
+import math
 import os
 import random
 import signal
@@ -19,7 +20,8 @@ import orjson
 import torch
 import torch.distributed as dist
 
-from run import BadInput, EngineDied, all_gather_bytes, check_installation, parse_overrides
+from problems import BadInput, Problems, all_problems
+from run import EngineDied, all_gather_bytes, check_installation, parse_overrides
 
 check_installation()
 if not torch.cuda.is_available():
@@ -29,7 +31,7 @@ from sglang.srt.server_args import ServerArgs
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from engine import Engine
-from hf_names import fp8_config
+from hf_names import fp8_config, generation_eos
 from toy.task import problems
 
 DROPPED, REPLACED = "dropped", "replaced"  # finish reasons of samples that are not trained: too old; in a group whose rewards are all equal
@@ -111,48 +113,65 @@ def load_tokenizer(model_folder: str) -> PreTrainedTokenizerBase:
         raise BadInput(f"--model {model_folder}: no tokenizer loads ({error}); copy tokenizer.json and tokenizer_config.json there") from error
 
 
-def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int) -> list[Sample]:
-    """All rows of a JSONL file as samples without a response. Raises BadInput naming file and line of the first row that cannot be used."""
-    if not Path(path).is_file():
+SHOWN_LINES = 5  # of a prompts file's bad lines; a wrong file has thousands
+
+
+@all_problems
+def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase | None, *, max_prompt_tokens: float) -> list[Sample]:
+    """All rows of a JSONL file as samples without a response. Raises BadInput naming the first lines that cannot be used.
+
+    tokenizer: None where it could not be read; what needs it is then not looked at.
+    """
+    if not os.path.isfile(path):
         raise BadInput(f"prompts file {path} does not exist: give a JSONL file, or leave the flag out for the toy task")
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"prompts file {path} cannot be read as UTF-8 text: {error}") from error
-    samples = []
+    samples, bad = [], []
     for number, line in enumerate(lines, start=1):
-        where = f"{path} line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadInput(f"{where} is not JSON ({error.msg} at column {error.colno}): every line must be one object") from error
-        if not isinstance(row, dict) or not row.get("prompt"):
-            raise BadInput(f"{where} has no prompt: every line needs a non-empty \"prompt\", text or a list of chat messages")
-        if "label" not in row or not isinstance(row.get("metadata", {}), dict):
-            raise BadInput(f'{where} needs a "label" (null if the reward uses none), and "metadata", if given, must be an object')
-        prompt = row["prompt"]
-        if isinstance(prompt, list):
-            if tokenizer.chat_template is None:
-                raise BadInput(f"{where} holds chat messages, but the tokenizer has no chat template: give the prompt as text")
-            if not all(isinstance(message, dict) and isinstance(message.get("content"), str) and message.get("role") for message in prompt):
-                raise BadInput(f'{where}: every chat message needs a "role" and a text "content"')
-            prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-            ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        elif isinstance(prompt, str):
-            ids = tokenizer(prompt).input_ids
-        else:
-            raise BadInput(f"{where}: the prompt is a {type(prompt).__name__}; it must be text or a list of chat messages")
-        if not ids or len(ids) > max_prompt_tokens:
-            raise BadInput(
-                f"{where}: the prompt has {len(ids)} tokens; it must have 1 to {max_prompt_tokens} "
-                "(the model's context less --max-response-tokens): shorten it or lower that flag"
-            )
-        samples.append(Sample(ids, prompt, row["label"], metadata=row.get("metadata", {})))
-    if not samples:
-        raise BadInput(f"{path} holds no prompts")
+        if line.strip():
+            try:
+                samples.append(_read_prompt(line, f"{path} line {number}", tokenizer, max_prompt_tokens))
+            except BadInput as error:
+                bad += error.problems
+    yield from bad[:SHOWN_LINES]
+    if len(bad) > SHOWN_LINES:
+        yield f"{path}: {len(bad) - SHOWN_LINES} more lines cannot be used"
+    if not samples and not bad:
+        yield f"{path} holds no prompts"
     return samples
+
+
+def _read_prompt(line: str, where: str, tokenizer: PreTrainedTokenizerBase | None, max_prompt_tokens: float) -> Sample:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{where} is not JSON ({error.msg} at column {error.colno}): every line must be one object") from error
+    if not isinstance(row, dict) or not row.get("prompt"):
+        raise BadInput(f"{where} has no prompt: every line needs a non-empty \"prompt\", text or a list of chat messages")
+    if "label" not in row or not isinstance(row.get("metadata", {}), dict):
+        raise BadInput(f'{where} needs a "label" (null if the reward uses none), and "metadata", if given, must be an object')
+    prompt = row["prompt"]
+    if not isinstance(prompt, str | list):
+        raise BadInput(f"{where}: the prompt is a {type(prompt).__name__}; it must be text or a list of chat messages")
+    if tokenizer is None:
+        return Sample([])
+    if isinstance(prompt, list):
+        if tokenizer.chat_template is None:
+            raise BadInput(f"{where} holds chat messages, but the tokenizer has no chat template: give the prompt as text")
+        if not all(isinstance(message, dict) and isinstance(message.get("content"), str) and message.get("role") for message in prompt):
+            raise BadInput(f'{where}: every chat message needs a "role" and a text "content"')
+        prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    else:
+        ids = tokenizer(prompt).input_ids
+    if not ids or len(ids) > max_prompt_tokens:
+        raise BadInput(
+            f"{where}: the prompt has {len(ids)} tokens; it must have 1 to {max_prompt_tokens} "
+            "(the model's context less --max-response-tokens): shorten it or lower that flag"
+        )
+    return Sample(ids, prompt, row["label"], metadata=row.get("metadata", {}))
 
 
 def toy_prompts(tokenizer: PreTrainedTokenizerBase, *, seed: int, held_out: bool) -> Iterator[Sample]:
@@ -170,19 +189,18 @@ def shuffled(samples: list[Sample], *, seed: int) -> Iterator[Sample]:
             group += 1
 
 
+@all_problems
 def end_tokens(model_folder: str, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> list[int]:
     """Token ids that end a response: of generation_config.json, of the tokenizer, and of --stop."""
-    path = Path(model_folder) / "generation_config.json"
-    listed = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    ids = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
+    ids = {token for token in generation_eos(model_folder) if type(token) is int} | {tokenizer.eos_token_id}  # others: see hf_folder.check_model_folder
     for text in stop:
         token = tokenizer.convert_tokens_to_ids(text)
         if token is None or token == tokenizer.unk_token_id:
-            raise BadInput(f"--stop {text!r} is not one token of this tokenizer: give a token such as {tokenizer.eos_token!r}")
+            yield f"--stop {text!r} is not one token of this tokenizer: give a token such as {tokenizer.eos_token!r}"
         ids.add(token)
     ids.discard(None)
     if not ids:
-        raise BadInput(f"{model_folder} names no end-of-sequence token in generation_config.json or its tokenizer: give one with --stop")
+        yield f"{model_folder} names no end-of-sequence token in generation_config.json or its tokenizer: give one with --stop"
     return sorted(ids)
 
 
@@ -201,40 +219,49 @@ class Data:
     seed: int
 
 
-def load_data(model_folder: str, settings: RolloutSettings, config: dict, *, seed: int) -> Data:
-    """Tokenizer and prompts, all checked. Raises BadInput."""
-    tokenizer = load_tokenizer(model_folder)
-    if len(tokenizer) > config["vocab_size"]:
-        raise BadInput(f"{model_folder}: the tokenizer has {len(tokenizer)} tokens, the model {config['vocab_size']}: they do not belong together")
-    room = config["max_position_embeddings"] - settings.max_response_tokens
-    prompts = None if settings.prompts == "toy" else read_prompts(settings.prompts, tokenizer, max_prompt_tokens=room)
-    if settings.eval_prompts:
-        held_out = read_prompts(settings.eval_prompts, tokenizer, max_prompt_tokens=room)[: settings.eval_samples]
-    else:
-        held_out = list(islice(toy_prompts(tokenizer, seed=0, held_out=True), settings.eval_samples)) if prompts is None else []
-    longest = max(len(prompt.prompt_ids) for prompt in [*(prompts or []), *held_out]) + settings.max_response_tokens
+@all_problems
+def load_data(model_folder: str, settings: RolloutSettings, config: dict | None, *, seed: int) -> Data:
+    """Tokenizer and prompts, all checked. Raises BadInput. config: None where it could not be read; the prompts' form is checked all the same."""
+    found = Problems()
+    tokenizer = None if config is None else found.of(load_tokenizer, model_folder)
+    if tokenizer is not None and len(tokenizer) > config["vocab_size"]:
+        yield f"{model_folder}: the tokenizer has {len(tokenizer)} tokens, the model {config['vocab_size']}: they do not belong together"
+    room = math.inf if config is None else config["max_position_embeddings"] - settings.max_response_tokens
+    prompts, held_out = (
+        None if path == none else found.of(read_prompts, path, tokenizer, max_prompt_tokens=room)
+        for path, none in ((settings.prompts, "toy"), (settings.eval_prompts, ""))
+    )
+    end_ids = None if tokenizer is None else found.of(end_tokens, model_folder, tokenizer, settings.stop)
+    yield from found.found
+    if tokenizer is None or found.found:
+        return None
+    if held_out is None:
+        held_out = toy_prompts(tokenizer, seed=0, held_out=True) if prompts is None else []
+    held_out = list(islice(held_out, max(settings.eval_samples, 0)))
+    longest = max((len(prompt.prompt_ids) for prompt in [*(prompts or []), *held_out]), default=0) + settings.max_response_tokens
     stream = toy_prompts(tokenizer, seed=seed, held_out=False) if prompts is None else shuffled(prompts, seed=seed)
-    return Data(tokenizer, stream, held_out, end_tokens(model_folder, tokenizer, settings.stop), longest, seed)
+    return Data(tokenizer, stream, held_out, end_ids, longest, seed)
 
 
-def check_rollout_settings(settings: RolloutSettings, config: dict, *, world_size: int) -> None:
-    """Raise BadInput for what cannot work, before anything is started."""
+@all_problems
+def check_rollout_settings(settings: RolloutSettings, config: dict | None, *, world_size: int):
+    """What cannot work, before anything is started. world_size: of the ranks that generate. config: None where it could not be read."""
     if settings.temperature <= 0:
-        raise BadInput(f"--temperature {settings.temperature} must be above 0: a greedy rollout has no log-probs to learn from")
-    if settings.engine_tp < 1 or world_size % settings.engine_tp:
-        raise BadInput(f"--engine-tp {settings.engine_tp} does not divide the {world_size} ranks: use a divisor")
-    for field_name in ("num_attention_heads", "num_key_value_heads"):
-        if config[field_name] % settings.engine_tp:
-            raise BadInput(f"{field_name} {config[field_name]} is not divisible by --engine-tp {settings.engine_tp}: use a --engine-tp that divides it")
-    engines = world_size // settings.engine_tp
-    if settings.prompts_per_step < 1 or settings.prompts_per_step % engines:
-        raise BadInput(f"--prompts-per-step {settings.prompts_per_step} is not divisible by the {engines} engines: use a multiple of {engines}")
+        yield f"--temperature {settings.temperature} must be above 0: a greedy rollout has no log-probs to learn from"
     if settings.samples_per_prompt < 2:
-        raise BadInput(f"--samples-per-prompt {settings.samples_per_prompt}: GRPO compares answers to one prompt and needs at least 2")
-    if not 1 <= settings.max_response_tokens < config["max_position_embeddings"]:
-        raise BadInput(f"--max-response-tokens {settings.max_response_tokens} must lie below the model's context, {config['max_position_embeddings']}")
+        yield f"--samples-per-prompt {settings.samples_per_prompt}: GRPO compares answers to one prompt and needs at least 2"
     if settings.eval_samples < 1:
-        raise BadInput(f"--eval-samples {settings.eval_samples} must be at least 1")
+        yield f"--eval-samples {settings.eval_samples} must be at least 1"
+    if settings.engine_tp < 1 or world_size % settings.engine_tp:
+        yield f"--engine-tp {settings.engine_tp} does not divide the {world_size} ranks: use a divisor"
+    elif (engines := world_size // settings.engine_tp) > 0 and (settings.prompts_per_step < 1 or settings.prompts_per_step % engines):
+        yield f"--prompts-per-step {settings.prompts_per_step} is not divisible by the {engines} engines: use a multiple of {engines}"
+    if config is not None:
+        for field_name in ("num_attention_heads", "num_key_value_heads"):
+            if settings.engine_tp > 0 and config[field_name] % settings.engine_tp:
+                yield f"{field_name} {config[field_name]} is not divisible by --engine-tp {settings.engine_tp}: use a --engine-tp that divides it"
+        if not 1 <= settings.max_response_tokens < config["max_position_embeddings"]:
+            yield f"--max-response-tokens {settings.max_response_tokens} must lie below the model's context, {config['max_position_embeddings']}"
     _server_overrides(settings)
 
 

@@ -34,6 +34,8 @@ import tyro
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
+from problems import BadInput, all_problems
+
 # The engines warn at import about what a CPU lacks; they say it in every process. Errors still show.
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 warnings.simplefilter("ignore")
@@ -44,10 +46,6 @@ CPU_SGLANG = "0.5.21"  # the version that cpu.py is written for
 
 
 _told_to_stop = threading.Event()
-
-
-class BadInput(Exception):
-    """Something the user gave cannot work. The message names the value, the rule and the fix; it is shown without a traceback, exit code 2."""
 
 
 class EngineDied(Exception):
@@ -102,38 +100,43 @@ def parse_settings(settings_class: type):
     if "RANK" not in os.environ:
         script = Path(sys.argv[0]).name
         raise BadInput(f"RANK is not set: a loop runs under torchrun. Use `torchrun {script}` or `torchrun --nproc-per-node 2 {script}`")
-    settings = tyro.cli(settings_class, description=sys.modules["__main__"].__doc__, config=(tyro.conf.OmitArgPrefixes,))
-    run = settings.run
-    if run.steps < 1 or run.eval_every < 1:
-        raise BadInput(f"--steps {run.steps} and --eval-every {run.eval_every} must be at least 1")
-    if unknown := set(run.export) - {"bf16", "fp8"}:
-        raise BadInput(f"--export {' '.join(unknown)} is none of: bf16, fp8")
-    if run.save_every < 0 or run.keep < 1:
-        raise BadInput(f"--save-every {run.save_every} must not be negative, --keep {run.keep} must be at least 1")
-    if run.resume and not run.name:
-        raise BadInput("--resume needs the --name of the run that is to go on")
-    if run.name and not run.resume and (Path("runs") / run.name / "metrics.jsonl").exists():
-        raise BadInput(f"runs/{run.name} already holds a run: choose another --name, remove that folder, or go on with it by --resume")
-    return settings
+    return tyro.cli(settings_class, description=sys.modules["__main__"].__doc__, config=(tyro.conf.OmitArgPrefixes,))
 
 
+@all_problems
+def check_run_settings(settings: RunSettings):
+    """What cannot work, before anything is started."""
+    if settings.steps < 1 or settings.eval_every < 1:
+        yield f"--steps {settings.steps} and --eval-every {settings.eval_every} must be at least 1"
+    if unknown := set(settings.export) - {"bf16", "fp8"}:
+        yield f"--export {' '.join(sorted(unknown))} is none of: bf16, fp8"
+    if settings.save_every < 0 or settings.keep < 1:
+        yield f"--save-every {settings.save_every} must not be negative, --keep {settings.keep} must be at least 1"
+    if settings.resume and not settings.name:
+        yield "--resume needs the --name of the run that is to go on"
+    if settings.name and not settings.resume and os.path.exists(f"runs/{settings.name}/metrics.jsonl"):
+        yield f"runs/{settings.name} already holds a run: choose another --name, remove that folder, or go on with it by --resume"
+
+
+@all_problems
 def parse_overrides(pairs: tuple[str, ...], *, flag: str, fields: list[str]) -> dict:
     """("key=value", …) -> {key: value}; values are read as JSON where they are JSON (true, 4, 0.1, null), else as text.
 
-    fields: the names that may be set. An unknown one raises BadInput naming the nearest.
+    fields: the names that may be set. Raises BadInput for others, naming the nearest of each.
     """
     overrides = {}
     for pair in pairs:
         key, separator, text = pair.partition("=")
         if not separator:
-            raise BadInput(f"{flag} {pair!r} is not of the form key=value")
-        if key not in fields:
+            yield f"{flag} {pair!r} is not of the form key=value"
+        elif key not in fields:
             nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
-            raise BadInput(f"{flag} {key} is not a field that can be set there; the nearest is {nearest}")
-        try:
-            overrides[key] = json.loads(text)
-        except json.JSONDecodeError:
-            overrides[key] = text
+            yield f"{flag} {key} is not a field that can be set there; the nearest is {nearest}"
+        else:
+            try:
+                overrides[key] = json.loads(text)
+            except json.JSONDecodeError:
+                overrides[key] = text
     return overrides
 
 

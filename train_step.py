@@ -38,12 +38,13 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from hf_folder import load_hf
-from hf_names import megatron_arguments, read_config
+from hf_names import check_layout, layers_in_last_stage, megatron_arguments, read_config
 from local_spec import complete_local_spec
 from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings, check_loss_settings, logprobs_and_entropy, mismatch
 from packing import MicroBatch, give_to_samples, local_microbatches, padded_length, plan_of
+from problems import Problems, all_problems
 from rollout import Sample
-from run import BadInput, broadcast_bytes, parse_overrides
+from run import broadcast_bytes, parse_overrides
 from weight_sync import Layout
 
 
@@ -115,47 +116,43 @@ def has_transformer_engine() -> bool:
     return True
 
 
-def check_train_settings(settings: TrainSettings, loss: LossSettings, config: dict, *, world_size: int, steps: int, longest: int) -> None:
-    """Raise BadInput for what cannot work, before anything is started. longest: prompt plus response tokens of the longest possible sample."""
-    check_loss_settings(loss)
+@all_problems
+def check_train_settings(settings: TrainSettings, loss: LossSettings, config: dict | None, *, world_size: int, steps: int, longest: int | None):
+    """What cannot work, before anything is started. world_size: of the ranks that train. longest: prompt plus response tokens of the longest possible sample.
+
+    config, longest: None where they could not be found out; what depends on them is then left out.
+    """
+    found = Problems()
+    found.of(check_loss_settings, loss)
     if settings.minibatches < 1:
-        raise BadInput(f"--minibatches {settings.minibatches} must be at least 1")
-    if settings.reference and not loss.kl_coef:
-        raise BadInput(f"--reference {settings.reference} is not used without --kl-coef: set one, or leave the other out")
-    if settings.reference:
-        theirs, ours = ({**model, **gpt} for model, gpt in (megatron_arguments(c, tp=1) for c in (read_config(settings.reference), config)))
-        if differing := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
-            raise BadInput(f"--reference {settings.reference} differs from the model in {', '.join(differing)}: it must have the same architecture")
-    if settings.tp < 1 or world_size % settings.tp:
-        raise BadInput(f"--tp {settings.tp} does not divide the {world_size} ranks: use a --tp that divides --nproc-per-node times the nodes")
-    if settings.pp < 1 or settings.cp < 1 or world_size % (settings.tp * settings.pp * settings.cp):
-        split = f"--tp {settings.tp} times --pp {settings.pp} times --cp {settings.cp}"
-        raise BadInput(f"{split} does not divide the {world_size} ranks: use another --pp or --cp")
-    if (layers_in_last_stage(config, settings.pp) or 1) < 1:
-        raise BadInput(f"--pp {settings.pp} leaves the last stage without layers, of which the model has {config['num_hidden_layers']}: use a smaller --pp")
-    megatron_arguments(config, tp=settings.tp)
-    stage_ranks = world_size // settings.pp
-    if settings.ep < 1 or stage_ranks % settings.ep or config["num_experts"] % settings.ep or (settings.ep > 1 and not config["num_experts"]):
-        raise BadInput(
-            f"--ep {settings.ep} must divide the {stage_ranks} ranks of a pipeline stage and the model's {config['num_experts']} experts: "
-            "use another --ep, and 1 for a dense model"
-        )
+        yield f"--minibatches {settings.minibatches} must be at least 1"
     if settings.lr < 0 or settings.min_lr < 0 or settings.min_lr > settings.lr:
-        raise BadInput(f"--lr {settings.lr} and --min-lr {settings.min_lr} must satisfy 0 <= min-lr <= lr")
-    if not 0 <= settings.lr_warmup_steps < steps:
-        raise BadInput(f"--lr-warmup-steps {settings.lr_warmup_steps} must be smaller than --steps {steps}")
+        yield f"--lr {settings.lr} and --min-lr {settings.min_lr} must satisfy 0 <= min-lr <= lr"
+    if not 0 <= settings.lr_warmup_steps < max(steps, 1):
+        yield f"--lr-warmup-steps {settings.lr_warmup_steps} must be smaller than --steps {steps}"
     if settings.clip_grad <= 0:
-        raise BadInput(f"--clip-grad {settings.clip_grad} must be positive")
-    if settings.microbatch_tokens * settings.cp < padded_length(longest, settings.cp):
-        room = f"--microbatch-tokens {settings.microbatch_tokens} times --cp {settings.cp}"
-        raise BadInput(f"{room} is less than the longest possible sample, {padded_length(longest, settings.cp)} tokens: raise one of them")
-    _overrides(settings, config, TransformerConfig)
+        yield f"--clip-grad {settings.clip_grad} must be positive"
+    if settings.reference and not loss.kl_coef:
+        yield f"--reference {settings.reference} is not used without --kl-coef: set one, or leave the other out"
+    reference = found.of(read_config, settings.reference) if settings.reference else None
+    if reference and config:
+        theirs, ours = ({**model, **gpt} for model, gpt in (megatron_arguments(c, tp=1) for c in (reference, config)))
+        if differing := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
+            yield f"--reference {settings.reference} differs from the model in {', '.join(differing)}: it must have the same architecture"
+    if config:
+        found.of(check_layout, config, world_size=world_size, tp=settings.tp, pp=settings.pp, cp=settings.cp, ep=settings.ep)
+        found.of(_overrides, settings, config, TransformerConfig)
+    cp = settings.cp
+    if longest and cp > 0 and settings.microbatch_tokens * cp < padded_length(longest, cp):
+        room = f"--microbatch-tokens {settings.microbatch_tokens} times --cp {cp}"
+        yield f"{room} is less than the longest possible sample, {padded_length(longest, cp)} tokens: raise one of them"
+    yield from found.found
 
 
 def _overrides(settings: TrainSettings, config: dict, config_class: type) -> dict:
     """The part of --megatron that are fields of config_class. What config.json or another flag decides is no field that can be set."""
     fields = [field.name for cls in (TransformerConfig, OptimizerConfig) for field in dataclasses.fields(cls)]
-    decided = set(megatron_arguments(config, tp=settings.tp)[0]) | {"tensor_model_parallel_size", "sequence_parallel", "params_dtype", "bf16", "fp16", "lr"}
+    decided = set(megatron_arguments(config, tp=1)[0]) | {"tensor_model_parallel_size", "sequence_parallel", "params_dtype", "bf16", "fp16", "lr"}
     overrides = parse_overrides(settings.megatron, flag="--megatron", fields=[name for name in fields if name not in decided])
     return {name: value for name, value in overrides.items() if name in config_class.__dataclass_fields__}
 
@@ -206,12 +203,6 @@ def build_gpt(settings: TrainSettings, config: dict) -> tuple[GPTModel, Layout]:
 def expert_tp(settings: TrainSettings) -> int:
     """Over how many ranks one expert is split: as the rest of the layer, unless experts are spread over ranks."""
     return 1 if settings.ep > 1 else settings.tp
-
-
-def layers_in_last_stage(config: dict, pp: int) -> int | None:
-    """None where the layers divide evenly; else what is left for the last stage, which also has the output layer, when the others have equally many."""
-    layers = config["num_hidden_layers"]
-    return None if layers % pp == 0 else layers - (pp - 1) * -(-layers // pp)
 
 
 def build_trainer(
