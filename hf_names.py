@@ -14,7 +14,7 @@ A config field that is in none of the lists below is refused by name: an ignored
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -372,28 +372,30 @@ def merged_linears(config: dict, layer: int) -> dict[str, tuple[tuple[str, ...],
     return merged
 
 
-def unquantized_linears(config: dict, *, engine_tp: int) -> list[str]:
-    """Linear layers that stay BF16 under block FP8, by full Hugging Face module name, in every layer alike. lm_head always does.
+def unquantized_linears(config: dict, *, engine_tp: int, engine_ep: int = 1, layers: Iterable[int] | None = None) -> list[str]:
+    """Linear layers that stay BF16 under block FP8, by full Hugging Face module name. lm_head always does. layers: of these only.
 
     SGLang's rule (Fp8LinearMethod.validate_block_quant_shapes, and the like for experts): in a merged layer, and in any layer split over engine tensor
-    parallelism, each part's rows per rank must be a multiple of 128; under tensor parallelism so must the split columns of o_proj and down_proj.
+    parallelism, each part's rows per rank must be a multiple of 128; under tensor parallelism so must the split columns of o_proj and down_proj. Experts are
+    split over what engine_ep, over which whole ones are spread, leaves of engine_tp.
     This list serves both the engine's config (modules_to_not_convert) and the hand-off, so that they cannot disagree.
     """
     kept = ["lm_head"]
-    for layer in range(config["num_hidden_layers"]):
+    for layer in range(config["num_hidden_layers"]) if layers is None else layers:
         for merged, (names, sizes, always) in merged_linears(config, layer).items():
-            if (always or engine_tp > 1) and any(size % (128 * engine_tp) for size in sizes):
+            parts = engine_tp // engine_ep if merged == "experts" else engine_tp
+            if (always or engine_tp > 1) and any(size % (128 * parts) for size in sizes):
                 kept += [f"model.layers.{layer}.{name}" for name in (*names, *(["mlp.experts"] if merged == "experts" else []))]
     return kept
 
 
-def fp8_config(config: dict, *, engine_tp: int, scale_format: str = "fp32") -> dict:
+def fp8_config(config: dict, *, engine_tp: int, engine_ep: int = 1, scale_format: str = "fp32") -> dict:
     """The quantization_config of a block-FP8 checkpoint, for SGLang's model override and for the config.json of an FP8 export."""
     quantization = {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [128, 128],
-        "modules_to_not_convert": unquantized_linears(config, engine_tp=engine_tp),
+        "modules_to_not_convert": unquantized_linears(config, engine_tp=engine_tp, engine_ep=engine_ep),
     }
     return quantization | ({"scale_fmt": "ue8m0"} if scale_format == "ue8m0" else {})

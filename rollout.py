@@ -34,6 +34,7 @@ from engine import Engine
 from hf_names import fp8_config, generation_eos
 from toy.task import problems
 
+MEM_FRACTION_STATIC = 0.5  # of the GPU memory that is free when an engine starts, what it takes for weights and cache, unless --sglang says otherwise
 DROPPED, REPLACED = "dropped", "replaced"  # finish reasons of samples that are not trained: too old; in a group whose rewards are all equal
 
 
@@ -99,6 +100,8 @@ class RolloutSettings:
     """What the engine computes with: block-scaled FP8 weights and activations, or plain BF16 or FP32."""
     engine_tp: int = 1
     """Ranks that share one engine (SGLang tensor parallelism)."""
+    engine_ep: int = 1
+    """Of those, ranks over which whole experts are spread (SGLang expert parallelism); the rest of --engine-tp splits each expert."""
     sglang: tuple[str, ...] = ()
     """Further ServerArgs fields, key=value; for instance mem_fraction_static=0.5."""
 
@@ -256,6 +259,9 @@ def check_rollout_settings(settings: RolloutSettings, config: dict | None, *, wo
         yield f"--engine-tp {settings.engine_tp} does not divide the {world_size} ranks: use a divisor"
     elif (engines := world_size // settings.engine_tp) > 0 and (settings.prompts_per_step < 1 or settings.prompts_per_step % engines):
         yield f"--prompts-per-step {settings.prompts_per_step} is not divisible by the {engines} engines: use a multiple of {engines}"
+    experts = config["num_experts"] if config else settings.engine_ep
+    if settings.engine_ep < 1 or settings.engine_tp % settings.engine_ep or experts % settings.engine_ep or (settings.engine_ep > 1 and not experts):
+        yield f"--engine-ep {settings.engine_ep} must divide --engine-tp {settings.engine_tp} and the model's {experts} experts; it is 1 for a dense model"
     if config is not None:
         for field_name in ("num_attention_heads", "num_key_value_heads"):
             if settings.engine_tp > 0 and config[field_name] % settings.engine_tp:
@@ -268,7 +274,8 @@ def check_rollout_settings(settings: RolloutSettings, config: dict | None, *, wo
 def _server_overrides(settings: RolloutSettings) -> dict:
     """--sglang as a dict. What another flag decides is not among the fields."""
     names = getattr(ServerArgs, "__struct_fields__", None) or ServerArgs.__dataclass_fields__
-    decided = {"model_path", "dtype", "tp_size", "load_format", "quantization", "skip_tokenizer_init", "custom_weight_loader", "custom_sigquit_handler"}
+    decided = {"model_path", "dtype", "tp_size", "ep_size", "load_format", "quantization", "skip_tokenizer_init"}
+    decided |= {"custom_weight_loader", "custom_sigquit_handler"}
     return parse_overrides(settings.sglang, flag="--sglang", fields=[name for name in names if name not in decided])
 
 
@@ -282,6 +289,7 @@ def start_engine(model_folder: str, settings: RolloutSettings, config: dict, *, 
         dtype={"fp8": "bfloat16", "bf16": "bfloat16", "fp32": "float32"}[settings.rollout_dtype],
         load_format="dummy",
         tp_size=settings.engine_tp,
+        ep_size=settings.engine_ep,
         skip_tokenizer_init=True,
         custom_weight_loader=["weight_sync.load_bucket", "weight_sync.compare_loader"],
         custom_sigquit_handler=signal.getsignal(signal.SIGQUIT),
@@ -289,11 +297,12 @@ def start_engine(model_folder: str, settings: RolloutSettings, config: dict, *, 
         log_level="error",
     )
     if torch.cuda.is_available():
-        arguments.update(base_gpu_id=int(os.environ["LOCAL_RANK"]), enable_memory_saver=True, mem_fraction_static=0.5)
+        arguments.update(base_gpu_id=int(os.environ["LOCAL_RANK"]), enable_memory_saver=True, mem_fraction_static=MEM_FRACTION_STATIC)
     else:
         arguments.update(cpu.SERVER_ARGS)
     if settings.rollout_dtype == "fp8":
-        arguments["json_model_override_args"] = json.dumps({"quantization_config": fp8_config(config, engine_tp=settings.engine_tp)})
+        quantization = fp8_config(config, engine_tp=settings.engine_tp, engine_ep=settings.engine_ep)
+        arguments["json_model_override_args"] = json.dumps({"quantization_config": quantization})
     return Engine(**{**arguments, **_server_overrides(settings)})
 
 

@@ -97,7 +97,7 @@ def check_installation() -> None:
 
 def parse_settings(settings_class: type):
     """Settings from the command line; a wrong flag ends the program with the nearest right one named (tyro), exit code 2."""
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ and "--plan" not in sys.argv:
         script = Path(sys.argv[0]).name
         raise BadInput(f"RANK is not set: a loop runs under torchrun. Use `torchrun {script}` or `torchrun --nproc-per-node 2 {script}`")
     return tyro.cli(settings_class, description=sys.modules["__main__"].__doc__, config=(tyro.conf.OmitArgPrefixes,))
@@ -365,7 +365,8 @@ def run_main(main: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, lambda signum, frame: _told_to_stop.set())  # at the end of the step: a checkpoint, and exit code 0
     try:
         main()
-        dist.destroy_process_group()
+        if dist.is_initialized():  # not after --plan
+            dist.destroy_process_group()
     except BadInput as error:
         # All ranks usually see the same mistake. Rank 0 says it at once; torchrun then ends the others while they wait.
         time.sleep(0 if os.environ.get("RANK", "0") == "0" else 3)

@@ -251,7 +251,8 @@ def main() -> None:
 
     everyone = run.init_distributed()
     record = run.Run(settings, "ppo-critic", everyone)
-    fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
+    split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)
+    fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, **split)
     record.say(weight_sync.describe(config, fp8))
     with_reference = settings.loss.kl_coef > 0
     trainer = train_step.build_trainer(model, settings.train, config, steps=policy_steps, seed=seed, with_reference=with_reference)

@@ -267,7 +267,8 @@ def main() -> None:
 
     everyone = run.init_distributed()
     record = run.Run(settings, "tool", everyone, resumed=resumed)
-    fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
+    split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)
+    fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, **split)
     record.say(weight_sync.describe(config, fp8))
     if settings.tools.warm_steps:
         model = warm_start(record, data, settings, config) if not resumed else str(record.folder / "warm-start")

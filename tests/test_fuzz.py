@@ -53,14 +53,16 @@ def outcome(monkeypatch, tmp_path, capsys):
         except BaseException as error:
             error.add_note(f"flags: {flags}")
             raise
-        raise AssertionError(f"{flags}: main() has returned")
+        assert "--plan" in flags, f"{flags}: main() has returned"
+        return "planned"
 
     return call
 
 
 def flags_of_all_settings() -> list[str]:
+    """All but --plan, which ends without a run."""
     parts = typing.get_type_hints(loop_sync.Settings).values()
-    return ["--" + field.name.replace("_", "-") for part in parts for field in dataclasses.fields(part)]
+    return ["--" + field.name.replace("_", "-") for part in parts for field in dataclasses.fields(part) if field.name != "plan"]
 
 
 def test_flags(outcome):
@@ -71,6 +73,14 @@ def test_flags(outcome):
     for case in cases:
         refused += outcome(*case) == "refused"
     assert refused > 200 and outcome() == "started"
+
+
+def test_flags_of_a_plan(outcome):
+    """The arithmetic meets what a run would be refused for, too: no division by zero, no layout of no ranks."""
+    rng, outcomes = random.Random(3), []
+    for flag in flags_of_all_settings():
+        outcomes += [outcome("--plan", flag, value) for value in rng.sample(ODD, 3)]
+    assert outcomes.count("refused") > 100 and outcome("--plan", "--plan-gpus", "1") == "planned"
 
 
 def test_lines_of_prompt_files(outcome, tmp_path):
