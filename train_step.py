@@ -261,8 +261,12 @@ def load_model(folder: str, settings: TrainSettings, config: dict) -> tuple[GPTM
     gpt, layout = build_gpt(settings, config)
     if torch.cuda.is_available():
         gpt.cuda(torch.cuda.current_device())
+    wrapped = Float16Module(gpt.config, gpt) if settings.train_dtype == "bf16" else gpt
+    for name, buffer in gpt.named_buffers():
+        if name.endswith("router.expert_bias"):  # Float16Module makes it BF16; the router adds it to its scores in FP32, and a rounded one chooses others
+            buffer.data = buffer.float()
     load_hf(gpt, folder, config, layout=layout)  # before an optimizer copies FP32 main weights
-    return gpt, layout, Float16Module(gpt.config, gpt) if settings.train_dtype == "bf16" else gpt
+    return gpt, layout, wrapped
 
 
 # --- forward, backward, step ------------------------------------------------------------------------------------------------------------------
