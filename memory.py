@@ -66,22 +66,26 @@ def stage_layers(config: dict, *, pp: int, stage: int) -> range:
 
 
 def activation_bytes(config: dict, *, sparse: bool, tokens: int, tp: int, ep: int, element_bytes: int) -> float:
-    """What one layer keeps of `tokens` tokens for its backward pass, on one rank.
+    """What one layer keeps of `tokens` tokens for its backward pass, on one rank: Megatron's local layers, as this trainer has them without Transformer Engine.
 
-    Korthikanti et al. count 34 bytes a token and hidden unit for GPT's layer in 16 bits, without the attention scores, which flash attention never stores, and
-    divide all of it by TP where sequence parallelism is on, as here. The same count for these layers, in elements a token: inputs of both norms and of both
-    first linears, 4 hidden; queries, keys, values (twice queries and keys where they are normalised) and the attention's output; gate, up, silu(gate) and their
-    product. A routed expert's token is kept as it went in and came out, and router scores are FP32.
+    Counted as Korthikanti et al. 2022 (arXiv 2205.05198, section 4) count GPT's layer: 34 bytes a token and hidden unit in 16 bits, all of it divided by TP
+    where sequence parallelism is on, as here; attention scores are never stored (flash attention). A token keeps
+        of each norm           its input in FP32, and what it is before and after the weight
+        of attention           queries, keys and values; the output twice; where they are normalised, queries and keys in FP32 and normalised; on every rank
+                               sine and cosine of its position, for queries and for keys
+        of a gated MLP         gate and up twice, of which silu(gate) is one; their product
+        of a routed expert     the same, and the token as it goes in and comes out
+    Transformer Engine's fused layers keep about two thirds of it.
     """
     hidden, kv, q = config["hidden_size"], *(config[name] * config["head_dim"] for name in ("num_key_value_heads", "num_attention_heads"))
-    attention = 4 * hidden + 2 * q + 2 * kv + ((q + kv) if megatron_arguments(config, tp=1)[0]["qk_layernorm"] else 0)
+    norms = 2 * hidden * (4 + 2 * element_bytes) + ((q + kv) * (4 + element_bytes) if megatron_arguments(config, tp=1)[0]["qk_layernorm"] else 0)
+    attention, rope = element_bytes * (3 * q + 2 * kv), element_bytes * 4 * config["head_dim"] * tokens
     if not sparse:
-        return element_bytes * tokens * (attention + 4 * config["intermediate_size"]) / tp
-    shared = 4 * config["moe_intermediate_size"] * (config.get("n_shared_experts") or 0)
-    scores = 2 * 4 / element_bytes * config["num_experts"]
-    seen = 1 / tp if ep > 1 else 1  # experts that are split over TP see all tokens of their ranks, whole experts their share
-    routed = config["num_experts_per_tok"] * (2 * hidden * seen + 4 * config["moe_intermediate_size"] / tp)
-    return element_bytes * tokens * ((attention + shared + scores) / tp + routed)
+        return rope + tokens / tp * (norms + attention + element_bytes * 5 * config["intermediate_size"])
+    shared = element_bytes * 5 * config["moe_intermediate_size"] * (config.get("n_shared_experts") or 0)
+    seen = 1 if ep > 1 else tp  # experts that are split over TP see the tokens of all its ranks, whole experts as many as one rank has
+    routed = element_bytes * config["num_experts_per_tok"] * (2 * hidden * seen + 5 * config["moe_intermediate_size"])
+    return rope + tokens / tp * (norms + attention + shared + routed + 4 * 4 * config["num_experts"])
 
 
 def trainer_bytes(

@@ -245,7 +245,8 @@ def report(settings, config: dict, **load) -> None:
         print(f"  {name:<28}{nbytes / 1e9:10.2f} GB   {note}".rstrip())
 
     where = "all" if plan.colocated else f"the first {plan.trainer_ranks}"
-    print(f"{Path(settings.run.model).name}: {total / 1e9:.2f}e9 parameters, a token uses {used / 1e9:.2f}e9; {plan.gpus} GPUs of {machine.plan_gpu_gb:g} GB")
+    gpus = f"{plan.gpus} GPU{'s' * (plan.gpus > 1)} of {machine.plan_gpu_gb:g} GB"
+    print(f"{Path(settings.run.model).name}: {total / 1e9:.2f}e9 parameters, a token uses {used / 1e9:.2f}e9; {gpus}")
     print(f"trainers on {where} GPUs: tp {train.tp}, pp {train.pp}, cp {train.cp}, ep {train.ep}, dp {sizes['dp']}; the pipeline stage that needs most")
     for name, note in {
         "weights": train.train_dtype, "gradients": "fp32", "optimizer": "fp32, split over ranks with the same parameters", "reference": "frozen",
