@@ -116,6 +116,7 @@ def load_tokenizer(model_folder: str) -> PreTrainedTokenizerBase:
         raise BadInput(f"--model {model_folder}: no tokenizer loads ({error}); copy tokenizer.json and tokenizer_config.json there") from error
 
 
+MOST_EVAL_SAMPLES = 100_000  # the toy's held-out prompts never end
 SHOWN_LINES = 5  # of a prompts file's bad lines; a wrong file has thousands
 
 
@@ -240,7 +241,7 @@ def load_data(model_folder: str, settings: RolloutSettings, config: dict | None,
         return None
     if held_out is None:
         held_out = toy_prompts(tokenizer, seed=0, held_out=True) if prompts is None else []
-    held_out = list(islice(held_out, max(settings.eval_samples, 0)))
+    held_out = list(islice(held_out, min(max(settings.eval_samples, 0), MOST_EVAL_SAMPLES)))
     longest = max((len(prompt.prompt_ids) for prompt in [*(prompts or []), *held_out]), default=0) + settings.max_response_tokens
     stream = toy_prompts(tokenizer, seed=seed, held_out=False) if prompts is None else shuffled(prompts, seed=seed)
     return Data(tokenizer, stream, held_out, end_ids, longest, seed)
@@ -253,8 +254,8 @@ def check_rollout_settings(settings: RolloutSettings, config: dict | None, *, wo
         yield f"--temperature {settings.temperature} must be above 0: a greedy rollout has no log-probs to learn from"
     if settings.samples_per_prompt < 2:
         yield f"--samples-per-prompt {settings.samples_per_prompt}: GRPO compares answers to one prompt and needs at least 2"
-    if settings.eval_samples < 1:
-        yield f"--eval-samples {settings.eval_samples} must be at least 1"
+    if not 1 <= settings.eval_samples <= MOST_EVAL_SAMPLES:
+        yield f"--eval-samples {settings.eval_samples} must be at least 1, and at most {MOST_EVAL_SAMPLES}"
     if settings.engine_tp < 1 or world_size % settings.engine_tp:
         yield f"--engine-tp {settings.engine_tp} does not divide the {world_size} ranks: use a divisor"
     elif (engines := world_size // settings.engine_tp) > 0 and (settings.prompts_per_step < 1 or settings.prompts_per_step % engines):
