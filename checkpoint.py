@@ -105,11 +105,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         earlier = [other for other in checkpoints_of(folder.parent.parent) if other < folder]
         older = next((f"; {other.name} before it is whole" for other in reversed(earlier) if not damage(other)), "")
         raise BadInput(f"the checkpoint {folder} is damaged: {wrong}. Remove that folder to resume from the one before{older or ', which there is none'}")
-    with open(folder / "model" / ".metadata", "rb") as file:
-        try:
+    try:
+        with open(folder / "model" / ".metadata", "rb") as file:
             _MetadataUnpickler(file).load()
-        except Exception as error:  # an unpickler may raise anything, and all of it is about this file
-            raise BadInput(f"the checkpoint {folder} is not safe to read: model/.metadata: {error}. Use one that this program has written") from error
+    except Exception as error:  # an unpickler may raise anything, and all of it is about this file
+        raise BadInput(f"the checkpoint {folder} is not safe to read: model/.metadata: {error}. Use one that this program has written") from error
     state = json.loads((folder / "state.json").read_text())
     return Checkpoint(folder, state["step"], state)
 

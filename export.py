@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import checkpoint
 import hf_folder
+import megatron_model
 import run
 import train_step
 from hf_names import read_config
@@ -44,7 +45,7 @@ class ExportSettings:
 
 
 def main() -> None:
-    settings = run.command_line(ExportSettings)
+    settings = run.parse_settings(ExportSettings)
     if not settings.dtype or set(settings.dtype) - {"bf16", "fp8"}:
         raise BadInput(f"--dtype {' '.join(settings.dtype)!r} must be bf16, fp8, or both")
     folder = Path(settings.checkpoint)
@@ -52,12 +53,12 @@ def main() -> None:
     model = settings.model or saved.state["settings"]["run"]["model"]
     config = read_config(model)
     train = TrainSettings(train_dtype=saved.state["settings"]["train"]["train_dtype"], tp=settings.tp, pp=settings.pp, ep=settings.ep)
-    train_step.check_train_settings(train, LossSettings(), config, world_size=int(os.environ["WORLD_SIZE"]), steps=1, longest=1)
+    train_step.check_train_settings(train, LossSettings(), config, world_size=int(os.environ["WORLD_SIZE"]), steps=1, longest=None)
     out = Path(settings.out or saved.folder.parent.parent / saved.folder.name)
 
     run.init_distributed()
-    train_step.init_parallel(train, seed=1)
-    gpt, layout, _ = train_step.load_model(model, train, config)
+    megatron_model.init_parallel(train, seed=1)
+    gpt, layout, _ = megatron_model.load_model(model, train, config)
     checkpoint.restore_weights(saved, gpt)
     weights = Weights(SimpleNamespace(gpt=gpt, layout=layout), config, frozenset(), BUCKET_BYTES)
     for dtype in settings.dtype:

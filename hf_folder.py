@@ -13,8 +13,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hf_names import fp8_config, parameters_of, rule_of, split_stacked, stack_parts
-from run import BadInput
+from hf_names import fp8_config, generation_eos, hf_shapes, parameters_of, rule_of, split_stacked, stack_parts
+from problems import BadInput, all_problems
 from weight_sync import Layout, Weights, fp8_weights, quantize_named, trainer_buckets
 
 
@@ -40,6 +40,35 @@ class HFWeights:
     def slice(self, name: str, dim: int | None, start: int, stop: int) -> torch.Tensor:
         view = self.file_of[name].get_slice(name)
         return view[:] if dim is None else view[start:stop] if dim == 0 else view[:, start:stop]
+
+
+@all_problems
+def check_model_folder(folder: str | Path, config: dict | None, tokenizer, *, stop: tuple[str, ...]):
+    """Where the parts of a model folder disagree: weights and config.json; tied embeddings; the tokens that end a response.
+
+    config, tokenizer: None where they could not be read. stop: --stop, which says what ends a response should the files disagree about it.
+    """
+    if config is None:
+        return
+    weights = HFWeights(folder)
+    shapes = {name: weights.shape(name) for name in weights.file_of}
+    wrong = [f"{name} is missing" if name not in shapes else f"{name} has shape {shapes[name]}, config.json implies {shape}"
+             for name, shape in hf_shapes(config).items() if shapes.get(name) != shape]  # fmt: skip
+    if wrong:
+        yield f"the weights in {folder} do not fit its config.json: {'; '.join(wrong[:6])}; {len(wrong)} problems in all"
+    if config["tie_word_embeddings"] and "lm_head.weight" in shapes:  # Qwen3-0.6B has both, equal
+        rows = range(0, min(shapes["lm_head.weight"][0], config["vocab_size"]), 1009)
+        ours, theirs = ([weights.slice(name, 0, row, row + 1) for row in rows] for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        if not all(map(torch.equal, ours, theirs)):
+            yield f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding and would be lost: set it to false in config.json"
+    eos = config.get("eos_token_id")
+    ids = [token for token in [*(eos if isinstance(eos, list) else [eos]), *generation_eos(folder)] if token is not None]
+    if odd := [token for token in ids if type(token) is not int or not 0 <= token < config["vocab_size"]]:
+        yield f"{folder}: eos_token_id {odd[0]!r} in config.json or generation_config.json is no token of the model's {config['vocab_size']}"
+    elif tokenizer is not None and ids and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids and not stop:
+        theirs = ", ".join(f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" for token in sorted(set(ids)))
+        ours = f"{tokenizer.eos_token_id} ({tokenizer.eos_token!r})"
+        yield f"{folder}: responses end at token {theirs} by config.json and generation_config.json, at {ours} by the tokenizer: name the right one by --stop"
 
 
 @torch.no_grad()

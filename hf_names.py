@@ -12,8 +12,9 @@ A config field that is in none of the lists below is refused by name: an ignored
 """
 
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig
 
-from run import BadInput
+from problems import BadInput, Problems, all_problems
 
 FAMILIES = {
     "qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "glm4_moe": "Glm4MoeForCausalLM",
@@ -52,14 +53,15 @@ IGNORED = {
 }  # fmt: skip
 
 
+@all_problems
 def read_config(folder: str | Path) -> dict:
     """config.json of a Hugging Face folder, checked field by field. Raises BadInput naming the field."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, it raises for no name
         raise BadInput(f"--model {folder} has no config.json: give a Hugging Face model folder on this machine (hub names are not resolved)")
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:  # also of bytes that are no text
+    except (OSError, ValueError) as error:  # also of bytes that are no text
         raise BadInput(f"{path} is not JSON ({error})") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise BadInput(f"{path} must be an object with a model_type, one of {', '.join(FAMILIES)}")
@@ -69,46 +71,65 @@ def read_config(folder: str | Path) -> dict:
         AutoConfig.for_model(**config)  # transformers knows the type of every field
     except Exception as error:  # it raises many kinds, and all are about this file
         raise BadInput(f"{path} is no {config['model_type']} config: {error}") from error
+    found = Problems()
     for field, value in config.items():
         if field == "layer_types":
             if set(value or ()) - {"full_attention"}:
-                raise BadInput(f"{path}: layer_types holds {sorted(set(value))}; only full_attention is implemented")
+                yield f"{path}: layer_types holds {sorted(set(value))}; only full_attention is implemented"
         elif field in REQUIRED:
             if value not in REQUIRED[field]:
-                raise BadInput(f"{path}: {field} is {value!r}; only {REQUIRED[field][0]!r} is implemented")
+                yield f"{path}: {field} is {value!r}; only {REQUIRED[field][0]!r} is implemented"
         elif field not in MAPPED | IGNORED | (MAPPED_MOE if config["model_type"] in ("qwen3_moe", "glm4_moe") else set()):
-            raise BadInput(f"{path}: field {field!r} is unknown to the mapping in hf_names.py; if it does not change the model, add it to IGNORED there")
-    _check_sizes(config, path)
-    if config["num_attention_heads"] % config["num_key_value_heads"]:
-        raise BadInput(f"{path}: num_attention_heads {config['num_attention_heads']} is not divisible by num_key_value_heads {config['num_key_value_heads']}")
+            yield f"{path}: field {field!r} is unknown to the mapping in hf_names.py; if it does not change the model, add it to IGNORED there"
     config["num_experts"] = next((config[field] for field in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(field)), 0)
+    found.of(_check_sizes, config, path)
     if config["num_experts"] and not config.get("norm_topk_prob"):
-        raise BadInput(f"{path}: norm_topk_prob is {config.get('norm_topk_prob')!r}; only True is implemented: expert weights that sum to one")
+        yield f"{path}: norm_topk_prob is {config.get('norm_topk_prob')!r}; only True is implemented: expert weights that sum to one"
     if config.get("attention_bias") and config["model_type"] != "glm4_moe":
-        raise BadInput(f"{path}: attention_bias is True, which is implemented for glm4_moe only")
-    rope_of(config)
+        yield f"{path}: attention_bias is True, which is implemented for glm4_moe only"
+    yield from found.found
+    if not found.found:
+        if config["num_attention_heads"] % config["num_key_value_heads"]:
+            heads = f"num_attention_heads {config['num_attention_heads']} is not divisible by num_key_value_heads {config['num_key_value_heads']}"
+            yield f"{path}: {heads}"
+        rope_of(config)
     return config
 
 
-def _check_sizes(config: dict, path: Path) -> None:
-    """Fill in what may be left out, and raise BadInput for a size, a number or a switch that is none."""
+@all_problems
+def _check_sizes(config: dict, path: Path):
+    """Fill in what may be left out; a size, a number or a switch that is none is a problem."""
     optional = {"num_key_value_heads": config.get("num_attention_heads"), "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
     config |= {name: default for name, default in optional.items() if config.get(name) is None}
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "max_position_embeddings")
-    for field in (*sizes, "head_dim"):
-        if field == "head_dim" and config.get(field) is None:
-            config[field] = config["hidden_size"] // config["num_attention_heads"]
-        if type(config.get(field)) is not int or config[field] < 1:
-            raise BadInput(f"{path}: {field} is {config.get(field)!r}; it must be a positive integer")
+    sizes += ("moe_intermediate_size", "num_experts_per_tok") if config["num_experts"] else ()
+    wrong = [field for field in sizes if type(config.get(field)) is not int or config[field] < 1]
+    if config.get("head_dim") is None and not wrong:
+        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    if config.get("head_dim") is not None and (type(config["head_dim"]) is not int or config["head_dim"] < 1):
+        wrong.append("head_dim")
+    for field in wrong:
+        yield f"{path}: {field} is {config.get(field)!r}; it must be a positive integer"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise BadInput(f"{path}: the rope settings are {rope!r}; they must be an object")
+        yield f"{path}: the rope settings are {rope!r}; they must be an object"
+        rope = {}
     numbers = {name: config.get(name) for name in ("rms_norm_eps", "rope_theta", "partial_rotary_factor")} | {f"rope {name}": rope.get(name) for name in rope}
     for field, value in numbers.items():
         if field not in ("rope rope_type", "rope type") and value is not None and (type(value) not in (int, float) or not 0 < value < 1e12):
-            raise BadInput(f"{path}: {field} is {value!r}; it must be a positive number")
+            yield f"{path}: {field} is {value!r}; it must be a positive number"
     if type(config["tie_word_embeddings"]) is not bool:
-        raise BadInput(f"{path}: tie_word_embeddings is {config['tie_word_embeddings']!r}; it must be true or false")
+        yield f"{path}: tie_word_embeddings is {config['tie_word_embeddings']!r}; it must be true or false"
+
+
+def generation_eos(folder: str | Path) -> list:
+    """The tokens that end a response by generation_config.json, as they stand there; [] without that file."""
+    path = Path(folder) / "generation_config.json"
+    try:
+        eos = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadInput(f"{path} is no JSON object ({error}): copy it again, or remove it") from error
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
 
 def rope_of(config: dict) -> dict:
@@ -117,7 +138,8 @@ def rope_of(config: dict) -> dict:
     theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
     percent = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     kind = rope.pop("rope_type", rope.pop("type", "default"))
-    if kind == "default":
+    left = sorted(name for name, value in rope.items() if value is not None)
+    if kind == "default" and not left:
         return {"rotary_base": theta, "rotary_percent": percent}
     # Megatron has Llama 3's frequencies with these constants (rotary_pos_embedding.RotaryEmbedding._apply_scaling); only the factor is free.
     fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -126,11 +148,12 @@ def rope_of(config: dict) -> dict:
     raise BadInput(f"rope settings {kind!r} with {rope} are not implemented; implemented are 'default', and 'llama3' with {fixed}")
 
 
+@all_problems
 def megatron_arguments(config: dict, *, tp: int) -> tuple[dict, dict]:
     """A checked config -> (arguments of TransformerConfig, arguments of GPTModel). Raises BadInput where tp does not divide."""
     for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if config[field] % tp:
-            raise BadInput(f"{field} {config[field]} is not divisible by --tp {tp}: use a --tp that divides it")
+            yield f"{field} {config[field]} is not divisible by --tp {tp}: use a --tp that divides it"
     transformer = dict(
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
@@ -158,6 +181,29 @@ def megatron_arguments(config: dict, *, tp: int) -> tuple[dict, dict]:
         **rope_of(config),
     )
     return transformer, gpt
+
+
+@all_problems
+def check_layout(config: dict, *, world_size: int, tp: int, pp: int, cp: int, ep: int):
+    """What keeps the model from being trained on so many ranks with these parallel sizes."""
+    if tp < 1 or world_size % tp:
+        yield f"--tp {tp} does not divide the {world_size} ranks: use a --tp that divides --nproc-per-node times the nodes"
+    elif min(pp, cp) < 1 or world_size % (tp * pp * cp):
+        yield f"--tp {tp} times --pp {pp} times --cp {cp} does not divide the {world_size} ranks: use another --pp or --cp"
+    if pp > 0 and (layers_in_last_stage(config, pp) or 1) < 1:
+        yield f"--pp {pp} leaves the last stage without layers, of which the model has {config['num_hidden_layers']}: use a smaller --pp"
+    stage_ranks, experts = world_size // max(pp, 1), config["num_experts"]
+    if ep < 1 or stage_ranks % ep or experts % ep or (ep > 1 and not experts):
+        rule = f"must divide the {stage_ranks} ranks of a pipeline stage and the model's {experts} experts"
+        yield f"--ep {ep} {rule}: use another --ep, and 1 for a dense model"
+    if tp > 0:
+        megatron_arguments(config, tp=tp)
+
+
+def layers_in_last_stage(config: dict, pp: int) -> int | None:
+    """None where the layers divide evenly; else what is left for the last stage, which also has the output layer, when the others have equally many."""
+    layers = config["num_hidden_layers"]
+    return None if layers % pp == 0 else layers - (pp - 1) * -(-layers // pp)
 
 
 def _moe_arguments(config: dict) -> dict:
@@ -190,6 +236,37 @@ def _moe_arguments(config: dict) -> dict:
 def is_sparse(config: dict, layer: int) -> bool:
     """Whether a decoder layer has experts; GLM-4.5's first layers are dense."""
     return bool(config.get("num_experts")) and layer >= config.get("first_k_dense_replace", 0)
+
+
+def layer_shapes(config: dict, layer: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a decoder layer's Hugging Face tensors, by name inside the layer; those of its experts once, with {} for the expert's number."""
+    hidden, head_dim, megatron = config["hidden_size"], config["head_dim"], megatron_arguments(config, tp=1)[0]
+    rows = {"q": config["num_attention_heads"] * head_dim} | dict.fromkeys("kv", config["num_key_value_heads"] * head_dim)
+    shapes = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,), "self_attn.o_proj.weight": (hidden, rows["q"])}
+    shapes |= {f"self_attn.{name}_proj.weight": (size, hidden) for name, size in rows.items()}
+    shapes |= {f"self_attn.{name}_proj.bias": (size,) for name, size in rows.items() if megatron["add_qkv_bias"]}
+    shapes |= {f"self_attn.{name}_norm.weight": (head_dim,) for name in "qk" if megatron["qk_layernorm"]}
+    mlps = {"mlp": config["intermediate_size"]}
+    if is_sparse(config, layer):
+        shapes |= {"mlp.gate.weight": (config["num_experts"], hidden)}
+        shapes |= {"mlp.gate.e_score_correction_bias": (config["num_experts"],)} if "moe_router_enable_expert_bias" in megatron else {}
+        mlps = {"mlp.experts.{}": config["moe_intermediate_size"], "mlp.shared_experts": megatron.get("moe_shared_expert_intermediate_size")}
+    for name, size in mlps.items():
+        if size:
+            shapes |= {f"{name}.gate_proj.weight": (size, hidden), f"{name}.up_proj.weight": (size, hidden), f"{name}.down_proj.weight": (hidden, size)}
+    return shapes
+
+
+def hf_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of the model, by Hugging Face name."""
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], config["hidden_size"]), "model.norm.weight": (config["hidden_size"],)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+    for layer in range(config["num_hidden_layers"]):
+        for name, shape in layer_shapes(config, layer).items():
+            numbers = range(config["num_experts"] if "{}" in name else 1)
+            shapes |= {f"model.layers.{layer}.{name.format(number)}": shape for number in numbers}
+    return shapes
 
 
 @dataclass(frozen=True)
@@ -295,28 +372,30 @@ def merged_linears(config: dict, layer: int) -> dict[str, tuple[tuple[str, ...],
     return merged
 
 
-def unquantized_linears(config: dict, *, engine_tp: int) -> list[str]:
-    """Linear layers that stay BF16 under block FP8, by full Hugging Face module name, in every layer alike. lm_head always does.
+def unquantized_linears(config: dict, *, engine_tp: int, engine_ep: int = 1, layers: Iterable[int] | None = None) -> list[str]:
+    """Linear layers that stay BF16 under block FP8, by full Hugging Face module name. lm_head always does. layers: of these only.
 
     SGLang's rule (Fp8LinearMethod.validate_block_quant_shapes, and the like for experts): in a merged layer, and in any layer split over engine tensor
-    parallelism, each part's rows per rank must be a multiple of 128; under tensor parallelism so must the split columns of o_proj and down_proj.
+    parallelism, each part's rows per rank must be a multiple of 128; under tensor parallelism so must the split columns of o_proj and down_proj. Experts are
+    split over what engine_ep, over which whole ones are spread, leaves of engine_tp.
     This list serves both the engine's config (modules_to_not_convert) and the hand-off, so that they cannot disagree.
     """
     kept = ["lm_head"]
-    for layer in range(config["num_hidden_layers"]):
+    for layer in range(config["num_hidden_layers"]) if layers is None else layers:
         for merged, (names, sizes, always) in merged_linears(config, layer).items():
-            if (always or engine_tp > 1) and any(size % (128 * engine_tp) for size in sizes):
+            parts = engine_tp // engine_ep if merged == "experts" else engine_tp
+            if (always or engine_tp > 1) and any(size % (128 * parts) for size in sizes):
                 kept += [f"model.layers.{layer}.{name}" for name in (*names, *(["mlp.experts"] if merged == "experts" else []))]
     return kept
 
 
-def fp8_config(config: dict, *, engine_tp: int, scale_format: str = "fp32") -> dict:
+def fp8_config(config: dict, *, engine_tp: int, engine_ep: int = 1, scale_format: str = "fp32") -> dict:
     """The quantization_config of a block-FP8 checkpoint, for SGLang's model override and for the config.json of an FP8 export."""
     quantization = {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [128, 128],
-        "modules_to_not_convert": unquantized_linears(config, engine_tp=engine_tp),
+        "modules_to_not_convert": unquantized_linears(config, engine_tp=engine_tp, engine_ep=engine_ep),
     }
     return quantization | ({"scale_fmt": "ue8m0"} if scale_format == "ue8m0" else {})

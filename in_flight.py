@@ -27,10 +27,10 @@ from typing import Literal
 import torch.distributed as dist
 
 from engine import Engine
+from problems import all_problems
 from prompts import Data, Sample
 from reward import Judge, RewardSettings, is_uninformative
 from rollout import DROPPED, REPLACED, Prompts, RolloutSettings, check_aborts, copies, fill, marks, sampling_params, step_share, taken_before
-from run import BadInput
 
 HEAD_START_S = 0.01  # the finished groups are handed over before new ones start: starting requests keeps the interpreter busy, and trainers waiting
 
@@ -49,18 +49,18 @@ class InFlightSettings:
     """New weights reach requests in flight (paused in place, continued), or wait until none is running."""
 
 
-def split_ranks(settings: InFlightSettings, rollout: RolloutSettings, *, world_size: int) -> tuple[int, int]:
-    """How many ranks train and how many generate. Raises BadInput for settings that cannot work, before anything is started."""
+@all_problems
+def check_in_flight_settings(settings: InFlightSettings, rollout: RolloutSettings, *, world_size: int):
+    """What cannot work, before anything is started."""
     if world_size < 2:
-        raise BadInput("the asynchronous loop needs a rank that trains and one that generates: use `torchrun --nproc-per-node 2 loop_async.py`")
-    if not 1 <= settings.rollout_ranks < world_size:
-        raise BadInput(f"--rollout-ranks {settings.rollout_ranks} must leave at least one of the {world_size} ranks to each side: use 1 to {world_size - 1}")
+        yield "the asynchronous loop needs a rank that trains and one that generates: use `torchrun --nproc-per-node 2 loop_async.py`"
+    elif not 1 <= settings.rollout_ranks < world_size:
+        yield f"--rollout-ranks {settings.rollout_ranks} must leave at least one of the {world_size} ranks to each side: use 1 to {world_size - 1}"
     if settings.max_staleness < 0:
-        raise BadInput(f"--max-staleness {settings.max_staleness} must not be negative")
-    engines = settings.rollout_ranks // rollout.engine_tp
-    if settings.oversample < 0 or settings.oversample % max(engines, 1):
-        raise BadInput(f"--oversample {settings.oversample} must be a multiple of the {engines} engines, and not negative")
-    return world_size - settings.rollout_ranks, settings.rollout_ranks
+        yield f"--max-staleness {settings.max_staleness} must not be negative"
+    engines = max(settings.rollout_ranks // max(rollout.engine_tp, 1), 1)
+    if settings.oversample < 0 or settings.oversample % engines:
+        yield f"--oversample {settings.oversample} must be a multiple of the {engines} engines, and not negative"
 
 
 @dataclass(eq=False)

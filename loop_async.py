@@ -14,13 +14,13 @@ steps all the while. Invariants: no trained token is older than --max-staleness 
 """
 
 import contextlib
-import os
 from dataclasses import dataclass
 
 import rollout  # first: on a machine without a GPU it prepares the imports that follow
 import checkpoint
 import hf_folder
 import in_flight
+import plan
 import reward
 import run
 import train_step
@@ -28,6 +28,8 @@ import weight_sync
 from hf_names import read_config
 from in_flight import InFlightSettings
 from losses import LossSettings
+from plan import PlanSettings
+from problems import Problems
 from prompts import load_data
 from record import Record, Stopwatch
 from reward import RewardSettings
@@ -46,26 +48,40 @@ class Settings:
     train: TrainSettings = TrainSettings()
     loss: LossSettings = LossSettings()
     sync: SyncSettings = SyncSettings()
+    plan: PlanSettings = PlanSettings()
 
 
 def main() -> None:
-    # Everything that can be wrong with the input is found before anything is started.
-    settings = run.parse_settings(Settings)
+    # Everything that can be wrong with the input is found before anything is started, and all of it is said at once.
+    settings, problems = run.parse_settings(Settings), Problems()
     model, seed, steps = settings.run.model, settings.run.seed, settings.run.steps
-    config = read_config(model)
-    trainer_ranks, rollout_ranks = in_flight.split_ranks(settings.in_flight, settings.rollout, world_size=int(os.environ["WORLD_SIZE"]))
-    trains = int(os.environ["RANK"]) < trainer_ranks
-    rollout.check_rollout_settings(settings.rollout, config, world_size=rollout_ranks)
-    data = load_data(model, settings.rollout, config, seed=seed)
-    reward.check_reward_settings(settings.reward, settings.rollout)
-    train_step.check_train_settings(settings.train, settings.loss, config, world_size=trainer_ranks, steps=steps, longest=data.longest)
+    problems.of(run.check_run_settings, settings.run)
+    problems.of(plan.check_plan_settings, settings.plan)
+    config = problems.of(read_config, model)
+    world_size = plan.world_size(settings.plan)
+    trainer_ranks, rollout_ranks = world_size - settings.in_flight.rollout_ranks, settings.in_flight.rollout_ranks
+    problems.of(in_flight.check_in_flight_settings, settings.in_flight, settings.rollout, world_size=world_size)
+    problems.of(rollout.check_rollout_settings, settings.rollout, config, world_size=rollout_ranks)
+    problems.of(reward.check_reward_settings, settings.reward, settings.rollout)
+    data = None if settings.plan.plan else problems.of(load_data, model, settings.rollout, config, seed=seed)
+    longest = data.longest if data else plan.longest_sample(settings)
+    problems.of(train_step.check_train_settings, settings.train, settings.loss, config, world_size=trainer_ranks, steps=steps, longest=longest)
+    load = dict(world_size=world_size, trainer_ranks=trainer_ranks, rollout_ranks=rollout_ranks, longest=longest)
+    if settings.plan.plan:
+        problems.refuse()
+        return plan.report(settings, config, **load)
+    problems.of(hf_folder.check_model_folder, model, config, data and data.tokenizer, stop=settings.rollout.stop)
+    problems.of(plan.check_machine, settings, config, **load)
+    resumed = problems.of(checkpoint.find, settings, "async") if settings.run.resume and settings.run.name else None
+    problems.refuse()
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
-    resumed = checkpoint.find(settings, "async") if settings.run.resume else None
     start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
     everyone = run.init_distributed(rollout_ranks)
+    trains = everyone.rank() < trainer_ranks
     record = Record(settings, "async", everyone, trains, resumed=resumed)
-    fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
+    split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)
+    fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, **split)
     record.say(weight_sync.describe(config, fp8))
     with_reference = settings.loss.kl_coef > 0
     trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed, with_reference=with_reference) if trains else None

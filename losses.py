@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from run import BadInput
+from problems import all_problems
 
 
 class VocabParallelLogprobs(torch.autograd.Function):
@@ -318,19 +318,20 @@ class LossSettings:
         return low if self.clip_low is None else self.clip_low, high if self.clip_high is None else self.clip_high
 
 
-def check_loss_settings(settings: LossSettings) -> None:
-    """Raise BadInput for what cannot work, before anything is started."""
+@all_problems
+def check_loss_settings(settings: LossSettings):
+    """What cannot work, before anything is started."""
     low, high = settings.clips
     if not 0 < low <= 1 or high <= 0:
-        raise BadInput(f"--clip-low {low} must lie in (0, 1], --clip-high {high} must be positive")
+        yield f"--clip-low {low} must lie in (0, 1], --clip-high {high} must be positive"
     if settings.dual_clip and (settings.dual_clip <= 1 or settings.policy_loss == "cispo"):
-        raise BadInput(f"--dual-clip {settings.dual_clip} must be above 1, or 0 for none; --policy-loss cispo has none")
+        yield f"--dual-clip {settings.dual_clip} must be above 1, or 0 for none; --policy-loss cispo has none"
     if not 0 <= settings.correction_low <= 1 <= settings.correction_high:
-        raise BadInput(f"--correction-low {settings.correction_low} and --correction-high {settings.correction_high} must satisfy 0 <= low <= 1 <= high")
+        yield f"--correction-low {settings.correction_low} and --correction-high {settings.correction_high} must satisfy 0 <= low <= 1 <= high"
     if settings.kl_coef < 0 or settings.entropy_coef < 0:
-        raise BadInput(f"--kl-coef {settings.kl_coef} and --entropy-coef {settings.entropy_coef} must not be negative")
+        yield f"--kl-coef {settings.kl_coef} and --entropy-coef {settings.entropy_coef} must not be negative"
     if settings.kl_coef and settings.kl_in == "loss" and settings.kl_estimator == "k1":
-        raise BadInput("--kl-estimator k1 has no gradient on average as a loss: use --kl-in reward, or another estimator, for instance unbiased_k3")
+        yield "--kl-estimator k1 has no gradient on average as a loss: use --kl-in reward, or another estimator, for instance unbiased_k3"
 
 
 def mismatch(trainer_logprobs_T: torch.Tensor, rollout_logprobs_T: torch.Tensor) -> dict[str, torch.Tensor]:

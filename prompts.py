@@ -23,10 +23,13 @@ import orjson
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import reasoning_gym_tasks
-from run import BadInput
+from hf_names import generation_eos
+from problems import BadInput, Problems, all_problems
 from toy.task import problems
 
 GYM = "reasoning-gym:"
+MOST_EVAL_SAMPLES = 100_000  # generated held-out prompts never end
+SHOWN_ROWS = 5  # of a file's bad rows; a wrong file has thousands
 PROBE = 64  # so many problems of a generated source are looked at before the start, for their lengths
 
 
@@ -107,19 +110,18 @@ def load_tokenizer(model_folder: str) -> PreTrainedTokenizerBase:
         raise BadInput(f"--model {model_folder}: no tokenizer loads ({error}); copy tokenizer.json and tokenizer_config.json there") from error
 
 
+@all_problems
 def end_tokens(model_folder: str, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> list[int]:
     """Token ids that end a response: of generation_config.json, of the tokenizer, and of --stop."""
-    path = Path(model_folder) / "generation_config.json"
-    listed = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    ids = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
+    ids = {token for token in generation_eos(model_folder) if type(token) is int} | {tokenizer.eos_token_id}  # others: see hf_folder.check_model_folder
     for text in stop:
         token = tokenizer.convert_tokens_to_ids(text)
         if token is None or token == tokenizer.unk_token_id:
-            raise BadInput(f"--stop {text!r} is not one token of this tokenizer: give a token such as {tokenizer.eos_token!r}")
+            yield f"--stop {text!r} is not one token of this tokenizer: give a token such as {tokenizer.eos_token!r}"
         ids.add(token)
     ids.discard(None)
     if not ids:
-        raise BadInput(f"{model_folder} names no end-of-sequence token in generation_config.json or its tokenizer: give one with --stop")
+        yield f"{model_folder} names no end-of-sequence token in generation_config.json or its tokenizer: give one with --stop"
     return sorted(ids)
 
 
@@ -151,37 +153,53 @@ def encode(prompt: Any, tokenizer: PreTrainedTokenizerBase, settings: DataSettin
 # --- files ------------------------------------------------------------------------------------------------------------------------------------
 
 
-def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, name: str, max_prompt_tokens: int) -> list[Sample]:
-    """All rows of a file as samples without a response. Raises BadInput naming file and row of the first row that cannot be used."""
-    samples = []
+@all_problems
+def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase | None, settings: DataSettings, *, name: str, max_prompt_tokens: float) -> list[Sample]:
+    """All rows of a file as samples without a response. Raises BadInput naming the first rows that cannot be used.
+
+    tokenizer: None where it could not be read; what needs it is then not looked at.
+    """
+    samples, bad = [], []
     for where, row in read_rows(path):
-        prompt = value_at(row, settings.prompt_key, where=where, flag="--prompt-key")
-        label = value_at(row, settings.label_key, where=where, flag="--label-key")
-        metadata = row.get("metadata")
-        if not prompt:
-            raise BadInput(f"{where} has no prompt: it needs a non-empty one, text or a list of chat messages")
-        if not isinstance(metadata, dict | None) or "source" in (metadata or {}):
-            raise BadInput(f'{where}: "metadata", if given, must be an object without "source", which names the file: rename that field')
         try:
-            orjson.dumps([prompt, label, metadata])
-        except TypeError as error:
-            raise BadInput(f"{where}: prompt, label and metadata must fit in a line of JSON ({error}): convert the field to text") from error
-        text, ids = encode(prompt, tokenizer, settings, where=where)
-        if not ids or len(ids) > max_prompt_tokens:
-            raise BadInput(
-                f"{where}: the prompt has {len(ids)} tokens; it must have 1 to {max_prompt_tokens} "
-                "(the model's context less --max-response-tokens): shorten it or lower that flag"
-            )
-        samples.append(Sample(ids, text, label, metadata={**(metadata or {}), "source": name}))
-    if not samples:
-        raise BadInput(f"{path} holds no prompts")
-    if settings.label_after:
+            samples.append(sample_of(row, tokenizer, settings, where=where, name=name, max_prompt_tokens=max_prompt_tokens))
+        except BadInput as error:
+            bad += error.problems
+    yield from bad[:SHOWN_ROWS]
+    if len(bad) > SHOWN_ROWS:
+        yield f"{path}: {len(bad) - SHOWN_ROWS} more rows cannot be used"
+    if not samples and not bad:
+        yield f"{path} holds no prompts"
+    if settings.label_after and not bad:
         cut_labels(samples, settings.label_after, path=path)
     return samples
 
 
-def read_rows(path: str) -> Iterator[tuple[str, dict]]:
-    """(file and row as an error names them, the row) of a Parquet or JSONL file, one after the other. Raises BadInput."""
+def sample_of(row: dict | str, tokenizer: PreTrainedTokenizerBase | None, settings: DataSettings, *, where: str, name: str, max_prompt_tokens: float) -> Sample:
+    """A row of a file, or its line, as a sample without a response. Raises BadInput."""
+    row = _parsed(row, where=where) if isinstance(row, str) else row
+    prompt = value_at(row, settings.prompt_key, where=where, flag="--prompt-key")
+    label = value_at(row, settings.label_key, where=where, flag="--label-key")
+    metadata = row.get("metadata")
+    if not prompt:
+        raise BadInput(f"{where} has no prompt: it needs a non-empty one, text or a list of chat messages")
+    if not isinstance(metadata, dict | None) or "source" in (metadata or {}):
+        raise BadInput(f'{where}: "metadata", if given, must be an object without "source", which names the file: rename that field')
+    try:
+        orjson.dumps([prompt, label, metadata])
+    except TypeError as error:
+        raise BadInput(f"{where}: prompt, label and metadata must fit in a line of JSON ({error}): convert the field to text") from error
+    text, ids = ("", [0]) if tokenizer is None else encode(prompt, tokenizer, settings, where=where)
+    if not ids or len(ids) > max_prompt_tokens:
+        raise BadInput(
+            f"{where}: the prompt has {len(ids)} tokens; it must have 1 to {max_prompt_tokens} "
+            "(the model's context less --max-response-tokens): shorten it or lower that flag"
+        )
+    return Sample(ids, text, label, metadata={**(metadata or {}), "source": name})
+
+
+def read_rows(path: str) -> Iterator[tuple[str, dict | str]]:
+    """(file and row as an error names them, the row or its line) of a Parquet or JSONL file, one after the other. Raises BadInput."""
     if not os.path.isfile(path):  # False also for what cannot be a path, at which Path.is_file() raises
         raise BadInput(f"prompts file {path} does not exist: give a JSONL or Parquet file, or leave the flag out for the toy task")
     if path.endswith(".parquet"):
@@ -191,7 +209,7 @@ def read_rows(path: str) -> Iterator[tuple[str, dict]]:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield f"{path} line {number}", _parsed(line, where=f"{path} line {number}")
+                    yield f"{path} line {number}", line
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"prompts file {path} cannot be read as UTF-8 text: {error}; a Parquet file's name must end in .parquet") from error
 
@@ -297,36 +315,45 @@ class Data:
     seed: int
 
 
-def load_data(model_folder: str, settings: DataSettings, config: dict, *, seed: int) -> Data:
-    """Tokenizer and prompts, all checked. Raises BadInput."""
-    tokenizer = load_tokenizer(model_folder)
-    if len(tokenizer) > config["vocab_size"]:
-        raise BadInput(f"{model_folder}: the tokenizer has {len(tokenizer)} tokens, the model {config['vocab_size']}: they do not belong together")
-    room = config["max_position_embeddings"] - settings.max_response_tokens
+@all_problems
+def load_data(model_folder: str, settings: DataSettings, config: dict | None, *, seed: int) -> Data:
+    """Tokenizer and prompts, all checked. Raises BadInput. config: None where it could not be read; the form of files is checked all the same."""
+    found = Problems()
+    tokenizer = None if config is None else found.of(load_tokenizer, model_folder)
+    if tokenizer is not None and len(tokenizer) > config["vocab_size"]:
+        yield f"{model_folder}: the tokenizer has {len(tokenizer)} tokens, the model {config['vocab_size']}: they do not belong together"
+    room = math.inf if config is None else config["max_position_embeddings"] - settings.max_response_tokens
+    eval_samples = min(max(settings.eval_samples, 0), MOST_EVAL_SAMPLES)
     streams, held_out, longest = [], [], 0
 
     def opened(given: str, name: str, *, is_eval: bool) -> tuple[Iterator[Sample], int]:
         """Prompts and the length of the longest: endless ones, or for evaluation those of a file in its order."""
+        if given != "toy" and not given.startswith(GYM):
+            samples = read_prompts(given, tokenizer, settings, name=name, max_prompt_tokens=room)
+            return iter(samples) if is_eval else shuffled(samples, seed=seed), max(len(sample.prompt_ids) for sample in samples)
+        if tokenizer is None:
+            return iter(()), 0
         if given == "toy":
-            return fitting(toy_prompts(tokenizer, settings, seed=0 if is_eval else seed, held_out=is_eval), name=name, max_prompt_tokens=room)
-        if given.startswith(GYM):
+            stream = toy_prompts(tokenizer, settings, seed=0 if is_eval else seed, held_out=is_eval)
+        else:
             rows = reasoning_gym_tasks.problems(given.removeprefix(GYM), seed="held-out" if is_eval else seed)
-            return fitting(generated(rows, tokenizer, settings, name=name), name=name, max_prompt_tokens=room)
-        samples = read_prompts(given, tokenizer, settings, name=name, max_prompt_tokens=room)
-        return iter(samples) if is_eval else shuffled(samples, seed=seed), max(len(sample.prompt_ids) for sample in samples)
+            stream = generated(rows, tokenizer, settings, name=name)
+        return fitting(stream, name=name, max_prompt_tokens=room)
 
-    sources = weighted(settings.prompts)
-    for given, name in names(list(sources), flag="--prompts").items():
-        stream, length = opened(given, name, is_eval=False)
+    sources = found.of(weighted, settings.prompts) or {}
+    for given, name in (found.of(names, list(sources), flag="--prompts") or {}).items():
+        stream, length = found.of(opened, given, name, is_eval=False) or (iter(()), 0)
         streams, longest = [*streams, stream], max(longest, length)
-    if with_weight := [given for given in settings.eval_prompts if given not in weighted((given,))]:
-        raise BadInput(f"--eval-prompts {with_weight[0]}: a held-out set has no weight, each is evaluated whole: leave the number out")
+    for given in settings.eval_prompts:
+        if given.rpartition(":")[0] and given not in (found.of(weighted, (given,)) or {}):
+            yield f"--eval-prompts {given}: a held-out set has no weight, each is evaluated whole: leave the number out"
     own = [given for given in sources if given == "toy" or given.startswith(GYM)]
-    for given, name in names(list(settings.eval_prompts) or own, flag="--eval-prompts").items():
-        prompts, length = opened(given, name, is_eval=True)
-        held_out, longest = [*held_out, *islice(prompts, settings.eval_samples)], max(longest, length)
+    for given, name in (found.of(names, list(settings.eval_prompts) or own, flag="--eval-prompts") or {}).items():
+        prompts, length = found.of(opened, given, name, is_eval=True) or (iter(()), 0)
+        held_out, longest = [*held_out, *islice(prompts, eval_samples)], max(longest, length)
     held_out = [replace(sample, group=group) for group, sample in enumerate(held_out)]
-    end_ids = end_tokens(model_folder, tokenizer, settings.stop)
+    end_ids = None if tokenizer is None else found.of(end_tokens, model_folder, tokenizer, settings.stop)
+    yield from found.found
     return Data(tokenizer, mixture(streams, list(sources.values()), seed=seed), held_out, end_ids, longest + settings.max_response_tokens, seed)
 
 

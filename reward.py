@@ -28,10 +28,10 @@ import reasoning_gym_tasks
 from advantages import ADVANTAGES, Scores, overlong_penalty
 from engine import Engine
 from losses import KL_ESTIMATORS, LossSettings
+from problems import all_problems
 from prompts import GYM, Data, Sample
 from record import Row
 from rollout import REPLACED, Prompts, RolloutSettings, all_gather_samples, generate, marks, my_share
-from run import BadInput
 
 Reward = Callable[[Sample], float | Awaitable[float]]
 
@@ -74,16 +74,17 @@ def reasoning_gym_reward(sample: Sample) -> float:
     return score
 
 
-def check_reward_settings(settings: RewardSettings, rollout: RolloutSettings) -> None:
-    """Raise BadInput for what cannot work, before anything is started."""
+@all_problems
+def check_reward_settings(settings: RewardSettings, rollout: RolloutSettings):
+    """What cannot work, before anything is started."""
     if settings.judges < 1 or settings.judge_timeout_s <= 0:
-        raise BadInput(f"--judges {settings.judges} must be at least 1, --judge-timeout-s {settings.judge_timeout_s} must be positive")
+        yield f"--judges {settings.judges} must be at least 1, --judge-timeout-s {settings.judge_timeout_s} must be positive"
     if settings.dynamic_sampling < 0:
-        raise BadInput(f"--dynamic-sampling {settings.dynamic_sampling} must not be negative")
+        yield f"--dynamic-sampling {settings.dynamic_sampling} must not be negative"
     if settings.reward == "reasoning_gym" and not any(source.startswith(GYM) for source in (*rollout.prompts, *rollout.eval_prompts)):
-        raise BadInput(f"--reward reasoning_gym judges problems of reasoning-gym, and --prompts has none: add one such as {GYM}chain_sum, or use --reward math")
+        yield f"--reward reasoning_gym judges problems of reasoning-gym, and --prompts has none: add one such as {GYM}chain_sum, or use --reward math"
     if not 0 <= settings.overlong_buffer <= rollout.max_response_tokens:
-        raise BadInput(f"--overlong-buffer {settings.overlong_buffer} must lie between 0 and --max-response-tokens {rollout.max_response_tokens}")
+        yield f"--overlong-buffer {settings.overlong_buffer} must lie between 0 and --max-response-tokens {rollout.max_response_tokens}"
 
 
 REWARDS: dict[str, Reward] = {"exact": exact_match, "math": math_reward, "reasoning_gym": reasoning_gym_reward}

@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from run import BadInput, EngineDied, all_gather_bytes, check_installation, parse_overrides, rollouts_file
+from problems import all_problems
+from run import EngineDied, all_gather_bytes, check_installation, parse_overrides, rollouts_file
 
 check_installation()
 if not torch.cuda.is_available():
@@ -26,8 +27,9 @@ from sglang.srt.server_args import ServerArgs
 
 from engine import Engine
 from hf_names import fp8_config
-from prompts import Data, DataSettings, Sample
+from prompts import MOST_EVAL_SAMPLES, Data, DataSettings, Sample
 
+MEM_FRACTION_STATIC = 0.5  # of the GPU memory that is free when an engine starts, what it takes for weights and cache, unless --sglang says otherwise
 DROPPED, REPLACED = "dropped", "replaced"  # finish reasons of samples that are not trained: too old; in a group whose rewards are all equal
 
 
@@ -45,6 +47,8 @@ class RolloutSettings(DataSettings):
     """What the engine computes with: block-scaled FP8 weights and activations, or plain BF16 or FP32."""
     engine_tp: int = 1
     """Ranks that share one engine (SGLang tensor parallelism)."""
+    engine_ep: int = 1
+    """Of those, ranks over which whole experts are spread (SGLang expert parallelism); the rest of --engine-tp splits each expert."""
     answer_timeout_s: float = 3600.0
     """An engine that takes longer for a request or for a part of a hand-off counts as dead, and the run ends."""
     sglang: tuple[str, ...] = ()
@@ -54,35 +58,40 @@ class RolloutSettings(DataSettings):
 # --- settings and engine ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_rollout_settings(settings: RolloutSettings, config: dict, *, world_size: int) -> None:
-    """Raise BadInput for what cannot work, before anything is started."""
+@all_problems
+def check_rollout_settings(settings: RolloutSettings, config: dict | None, *, world_size: int):
+    """What cannot work, before anything is started. world_size: of the ranks that generate. config: None where it could not be read."""
     if settings.temperature <= 0:
-        raise BadInput(f"--temperature {settings.temperature} must be above 0: a greedy rollout has no log-probs to learn from")
-    if settings.engine_tp < 1 or world_size % settings.engine_tp:
-        raise BadInput(f"--engine-tp {settings.engine_tp} does not divide the {world_size} ranks: use a divisor")
-    for field_name in ("num_attention_heads", "num_key_value_heads"):
-        if config[field_name] % settings.engine_tp:
-            raise BadInput(f"{field_name} {config[field_name]} is not divisible by --engine-tp {settings.engine_tp}: use a --engine-tp that divides it")
-    engines = world_size // settings.engine_tp
-    if settings.prompts_per_step < 1 or settings.prompts_per_step % engines:
-        raise BadInput(f"--prompts-per-step {settings.prompts_per_step} is not divisible by the {engines} engines: use a multiple of {engines}")
+        yield f"--temperature {settings.temperature} must be above 0: a greedy rollout has no log-probs to learn from"
     if settings.samples_per_prompt < 2:
-        raise BadInput(f"--samples-per-prompt {settings.samples_per_prompt}: GRPO compares answers to one prompt and needs at least 2")
-    if not 1 <= settings.max_response_tokens < config["max_position_embeddings"]:
-        raise BadInput(f"--max-response-tokens {settings.max_response_tokens} must lie below the model's context, {config['max_position_embeddings']}")
-    if not settings.answer_timeout_s > 0:
-        raise BadInput(f"--answer-timeout-s {settings.answer_timeout_s} must be positive")
-    if not 1 <= settings.eval_samples <= 100_000:  # the toy's problems never end
-        raise BadInput(f"--eval-samples {settings.eval_samples} must lie between 1 and 100,000")
+        yield f"--samples-per-prompt {settings.samples_per_prompt}: GRPO compares answers to one prompt and needs at least 2"
+    if not 1 <= settings.eval_samples <= MOST_EVAL_SAMPLES:
+        yield f"--eval-samples {settings.eval_samples} must lie between 1 and {MOST_EVAL_SAMPLES:,}"
     if not 1 <= settings.eval_samples_per_prompt <= 1024:
-        raise BadInput(f"--eval-samples-per-prompt {settings.eval_samples_per_prompt} must lie between 1 and 1,024")
+        yield f"--eval-samples-per-prompt {settings.eval_samples_per_prompt} must lie between 1 and 1,024"
+    if not settings.answer_timeout_s > 0:
+        yield f"--answer-timeout-s {settings.answer_timeout_s} must be positive"
+    if settings.engine_tp < 1 or world_size % settings.engine_tp:
+        yield f"--engine-tp {settings.engine_tp} does not divide the {world_size} ranks: use a divisor"
+    elif (engines := world_size // settings.engine_tp) > 0 and (settings.prompts_per_step < 1 or settings.prompts_per_step % engines):
+        yield f"--prompts-per-step {settings.prompts_per_step} is not divisible by the {engines} engines: use a multiple of {engines}"
+    experts = config["num_experts"] if config else settings.engine_ep
+    if settings.engine_ep < 1 or settings.engine_tp % settings.engine_ep or experts % settings.engine_ep or (settings.engine_ep > 1 and not experts):
+        yield f"--engine-ep {settings.engine_ep} must divide --engine-tp {settings.engine_tp} and the model's {experts} experts; it is 1 for a dense model"
+    if config is not None:
+        for field_name in ("num_attention_heads", "num_key_value_heads"):
+            if settings.engine_tp > 0 and config[field_name] % settings.engine_tp:
+                yield f"{field_name} {config[field_name]} is not divisible by --engine-tp {settings.engine_tp}: use a --engine-tp that divides it"
+        if not 1 <= settings.max_response_tokens < config["max_position_embeddings"]:
+            yield f"--max-response-tokens {settings.max_response_tokens} must lie below the model's context, {config['max_position_embeddings']}"
     _server_overrides(settings)
 
 
 def _server_overrides(settings: RolloutSettings) -> dict:
     """--sglang as a dict. What another flag decides is not among the fields."""
     names = getattr(ServerArgs, "__struct_fields__", None) or ServerArgs.__dataclass_fields__
-    decided = {"model_path", "dtype", "tp_size", "load_format", "quantization", "skip_tokenizer_init", "custom_weight_loader", "custom_sigquit_handler"}
+    decided = {"model_path", "dtype", "tp_size", "ep_size", "load_format", "quantization", "skip_tokenizer_init"}
+    decided |= {"custom_weight_loader", "custom_sigquit_handler"}
     return parse_overrides(settings.sglang, flag="--sglang", fields=[name for name in names if name not in decided])
 
 
@@ -96,6 +105,7 @@ def start_engine(model_folder: str, settings: RolloutSettings, config: dict, *, 
         dtype={"fp8": "bfloat16", "bf16": "bfloat16", "fp32": "float32"}[settings.rollout_dtype],
         load_format="dummy",
         tp_size=settings.engine_tp,
+        ep_size=settings.engine_ep,
         skip_tokenizer_init=True,
         custom_weight_loader=["weight_sync.load_bucket", "weight_sync.compare_loader"],
         custom_sigquit_handler=signal.getsignal(signal.SIGQUIT),
@@ -103,11 +113,12 @@ def start_engine(model_folder: str, settings: RolloutSettings, config: dict, *, 
         log_level="error",
     )
     if torch.cuda.is_available():
-        arguments.update(base_gpu_id=int(os.environ["LOCAL_RANK"]), enable_memory_saver=True, mem_fraction_static=0.5)
+        arguments.update(base_gpu_id=int(os.environ["LOCAL_RANK"]), enable_memory_saver=True, mem_fraction_static=MEM_FRACTION_STATIC)
     else:
         arguments.update(cpu.SERVER_ARGS)
     if settings.rollout_dtype == "fp8":
-        arguments["json_model_override_args"] = json.dumps({"quantization_config": fp8_config(config, engine_tp=settings.engine_tp)})
+        quantization = fp8_config(config, engine_tp=settings.engine_tp, engine_ep=settings.engine_ep)
+        arguments["json_model_override_args"] = json.dumps({"quantization_config": quantization})
     return Engine(settings.answer_timeout_s, **{**arguments, **_server_overrides(settings)})
 
 

@@ -23,6 +23,8 @@ import torch.distributed as dist
 import tyro
 from torch.distributed.rendezvous import rendezvous
 
+from problems import BadInput, all_problems
+
 # The engines warn at import about what a CPU lacks; they say it in every process. Errors still show.
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 warnings.simplefilter("ignore")
@@ -32,10 +34,6 @@ CPU_SGLANG = "0.5.21"  # the version that cpu.py is written for
 
 
 told_to_stop = threading.Event()
-
-
-class BadInput(Exception):
-    """Something the user gave cannot work. The message names the value, the rule and the fix; it is shown without a traceback, exit code 2."""
 
 
 class EngineDied(Exception):
@@ -100,37 +98,35 @@ def check_installation() -> None:
     sys.exit(2)
 
 
-def command_line(settings_class: type):
+def parse_settings(settings_class: type):
     """Settings from the command line; a wrong flag ends the program with the nearest right one named (tyro), exit code 2."""
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ and "--plan" not in sys.argv:
         script = Path(sys.argv[0]).name
         raise BadInput(f"RANK is not set: {script} runs under torchrun. Use `torchrun {script}` or `torchrun --nproc-per-node 2 {script}`")
     return tyro.cli(settings_class, description=sys.modules["__main__"].__doc__, config=(tyro.conf.OmitArgPrefixes,))
 
 
-def parse_settings(settings_class: type):
-    """A loop's settings from the command line. Raises BadInput."""
-    settings = command_line(settings_class)
-    run = settings.run
-    if run.steps < 1 or run.eval_every < 1:
-        raise BadInput(f"--steps {run.steps} and --eval-every {run.eval_every} must be at least 1")
-    if unknown := set(run.export) - {"bf16", "fp8"}:
-        raise BadInput(f"--export {' '.join(unknown)} is none of: bf16, fp8")
-    if run.save_every < 0 or run.keep < 1:
-        raise BadInput(f"--save-every {run.save_every} must not be negative, --keep {run.keep} must be at least 1")
+@all_problems
+def check_run_settings(settings: RunSettings):
+    """What cannot work, before anything is started."""
+    if settings.steps < 1 or settings.eval_every < 1:
+        yield f"--steps {settings.steps} and --eval-every {settings.eval_every} must be at least 1"
+    if unknown := set(settings.export) - {"bf16", "fp8"}:
+        yield f"--export {' '.join(sorted(unknown))} is none of: bf16, fp8"
+    if settings.save_every < 0 or settings.keep < 1:
+        yield f"--save-every {settings.save_every} must not be negative, --keep {settings.keep} must be at least 1"
     for name, line in EXTRAS.items():
-        if getattr(run, name) and importlib.util.find_spec(name) is None:
-            raise BadInput(f"--{name} needs a package that is not installed: pip install {line}")
-    if run.load_rollouts and (run.save_rollouts or run.debug_rollout_only):
-        raise BadInput("--load-rollouts starts no engine: leave out --save-rollouts and --debug-rollout-only, which are about what an engine generates")
-    for step in range(1, run.steps + 1) if run.load_rollouts else ():
-        if not (file := rollouts_file(run.load_rollouts, step)).is_file():
-            raise BadInput(f"--load-rollouts {run.load_rollouts} has no {file.name}: give a folder that --save-rollouts wrote, or fewer --steps")
-    if run.resume and not run.name:
-        raise BadInput("--resume needs the --name of the run that is to go on")
-    if run.name and not run.resume and (Path("runs") / run.name / "metrics.jsonl").exists():
-        raise BadInput(f"runs/{run.name} already holds a run: choose another --name, remove that folder, or go on with it by --resume")
-    return settings
+        if getattr(settings, name) and importlib.util.find_spec(name) is None:
+            yield f"--{name} needs a package that is not installed: pip install {line}"
+    if settings.load_rollouts and (settings.save_rollouts or settings.debug_rollout_only):
+        yield "--load-rollouts starts no engine: leave out --save-rollouts and --debug-rollout-only, which are about what an engine generates"
+    missing = (file for step in range(1, settings.steps + 1) if not os.path.isfile(file := rollouts_file(settings.load_rollouts, step)))
+    if settings.load_rollouts and (file := next(missing, None)):
+        yield f"--load-rollouts {settings.load_rollouts} has no {file.name}: give a folder that --save-rollouts wrote, or fewer --steps"
+    if settings.resume and not settings.name:
+        yield "--resume needs the --name of the run that is to go on"
+    if settings.name and not settings.resume and os.path.exists(f"runs/{settings.name}/metrics.jsonl"):
+        yield f"runs/{settings.name} already holds a run: choose another --name, remove that folder, or go on with it by --resume"
 
 
 def rollouts_file(folder: str | Path, step: int) -> Path:
@@ -138,23 +134,25 @@ def rollouts_file(folder: str | Path, step: int) -> Path:
     return Path(folder) / f"step-{step:06d}.jsonl"
 
 
+@all_problems
 def parse_overrides(pairs: tuple[str, ...], *, flag: str, fields: list[str]) -> dict:
     """("key=value", …) -> {key: value}; values are read as JSON where they are JSON (true, 4, 0.1, null), else as text.
 
-    fields: the names that may be set. An unknown one raises BadInput naming the nearest.
+    fields: the names that may be set. Raises BadInput for others, naming the nearest of each.
     """
     overrides = {}
     for pair in pairs:
         key, separator, text = pair.partition("=")
         if not separator:
-            raise BadInput(f"{flag} {pair!r} is not of the form key=value")
-        if key not in fields:
+            yield f"{flag} {pair!r} is not of the form key=value"
+        elif key not in fields:
             nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
-            raise BadInput(f"{flag} {key} is not a field that can be set there; the nearest is {nearest}")
-        try:
-            overrides[key] = json.loads(text)
-        except json.JSONDecodeError:
-            overrides[key] = text
+            yield f"{flag} {key} is not a field that can be set there; the nearest is {nearest}"
+        else:
+            try:
+                overrides[key] = json.loads(text)
+            except json.JSONDecodeError:
+                overrides[key] = text
     return overrides
 
 
@@ -231,7 +229,8 @@ def run_main(main: Callable[[], None]) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: should torchrun be killed, nobody else would end this rank
     try:
         main()
-        dist.destroy_process_group()
+        if dist.is_initialized():  # not after --plan
+            dist.destroy_process_group()
     except BadInput as error:
         # All ranks usually see the same mistake. Rank 0 says it at once; torchrun then ends the others while they wait.
         time.sleep(0 if os.environ.get("RANK", "0") == "0" else 3)

@@ -11,7 +11,6 @@ The normaliser is global: Megatron all-reduces what it calls the number of token
 Shape letters: T packed tokens of a micro-batch, N its samples, V vocabulary on this tensor-parallel rank.
 """
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Literal
@@ -20,30 +19,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-if not torch.cuda.is_available():
-    import cpu
-
-    cpu.patch_megatron()
-
+from megatron_model import init_parallel, load_model, overrides  # first of what imports Megatron: without a GPU it is prepared there
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from hf_folder import load_hf
-from hf_names import megatron_arguments, read_config
-from local_spec import complete_local_spec
+from hf_names import check_layout, megatron_arguments, read_config
 from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings, check_loss_settings, logprobs_and_entropy, mismatch
 from packing import MicroBatch, give_to_samples, local_microbatches, padded_length, plan_of
+from problems import Problems, all_problems
 from rollout import Sample
-from run import BadInput, broadcast_bytes, parse_overrides
+from run import broadcast_bytes
 from weight_sync import Layout
 
 
@@ -104,122 +94,37 @@ class Trainer:
     reference: torch.nn.Module | None = None  # as ddp.module, with the reference's weights
 
 
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine imports. A half-installed one raises RuntimeError, which is not hidden: it names its own remedy."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError:
-        return False
-    return True
+@all_problems
+def check_train_settings(settings: TrainSettings, loss: LossSettings, config: dict | None, *, world_size: int, steps: int, longest: int | None):
+    """What cannot work, before anything is started. world_size: of the ranks that train. longest: prompt plus response tokens of the longest possible sample.
 
-
-def check_train_settings(settings: TrainSettings, loss: LossSettings, config: dict, *, world_size: int, steps: int, longest: int) -> None:
-    """Raise BadInput for what cannot work, before anything is started. longest: prompt plus response tokens of the longest possible sample."""
-    check_loss_settings(loss)
+    config, longest: None where they could not be found out; what depends on them is then left out.
+    """
+    found = Problems()
+    found.of(check_loss_settings, loss)
     if settings.minibatches < 1:
-        raise BadInput(f"--minibatches {settings.minibatches} must be at least 1")
-    if settings.reference and not loss.kl_coef:
-        raise BadInput(f"--reference {settings.reference} is not used without --kl-coef: set one, or leave the other out")
-    if settings.reference:
-        theirs, ours = ({**model, **gpt} for model, gpt in (megatron_arguments(c, tp=1) for c in (read_config(settings.reference), config)))
-        if differing := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
-            raise BadInput(f"--reference {settings.reference} differs from the model in {', '.join(differing)}: it must have the same architecture")
-    if settings.tp < 1 or world_size % settings.tp:
-        raise BadInput(f"--tp {settings.tp} does not divide the {world_size} ranks: use a --tp that divides --nproc-per-node times the nodes")
-    if settings.pp < 1 or settings.cp < 1 or world_size % (settings.tp * settings.pp * settings.cp):
-        split = f"--tp {settings.tp} times --pp {settings.pp} times --cp {settings.cp}"
-        raise BadInput(f"{split} does not divide the {world_size} ranks: use another --pp or --cp")
-    if (layers_in_last_stage(config, settings.pp) or 1) < 1:
-        raise BadInput(f"--pp {settings.pp} leaves the last stage without layers, of which the model has {config['num_hidden_layers']}: use a smaller --pp")
-    megatron_arguments(config, tp=settings.tp)
-    stage_ranks = world_size // settings.pp
-    if settings.ep < 1 or stage_ranks % settings.ep or config["num_experts"] % settings.ep or (settings.ep > 1 and not config["num_experts"]):
-        raise BadInput(
-            f"--ep {settings.ep} must divide the {stage_ranks} ranks of a pipeline stage and the model's {config['num_experts']} experts: "
-            "use another --ep, and 1 for a dense model"
-        )
+        yield f"--minibatches {settings.minibatches} must be at least 1"
     if settings.lr < 0 or settings.min_lr < 0 or settings.min_lr > settings.lr:
-        raise BadInput(f"--lr {settings.lr} and --min-lr {settings.min_lr} must satisfy 0 <= min-lr <= lr")
-    if not 0 <= settings.lr_warmup_steps < steps:
-        raise BadInput(f"--lr-warmup-steps {settings.lr_warmup_steps} must be smaller than --steps {steps}")
+        yield f"--lr {settings.lr} and --min-lr {settings.min_lr} must satisfy 0 <= min-lr <= lr"
+    if not 0 <= settings.lr_warmup_steps < max(steps, 1):
+        yield f"--lr-warmup-steps {settings.lr_warmup_steps} must be smaller than --steps {steps}"
     if settings.clip_grad <= 0:
-        raise BadInput(f"--clip-grad {settings.clip_grad} must be positive")
-    if settings.microbatch_tokens * settings.cp < padded_length(longest, settings.cp):
-        room = f"--microbatch-tokens {settings.microbatch_tokens} times --cp {settings.cp}"
-        raise BadInput(f"{room} is less than the longest possible sample, {padded_length(longest, settings.cp)} tokens: raise one of them")
-    _overrides(settings, config, TransformerConfig)
-
-
-def _overrides(settings: TrainSettings, config: dict, config_class: type) -> dict:
-    """The part of --megatron that are fields of config_class. What config.json or another flag decides is no field that can be set."""
-    fields = [field.name for cls in (TransformerConfig, OptimizerConfig) for field in dataclasses.fields(cls)]
-    decided = set(megatron_arguments(config, tp=settings.tp)[0]) | {"tensor_model_parallel_size", "sequence_parallel", "params_dtype", "bf16", "fp16", "lr"}
-    overrides = parse_overrides(settings.megatron, flag="--megatron", fields=[name for name in fields if name not in decided])
-    return {name: value for name, value in overrides.items() if name in config_class.__dataclass_fields__}
-
-
-def build_gpt(settings: TrainSettings, config: dict) -> tuple[GPTModel, Layout]:
-    """This rank's part of the model, not yet filled, and how the whole is split. Megatron's process groups must be there."""
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.train_dtype]
-    use_te = has_transformer_engine()
-    model_arguments, gpt_arguments = megatron_arguments(config, tp=settings.tp)
-    common = dict(
-        tensor_model_parallel_size=settings.tp,
-        pipeline_model_parallel_size=settings.pp,
-        context_parallel_size=settings.cp,
-        num_layers_in_last_pipeline_stage=layers_in_last_stage(config, settings.pp),
-        expert_model_parallel_size=settings.ep,
-        expert_tensor_parallel_size=expert_tp(settings),
-        sequence_parallel=settings.tp > 1,
-        params_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        pipeline_dtype=dtype,
-        calculate_per_token_loss=True,  # before DDP is built: it decides there whether gradients are averaged or summed
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, even of a dense model
-        attention_softmax_in_fp32=True,
-        masked_softmax_fusion=use_te,
-        bias_activation_fusion=use_te,
-        bias_dropout_fusion=use_te,
-        apply_rope_fusion=use_te,
-        gradient_accumulation_fusion=False,
-        moe_grouped_gemm=use_te,
-        persist_layer_norm=use_te,
-    )
-    transformer = TransformerConfig(**{**model_arguments, **common, **_overrides(settings, config, TransformerConfig)})
-    spec = get_gpt_decoder_block_spec(transformer, use_transformer_engine=use_te, normalization="RMSNorm")
-    if not use_te:
-        spec = complete_local_spec(spec, qk_layernorm=transformer.qk_layernorm)
-    gpt = GPTModel(transformer, spec, pre_process=mpu.is_pipeline_first_stage(), post_process=mpu.is_pipeline_last_stage(), **gpt_arguments)
-    layout = Layout(
-        mpu.get_tensor_model_parallel_group(),
-        mpu.get_expert_tensor_and_model_parallel_group(),
-        settings.ep,
-        mpu.get_pipeline_model_parallel_group(),
-        get_transformer_layer_offset(transformer),
-    )
-    return gpt, layout
-
-
-def expert_tp(settings: TrainSettings) -> int:
-    """Over how many ranks one expert is split: as the rest of the layer, unless experts are spread over ranks."""
-    return 1 if settings.ep > 1 else settings.tp
-
-
-def layers_in_last_stage(config: dict, pp: int) -> int | None:
-    """None where the layers divide evenly; else what is left for the last stage, which also has the output layer, when the others have equally many."""
-    layers = config["num_hidden_layers"]
-    return None if layers % pp == 0 else layers - (pp - 1) * -(-layers // pp)
-
-
-def init_parallel(settings: TrainSettings, *, seed: int) -> None:
-    """Megatron's process groups and random generators, unless they are there. Collective."""
-    if not mpu.model_parallel_is_initialized():
-        experts = dict(expert_model_parallel_size=settings.ep, expert_tensor_parallel_size=expert_tp(settings))
-        mpu.initialize_model_parallel(settings.tp, settings.pp, context_parallel_size=settings.cp, **experts)
-        model_parallel_cuda_manual_seed(seed)
+        yield f"--clip-grad {settings.clip_grad} must be positive"
+    if settings.reference and not loss.kl_coef:
+        yield f"--reference {settings.reference} is not used without --kl-coef: set one, or leave the other out"
+    reference = found.of(read_config, settings.reference) if settings.reference else None
+    if reference and config:
+        theirs, ours = ({**model, **gpt} for model, gpt in (megatron_arguments(c, tp=1) for c in (reference, config)))
+        if differing := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
+            yield f"--reference {settings.reference} differs from the model in {', '.join(differing)}: it must have the same architecture"
+    if config:
+        found.of(check_layout, config, world_size=world_size, tp=settings.tp, pp=settings.pp, cp=settings.cp, ep=settings.ep)
+        found.of(overrides, settings, config, TransformerConfig)
+    cp = settings.cp
+    if longest and cp > 0 and settings.microbatch_tokens * cp < padded_length(longest, cp):
+        room = f"--microbatch-tokens {settings.microbatch_tokens} times --cp {cp}"
+        yield f"{room} is less than the longest possible sample, {padded_length(longest, cp)} tokens: raise one of them"
+    yield from found.found
 
 
 def build_trainer(
@@ -250,7 +155,7 @@ def build_trainer(
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    optimizer = get_megatron_optimizer(OptimizerConfig(**{**optimizer_arguments, **_overrides(settings, config, OptimizerConfig)}), [ddp])
+    optimizer = get_megatron_optimizer(OptimizerConfig(**{**optimizer_arguments, **overrides(settings, config, OptimizerConfig)}), [ddp])
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -268,15 +173,6 @@ def build_trainer(
     transformer.grad_scale_func = optimizer.scale_loss
     groups = mpu.get_data_parallel_group(), mpu.get_context_parallel_group(), mpu.get_data_parallel_group(with_context_parallel=True)
     return Trainer(settings, config, ddp, gpt, optimizer, scheduler, layout, *groups, reference)
-
-
-def load_model(folder: str, settings: TrainSettings, config: dict) -> tuple[GPTModel, Layout, torch.nn.Module]:
-    """A model with a folder's weights on this rank's device, how it is split, and the model as Megatron's schedules call it."""
-    gpt, layout = build_gpt(settings, config)
-    if torch.cuda.is_available():
-        gpt.cuda(torch.cuda.current_device())
-    load_hf(gpt, folder, config, layout=layout)  # before an optimizer copies FP32 main weights
-    return gpt, layout, Float16Module(gpt.config, gpt) if settings.train_dtype == "bf16" else gpt
 
 
 # --- forward, backward, step ------------------------------------------------------------------------------------------------------------------

@@ -103,11 +103,11 @@ class Shard:
     """Quantize after the gather, because the cut does not fall on a block boundary."""
 
 
-def fp8_weights(config: dict, *, rollout_dtype: str, engine_tp: int) -> frozenset[str]:
+def fp8_weights(config: dict, *, rollout_dtype: str, engine_tp: int, engine_ep: int = 1) -> frozenset[str]:
     """Hugging Face names of the weights that are handed over in FP8: under "fp8", every linear layer that the engine's config does not exempt."""
     if rollout_dtype != "fp8":
         return frozenset()
-    kept = set(unquantized_linears(config, engine_tp=engine_tp))
+    kept = set(unquantized_linears(config, engine_tp=engine_tp, engine_ep=engine_ep))
     return frozenset(f"{module}.weight" for module in linear_modules(config) if module not in kept)
 
 

@@ -74,6 +74,7 @@ def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
     import numpy as np
     import run
     import torch.distributed as dist
+    import megatron_model
     import train_step
     import weight_sync
     from megatron.core import parallel_state as mpu
@@ -88,7 +89,7 @@ def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
     if not receives:
         mpu.initialize_model_parallel(tp)
         model_parallel_cuda_manual_seed(1)
-        gpt, layout = train_step.build_gpt(train_step.TrainSettings(tp=tp), config)
+        gpt, layout = megatron_model.build_gpt(train_step.TrainSettings(tp=tp), config)
         trainer = type("Trainer", (), {"gpt": gpt, "layout": layout})
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
     weights = weight_sync.Weights(trainer, config, fp8, bucket_bytes, broadcast_group=everyone)
@@ -164,27 +165,28 @@ def main() -> None:
 
 
 def estimate() -> None:
-    """Seconds of one hand-off in the synchronous loop, from bytes and bandwidths. No latency, no imbalance, nothing overlapped."""
-    parameters, tp, pp, engine_tp, gpus = 353e9, 8, 4, 8, 64
-    memory, nvlink, network = 2.0e12, 300e9, 40e9  # bytes a second and GPU: HBM3, NVLink 4 and one 400 Gb/s adapter, at 60 to 80 % of their ratings
-    print(f"GLM-4.5, {parameters / 1e9:.0f}e9 parameters, {gpus} GPUs: trainers tp {tp} (experts over the same {tp}), pp {pp}; engines tp {engine_tp}")
-    print(f"assumed: memory {memory / 1e12:.1f} TB/s, NVLink {nvlink / 1e9:.0f} GB/s, network {network / 1e9:.0f} GB/s, per GPU and direction")
-    stage = parameters / pp
+    """Seconds of one hand-off in the synchronous loop, from plan.py's bytes and stated bandwidths. No latency, no imbalance, nothing overlapped."""
+    import rollout  # noqa: F401  first, as in the loops
+    import memory
+    import plan
+    from hf_names import read_config
+
+    config, tp, pp, engine_tp, gpus = read_config(ROOT / "docs" / "configs" / "GLM-4.5"), 8, 4, 8, 64
+    bandwidths = dict(memory_bytes_s=2.0e12, nvlink_bytes_s=300e9, network_bytes_s=40e9)  # HBM3, NVLink 4, one 400 Gb/s adapter: 60 to 80 % of their ratings
+    parameters = f"{memory.parameters(config)[0] / 1e9:.0f}e9 parameters"
+    print(f"GLM-4.5, {parameters}, {gpus} GPUs: trainers tp {tp} (experts over the same {tp}), pp {pp}; engines tp {engine_tp}")
+    print("assumed: " + ", ".join(f"{name.split('_')[0]} {value / 1e9:,.0f} GB/s" for name, value in bandwidths.items()) + ", per GPU and direction")
     totals = {}
-    for dtype, width in (("BF16", 2), ("FP8", 1)):
-        steps = {
-            "quantize each shard (3 bytes a parameter through memory)": 0 if width == 2 else 3 * stage / tp / memory,
-            f"gather over tp {tp}, NVLink": width * stage * (tp - 1) / tp / nvlink,
-            f"other stages' parts, network: 1/{tp} of {pp - 1} stages": width * stage * (pp - 1) / tp / network,
-            "gather those parts, NVLink": width * stage * (pp - 1) * (tp - 1) / tp / nvlink,
-            f"{engine_tp} engine ranks read from the first one's memory, NVLink": width * parameters * (engine_tp - 1) / engine_tp / nvlink,
-        }
+    for dtype in ("bf16", "fp8"):
+        sent = memory.hand_off_bytes(config, dtype=dtype, engine_tp=engine_tp, engine_ep=engine_tp)
+        split = dict(tp=tp, pp=pp, ep=tp, engine_tp=engine_tp, colocated=True, node_gpus=8)
+        steps = plan.hand_off_seconds(config, sent, fp8=dtype == "fp8", **split, **bandwidths)
         totals[dtype] = sum(steps.values())
-        for step, seconds in steps.items():
-            print(f"  {dtype:4}  {seconds:6.2f} s  {step}")
-        print(f"  {dtype:4}  {totals[dtype]:6.2f} s  in all")
+        for step, seconds in [*steps.items(), ("in all", totals[dtype])]:
+            if seconds:
+                print(f"  {dtype:4}  {seconds:6.2f} s  {step}")
     print("slime 0.1.0 publishes 48 s BF16 and 100 s with FP8 quantization for this model. Those were measured and these were not: comparable is only that")
-    print(f"FP8, quantized before it moves, should take {totals['FP8'] / totals['BF16']:.2f} of BF16's time, and not twice as long.")
+    print(f"FP8, quantized before it moves, should take {totals['fp8'] / totals['bf16']:.2f} of BF16's time, and not twice as long.")
 
 
 if __name__ == "__main__":

@@ -43,11 +43,12 @@ import weight_sync
 from advantages import gae, overlong_penalty, whiten
 from hf_names import read_config
 from losses import LossSettings
+from problems import Problems, all_problems
 from prompts import Sample, load_data
 from record import Record, Stopwatch
 from reward import RewardSettings
 from rollout import RolloutSettings
-from run import BadInput, RunSettings
+from run import RunSettings
 from train_step import Trainer, TrainSettings
 from weight_sync import SyncSettings
 
@@ -87,24 +88,25 @@ class Settings:
     critic: CriticSettings = CriticSettings()
 
 
-def check_critic_settings(settings: Settings) -> None:
-    """Raise BadInput for what cannot work, and for flags that would do nothing here, before anything is started."""
+@all_problems
+def check_critic_settings(settings: Settings):
+    """What cannot work, and flags that would do nothing here, before anything is started."""
     critic, steps = settings.critic, settings.run.steps
     if settings.run.save_every or settings.run.resume:
-        raise BadInput("--save-every and --resume: a checkpoint has one trainer, and this example has two: leave them out")
+        yield "--save-every and --resume: a checkpoint has one trainer, and this example has two: leave them out"
     if critic.critic_lr < 0 or critic.value_clip < 0 or critic.critic_epochs < 1:
         values = f"--critic-lr {critic.critic_lr} and --value-clip {critic.value_clip} must not be negative"
-        raise BadInput(f"{values}, --critic-epochs {critic.critic_epochs} must be at least 1")
+        yield f"{values}, --critic-epochs {critic.critic_epochs} must be at least 1"
     if not 0 < critic.gamma <= 1 or not 0 <= critic.lam <= 1:
-        raise BadInput(f"--gamma {critic.gamma} must lie in (0, 1], --lam {critic.lam} in [0, 1]")
+        yield f"--gamma {critic.gamma} must lie in (0, 1], --lam {critic.lam} in [0, 1]"
     if not 0 <= critic.critic_warmup_steps < steps:
-        raise BadInput(f"--critic-warmup-steps {critic.critic_warmup_steps} must be smaller than --steps {steps}, or the policy is never trained")
+        yield f"--critic-warmup-steps {critic.critic_warmup_steps} must be smaller than --steps {steps}, or the policy is never trained"
     if settings.train.pp != 1:
-        raise BadInput(f"--pp {settings.train.pp}: only the last stage would know the critic's loss; use --pp 1, and --tp or --cp to split the models")
+        yield f"--pp {settings.train.pp}: only the last stage would know the critic's loss; use --pp 1, and --tp or --cp to split the models"
     if settings.reward.advantage != RewardSettings().advantage or settings.reward.dynamic_sampling:
-        raise BadInput("--advantage and --dynamic-sampling compare the answers of a group, which a critic makes unnecessary: leave them out")
+        yield "--advantage and --dynamic-sampling compare the answers of a group, which a critic makes unnecessary: leave them out"
     if settings.loss.kl_coef and settings.loss.kl_in == "reward":
-        raise BadInput("--kl-in reward is not part of this example: use --kl-in loss")
+        yield "--kl-in reward is not part of this example: use --kl-in loss"
 
 
 # --- the critic -------------------------------------------------------------------------------------------------------------------------------
@@ -232,22 +234,27 @@ def joined(samples: list[Sample], field: str) -> np.ndarray:
 
 
 def main() -> None:
-    # Everything that can be wrong with the input is found before anything is started.
-    settings = run.parse_settings(Settings)
+    # Everything that can be wrong with the input is found before anything is started, and all of it is said at once.
+    settings, problems = run.parse_settings(Settings), Problems()
     model, seed, steps = settings.run.model, settings.run.seed, settings.run.steps
-    config = read_config(model)
+    problems.of(run.check_run_settings, settings.run)
+    config = problems.of(read_config, model)
     trainer_ranks = rollout_ranks = int(os.environ["WORLD_SIZE"])
-    check_critic_settings(settings)
+    problems.of(check_critic_settings, settings)
     policy_steps = steps - settings.critic.critic_warmup_steps
-    rollout.check_rollout_settings(settings.rollout, config, world_size=rollout_ranks)
-    data = load_data(model, settings.rollout, config, seed=seed)
-    reward.check_reward_settings(settings.reward, settings.rollout)
-    train_step.check_train_settings(settings.train, settings.loss, config, world_size=trainer_ranks, steps=policy_steps, longest=data.longest)
+    problems.of(rollout.check_rollout_settings, settings.rollout, config, world_size=rollout_ranks)
+    data = problems.of(load_data, model, settings.rollout, config, seed=seed)
+    problems.of(hf_folder.check_model_folder, model, config, data and data.tokenizer, stop=settings.rollout.stop)
+    problems.of(reward.check_reward_settings, settings.reward, settings.rollout)
+    sizes = dict(world_size=trainer_ranks, steps=policy_steps, longest=data and data.longest)
+    problems.of(train_step.check_train_settings, settings.train, settings.loss, config, **sizes)
+    problems.refuse()
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
 
     everyone = run.init_distributed()
     record = Record(settings, "ppo-critic", everyone)
-    fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
+    split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)
+    fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, **split)
     record.say(weight_sync.describe(config, fp8))
     with_reference = settings.loss.kl_coef > 0
     trainer = train_step.build_trainer(model, settings.train, config, steps=policy_steps, seed=seed, with_reference=with_reference)

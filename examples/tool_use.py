@@ -48,11 +48,12 @@ import weight_sync
 from engine import Engine
 from hf_names import read_config
 from losses import LossSettings
+from problems import Problems, all_problems
 from prompts import Data, Sample, load_data, toy_prompts
 from record import Record, Stopwatch
 from reward import RewardSettings
 from rollout import RolloutSettings
-from run import BadInput, RunSettings
+from run import RunSettings
 from toy.task import DIGITS
 from train_step import TrainSettings
 from weight_sync import SyncSettings
@@ -92,20 +93,21 @@ class Settings:
     tools: ToolSettings = ToolSettings()
 
 
-def check_tool_settings(settings: Settings) -> None:
-    """Raise BadInput for what cannot work, and for flags that would do nothing here, before anything is started."""
+@all_problems
+def check_tool_settings(settings: Settings):
+    """What cannot work, and flags that would do nothing here, before anything is started."""
     tools, max_response_tokens = settings.tools, settings.rollout.max_response_tokens
     if settings.reward.reward != "exact" or settings.reward.dynamic_sampling:
-        raise BadInput("--reward and --dynamic-sampling judge and generate single turns, not conversations: leave them out")
+        yield "--reward and --dynamic-sampling judge and generate single turns, not conversations: leave them out"
     if settings.rollout.prompts != ("toy",) or settings.rollout.eval_prompts:
-        raise BadInput("--prompts and --eval-prompts: the calculator and the demonstrations are those of the toy: leave them out")
+        yield "--prompts and --eval-prompts: the calculator and the demonstrations are those of the toy: leave them out"
     if tools.max_turns < 1 or tools.warm_steps < 0 or tools.warm_samples < 1:
         counts = f"--max-turns {tools.max_turns} and --warm-samples {tools.warm_samples} must be at least 1"
-        raise BadInput(f"{counts}, --warm-steps {tools.warm_steps} must not be negative")
+        yield f"{counts}, --warm-steps {tools.warm_steps} must not be negative"
     if not 0 <= tools.warm_calls <= 1 or tools.warm_lr < 0:
-        raise BadInput(f"--warm-calls {tools.warm_calls} must lie between 0 and 1, --warm-lr {tools.warm_lr} must not be negative")
+        yield f"--warm-calls {tools.warm_calls} must lie between 0 and 1, --warm-lr {tools.warm_lr} must not be negative"
     if max_response_tokens < LONGEST_DEMONSTRATION:
-        raise BadInput(f"--max-response-tokens {max_response_tokens} has no room for a call, its result and the answer: use at least {LONGEST_DEMONSTRATION}")
+        yield f"--max-response-tokens {max_response_tokens} has no room for a call, its result and the answer: use at least {LONGEST_DEMONSTRATION}"
 
 
 # --- the tool ---------------------------------------------------------------------------------------------------------------------------------
@@ -252,23 +254,28 @@ def warm_start(record: Record, data: Data, settings: Settings, config: dict) -> 
 
 
 def main() -> None:
-    # Everything that can be wrong with the input is found before anything is started.
-    settings = run.parse_settings(Settings)
+    # Everything that can be wrong with the input is found before anything is started, and all of it is said at once.
+    settings, problems = run.parse_settings(Settings), Problems()
     model, seed, steps, max_turns = settings.run.model, settings.run.seed, settings.run.steps, settings.tools.max_turns
-    config = read_config(model)
+    problems.of(run.check_run_settings, settings.run)
+    config = problems.of(read_config, model)
     trainer_ranks = rollout_ranks = int(os.environ["WORLD_SIZE"])
-    rollout.check_rollout_settings(settings.rollout, config, world_size=rollout_ranks)
-    data = load_data(model, replace(settings.rollout, stop=(*settings.rollout.stop, CALL_END)), config, seed=seed)
-    reward.check_reward_settings(settings.reward, settings.rollout)
-    check_tool_settings(settings)
-    train_step.check_train_settings(settings.train, settings.loss, config, world_size=trainer_ranks, steps=steps, longest=data.longest)
+    problems.of(check_tool_settings, settings)
+    problems.of(rollout.check_rollout_settings, settings.rollout, config, world_size=rollout_ranks)
+    data = problems.of(load_data, model, replace(settings.rollout, stop=(*settings.rollout.stop, CALL_END)), config, seed=seed)
+    problems.of(hf_folder.check_model_folder, model, config, data and data.tokenizer, stop=settings.rollout.stop)
+    problems.of(reward.check_reward_settings, settings.reward, settings.rollout)
+    sizes = dict(world_size=trainer_ranks, steps=steps, longest=data and data.longest)
+    problems.of(train_step.check_train_settings, settings.train, settings.loss, config, **sizes)
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
-    resumed = checkpoint.find(settings, "tool") if settings.run.resume else None
+    resumed = problems.of(checkpoint.find, settings, "tool") if settings.run.resume and settings.run.name else None
+    problems.refuse()
     start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
     everyone = run.init_distributed()
     record = Record(settings, "tool", everyone, resumed=resumed)
-    fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=settings.rollout.engine_tp)
+    split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)
+    fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, **split)
     record.say(weight_sync.describe(config, fp8))
     if settings.tools.warm_steps:
         model = warm_start(record, data, settings, config) if not resumed else str(record.folder / "warm-start")

@@ -7,6 +7,7 @@ The exit codes that run_main makes of these errors are tested in test_loop_sync.
 import contextlib
 import dataclasses
 import json
+import pickle
 import random
 import shutil
 import typing
@@ -55,24 +56,32 @@ def outcome(monkeypatch, tmp_path, capsys):
         except BaseException as error:
             error.add_note(f"flags: {flags}")
             raise
-        raise AssertionError(f"{flags}: main() has returned")
+        assert "--plan" in flags, f"{flags}: main() has returned"
+        return "planned"
 
     return call
 
 
 def flags_of_all_settings() -> list[str]:
+    """All but --plan, which ends without a run."""
     parts = typing.get_type_hints(loop_sync.Settings).values()
-    return ["--" + field.name.replace("_", "-") for part in parts for field in dataclasses.fields(part)]
+    return ["--" + field.name.replace("_", "-") for part in parts for field in dataclasses.fields(part) if field.name != "plan"]
 
 
 def test_flags(outcome):
     rng, refused = random.Random(0), 0
     flags = flags_of_all_settings()
-    cases = [(flag, value) for flag in flags for value in rng.sample(ODD, 4)]
+    cases = [(flag, value) for flag in flags for value in ODD]
     cases += [(flag[:-1] + rng.choice("xyz"), "1") for flag in flags] + [(flag,) for flag in flags]
     for case in cases:
         refused += outcome(*case) == "refused"
     assert refused > 200 and outcome() == "started"
+
+
+def test_flags_of_a_plan(outcome):
+    """The arithmetic meets what a run would be refused for, too: no division by zero, no layout of no ranks."""
+    outcomes = [outcome("--plan", flag, value) for flag in flags_of_all_settings() for value in ODD]
+    assert outcomes.count("refused") > 100 and outcome("--plan", "--plan-gpus", "1") == "planned"
 
 
 def test_lines_of_prompt_files(outcome, tmp_path):
@@ -139,6 +148,7 @@ def test_bytes_of_checkpoints(outcome, tmp_path):
     rng, saved = random.Random(2), tmp_path / "runs" / "old" / "checkpoints" / "step-000004"
     (saved / "model").mkdir(parents=True)
     (saved / "model" / "weights").write_bytes(rng.randbytes(3000))
+    (saved / "model" / ".metadata").write_bytes(pickle.dumps({"weights": 3000}))
     settings = json.loads(json.dumps(dataclasses.asdict(loop_sync.Settings())))
     (saved / "state.json").write_text(json.dumps({"step": 4, "loop": "sync", "settings": settings, "record": {}, "ranks": [{"prompts": 64}]}))
     listed = {str(path.relative_to(saved)): (path.stat().st_size, checkpoint._crc(path)) for path in saved.rglob("*") if path.is_file()}

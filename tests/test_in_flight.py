@@ -10,7 +10,7 @@ import random
 import pytest
 
 from hf_names import read_config
-from in_flight import InFlight, InFlightSettings, check_staleness, split_ranks
+from in_flight import InFlight, InFlightSettings, check_in_flight_settings, check_staleness
 from prompts import Sample, load_data
 from record import Row
 from reward import Judge, RewardSettings
@@ -174,9 +174,9 @@ def test_a_token_older_than_the_bound_stops_the_run():
 ])  # fmt: skip
 def test_settings_that_cannot_work(changes, world_size, message):
     with pytest.raises(BadInput, match=message):
-        split_ranks(InFlightSettings(**changes), RolloutSettings(), world_size=world_size)
+        check_in_flight_settings(InFlightSettings(**changes), RolloutSettings(), world_size=world_size)
 
 
-def test_ranks_are_split():
-    assert split_ranks(InFlightSettings(rollout_ranks=3), RolloutSettings(), world_size=8) == (5, 3)
+def test_settings_that_work():
+    check_in_flight_settings(InFlightSettings(rollout_ranks=3), RolloutSettings(), world_size=8)
     assert not {DROPPED, REPLACED} & {"stop", "length", "abort"}  # SGLang's own reasons

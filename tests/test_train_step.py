@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train_step
 from hf_names import read_config
@@ -155,3 +156,10 @@ def test_mini_batches_are_equal_parts_and_steps_of_their_own(fresh_megatron, mod
     metrics = step(trainer, samples)
     assert metrics["tokens"] == 10 and metrics["logprob_shift"] != 0  # the third part sees what the first has changed
     assert trainer.scheduler.num_steps == 1  # one rollout batch, one step of the schedule
+
+
+def test_the_routers_correction_bias_is_not_rounded(fresh_megatron, models):
+    """GLM-4.5 keeps it in FP32: rounded to BF16, the choice of experts could be another, here and in the engine."""
+    trainer = train_step.build_trainer(str(models["glm4_moe"]), TrainSettings(), read_config(models["glm4_moe"]), steps=9, seed=1)
+    stored = load_file(models["glm4_moe"] / "model.safetensors")["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert torch.equal(trainer.gpt.decoder.layers[1].mlp.router.expert_bias, stored) and not torch.equal(stored, stored.bfloat16().float())

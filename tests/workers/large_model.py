@@ -18,6 +18,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import megatron_model
 import train_step
 import weight_sync
 from hf_names import read_config
@@ -32,10 +33,10 @@ def build_as(rank: int, world_size: int, settings: train_step.TrainSettings, con
         mpu.destroy_model_parallel()
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    experts = dict(expert_model_parallel_size=EP, expert_tensor_parallel_size=train_step.expert_tp(settings))
+    experts = dict(expert_model_parallel_size=EP, expert_tensor_parallel_size=megatron_model.expert_tp(settings))
     mpu.initialize_model_parallel(TP, PP, **experts, create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(1)
-    return train_step.build_gpt(settings, config)
+    return megatron_model.build_gpt(settings, config)
 
 
 def main() -> None:

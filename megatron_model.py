@@ -1,0 +1,116 @@
+"""Hugging Face folder -> this rank's part of Megatron's GPTModel, filled, and how the whole is split over ranks.
+
+Everywhere here, settings are train_step.TrainSettings and config is config.json, checked (hf_names.read_config).
+"""
+
+import dataclasses
+
+import torch
+
+if not torch.cuda.is_available():
+    import cpu
+
+    cpu.patch_megatron()
+
+from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from hf_folder import load_hf
+from hf_names import layers_in_last_stage, megatron_arguments
+from local_spec import complete_local_spec
+from run import parse_overrides
+from weight_sync import Layout
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine imports. A half-installed one raises RuntimeError, which is not hidden: it names its own remedy."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def overrides(settings, config: dict, config_class: type) -> dict:
+    """The part of --megatron that are fields of config_class. What config.json or another flag decides is no field that can be set."""
+    fields = [field.name for cls in (TransformerConfig, OptimizerConfig) for field in dataclasses.fields(cls)]
+    decided = set(megatron_arguments(config, tp=1)[0]) | {"tensor_model_parallel_size", "sequence_parallel", "params_dtype", "bf16", "fp16", "lr"}
+    given = parse_overrides(settings.megatron, flag="--megatron", fields=[name for name in fields if name not in decided])
+    return {name: value for name, value in given.items() if name in config_class.__dataclass_fields__}
+
+
+def expert_tp(settings) -> int:
+    """Over how many ranks one expert is split: as the rest of the layer, unless experts are spread over ranks."""
+    return 1 if settings.ep > 1 else settings.tp
+
+
+def init_parallel(settings, *, seed: int) -> None:
+    """Megatron's process groups and random generators, unless they are there. Collective."""
+    if not mpu.model_parallel_is_initialized():
+        experts = dict(expert_model_parallel_size=settings.ep, expert_tensor_parallel_size=expert_tp(settings))
+        mpu.initialize_model_parallel(settings.tp, settings.pp, context_parallel_size=settings.cp, **experts)
+        model_parallel_cuda_manual_seed(seed)
+
+
+def build_gpt(settings, config: dict) -> tuple[GPTModel, Layout]:
+    """This rank's part of the model, not yet filled, and how the whole is split. Megatron's process groups must be there."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.train_dtype]
+    use_te = has_transformer_engine()
+    model_arguments, gpt_arguments = megatron_arguments(config, tp=settings.tp)
+    common = dict(
+        tensor_model_parallel_size=settings.tp,
+        pipeline_model_parallel_size=settings.pp,
+        context_parallel_size=settings.cp,
+        num_layers_in_last_pipeline_stage=layers_in_last_stage(config, settings.pp),
+        expert_model_parallel_size=settings.ep,
+        expert_tensor_parallel_size=expert_tp(settings),
+        sequence_parallel=settings.tp > 1,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        pipeline_dtype=dtype,
+        calculate_per_token_loss=True,  # before DDP is built: it decides there whether gradients are averaged or summed
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, even of a dense model
+        attention_softmax_in_fp32=True,
+        masked_softmax_fusion=use_te,
+        bias_activation_fusion=use_te,
+        bias_dropout_fusion=use_te,
+        apply_rope_fusion=use_te,
+        gradient_accumulation_fusion=False,
+        moe_grouped_gemm=use_te,
+        persist_layer_norm=use_te,
+    )
+    transformer = TransformerConfig(**{**model_arguments, **common, **overrides(settings, config, TransformerConfig)})
+    spec = get_gpt_decoder_block_spec(transformer, use_transformer_engine=use_te, normalization="RMSNorm")
+    if not use_te:
+        spec = complete_local_spec(spec, qk_layernorm=transformer.qk_layernorm)
+    gpt = GPTModel(transformer, spec, pre_process=mpu.is_pipeline_first_stage(), post_process=mpu.is_pipeline_last_stage(), **gpt_arguments)
+    layout = Layout(
+        mpu.get_tensor_model_parallel_group(),
+        mpu.get_expert_tensor_and_model_parallel_group(),
+        settings.ep,
+        mpu.get_pipeline_model_parallel_group(),
+        get_transformer_layer_offset(transformer),
+    )
+    return gpt, layout
+
+
+def load_model(folder: str, settings, config: dict) -> tuple[GPTModel, Layout, torch.nn.Module]:
+    """A model with a folder's weights on this rank's device, how it is split, and the model as Megatron's schedules call it."""
+    gpt, layout = build_gpt(settings, config)
+    if torch.cuda.is_available():
+        gpt.cuda(torch.cuda.current_device())
+    wrapped = Float16Module(gpt.config, gpt) if settings.train_dtype == "bf16" else gpt
+    for name, buffer in gpt.named_buffers():
+        if name.endswith("router.expert_bias"):  # Float16Module makes it BF16; the router adds it to its scores in FP32, and a rounded one chooses others
+            buffer.data = buffer.float()
+    load_hf(gpt, folder, config, layout=layout)  # before an optimizer copies FP32 main weights
+    return gpt, layout, wrapped

@@ -1,0 +1,70 @@
+"""What the ranks of real trainers hold, in bytes, at several layouts of four ranks; run by test_plan.py.
+
+    torchrun --nproc-per-node 4 held_bytes.py OUT DENSE_FOLDER MOE_FOLDER
+
+Writes to OUT, as JSON: for each case of CASES, for each rank, the bytes of parameters, of DDP's gradient buffers, and of FP32 main weights with Adam's moments.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
+
+import rollout  # noqa: F401  first, as in the loops
+import torch
+from megatron.core import parallel_state as mpu
+
+import run
+import train_step
+from checkpoint import _give_adam_its_state
+from hf_names import read_config
+
+CASES = {  # name: (folder, settings)
+    "dense dp 4": (0, dict()),
+    "dense tp 2, dp 2": (0, dict(tp=2)),
+    "dense tp 2, pp 2": (0, dict(tp=2, pp=2)),
+    "dense cp 2, dp 2": (0, dict(cp=2)),
+    "dense fp32, dp 4": (0, dict(train_dtype="fp32")),
+    "experts ep 2, dp 4": (1, dict(ep=2)),
+    "experts tp 2, dp 2": (1, dict(tp=2)),
+    "experts tp 2, ep 4": (1, dict(tp=2, ep=4)),
+    "experts ep 2, pp 2, dp 2": (1, dict(ep=2, pp=2)),
+}
+
+
+def held(trainer) -> dict[str, int]:
+    buffers = [*trainer.ddp.buffers, *trainer.ddp.expert_parallel_buffers]
+    _give_adam_its_state(trainer.optimizer)
+    weights = {parameter.data_ptr() for parameter in trainer.gpt.parameters()}
+    optimizer = 0
+    for chained in trainer.optimizer.chained_optimizers:
+        for group in chained.optimizer.param_groups:
+            for main in group["params"]:
+                own = main.untyped_storage().data_ptr() not in {buffer.param_data.untyped_storage().data_ptr() for buffer in buffers}
+                optimizer += (main.nbytes if own else 0) + sum(chained.optimizer.state[main][name].nbytes for name in ("exp_avg", "exp_avg_sq"))
+    assert len(weights) == len(list(trainer.gpt.parameters()))
+    return {
+        "weights": sum(parameter.nbytes for parameter in trainer.gpt.parameters()),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
+        "optimizer": optimizer,
+    }
+
+
+def main() -> None:
+    out, *folders = sys.argv[1:]
+    everyone, found = run.init_distributed(), {}
+    for name, (folder, settings) in CASES.items():
+        if mpu.model_parallel_is_initialized():
+            mpu.destroy_model_parallel()
+        config = read_config(folders[folder])
+        trainer = train_step.build_trainer(folders[folder], train_step.TrainSettings(**settings), config, steps=1, seed=1)
+        mine = held(trainer)
+        found[name] = [json.loads(row) for row in run.all_gather_bytes(json.dumps(mine).encode(), everyone)]
+        del trainer
+    if torch.distributed.get_rank() == 0:
+        Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
