@@ -54,11 +54,12 @@ def bare_stages() -> None:
     import weight_sync
     from hf_names import read_config
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from prompts import load_data
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     settings = run.parse_settings(loop_sync.Settings)
     config, rounds, n = read_config(settings.run.model), settings.run.steps, settings.rollout.samples_per_prompt
-    data = rollout.load_data(settings.run.model, settings.rollout, config, seed=1)
+    data = load_data(settings.run.model, settings.rollout, config, seed=1)
     everyone = run.init_distributed()
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=1)
     trainer = train_step.build_trainer(settings.run.model, settings.train, config, steps=rounds, seed=1)
@@ -103,7 +104,7 @@ def bare_stages() -> None:
             timed("bare engine, log-probs", lambda: ask(samples, f"{version} log-probs", logprobs=True))  # noqa: B023
             timed("bare engine", lambda: ask(samples, f"{version} bare", logprobs=False))  # noqa: B023
             timed("reward", lambda: (reward.compute_rewards(samples, judge), rollout.all_gather_samples(samples, everyone)))  # noqa: B023
-            timed("score", lambda: train_step.score(trainer, samples, temperature=1.0))  # noqa: B023
+            timed("score", lambda: train_step.score(trainer, samples, settings.loss, temperature=1.0))  # noqa: B023
             timed("advantages", lambda: reward.compute_advantages(samples, settings.reward, settings.loss, **limits))  # noqa: B023
             timed("train", lambda: train_step.train_step(trainer, samples, settings.loss, temperature=1.0, **limits))  # noqa: B023
             batches = packing.local_microbatches(trainer, samples)

@@ -57,7 +57,7 @@ def worker(loop: str, workload: str, stage: str, arguments: list[str]) -> None:
     if workload == "judge":
         reward.REWARDS["exact"] = slow_judge
     if stage == "rollout":
-        train_step.score = lambda trainer, samples, temperature: []
+        train_step.score = lambda *args, **kwargs: []
         train_step.train_step = lambda *args, **kwargs: {}
     sys.argv = [f"loop_{loop}.py", *arguments]
     run.run_main(__import__(f"loop_{loop}").main)
