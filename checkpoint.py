@@ -23,6 +23,7 @@ import os
 import pickle
 import queue
 import shutil
+import signal
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
-from run import BadInput, all_gather_bytes
+from run import BadInput, all_gather_bytes, signal_when_parent_ends
 
 # Else the prompts that follow would not be those that were to follow, or the groups in flight would have no place.
 MUST_AGREE = (("run", "seed"), ("rollout", "prompts"), ("rollout", "samples_per_prompt"), ("in_flight", "rollout_ranks"))
@@ -225,6 +226,17 @@ def _set_states(self, model_param, tensors):
 DistributedOptimizer._set_main_param_and_optimizer_states = _set_states
 # megatron-core keeps what its writers return in a process of its own, for saves that go on in the background; it would outlive a rank that is killed.
 filesystem_async._results_queue = queue.Queue()
+
+_stock_write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+
+
+def _write(*args, **kwargs) -> None:
+    """In the process that megatron-core forks for each file: it ends with its rank, and does not wait for ever for one that was killed."""
+    signal_when_parent_ends(signal.SIGKILL)
+    _stock_write(*args, **kwargs)
+
+
+filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(_write)
 
 
 def generators() -> dict[str, str]:

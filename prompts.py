@@ -29,6 +29,7 @@ from toy.task import problems
 
 GYM = "reasoning-gym:"
 MOST_EVAL_SAMPLES = 100_000  # generated held-out prompts never end
+ENGINE_KEEPS = 2  # positions of a model's context that SGLang does not use: it would cut such an answer short
 SHOWN_ROWS = 5  # of a file's bad rows; a wrong file has thousands
 PROBE = 64  # so many problems of a generated source are looked at before the start, for their lengths
 
@@ -193,7 +194,7 @@ def sample_of(row: dict | str, tokenizer: PreTrainedTokenizerBase | None, settin
     if not ids or len(ids) > max_prompt_tokens:
         raise BadInput(
             f"{where}: the prompt has {len(ids)} tokens; it must have 1 to {max_prompt_tokens} "
-            "(the model's context less --max-response-tokens): shorten it or lower that flag"
+            "(the model's context less --max-response-tokens, and 2 positions that SGLang keeps): shorten it or lower that flag"
         )
     return Sample(ids, text, label, metadata={**(metadata or {}), "source": name})
 
@@ -292,7 +293,7 @@ def fitting(stream: Iterator[Sample], *, name: str, max_prompt_tokens: int) -> t
     first = list(islice(stream, PROBE))
     longest = max(len(sample.prompt_ids) for sample in first)
     if longest > max_prompt_tokens:
-        room = f"{max_prompt_tokens}, the model's context less --max-response-tokens"
+        room = f"{max_prompt_tokens}, the model's context less --max-response-tokens, and 2 positions that SGLang keeps"
         raise BadInput(f"a prompt of {name} has {longest} tokens, more than {room}: lower that flag")
     return (sample for sample in chain(first, stream) if len(sample.prompt_ids) <= longest), longest
 
@@ -322,7 +323,7 @@ def load_data(model_folder: str, settings: DataSettings, config: dict | None, *,
     tokenizer = None if config is None else found.of(load_tokenizer, model_folder)
     if tokenizer is not None and len(tokenizer) > config["vocab_size"]:
         yield f"{model_folder}: the tokenizer has {len(tokenizer)} tokens, the model {config['vocab_size']}: they do not belong together"
-    room = math.inf if config is None else config["max_position_embeddings"] - settings.max_response_tokens
+    room = math.inf if config is None else config["max_position_embeddings"] - ENGINE_KEEPS - settings.max_response_tokens
     eval_samples = min(max(settings.eval_samples, 0), MOST_EVAL_SAMPLES)
     streams, held_out, longest = [], [], 0
 

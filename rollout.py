@@ -27,7 +27,7 @@ from sglang.srt.server_args import ServerArgs
 
 from engine import Engine
 from hf_names import fp8_config
-from prompts import MOST_EVAL_SAMPLES, Data, DataSettings, Sample
+from prompts import ENGINE_KEEPS, MOST_EVAL_SAMPLES, Data, DataSettings, Sample
 
 MEM_FRACTION_STATIC = 0.5  # of the GPU memory that is free when an engine starts, what it takes for weights and cache, unless --sglang says otherwise
 DROPPED, REPLACED = "dropped", "replaced"  # finish reasons of samples that are not trained: too old; in a group whose rewards are all equal
@@ -82,8 +82,9 @@ def check_rollout_settings(settings: RolloutSettings, config: dict | None, *, wo
         for field_name in ("num_attention_heads", "num_key_value_heads"):
             if settings.engine_tp > 0 and config[field_name] % settings.engine_tp:
                 yield f"{field_name} {config[field_name]} is not divisible by --engine-tp {settings.engine_tp}: use a --engine-tp that divides it"
-        if not 1 <= settings.max_response_tokens < config["max_position_embeddings"]:
-            yield f"--max-response-tokens {settings.max_response_tokens} must lie below the model's context, {config['max_position_embeddings']}"
+        if not 1 <= settings.max_response_tokens < config["max_position_embeddings"] - ENGINE_KEEPS:
+            context = f"the model's context, {config['max_position_embeddings']}, less the {ENGINE_KEEPS} positions that SGLang keeps"
+            yield f"--max-response-tokens {settings.max_response_tokens} must lie below {context}"
     _server_overrides(settings)
 
 

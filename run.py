@@ -205,6 +205,11 @@ def main_module_hidden():
             main.__file__ = file
 
 
+def signal_when_parent_ends(number: int) -> None:
+    """Ask Linux to send this process a signal when the one that started it is gone (PR_SET_PDEATHSIG; children do not inherit it)."""
+    ctypes.CDLL(None).prctl(1, number)
+
+
 def end_with_parent() -> None:
     """In a spawned child: end when the parent is gone, however it went, and be it before this is called."""
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
@@ -226,7 +231,7 @@ def run_main(main: Callable[[], None]) -> None:
     """
     signal.signal(signal.SIGQUIT, _engine_child_died)
     signal.signal(signal.SIGTERM, lambda signum, frame: told_to_stop.set())  # at the end of the step: a checkpoint, and exit code 0
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: should torchrun be killed, nobody else would end this rank
+    signal_when_parent_ends(signal.SIGTERM)  # should torchrun be killed, nobody else would end this rank
     try:
         main()
         if dist.is_initialized():  # not after --plan

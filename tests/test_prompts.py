@@ -262,7 +262,7 @@ def test_weights(prompts, weights):
     (dict(eval_prompts=("toy:2",)), "--eval-prompts toy:2: a held-out set has no weight"),
     (dict(eval_prompts=("toy", "toy")), "--eval-prompts toy toy: a source is given twice"),
     (dict(chat=True), "toy: chat messages need a chat template"),
-    (dict(max_response_tokens=505), "a prompt of toy has 9 tokens, more than 7"),
+    (dict(max_response_tokens=505), "a prompt of toy has 9 tokens, more than 5"),
 ])  # fmt: skip
 def test_sources_that_cannot_work(settings, message):
     with pytest.raises(BadInput, match=message):
