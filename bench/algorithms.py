@@ -5,7 +5,7 @@
 
 Runs are on one rank, two at a time, which two cores have room for: trainer and engine of a synchronous run take turns. What is compared is accuracy, which
 does not depend on speed. Accuracy is over 1,024 held-out prompts, one answer each at temperature 1, so that a run's has a standard error of 0.01. Every row
-has the loop's defaults but for the flags shown: no tuning, so that this says that an algorithm works, not which is best. The figure needs matplotlib==3.11.2.
+has the loop's defaults but for the flags shown: no tuning, so that this says that an algorithm works, not which is best.
 """
 
 import json

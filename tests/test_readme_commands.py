@@ -1,0 +1,113 @@
+"""Every command in README.md, as a reader would paste it.
+
+What fits this machine runs for real, made short by a few flags behind it. What needs files of the reader's own gets some. Commands for several machines run up
+to where they would start (the recipes' plans are compared with their printed figures in test_plan.py). The install lines are what .ci/run runs. Commands of
+bench/ take minutes each and are not run; that they name what is there is checked.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import loop_async
+import loop_sync
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, metrics_of, torchrun
+
+import run
+from test_prompts import gym  # noqa: F401  the stand-in for reasoning-gym
+
+README = (ROOT / "README.md").read_text()
+LINES = [line.partition("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.replace("\\\n", " ").splitlines()]
+INLINE = re.findall(r"`((?:torchrun|python) [^`]*)`", README)
+SHORT = ["--steps", "1", "--eval-samples", "2", "--prompts-per-step", "4", "--samples-per-prompt", "2", "--export"]
+HERE = [line for line in LINES if line.startswith("torchrun") and not re.search("FOLDER|FILE|nnodes|nproc-per-node 8", line)]
+ELSEWHERE = [line for line in LINES if line.startswith("torchrun") and line not in HERE]
+
+
+def test_nothing_is_left_out():
+    kinds = ("python3 -m venv .venv", "torchrun", "python plot.py", "python loop_sync.py --plan")
+    assert [line for line in LINES if not line.startswith(kinds)] == [] and len(HERE) >= 7 and len(ELSEWHERE) >= 7
+
+
+@pytest.mark.parametrize("line", HERE)
+def test_what_fits_this_machine_runs(line, tmp_path):
+    words = shlex.split(line)[1:]
+    ranks = int(words.pop(1)) if words[0] == "--nproc-per-node" and words.pop(0) else 1
+    more = ["--warm-steps", "1", "--max-response-tokens", "32"] if "tool_use" in line else []
+    torchrun(ROOT / words[0], *words[1:], *SHORT, *more, ranks=ranks, cwd=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert metrics_of(folder)[-1]["step"] == 1
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """A folder with what the placeholders stand for: a model with room and a chat template, prompts of the named kinds, and a stand-in for reasoning-gym."""
+    monkeypatch.chdir(tmp_path)
+    names = {word for line in ELSEWHERE for word in re.findall(r"--model (\S+)", line)}
+    for name in names:
+        shutil.copytree(ROOT / "toy", tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}))
+        tokenizer = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        tokenizer["chat_template"] = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "FILE.jsonl").write_text(json.dumps({"prompt": "1+1=", "label": "2"}) + "\n")
+    (tmp_path / "gsm8k").mkdir()
+    for part in ("train", "test"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"question": "1+1=", "answer": "one and one\n#### 2"}]), f"gsm8k/{part}.parquet")
+    row = {"prompt": [{"role": "user", "content": "1+2="}], "reward_model": {"ground_truth": "3"}}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), "dapo-math-17k.parquet")
+    return tmp_path
+
+
+class Started(Exception):
+    """The run would have begun."""
+
+
+@pytest.mark.parametrize("line", [line for line in ELSEWHERE if "nproc" not in line])
+def test_what_needs_files_of_the_readers_own_gets_as_far_as_the_start(line, reader, monkeypatch, request):
+    def started(*_):
+        raise Started
+
+    monkeypatch.setattr(run, "init_distributed", started)
+    for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1).items():
+        monkeypatch.setenv(name, str(value))
+    if "reasoning-gym" in line:
+        request.getfixturevalue("gym")
+    words = shlex.split(line)
+    monkeypatch.setattr("sys.argv", words[1:])
+    with pytest.raises(Started):
+        {"loop_sync.py": loop_sync, "loop_async.py": loop_async}[words[1]].main()
+
+
+def test_the_plan_needs_no_torchrun():
+    (line,) = [line for line in LINES if line.startswith("python loop_sync.py --plan")]
+    done = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("fits"), done.stderr
+
+
+def test_one_picture_of_two_runs(tmp_path):
+    for name in ("A", "B"):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        row = {"step": 1, "reward": 0.5, "held_out": 0.5, "mismatch_abs": 0.1, "mismatch_k3": 0.01, "rollout_s": 1.0, "train_s": 1.0, "sync_s": 0.1}
+        row |= {"staleness": [3, 1], "staleness_max": 1, "response_tokens": 4.0, "truncated": 0.0, "step_s": 2.0}
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "held_out": 0.4}) + "\n" + json.dumps(row) + "\n")
+        names = [{"name": "thread_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": "trainer"}}]
+        events = [*names, {"name": "train", "ph": "X", "ts": 0, "dur": 1_000_000, "pid": 0, "tid": 0}]
+        (folder / "trace.json").write_text("[" + ",\n".join(map(json.dumps, events)) + ("]" if name == "A" else ""))  # B has not ended
+    (line,) = [line for line in LINES if line.startswith("python plot.py")]
+    words = shlex.split(line)
+    done = subprocess.run([sys.executable, ROOT / words[1], *words[2:]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG"), done.stderr
+
+
+def test_the_benchmarks_are_there():
+    scripts = {command.split()[1] for command in INLINE if command.split()[1].startswith("bench/")}
+    assert {"bench/overlap.py", "bench/peers.py", "bench/soak.py"} <= scripts and all((ROOT / script).is_file() for script in scripts)
