@@ -275,7 +275,9 @@ def report(settings, config: dict, **load) -> None:
     row("checkpoint", checkpoint_bytes(total, train_dtype=train.train_dtype), f"--keep {settings.run.keep} of them, and one while it is written")
     if max(need.values()) > gpu_bytes:
         other = nearest(plan, gpu_bytes=gpu_bytes, node_gpus=machine.plan_node_gpus)
-        fits = f"the nearest layout that does: {other.gpus} GPUs with {other.flags()}" if other else "nor does any other that was tried"
+        none = f"nor does any other on up to 64 times as many, with engines that divide --prompts-per-step {rollout.prompts_per_step}: raise that"
+        none += ", or use loop_async.py, where no GPU holds both" if plan.colocated else ""
+        fits = f"the nearest layout that does: {other.gpus} GPUs with {other.flags()}" if other else none
         phase = max(need, key=need.get)
         raise BadInput(f"this layout does not fit: {need[phase] / 1e9:.1f} GB to {phase}, of {gpu_bytes / 1e9:g} GB; {fits}")
     print("fits")
