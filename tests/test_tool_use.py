@@ -30,6 +30,7 @@ PLUS, EQUALS, END, PAD, UNUSED = 13, 14, 2, 0, 20  # token ids of the toy; digit
 PROMPT = [1, 3, 7, 9, PLUS, 10, 11, 12, EQUALS]  # <s>046+789=
 CALL = [PLUS, *PROMPT[1:]]  # +046+789=
 SUM = [8, 6, 11]  # 538, which is 835 with the lowest digit first
+RESULT = [*SUM, 3]  # 5380: the calculator's numbers have four digits or more
 
 
 class Scripted:
@@ -78,13 +79,13 @@ def talk(data, *script, n=1, max_turns=3, max_response_tokens=24, **options) -> 
 
 def test_two_turns_by_hand(data):
     (sample,), engine = talk(data, [CALL], [[*SUM, END]])
-    assert sample.response_ids == CALL + SUM + [*SUM, END]
-    assert sample.loss_mask == [1] * 9 + [0] * 3 + [1] * 4
-    assert sample.rollout_logprobs == [-1 - i / 100 for i in range(9)] + [0.0] * 3 + [-2.0, -2.01, -2.02, -2.03]
-    assert sample.weight_versions == [5] * 12 + [6] * 4  # the result is as old as the turn that asked for it
-    assert sample.response == "+046+789=[538]538" and sample.finish_reason == "stop"
+    assert sample.response_ids == CALL + RESULT + [*SUM, END]
+    assert sample.loss_mask == [1] * 9 + [0] * 4 + [1] * 4
+    assert sample.rollout_logprobs == [-1 - i / 100 for i in range(9)] + [0.0] * 4 + [-2.0, -2.01, -2.02, -2.03]
+    assert sample.weight_versions == [5] * 13 + [6] * 4  # the result is as old as the turn that asked for it
+    assert sample.response == "+046+789=[5380]538" and sample.finish_reason == "stop"
     assert sample.metadata == {"calls": 1, "errors": 0, "answer": "538"} and right_answer(sample) == 1
-    assert engine.prompts == [[PROMPT], [PROMPT + CALL + SUM]] and engine.limits == [[24], [12]]
+    assert engine.prompts == [[PROMPT], [PROMPT + CALL + RESULT]] and engine.limits == [[24], [11]]
 
 
 def test_what_was_sampled_is_never_tokenized_again(data):
@@ -98,10 +99,10 @@ def test_what_was_sampled_is_never_tokenized_again(data):
 def test_what_goes_on_is_one_batch(data):
     """Of three conversations one answers at once, one after a call, one after two; each keeps its place, and the copies of a prompt share no list."""
     answer, two_and_two = [*SUM, END], [PLUS, 5, PLUS, 5, EQUALS]
-    samples, engine = talk(data, [CALL, answer, two_and_two], [answer, CALL], [answer], n=3)
+    samples, engine = talk(data, [CALL, answer, two_and_two], [answer, CALL], [answer], n=3, max_response_tokens=32)
     assert [len(prompts) for prompts in engine.prompts] == [3, 2, 1]
-    assert engine.prompts[2] == [PROMPT + two_and_two + [7] + CALL + SUM] and engine.limits[2] == [24 - 5 - 1 - 9 - 3]
-    assert [sample.response for sample in samples] == ["+046+789=[538]538", "538", "+2+2=[4]+046+789=[538]538"]
+    assert engine.prompts[2] == [PROMPT + two_and_two + [7, 3, 3, 3] + CALL + RESULT] and engine.limits[2] == [32 - 5 - 4 - 9 - 4]
+    assert [sample.response for sample in samples] == ["+046+789=[5380]538", "538", "+2+2=[4000]+046+789=[5380]538"]
     assert [sample.metadata["calls"] for sample in samples] == [1, 0, 2] and [sample.index for sample in samples] == [0, 1, 2]
     assert all(right_answer(sample) == 1 for sample in samples)
     assert tool_use.tool_metrics(samples) == {"tool_calls": 1.0, "tool_share": 2 / 3, "tool_errors": 0.0}
@@ -116,7 +117,7 @@ def test_the_answer_is_what_follows_the_last_result(data):
 
 def test_a_call_in_the_last_turn_gets_no_result(data):
     (sample,), _ = talk(data, [CALL], [CALL], max_turns=2)
-    assert sample.response_ids == CALL + SUM + CALL and sample.finish_reason == "length"
+    assert sample.response_ids == CALL + RESULT + CALL and sample.finish_reason == "length"
     assert sample.metadata["calls"] == 1 and right_answer(sample) == 0
     (sample,), _ = talk(data, [CALL], max_turns=1)
     assert sample.response_ids == CALL and sample.finish_reason == "length" and right_answer(sample) == 0
@@ -129,16 +130,16 @@ def test_a_malformed_call_gets_an_error_and_goes_on(data):
     assert sample.metadata == {"calls": 1, "errors": 1, "answer": "538"} and right_answer(sample) == 1
 
 
-@pytest.mark.parametrize("limit", [11, 12])
+@pytest.mark.parametrize("limit", [11, 13])
 def test_the_token_limit_inside_or_right_after_a_result(data, limit):
     (sample,), _ = talk(data, [CALL], max_response_tokens=limit)
-    assert sample.response_ids == (CALL + SUM)[:limit] and sample.loss_mask == [1] * 9 + [0] * (limit - 9)
+    assert sample.response_ids == (CALL + RESULT)[:limit] and sample.loss_mask == [1] * 9 + [0] * (limit - 9)
     assert sample.finish_reason == "length" and sample.metadata["answer"] == "" and right_answer(sample) == 0
 
 
 def test_the_token_limit_inside_a_turn(data):
-    (sample,), _ = talk(data, [CALL], [[*SUM, END]], max_response_tokens=15)
-    assert sample.response_ids == CALL + SUM + SUM and sample.finish_reason == "length"
+    (sample,), _ = talk(data, [CALL], [[*SUM, END]], max_response_tokens=16)
+    assert sample.response_ids == CALL + RESULT + SUM and sample.finish_reason == "length"
     assert right_answer(sample) == 0  # it says 538, but whether it would have ended there is unknown
 
 
@@ -150,7 +151,7 @@ def test_an_aborted_turn_ends_the_run(data):
 # --- the calculator ---------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call, result", [("+046+789=", "538"), ("+1+2+3+4=", "01"), ("+0+0=", "0"), ("+999999999+1=", "0000000001")])
+@pytest.mark.parametrize("call, result", [("+046+789=", "5380"), ("+1+2+3+4=", "0100"), ("+0+0=", "0000"), ("+999999999+1=", "0000000001")])
 def test_sums(call, result):
     assert calculator(call) == result
 
@@ -176,7 +177,7 @@ def test_a_huge_call_costs_nothing():
 def test_demonstrations_by_hand(data):
     prompt = Sample(PROMPT, "046+789=", "538")
     called, direct = (demonstration(prompt, data, calls=calls) for calls in (True, False))
-    assert called.response_ids == CALL + SUM + [*SUM, END] and called.loss_mask == [1] * 9 + [0] * 3 + [1] * 4
+    assert called.response_ids == CALL + RESULT + [*SUM, END] and called.loss_mask == [1] * 9 + [0] * 4 + [1] * 4
     assert direct.response_ids == [*SUM, END] and direct.loss_mask == [1] * 4
     longest = demonstration(Sample(prompt_ids=PROMPT, prompt="999+999=", label="8991"), data, calls=True)
     assert len(longest.response_ids) == LONGEST_DEMONSTRATION and longest.response.endswith("=[8991]8991</s>")
