@@ -23,6 +23,9 @@ import types
 # One thread per process is fastest and steadiest here: every rank, and every engine process, then has a core of its own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+# oneDNN keeps a compiled kernel for each length of a packed batch that BF16 has met, and of those no two are alike: 0.3 MB a step, up to a thousand kernels.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "32")  # PyTorch's own cache of the same
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron's jit_fuser would spend seconds in g++ at the first step and gain nothing
 
 import numpy as np

@@ -13,7 +13,6 @@ Only global rank 0 writes. Lines are flushed as they are written, so that whatev
 """
 
 import collections
-import ctypes
 import dataclasses
 import importlib.metadata
 import json
@@ -149,8 +148,6 @@ class Record:
     def log(self, metrics: dict) -> None:
         """One line of metrics.jsonl; the bar shows the reward and where the step's time went."""
         self.profile(metrics["step"])
-        if metrics["step"] % 50 == 0:
-            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what threads have freed: some 0.3 MB a step on the toy, for as long as it is let
         if not self.is_writer:
             return
         for board in self.boards:
