@@ -203,14 +203,13 @@ class Record:
                 self.files["samples"].write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
         return {"step": step, **metrics}
 
-    def finish(self, *, can_resume: bool = True) -> None:
+    def finish(self) -> None:
         """The last line: what was learned, and where the record is; or how to go on."""
         if not self.is_writer:
             return
         self.bar.close()
         if self.stopping:
-            how = f"go on with --name {self.folder.name} --resume" if can_resume else f"there is no checkpoint to go on from; the record is in {self.folder}"
-            print(f"stopped after step {self.bar.n}, as asked by SIGTERM: {how}", flush=True)
+            print(f"stopped after step {self.bar.n}, as asked by SIGTERM: go on with --name {self.folder.name} --resume", flush=True)
             return
         self.files["trace"].write("]\n")
         learned = f"held-out accuracy {self.accuracy[0]:.3f} -> {self.accuracy[-1]:.3f}" if self.accuracy else "no held-out prompts to judge by"

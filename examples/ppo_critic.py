@@ -298,7 +298,7 @@ def main() -> None:
                 raise KeyboardInterrupt  # SIGTERM ends this run as Ctrl-C does, at the end of the step
     for dtype in settings.run.export:
         hf_folder.export_hf(weights, record.folder / f"model-{dtype}", source=model, dtype=dtype)
-    record.finish(can_resume=False)
+    record.finish()
 
 
 if __name__ == "__main__":
