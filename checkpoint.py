@@ -37,7 +37,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
-from run import BadInput, all_gather_bytes, signal_when_parent_ends
+from problems import BadInput
+from run import all_gather_bytes, signal_when_parent_ends
 
 # Else the prompts that follow would not be those that were to follow, or the groups in flight would have no place.
 MUST_AGREE = (("run", "seed"), ("rollout", "prompts"), ("rollout", "samples_per_prompt"), ("in_flight", "rollout_ranks"))

@@ -22,7 +22,7 @@ import run
 import train_step
 from hf_names import read_config
 from losses import LossSettings
-from run import BadInput
+from problems import BadInput
 from train_step import TrainSettings
 from weight_sync import Weights
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hf_names import fp8_config, generation_eos, hf_shapes, parameters_of, rule_of, split_stacked, stack_parts
-from problems import BadInput, all_problems
+from problems import BadInput, Problems, all_problems
 from weight_sync import Layout, Weights, fp8_weights, quantize_named, trainer_buckets
 
 
@@ -42,6 +42,15 @@ class HFWeights:
         return view[:] if dim is None else view[start:stop] if dim == 0 else view[:, start:stop]
 
 
+def check_shapes(weights: HFWeights, config: dict) -> None:
+    """Raise BadInput listing the tensors that are missing, or have another shape than config.json implies."""
+    shapes = {name: weights.shape(name) for name in weights.file_of}
+    wrong = [f"{name} is missing" if name not in shapes else f"{name} has shape {shapes[name]}, config.json implies {shape}"
+             for name, shape in hf_shapes(config).items() if shapes.get(name) != shape]  # fmt: skip
+    if wrong:
+        raise BadInput(f"the weights in {weights.folder} do not fit its config.json: {'; '.join(wrong[:6])}; {len(wrong)} problems in all")
+
+
 @all_problems
 def check_model_folder(folder: str | Path, config: dict | None, tokenizer, *, stop: tuple[str, ...]):
     """Where the parts of a model folder disagree: weights and config.json; tied embeddings; the tokens that end a response.
@@ -50,14 +59,11 @@ def check_model_folder(folder: str | Path, config: dict | None, tokenizer, *, st
     """
     if config is None:
         return
-    weights = HFWeights(folder)
-    shapes = {name: weights.shape(name) for name in weights.file_of}
-    wrong = [f"{name} is missing" if name not in shapes else f"{name} has shape {shapes[name]}, config.json implies {shape}"
-             for name, shape in hf_shapes(config).items() if shapes.get(name) != shape]  # fmt: skip
-    if wrong:
-        yield f"the weights in {folder} do not fit its config.json: {'; '.join(wrong[:6])}; {len(wrong)} problems in all"
-    if config["tie_word_embeddings"] and "lm_head.weight" in shapes:  # Qwen3-0.6B has both, equal
-        rows = range(0, min(shapes["lm_head.weight"][0], config["vocab_size"]), 1009)
+    weights, found = HFWeights(folder), Problems()
+    found.of(check_shapes, weights, config)
+    yield from found.found
+    if config["tie_word_embeddings"] and "lm_head.weight" in weights.file_of:  # Qwen3-0.6B has both, equal
+        rows = range(0, min(weights.shape("lm_head.weight")[0], config["vocab_size"]), 1009)
         ours, theirs = ([weights.slice(name, 0, row, row + 1) for row in rows] for name in ("lm_head.weight", "model.embed_tokens.weight"))
         if not all(map(torch.equal, ours, theirs)):
             yield f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding and would be lost: set it to false in config.json"
@@ -74,7 +80,8 @@ def check_model_folder(folder: str | Path, config: dict | None, tokenizer, *, st
 @torch.no_grad()
 def load_hf(model: torch.nn.Module, folder: str | Path, config: dict, *, layout: Layout) -> None:
     """Fill a GPTModel from a Hugging Face folder, each rank reading its own slices. Raises BadInput listing missing and misshapen tensors."""
-    weights, problems = HFWeights(folder), []
+    weights = HFWeights(folder)
+    check_shapes(weights, config)
     for megatron_name, parameter in parameters_of(model):
         rule = rule_of(megatron_name, first_layer=layout.first_layer)
         if megatron_name == "output_layer.weight" and config["tie_word_embeddings"]:
@@ -84,22 +91,12 @@ def load_hf(model: torch.nn.Module, folder: str | Path, config: dict, *, layout:
         rows = [part.shape for part in split_stacked(parameter, len(rule.hf), head_dim=config["head_dim"], groups=config["num_key_value_heads"] // tp)]
         parts = []
         for name, shape in zip(names, rows):
-            full = tuple(size * tp if dim == rule.tp_dim else size for dim, size in enumerate(shape))
-            if name in ("model.embed_tokens.weight", "lm_head.weight"):
-                full = (config["vocab_size"], full[1])
-            if name not in weights.file_of:
-                problems.append(f"{name} is missing")
-            elif weights.shape(name) != full:
-                problems.append(f"{name} has shape {weights.shape(name)}, config.json implies {full}")
-            else:
-                size = None if rule.tp_dim is None else shape[rule.tp_dim]
-                part = weights.slice(name, rule.tp_dim, *((0, 0) if size is None else (rank * size, min((rank + 1) * size, full[rule.tp_dim]))))
-                padding = shape[0] - part.shape[0]  # rows that pad the vocabulary
-                parts.append(torch.nn.functional.pad(part, (0, 0, 0, padding)) if padding else part)
-        if len(parts) == len(rule.hf):
-            parameter.copy_(stack_parts(parts, groups=config["num_key_value_heads"] // tp))
-    if problems:
-        raise BadInput(f"the weights in {folder} do not fit its config.json: {'; '.join(problems[:6])}; {len(problems)} problems in all")
+            size = 0 if rule.tp_dim is None else shape[rule.tp_dim]
+            stop = 0 if rule.tp_dim is None else min((rank + 1) * size, weights.shape(name)[rule.tp_dim])
+            part = weights.slice(name, rule.tp_dim, rank * size, stop)
+            padding = shape[0] - part.shape[0]  # rows that pad the vocabulary
+            parts.append(torch.nn.functional.pad(part, (0, 0, 0, padding)) if padding else part)
+        parameter.copy_(stack_parts(parts, groups=config["num_key_value_heads"] // tp))
 
 
 EXPORTED_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")

@@ -30,7 +30,6 @@ from rollout import MEM_FRACTION_STATIC
 
 RUNTIME_BYTES = 3e9  # on a GPU and process: CUDA context and libraries, NCCL's buffers, what the allocators waste
 CPU_PROCESS_BYTES = 0.5e9  # of a trainer, or of an engine's scheduler, without a GPU: Python, torch, megatron-core or SGLang
-CPU_CACHE_TOKENS = 65536  # cpu.SERVER_ARGS: max_total_tokens
 BUCKETS = 9, 4  # of a hand-off, at a time: on a trainer with an engine, and on a rank that receives (bench/weight_sync.py, and one that the engine loads)
 
 
@@ -318,8 +317,10 @@ def _memory_problems(plan: Plan) -> Iterator[str]:
         needs = peaks(plan, sizes)
         has, where = torch.cuda.mem_get_info(int(os.environ["LOCAL_RANK"]))[0], "this rank's GPU has free"
     else:
+        from cpu import SERVER_ARGS
+
         trainer = CPU_PROCESS_BYTES + sizes["state"] + sizes["activations"] + sizes["logits"]
-        engine = CPU_PROCESS_BYTES + sizes["engine"] + sizes["token"] * min(plan.longest * sizes["requests"], CPU_CACHE_TOKENS)
+        engine = CPU_PROCESS_BYTES + sizes["engine"] + sizes["token"] * min(plan.longest * sizes["requests"], SERVER_ARGS["max_total_tokens"])
         needs = {"train": trainer + engine} if plan.colocated else {"train": trainer, "generate": engine}
         has, where = psutil.virtual_memory().available / local_ranks, f"this machine has free for each of its {local_ranks} ranks"
     phase = max(needs, key=needs.get)

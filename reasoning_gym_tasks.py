@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import count
 
-from run import BadInput
+from problems import BadInput
 
 INSTALL = "pip install reasoning-gym==0.1.25"
 CHUNK = 500  # problems of one seed: their own seeds are consecutive, so another chunk's seed must not be near

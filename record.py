@@ -27,7 +27,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import run
-from run import BadInput, all_gather_bytes, broadcast_bytes
+from problems import BadInput
+from run import all_gather_bytes, broadcast_bytes
 
 ROWS = ("trainer", "engine", "judge")  # of each rank's part of the timeline
 
