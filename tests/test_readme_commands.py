@@ -19,6 +19,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, metrics_of, torchrun
 
+import plot
 import run
 from test_prompts import gym  # noqa: F401  the stand-in for reasoning-gym
 
@@ -104,6 +105,7 @@ def test_one_picture_of_two_runs(tmp_path):
         names = [{"name": "thread_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": "trainer"}}]
         events = [*names, {"name": "train", "ph": "X", "ts": 0, "dur": 1_000_000, "pid": 0, "tid": 0}]
         (folder / "trace.json").write_text("[" + ",\n".join(map(json.dumps, events)) + ("]" if name == "A" else ""))  # B has not ended
+    assert plot.spans(tmp_path / "runs/A") == plot.spans(tmp_path / "runs/B") == [("rank 0 trainer", "train", 0.0, 1.0)]
     (line,) = [line for line in LINES if line.startswith("python plot.py")]
     words = shlex.split(line)
     done = subprocess.run([sys.executable, ROOT / words[1], *words[2:]], cwd=tmp_path, capture_output=True, text=True)
