@@ -24,7 +24,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(self.weight.dtype) * self.weight  # x is fp32 with fp32_residual_connection
 
 
 def zigzag(lengths: list[int], cp: int, rank: int) -> torch.Tensor:

@@ -158,6 +158,16 @@ def test_mini_batches_are_equal_parts_and_steps_of_their_own(fresh_megatron, mod
     assert trainer.scheduler.num_steps == 1  # one rollout batch, one step of the schedule
 
 
+def test_the_residual_stream_may_be_fp32(fresh_megatron, models):
+    """--megatron fp32_residual_connection=true: norms take fp32 and give BF16, what the linear layers behind them take."""
+    config, logprobs = read_config(models["qwen3"]), []
+    for changes in ({}, dict(megatron=("fp32_residual_connection=true",))):
+        trainer = train_step.build_trainer(str(models["qwen3"]), TrainSettings(**changes), config, steps=1, seed=1)
+        batches = train_step.local_microbatches(trainer, [sample(0), sample(1)])
+        logprobs.append(torch.cat(train_step.compute_logprobs(trainer, batches, temperature=1.0)))
+    assert (logprobs[0] - logprobs[1]).abs().max() < 0.1  # other roundings at most, the same model
+
+
 def test_the_routers_correction_bias_is_not_rounded(fresh_megatron, models):
     """GLM-4.5 keeps it in FP32: rounded to BF16, the choice of experts could be another, here and in the engine."""
     trainer = train_step.build_trainer(str(models["glm4_moe"]), TrainSettings(), read_config(models["glm4_moe"]), steps=9, seed=1)
