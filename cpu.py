@@ -181,8 +181,22 @@ def patch_sglang() -> None:
     fp8.Fp8MoEMethod.process_weights_after_loading_block_quant = lambda self, layer: layer.__dict__.pop("_dequantized", None)
     fp8.Fp8MoEMethod.apply = fp8_experts
     _seed_each_request()
+    _sleep_while_paused()
     TorchNativeAttnBackend._run_sdpa_forward_decode = functools.partialmethod(batched_decode, TorchNativeAttnBackend._run_sdpa_forward_decode)
     TorchNativeAttnBackend._run_sdpa_forward_extend = functools.partialmethod(batched_extend, TorchNativeAttnBackend._run_sdpa_forward_extend)
+
+
+def _sleep_while_paused() -> None:
+    """sleep_on_idle for an engine that is paused, too: SGLang's would ask for messages over and over, on a core that the sender of the weights needs."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    stock = Scheduler._record_scheduler_state_for_paused_engine
+
+    def until_a_message(self):
+        stock(self)
+        self.idle_sleeper.maybe_sleep()
+
+    Scheduler._record_scheduler_state_for_paused_engine = until_a_message
 
 
 def _seed_each_request() -> None:
@@ -234,7 +248,17 @@ def through_fp8(x_TK):
     T, K = x_TK.shape
     groups = F.pad(x_TK.float(), (0, -K % 128)).view(T, -1, 128)
     scale = groups.abs().amax(-1, keepdim=True).clamp_(min=1e-10) / FP8_MAX
-    return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).view(T, -1)[:, :K].to(x_TK.dtype).float()
+    return (round_to_e4m3(groups / scale) * scale).view(T, -1)[:, :K].to(x_TK.dtype).float()
+
+
+def round_to_e4m3(x):
+    """fp32 numbers of at most 448 to the nearest that e4m3 has, ties to even: x.to(torch.float8_e4m3fn).float(), whose way back goes number by number.
+
+    Where 1.5 * 2**20 times x's power of two is added, fp32 has no room for more than three bits behind x's first; below 2**-6 e4m3's steps are all alike.
+    """
+    power = x.view(torch.int32).bitwise_and(0x7F800000).clamp_(min=(127 - 6) << 23)
+    large = power.add_((20 << 23) + (1 << 22)).view(torch.float32)
+    return large.add(x).sub_(large)
 
 
 def fp8_experts(self, layer, dispatch_output):

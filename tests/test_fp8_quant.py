@@ -101,6 +101,19 @@ def test_refuses_what_it_cannot_represent(bad, message):
         quantize_blockwise(bad)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="cpu.py is for machines without a GPU")
+def test_rounding_without_conversion_is_the_formats_own():
+    import cpu
+
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    exact = codes[codes.isfinite()].sort().values
+    halfway = (exact[1:] + exact[:-1]) / 2  # ties, and what lies just beside them
+    up, down = (torch.nextafter(halfway, torch.tensor(float(sign))) for sign in (1000, -1000))
+    noise = torch.randn(100_000, generator=torch.Generator().manual_seed(1)).mul(100).clamp(-448, 448)
+    x = torch.cat([exact, halfway, up, down, noise, noise / 1000, noise / 1e6, noise / 1e30])
+    assert torch.equal(cpu.round_to_e4m3(x), x.to(torch.float8_e4m3fn).float())
+
+
 def test_the_gpu_kernel_has_the_same_bits():
     """On a GPU where there is one; else in Triton's interpreter, which has to be asked for before the first import of Triton: in a process of its own."""
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
