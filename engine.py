@@ -12,6 +12,7 @@ What differs between SGLang 0.5.14 (torch 2.11) and 0.5.21 is told apart here an
 """
 
 import asyncio
+import collections
 import contextlib
 import gc
 import importlib.util
@@ -129,30 +130,37 @@ class Engine(SGLangEngine):
     ) -> list[dict]:
         """One response per prompt, in order: SGLang's dicts with output_ids and meta_info, and weight_versions, one per token.
 
-        Cached prefixes are shared by calls of one cache name at one version of the weights.
+        Cached prefixes are shared by calls of one cache name at one version of the weights. A prompt that several of these requests have is computed once:
+        a request for no token at all comes before them, and leaves it in the cache.
         """
-        request = io_struct.GenerateReqInput(
-            input_ids=prompts_ids,
-            sampling_params=sampling,
-            rid=request_ids,
-            return_logprob=True,
-            stream=not REPORTS_VERSIONS,
-        )
         self._count_requests(len(prompts_ids))
         try:
-            await self._settled()  # an update that has begun is not waited for by its sender, but by whoever asks next
-            request.extra_key = f"{self.version} {cache}"
-            stream = self.tokenizer_manager.generate_request(request, None)
-            async with self._patience(f"{len(prompts_ids)} requests"):
-                if not REPORTS_VERSIONS:
-                    return await self._count_versions(stream, len(prompts_ids))
-                outputs = await anext(stream)
+            if shared := [list(ids) for ids, count in collections.Counter(map(tuple, prompts_ids)).items() if count > 1]:
+                await self._ask(io_struct.GenerateReqInput(input_ids=shared, sampling_params={"max_new_tokens": 0}), cache)
+            request = io_struct.GenerateReqInput(
+                input_ids=prompts_ids,
+                sampling_params=sampling,
+                rid=request_ids,
+                return_logprob=True,
+                stream=not REPORTS_VERSIONS,
+            )
+            outputs = await self._ask(request, cache)
         finally:
             self._count_requests(-len(prompts_ids))
-        for output in outputs:
-            spans = output["meta_info"]["weight_versions"]
-            output["weight_versions"] = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
+        if REPORTS_VERSIONS:
+            for output in outputs:
+                spans = output["meta_info"]["weight_versions"]
+                output["weight_versions"] = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
         return outputs
+
+    async def _ask(self, request, cache: str) -> list[dict]:
+        """The outputs of a batch of requests, when all are done."""
+        await self._settled()  # an update that has begun is not waited for by its sender, but by whoever asks next
+        request.extra_key = f"{self.version} {cache}"
+        n = len(request.input_ids)
+        stream = self.tokenizer_manager.generate_request(request, None)
+        async with self._patience(f"{n} requests"):
+            return await (self._count_versions(stream, n) if request.stream else anext(stream))
 
     @contextlib.asynccontextmanager
     async def _patience(self, what: str):
@@ -239,13 +247,13 @@ class Engine(SGLangEngine):
         self._enqueue(self._begin, "begin of update", [f"after version {self.version}"])
 
     async def _begin(self) -> None:
-        self._paused = True
-        self._mark()
         await self.tokenizer_manager.pause_generation(io_struct.PauseGenerationReqInput(mode="in_place"))
         if self._released:  # weights now; the cache when the trainer's buckets are gone
             await self._resume_memory("weights")
         if hasattr(self.tokenizer_manager, "begin_weight_update"):  # 0.5.21; without it an update is refused
             self._must(await self.tokenizer_manager.begin_weight_update(io_struct.BeginWeightUpdateReqInput(), None), "begin_weight_update")
+        self._paused = True  # only now: the scheduler answers between two forward passes, and has generated until then
+        self._mark()
 
     def load(self, named: list[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Load full Hugging Face tensors of this version, as one message of bytes in memory shared with the engine. Waits for those given before."""

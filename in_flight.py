@@ -192,8 +192,9 @@ class InFlight:
 def check_staleness(samples: list[Sample], *, version: int, max_staleness: int) -> None:
     """Raise RuntimeError should a token be older than the bound: the invariant of this loop."""
     for sample in samples:
-        if not all(version - max_staleness <= token_version <= version for token_version in sample.weight_versions):
+        versions = sorted(set(sample.weight_versions))
+        if versions and not version - max_staleness <= versions[0] <= versions[-1] <= version:
             raise RuntimeError(
-                f"sample {sample.index} of group {sample.group} has tokens of the weight versions {sorted(set(sample.weight_versions))}; "
+                f"sample {sample.index} of group {sample.group} has tokens of the weight versions {versions}; "
                 f"training version {version} with --max-staleness {max_staleness} may see none older than {version - max_staleness}"
             )

@@ -119,6 +119,16 @@ def test_a_group_answers_its_prompt_in_order(exact):
     assert all(sample.prompt_ids == exact.data.held_out[sample.group].prompt_ids for sample in samples)
 
 
+def test_what_a_group_begins_with_is_computed_once(exact):
+    prompts = [sample.prompt_ids for sample in exact.data.held_out[:3]]
+    asked = [prompts[0], prompts[1], prompts[0], prompts[2], prompts[0]]
+    outputs = exact.engine.call(exact.engine.generate(asked, {"max_new_tokens": 4}, cache="a cache of its own"))
+    cached = [output["meta_info"]["cached_tokens"] for output in outputs]
+    alone = [cached[1], cached[3]]  # may share their beginnings with others, here the first token of every prompt
+    assert [cached[i] for i in (0, 2, 4)] == [len(prompts[0]) - 1] * 3  # the last token always is computed: its logits are what is sampled from
+    assert max(alone) < min(map(len, prompts)) - 1
+
+
 def test_new_weights_reach_the_engine(exact):
     before = exact.generate()
     with torch.no_grad():
