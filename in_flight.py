@@ -32,8 +32,6 @@ from prompts import Data, Sample
 from reward import Judge, RewardSettings, is_uninformative
 from rollout import DROPPED, REPLACED, Prompts, RolloutSettings, check_aborts, copies, fill, marks, sampling_params, step_share, taken_before
 
-HEAD_START_S = 0.01  # the finished groups are handed over before new ones start: starting requests keeps the interpreter busy, and trainers waiting
-
 
 @dataclass(frozen=True)
 class InFlightSettings:
@@ -91,7 +89,6 @@ class InFlight:
         self.per_step, self.oversample = step_share(rollout), settings.oversample // engines
         self.prompts = Prompts(data, rollout, taken=taken_before(ranks, rollout) if engine else 0)
         self.queue: list[Group] = []
-        self.starting = 0  # groups that are about to ask the engine
         self.replacements = 0  # how many more groups of this step may be replaced
         self.replaced: list[Sample] = []
         self.before: list[dict] = []
@@ -109,7 +106,7 @@ class InFlight:
     def drain(self) -> None:
         """With --updates drain: block until no request is running."""
         if self.engine and self.settings.updates == "drain":
-            self.engine.call(self._drain())
+            self.engine.call(self.engine.drain())
 
     def state(self) -> dict:
         """What a checkpoint must hold of this rank: the prompts taken, and the groups in flight, with their answers where they are finished."""
@@ -122,11 +119,6 @@ class InFlight:
             answers = [json.loads(sample.to_json()) for sample in group.samples] if finished else []
             groups.append({"prompt": json.loads(group.prompt.to_json()), "version": group.version, "answers": answers})
         return {"prompts": self.prompts.taken, "in_flight": groups, "replaced": [json.loads(sample.to_json()) for sample in self.replaced]}
-
-    async def _drain(self) -> None:
-        while self.starting:
-            await asyncio.sleep(HEAD_START_S)
-        await self.engine.drain()
 
     async def _next_step(self, version: int) -> list[Sample]:
         for group in self.before:
@@ -159,7 +151,6 @@ class InFlight:
             group.task = asyncio.get_running_loop().create_future()
             group.task.set_result(None)
         else:
-            self.starting += 1
             group.task = asyncio.ensure_future(self._answer(group))
         self.queue.append(group)
 
@@ -173,8 +164,6 @@ class InFlight:
 
     async def _answer(self, group: Group) -> None:
         """Generate and judge; a group that teaches nothing is replaced. The judge has a thread of its own and holds nothing up."""
-        await asyncio.sleep(HEAD_START_S)
-        self.starting -= 1
         prompts_ids = [sample.prompt_ids for sample in group.samples]
         outputs = await self.engine.generate(prompts_ids, sampling_params(self.data, self.rollout, group.samples), request_ids=group.request_ids())
         if group.stopped:
