@@ -6,9 +6,10 @@
     ragged     answers of given lengths, mean 64 tokens, one in fifty has 256: samples a second, memory
     bare       our stages, on one rank, beside the bare engine, bare Megatron and a memcpy, on the same requests and batches
 
-Sides: loop_sync.py on two ranks; loop_async.py, one rank trains and one generates; TRL, in a virtual environment of its own (made once, in --venv), in its
-fastest layout, number format and micro-batches, found by a short calibration that is printed. TRL gets model, prompts, batch, optimizer, schedule and clips
-from the settings.json that our run writes; trl_side.py names what it does otherwise. Rounds alternate between the sides; round r has seed r.
+Sides: loop_sync.py on two ranks; loop_async.py, one rank trains and one generates; TRL, in a virtual environment of its own (made once, in --venv). A short
+calibration, which is printed, finds each its best: the number format of our engines; TRL's layout, number format and micro-batches. TRL gets model, prompts,
+batch, optimizer, schedule and clips from the settings.json that our run writes; trl_side.py names what it does otherwise. Rounds alternate between the
+sides; round r has seed r.
 
 Seconds a step: mean over the steps but the first two, the last two, and the two after each evaluation, in whose time the asynchronous loop's engines go on.
 Seconds to 0.9: those times the first evaluated step that reaches it; all sides evaluate every 5 steps, on the same 512 prompts, by one answer each sampled as
@@ -107,7 +108,17 @@ def python_with_trl(venv: Path) -> str:
     return str(python)
 
 
-def calibrate(python: str, workload: str, settings: dict) -> dict:
+def calibrate_ours(workload: str) -> list[str]:
+    """The number format in which our engine is faster, as flags, by the shortest step of short runs of the synchronous loop."""
+    seconds = {}
+    for dtype in ("fp8", "bf16"):
+        rows, *_ = run_ours("sync", workload, ["--steps", str(CALIBRATION_STEPS[workload]), "--eval-samples", "2", "--rollout-dtype", dtype])
+        seconds[dtype] = min(row["step_s"] for row in rows[2:])
+        print(f"{workload:7} calibration  ours {'rollouts in ' + dtype:48}  step {seconds[dtype]:.2f} s", flush=True)
+    return ["--rollout-dtype", min(seconds, key=seconds.get)]
+
+
+def calibrate_trl(python: str, workload: str, settings: dict) -> dict:
     """TRL's fastest way for this workload, by the shortest step of short runs: layouts and number formats, then micro-batches of the best."""
     settings = {**settings, "run": {**settings["run"], "steps": CALIBRATION_STEPS[workload], "eval_every": 1000}}
     settings["rollout"] = {**settings["rollout"], "eval_samples": 2}
@@ -147,8 +158,8 @@ def summary(rows: list[dict], peak_gb: float, samples: int) -> dict[str, float]:
 
 def compare(workload: str, python: str, rounds: int) -> None:
     *_, settings = run_ours("sync", workload, ["--steps", "1"])
-    how = calibrate(python, workload, settings)
-    print(f"{workload:7} TRL runs as {say(how)}", flush=True)
+    ours, how = calibrate_ours(workload), calibrate_trl(python, workload, settings)
+    print(f"{workload:7} ours run with {' '.join(ours)}, TRL as {say(how)}", flush=True)
     samples = settings["rollout"]["prompts_per_step"] * settings["rollout"]["samples_per_prompt"]
     results: dict[str, list[dict]] = {side: [] for side in SIDES}
     for seed in range(1, rounds + 1):
@@ -156,7 +167,7 @@ def compare(workload: str, python: str, rounds: int) -> None:
             if side == "trl":
                 rows, peak = run_trl(python, workload, settings, how)
             else:
-                rows, peak, settings = run_ours(side, workload, ["--seed", str(seed)])
+                rows, peak, settings = run_ours(side, workload, ["--seed", str(seed), *ours])
             runs.append(summary(rows, peak, samples))
             learned = "to 0.9 {to_goal_s:5.1f} s ({reached:2} steps), at the end {accuracy:.3f}   ".format(**runs[-1]) if workload == "toy" else ""
             work = "{rate:6.1f} samples/s   step {step_s:5.2f} s, slowest {slowest_s:5.2f} s".format(**runs[-1])
