@@ -150,6 +150,8 @@ def main(work: dict, out: Path) -> None:
     if ragged:
         model.generate = lambda input_ids, **more: stock_generate(input_ids, logits_processor=LogitsProcessorList([Lengths(input_ids)]), **more)
     trainer.train()
+    if ranks > 1:
+        torch.distributed.destroy_process_group()  # else gloo's threads may still run when the interpreter ends, and abort it
 
 
 if __name__ == "__main__":
