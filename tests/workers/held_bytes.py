@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run.run_main(main)  # destroys the process groups: with gloo's threads still there, the interpreter's end now and then aborts
