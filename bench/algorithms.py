@@ -2,12 +2,14 @@
 
     python bench/algorithms.py table [NAME …]       held-out accuracy before and after 40 steps, mean and standard deviation; about 30 seconds a run
     python bench/algorithms.py figure OUT.png       mismatch and accuracy over 80 steps of BF16 rollouts, FP8 rollouts, FP8 rollouts with TIS
+                              … [--steps N] [--seeds 3]
 
 Runs are on one rank, two at a time, which two cores have room for: trainer and engine of a synchronous run take turns. What is compared is accuracy, which
 does not depend on speed. Accuracy is over 1,024 held-out prompts, one answer each at temperature 1, so that a run's has a standard error of 0.01. Every row
 has the loop's defaults but for the flags shown: no tuning, so that this says that an algorithm works, not which is best.
 """
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -17,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SEEDS = (1, 2, 3)
 ALGORITHMS = {
     "GRPO, as the loop's defaults are: clip-higher, token mean, TIS": "",
     "GRPO, sequence mean": "--aggregation sequence",
@@ -60,39 +61,39 @@ def measure(flags: str, seed: int, *, steps: int, every: int) -> list[dict]:
         return [json.loads(line) for line in (Path(folder) / "runs/run/metrics.jsonl").read_text().splitlines()]
 
 
-def all_runs(variants: dict[str, str], *, steps: int, every: int):
+def all_runs(variants: dict[str, str], *, seeds: int, steps: int, every: int):
     """(name, rows of each seed) of every variant, in order, as they are finished."""
     with ThreadPoolExecutor(2) as pool:
-        futures = {name: [pool.submit(measure, flags, seed, steps=steps, every=every) for seed in SEEDS] for name, flags in variants.items()}
+        futures = {name: [pool.submit(measure, flags, seed, steps=steps, every=every) for seed in range(1, seeds + 1)] for name, flags in variants.items()}
         for name, runs in futures.items():
             yield name, [future.result() for future in runs]
 
 
 def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def table(names: list[str]) -> None:
-    print("| algorithm | flags | held-out accuracy after 40 steps | best and worst seed |\n|---|---|---|---|")
-    for name, runs in all_runs({name: ALGORITHMS[name] for name in names or ALGORITHMS}, steps=40, every=40):
+def table(names: list[str], *, seeds: int, steps: int) -> None:
+    print(f"| algorithm | flags | held-out accuracy after {steps} steps | best and worst seed |\n|---|---|---|---|")
+    for name, runs in all_runs({name: ALGORITHMS[name] for name in names or ALGORITHMS}, seeds=seeds, steps=steps, every=steps):
         start, end = ([rows[place]["held_out"] for rows in runs] for place in (0, -1))
         print(f"| {name} | `{ALGORITHMS[name]}` | {spread(start)} → {spread(end)} | {max(end):.3f}, {min(end):.3f} |".replace("``", "none"), flush=True)
 
 
-def figure(path: str) -> None:
+def figure(path: str, *, seeds: int, steps: int) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     drawing, (mean_abs, k3, accuracy) = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
-    for color, (name, runs) in zip(("C0", "C1", "C2"), all_runs(ROLLOUTS, steps=80, every=10)):
+    for color, (name, runs) in zip(("C0", "C1", "C2"), all_runs(ROLLOUTS, seeds=seeds, steps=steps, every=10)):
         for axis, key in ((mean_abs, "mismatch_abs"), (k3, "mismatch_k3"), (accuracy, "held_out")):
             series = [[(row["step"], row[key]) for row in rows if key in row] for rows in runs]
-            steps, *values = zip(*[(points[0][0], *(value for _, value in points)) for points in zip(*series)])
+            places, *values = zip(*[(points[0][0], *(value for _, value in points)) for points in zip(*series)])
             middle = [statistics.mean(column) for column in zip(*values)]
-            axis.plot(steps, middle, color=color, label=name)
-            axis.fill_between(steps, *([f(column) for column in zip(*values)] for f in (min, max)), color=color, alpha=0.2)
+            axis.plot(places, middle, color=color, label=name)
+            axis.fill_between(places, *([f(column) for column in zip(*values)] for f in (min, max)), color=color, alpha=0.2)
             print(f"{name:18} {key:12}  first {middle[0]:.5f}  last {middle[-1]:.5f}", flush=True)
     mean_abs.set(title="mean |log-prob of trainer - of engine|", xlabel="step", yscale="log")
     k3.set(title="k3 between trainer and engine", xlabel="step", yscale="log")
@@ -100,14 +101,26 @@ def figure(path: str) -> None:
     for axis in (mean_abs, k3, accuracy):
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    drawing.suptitle("mean of three seeds, and their range", fontsize=10)
+    drawing.suptitle(f"mean of {seeds} seeds, and their range", fontsize=10)
     drawing.savefig(path, dpi=90)
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["table"]:
-        table(sys.argv[2:])
-    elif sys.argv[1:2] == ["figure"] and len(sys.argv) == 3:
-        figure(sys.argv[2])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["table", "figure"])
+    parser.add_argument("names", nargs="*", metavar="NAME|OUT.png")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seeds", type=int, default=3)
+    flags = parser.parse_args()
+    if flags.what == "figure" and len(flags.names) != 1:
+        parser.error("figure takes one file to draw to")
+    if flags.what == "table" and (unknown := set(flags.names) - set(ALGORITHMS)):
+        parser.error(f"{', '.join(map(repr, unknown))} is none of: {', '.join(map(repr, ALGORITHMS))}")
+    if flags.what == "table":
+        table(flags.names, seeds=flags.seeds, steps=flags.steps or 40)
     else:
-        sys.exit(__doc__)
+        figure(flags.names[0], seeds=flags.seeds, steps=flags.steps or 80)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """What overlapping generation and training gains, and where it gains nothing: loop_sync.py against loop_async.py on the same two ranks and the same work.
 
-    python bench/overlap.py [tail] [judge] [compute]        about five minutes a workload
-    python bench/overlap.py accuracy                        held-out accuracy of both loops after 80 steps, three seeds each; about fifteen minutes
+    python bench/overlap.py [tail] [judge] [compute] [--steps N] [--rounds 2]        about three minutes a workload
+    python bench/overlap.py accuracy [--steps 80] [--rounds 3]      held-out accuracy of both loops, as many seeds as rounds; about ten minutes
 
     tail       answers of 16 tokens, one of each group of 16 has 256; 64 samples a step
     judge      a reward that takes 0.5 s, as a call to a service does; 256 samples a step
@@ -15,6 +15,7 @@ rollout in the asynchronous loop without a trainer's work, train and sync in the
 lose to each other, on cores that share caches and memory, and to the processes beside them.
 """
 
+import argparse
 import asyncio
 import json
 import subprocess
@@ -63,7 +64,7 @@ def worker(loop: str, workload: str, stage: str, arguments: list[str]) -> None:
     run.run_main(__import__(f"loop_{loop}").main)
 
 
-def measure(loop: str, workload: str, *, ranks: int = 2, stage: str = "all", steps: int | None = None, more: tuple[str, ...] = ()) -> list[dict]:
+def measure(loop: str, workload: str, *, steps: int | None, ranks: int = 2, stage: str = "all", more: tuple[str, ...] = ()) -> list[dict]:
     """The rows of metrics.jsonl of one run."""
     steps = str(steps or STEPS[workload])
     arguments = ["--steps", steps, "--eval-samples", "2", "--eval-every", steps, "--export", "--name", "run", *WORKLOADS[workload], *more]
@@ -84,21 +85,22 @@ def mean(rows: list[dict], key: str) -> float:
     return sum(row[key] for row in steady) / len(steady)
 
 
-def overlap(workload: str) -> None:
+def overlap(workload: str, *, rounds: int, steps: int | None) -> None:
     flags = WORKLOADS[workload]
     samples = int(flags[1]) * int(flags[3]) if flags else 256
     results = {"sync": [], "async": []}
-    for _ in range(2):
+    for _ in range(rounds):
         for loop, runs in results.items():
-            rows = measure(loop, workload)
+            rows = measure(loop, workload, steps=steps)
             runs.append({key: mean(rows, key) for key in ("step_s", "train_s", "sync_s", "trainer_wait", "engine_wait")})
             waits = "trainer waits {trainer_wait:4.0%}, engine waits {engine_wait:4.0%}".format(**runs[-1])
             print(f"{workload:8} {loop:5}  {samples / runs[-1]['step_s']:6.1f} samples/s   step {runs[-1]['step_s']:.2f} s   {waits}", flush=True)
-    sync_s, async_s = (sum(row["step_s"] for row in runs) / 2 for runs in results.values())
+    sync_s, async_s = (sum(row["step_s"] for row in runs) / rounds for runs in results.values())
     print(f"{workload:8} async / sync = {sync_s / async_s:.2f} in samples a second")
-    ran = {stage: sum(row[f"{stage}_s"] for row in results["async"]) / 2 for stage in ("train", "sync")}
-    ran["rollout"] = sum(row["step_s"] * (1 - row["engine_wait"]) for row in results["async"]) / 2
-    rows, rollout_alone = measure("sync", workload, ranks=1), mean(measure("async", workload, stage="rollout"), "step_s")
+    ran = {stage: sum(row[f"{stage}_s"] for row in results["async"]) / rounds for stage in ("train", "sync")}
+    ran["rollout"] = sum(row["step_s"] * (1 - row["engine_wait"]) for row in results["async"]) / rounds
+    rows = measure("sync", workload, ranks=1, steps=steps)
+    rollout_alone = mean(measure("async", workload, stage="rollout", steps=steps), "step_s")
     alone = {"train": mean(rows, "train_s"), "sync": mean(rows, "sync_s"), "rollout": rollout_alone}
     for how, stages in (("as they ran", ran), ("alone", alone)):
         bound_s, times = max(stages.values()), ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in stages.items())
@@ -106,22 +108,34 @@ def overlap(workload: str) -> None:
     print(flush=True)
 
 
-def accuracy() -> None:
+def accuracy(*, rounds: int, steps: int) -> None:
     final = {"sync": [], "async": []}
-    for seed in (1, 2, 3):
+    for seed in range(1, rounds + 1):
         for loop, results in final.items():
-            rows = measure(loop, "compute", steps=80, more=("--seed", str(seed), "--eval-samples", "1024"))
+            rows = measure(loop, "compute", steps=steps, more=("--seed", str(seed), "--eval-samples", "1024"))
             results.append(rows[-1]["held_out"])
             print(f"seed {seed} {loop:5} held-out accuracy {rows[0]['held_out']:.3f} -> {results[-1]:.3f}", flush=True)
     means = {loop: sum(results) / len(results) for loop, results in final.items()}
     print(f"means: sync {means['sync']:.3f}, async {means['async']:.3f}, difference {means['async'] - means['sync']:+.3f}")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", metavar="|".join((*WORKLOADS, "accuracy")), help="the three workloads unless some are named")
+    parser.add_argument("--steps", type=int, help="of each run; four at least for the workloads")
+    parser.add_argument("--rounds", type=int)
+    flags = parser.parse_args()
+    if unknown := set(flags.what) - {*WORKLOADS, "accuracy"}:
+        parser.error(f"{' '.join(unknown)} is none of: {', '.join(WORKLOADS)}, accuracy")
+    for what in flags.what or WORKLOADS:
+        if what == "accuracy":
+            accuracy(rounds=flags.rounds or 3, steps=flags.steps or 80)
+        else:
+            overlap(what, rounds=flags.rounds or 2, steps=flags.steps)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         worker(*sys.argv[2:5], sys.argv[5:])
-    elif sys.argv[1:] == ["accuracy"]:
-        accuracy()
     else:
-        for workload in sys.argv[1:] or WORKLOADS:
-            overlap(workload)
+        main()

@@ -1,10 +1,10 @@
 """The loops beside TRL's GRPOTrainer, on the same two cores and the same work; and where our step's time goes beside the bare stack.
 
-    python bench/peers.py [toy] [ragged] [bare] [--rounds 2] [--venv FOLDER]        about half an hour: toy 10, ragged 15, bare 5
+    python bench/peers.py [toy] [ragged] [bare-toy] [bare-ragged] [--rounds 2] [--venv FOLDER]        about half an hour: toy 10, ragged 15, the others 5
 
     toy        the toy as it is, 80 steps: seconds to 0.9 held-out accuracy, samples a second, memory
     ragged     answers of given lengths, mean 64 tokens, one in fifty has 256: samples a second, memory
-    bare       our stages, on one rank, beside the bare engine, bare Megatron and a memcpy, on the same requests and batches
+    bare-…     our stages, on one rank, beside the bare engine, bare Megatron and a memcpy, on the same requests and batches
 
 Sides: loop_sync.py on two ranks; loop_async.py, one rank trains and one generates; TRL, in a virtual environment of its own (made once, in --venv). A short
 calibration, which is printed, finds each its best: the number format of our engines; TRL's layout, number format and micro-batches. TRL gets model, prompts,
@@ -202,20 +202,20 @@ def bare(workload: str, rounds: int) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run that is on its way is ended, too
+    everything = [*WORKLOADS, *(f"bare-{workload}" for workload in WORKLOADS)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", metavar="toy|ragged|bare", help="all three unless some are named")
+    parser.add_argument("what", nargs="*", metavar="|".join(everything), help="all unless some are named")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--venv", type=Path, default=Path.home() / ".cache/nanoslime/trl")
     flags = parser.parse_args()
-    if unknown := set(flags.what) - {"toy", "ragged", "bare"}:
-        parser.error(f"{' '.join(unknown)} is none of: toy, ragged, bare")
+    if unknown := set(flags.what) - set(everything):
+        parser.error(f"{' '.join(unknown)} is none of: {', '.join(everything)}")
     cpu = next((line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "unknown")
     load = f"load {os.getloadavg()[0]:.1f} before the first run"
     print(f"{cpu}, {len(os.sched_getaffinity(0))} cores, {time.strftime('%d %B %Y')}, {load}, torch {importlib.metadata.version('torch')}", flush=True)
-    for what in flags.what or ("toy", "ragged", "bare"):
-        if what == "bare":
-            for workload in WORKLOADS:
-                bare(workload, flags.rounds)
+    for what in flags.what or everything:
+        if what not in WORKLOADS:
+            bare(what.removeprefix("bare-"), flags.rounds)
         else:
             compare(what, python_with_trl(flags.venv.absolute()), flags.rounds)
 
