@@ -33,9 +33,9 @@ from sglang.srt.entrypoints.engine import Engine as SGLangEngine
 from sglang.srt.managers import io_struct
 from sglang.srt.utils import MultiprocessingSerializer
 
+from buckets import pack, phase
 from record import Row
 from run import EngineDied, end_with_parent, main_module_hidden
-from weight_sync import pack, phase
 
 # 0.5.21 reports the weight versions of a response as spans. Where it does not, tokens are counted as they arrive.
 REPORTS_VERSIONS = importlib.util.find_spec("sglang.srt.utils.weight_versions") is not None
@@ -261,7 +261,7 @@ class Engine(SGLangEngine):
             self.settle()
         header, flat = pack(named)
         payload = [("header", torch.frombuffer(bytearray(header), dtype=torch.uint8)), ("bytes", flat)]
-        self._enqueue(lambda: self._update(payload, "weight_sync.load_bucket", version), "load", [name for name, _ in named])
+        self._enqueue(lambda: self._update(payload, "buckets.load_bucket", version), "load", [name for name, _ in named])
 
     def end_update(self, version: int) -> None:
         """Finish the update and let the requests go on: from then on the engine is at this version."""
@@ -279,12 +279,12 @@ class Engine(SGLangEngine):
         self._enqueue(part, "end of update", [f"version {version}"])
 
     def compare(self, named: list[tuple[str, torch.Tensor]]) -> torch.Tensor:
-        """What weight_sync.compare_loader reports about these tensors: int64 [engine tp, tensors, 3]. The engine's weights stay as they are."""
+        """What buckets.compare_loader reports about these tensors: int64 [engine tp, tensors, 3]. The engine's weights stay as they are."""
         report = torch.zeros(self.server_args.tp_size, len(named), 3, dtype=torch.int64, device=named[0][1].device)
 
         async def parts():
             await self._begin()
-            await self._update([*named, ("report", report)], "weight_sync.compare_loader", None)
+            await self._update([*named, ("report", report)], "buckets.compare_loader", None)
             await self._close_update()
             await self._continue()
 

@@ -20,7 +20,7 @@ import hf_folder
 import megatron_model
 import run
 import train_step
-from hf_names import read_config
+from hf_config import read_config
 from losses import LossSettings
 from problems import BadInput
 from train_step import TrainSettings

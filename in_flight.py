@@ -28,9 +28,10 @@ import torch.distributed as dist
 
 from engine import Engine
 from problems import all_problems
-from prompts import Data, Sample
+from prompts import Data
 from reward import Judge, RewardSettings, is_uninformative
 from rollout import DROPPED, REPLACED, Prompts, RolloutSettings, check_aborts, copies, fill, marks, sampling_params, step_share, taken_before
+from sample import Sample
 
 
 @dataclass(frozen=True)

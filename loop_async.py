@@ -25,7 +25,7 @@ import reward
 import run
 import train_step
 import weight_sync
-from hf_names import read_config
+from hf_config import read_config
 from in_flight import InFlightSettings
 from losses import LossSettings
 from plan import PlanSettings

@@ -1,6 +1,6 @@
 """Hugging Face folder -> this rank's part of Megatron's GPTModel, filled, and how the whole is split over ranks.
 
-Everywhere here, settings are train_step.TrainSettings and config is config.json, checked (hf_names.read_config).
+Everywhere here, settings are train_step.TrainSettings and config is config.json, checked (hf_config.read_config).
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from hf_config import layers_in_last_stage, megatron_arguments
 from hf_folder import load_hf
-from hf_names import layers_in_last_stage, megatron_arguments
 from local_spec import complete_local_spec
 from run import parse_overrides
 from weight_sync import Layout

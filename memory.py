@@ -14,7 +14,8 @@ An engine's rank: the weights as they are handed over, and keys and values. plan
 
 import math
 
-from hf_names import LAYER_RULES, is_sparse, layer_shapes, layers_in_last_stage, megatron_arguments, unquantized_linears
+from hf_config import is_sparse, layers_in_last_stage, megatron_arguments
+from hf_names import LAYER_RULES, layer_shapes, unquantized_linears
 
 LOGIT_ROWS = 1024  # losses.logprobs_and_entropy: chunk
 

@@ -14,7 +14,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from local_spec import zigzag
 from losses import Sequences
-from rollout import Sample
+from sample import Sample
+
+
+def equal_parts(samples: list[Sample], n: int) -> list[list[Sample]]:
+    """n parts, in order; with fewer samples than n, one for each sample."""
+    parts = [samples[len(samples) * i // n : len(samples) * (i + 1) // n] for i in range(n)]
+    return [part for part in parts if part]
 
 
 def plan_microbatches(lengths: list[int], *, microbatch_tokens: int, dp: int) -> list[list[list[int]]]:

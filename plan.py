@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from hf_names import check_layout
+from hf_config import check_layout
 from memory import checkpoint_bytes, embedding_parameters, engine_bytes, hand_off_bytes, parameters, state_bytes, trainer_bytes
 from problems import BadInput, all_problems
 from rollout import MEM_FRACTION_STATIC

@@ -29,9 +29,10 @@ from advantages import ADVANTAGES, Scores, overlong_penalty
 from engine import Engine
 from losses import KL_ESTIMATORS, LossSettings
 from problems import all_problems
-from prompts import GYM, Data, Sample
+from prompts import GYM, Data
 from record import Row
 from rollout import REPLACED, Prompts, RolloutSettings, all_gather_samples, generate, marks, my_share
+from sample import Sample
 
 Reward = Callable[[Sample], float | Awaitable[float]]
 

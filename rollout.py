@@ -27,7 +27,8 @@ from sglang.srt.server_args import ServerArgs
 
 from engine import Engine
 from hf_names import fp8_config
-from prompts import ENGINE_KEEPS, MOST_EVAL_SAMPLES, Data, DataSettings, Sample
+from prompts import ENGINE_KEEPS, MOST_EVAL_SAMPLES, Data
+from sample import DataSettings, Sample
 
 MEM_FRACTION_STATIC = 0.5  # of the GPU memory that is free when an engine starts, what it takes for weights and cache, unless --sglang says otherwise
 DROPPED, REPLACED = "dropped", "replaced"  # finish reasons of samples that are not trained: too old; in a group whose rewards are all equal
@@ -108,7 +109,7 @@ def start_engine(model_folder: str, settings: RolloutSettings, config: dict, *, 
         tp_size=settings.engine_tp,
         ep_size=settings.engine_ep,
         skip_tokenizer_init=True,
-        custom_weight_loader=["weight_sync.load_bucket", "weight_sync.compare_loader"],
+        custom_weight_loader=["buckets.load_bucket", "buckets.compare_loader"],
         custom_sigquit_handler=signal.getsignal(signal.SIGQUIT),
         random_seed=seed + rank,
         log_level="error",

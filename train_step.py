@@ -28,12 +28,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 
-from hf_names import check_layout, megatron_arguments, read_config
+from hf_config import check_layout, megatron_arguments, read_config
 from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings, check_loss_settings, logprobs_and_entropy, mismatch
-from packing import MicroBatch, give_to_samples, local_microbatches, padded_length, plan_of
+from packing import MicroBatch, equal_parts, give_to_samples, local_microbatches, padded_length, plan_of
 from problems import Problems, all_problems
-from rollout import Sample
 from run import broadcast_bytes
+from sample import Sample
 from weight_sync import Layout
 
 
@@ -218,12 +218,6 @@ def compute_logprobs(trainer: Trainer, batches: list[MicroBatch], *, temperature
         return logprobs_T.sum() * 0, torch.tensor(0, dtype=torch.int), {"logprobs": logprobs_T}
 
     return [report["logprobs"] for report in run_schedule(trainer, batches, loss_function, model=model, forward_only=True)]
-
-
-def equal_parts(samples: list[Sample], n: int) -> list[list[Sample]]:
-    """n parts, in order; with fewer samples than n, one for each sample."""
-    parts = [samples[len(samples) * i // n : len(samples) * (i + 1) // n] for i in range(n)]
-    return [part for part in parts if part]
 
 
 def minibatches(trainer: Trainer, samples: list[Sample]) -> list[list[Sample]]:

@@ -52,7 +52,7 @@ def bare_stages() -> None:
     import run
     import train_step
     import weight_sync
-    from hf_names import read_config
+    from hf_config import read_config
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from prompts import load_data
     from sglang.srt.managers.io_struct import GenerateReqInput

@@ -169,7 +169,7 @@ def estimate() -> None:
     import rollout  # noqa: F401  first, as in the loops
     import memory
     import plan
-    from hf_names import read_config
+    from hf_config import read_config
 
     config, tp, pp, engine_tp, gpus = read_config(ROOT / "docs" / "configs" / "GLM-4.5"), 8, 4, 8, 64
     bandwidths = dict(memory_bytes_s=2.0e12, nvlink_bytes_s=300e9, network_bytes_s=40e9)  # HBM3, NVLink 4, one 400 Gb/s adapter: 60 to 80 % of their ratings

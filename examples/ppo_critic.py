@@ -41,14 +41,15 @@ import run
 import train_step
 import weight_sync
 from advantages import gae, overlong_penalty, whiten
-from hf_names import read_config
+from hf_config import read_config
 from losses import LossSettings
 from problems import Problems, all_problems
-from prompts import Sample, load_data
+from prompts import load_data
 from record import Record, Stopwatch
 from reward import RewardSettings
 from rollout import RolloutSettings
 from run import RunSettings
+from sample import Sample
 from train_step import Trainer, TrainSettings
 from weight_sync import SyncSettings
 

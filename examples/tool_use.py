@@ -46,14 +46,15 @@ import run
 import train_step
 import weight_sync
 from engine import Engine
-from hf_names import read_config
+from hf_config import read_config
 from losses import LossSettings
 from problems import Problems, all_problems
-from prompts import Data, Sample, load_data, toy_prompts
+from prompts import Data, load_data, toy_prompts
 from record import Record, Stopwatch
 from reward import RewardSettings
 from rollout import RolloutSettings
 from run import RunSettings
+from sample import Sample
 from toy.task import DIGITS
 from train_step import TrainSettings
 from weight_sync import SyncSettings

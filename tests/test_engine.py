@@ -21,7 +21,7 @@ import rollout
 import train_step
 import weight_sync
 from conftest import write_model
-from hf_names import read_config
+from hf_config import read_config
 from prompts import ENGINE_KEEPS, load_data
 from reward import exact_match
 from rollout import RolloutSettings

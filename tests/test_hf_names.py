@@ -1,4 +1,4 @@
-"""hf_names.py: config fields and tensor names between Hugging Face and Megatron.
+"""hf_config.py and hf_names.py: config fields and tensor names between Hugging Face and Megatron.
 
 Why it matters: a wrong mapping trains a different model in silence. Whether the mapped model computes the same logits is tested in test_train_step.py;
 here: every field is either mapped or refused, stacking is exactly undone, and the FP8 exemptions are SGLang's.
@@ -9,7 +9,8 @@ import json
 import pytest
 import torch
 
-from hf_names import merged_linears, read_config, rope_of, split_stacked, stack_parts, unquantized_linears
+from hf_config import read_config, rope_of
+from hf_names import merged_linears, split_stacked, stack_parts, unquantized_linears
 from run import BadInput
 
 

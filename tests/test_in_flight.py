@@ -9,13 +9,14 @@ import random
 
 import pytest
 
-from hf_names import read_config
+from hf_config import read_config
 from in_flight import InFlight, InFlightSettings, check_in_flight_settings, check_staleness
-from prompts import Sample, load_data
+from prompts import load_data
 from record import Row
 from reward import Judge, RewardSettings
 from rollout import DROPPED, REPLACED, RolloutSettings, without_marks
 from run import REPOSITORY, BadInput, EngineDied
+from sample import Sample
 
 TOY = str(REPOSITORY / "toy")
 PER_STEP, STEPS = 3, 25

@@ -24,10 +24,11 @@ import memory
 import plan
 import train_step
 import weight_sync
-from hf_names import hf_shapes, layer_shapes, read_config
+from hf_config import read_config
+from hf_names import hf_shapes, layer_shapes
 from packing import collate
 from problems import BadInput
-from rollout import Sample
+from sample import Sample
 from train_step import TrainSettings
 
 CONFIGS = ROOT / "docs" / "configs"

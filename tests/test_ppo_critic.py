@@ -15,9 +15,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 import ppo_critic
 
 import run
-from hf_names import read_config
+from hf_config import read_config
 from ppo_critic import CriticSettings
-from rollout import Sample
+from sample import Sample
 from train_step import TrainSettings, build_trainer
 
 

@@ -13,10 +13,11 @@ from conftest import ROOT, write_model
 from safetensors.torch import load_file, save_file
 
 import run
+from hf_config import read_config, rope_of
 from hf_folder import check_model_folder
-from hf_names import read_config, rope_of
 from problems import BadInput, Problems, all_problems
-from prompts import DataSettings, load_tokenizer, read_prompts
+from prompts import read_prompts
+from sample import DataSettings, load_tokenizer
 
 
 @all_problems

@@ -20,11 +20,12 @@ import pyarrow.parquet
 import pytest
 
 import reasoning_gym_tasks
-from hf_names import read_config
-from prompts import DataSettings, Sample, end_tokens, fitting, load_data, load_tokenizer, mixture, names, read_prompts, toy_prompts, weighted
+from hf_config import read_config
+from prompts import fitting, load_data, mixture, names, read_prompts, toy_prompts, weighted
 from reward import RewardSettings, check_reward_settings, reasoning_gym_reward
 from rollout import Prompts, RolloutSettings
 from run import REPOSITORY, BadInput
+from sample import DataSettings, Sample, end_tokens, load_tokenizer
 from toy.task import is_held_out, problems
 
 TOY = str(REPOSITORY / "toy")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_names import read_config
+from hf_config import read_config
 from rollout import RolloutSettings, check_rollout_settings
 from run import BadInput
 

@@ -17,11 +17,12 @@ sys.path.insert(0, str(ROOT / "examples"))
 import tool_use
 
 import run
-from hf_names import read_config
+from hf_config import read_config
 from losses import LossSettings, ppo
-from prompts import Sample, load_data
+from prompts import load_data
 from rollout import RolloutSettings
 from run import REPOSITORY, BadInput, EngineDied
+from sample import Sample
 from tool_use import CALL_END, LONGEST_DEMONSTRATION, calculator, converse, demonstration, right_answer
 
 TOY = str(REPOSITORY / "toy")

@@ -6,11 +6,11 @@ import torch
 from safetensors.torch import load_file
 
 import train_step
-from hf_names import read_config
+from hf_config import read_config
 from losses import LossSettings
 from packing import collate, plan_microbatches
-from rollout import Sample
 from run import BadInput
+from sample import Sample
 from train_step import TrainSettings, check_train_settings
 
 

@@ -18,7 +18,7 @@ import reward
 import run
 import train_step
 import weight_sync
-from hf_names import read_config
+from hf_config import read_config
 from losses import LossSettings
 from megatron.core import parallel_state as mpu
 from reward import RewardSettings

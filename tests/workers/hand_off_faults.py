@@ -16,10 +16,11 @@ from unittest import mock
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
 import rollout
+import buckets
 import run
 import train_step
 import weight_sync
-from hf_names import read_config
+from hf_config import read_config
 
 import torch
 import torch.distributed as dist
@@ -55,7 +56,7 @@ def not_a_number(trainer):
 @contextlib.contextmanager
 def misshapen(trainer):
     """A tensor that does not fit the engine's parameter: SGLang's loader refuses it in the engine's own process."""
-    stock = weight_sync.pack
+    stock = buckets.pack
 
     def pack(named):
         return stock([(name, tensor[:-1] if name == "model.layers.1.input_layernorm.weight" else tensor) for name, tensor in named])

@@ -18,7 +18,7 @@ from megatron.core import parallel_state as mpu
 import run
 import train_step
 from checkpoint import _give_adam_its_state
-from hf_names import read_config
+from hf_config import read_config
 
 CASES = {  # name: (folder, settings)
     "dense dp 4": (0, dict()),

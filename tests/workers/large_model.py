@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import megatron_model
 import train_step
 import weight_sync
-from hf_names import read_config
+from hf_config import read_config
 from losses import LossSettings
 
 FOLDER, (TP, EP, PP) = sys.argv[1], map(int, sys.argv[2:])

@@ -18,7 +18,7 @@ import run
 import train_step
 import weight_sync
 from fp8_quant import quantize_blockwise
-from hf_names import read_config
+from hf_config import read_config
 from local_spec import zigzag
 from losses import LossSettings
 from megatron.core import parallel_state as mpu

@@ -11,9 +11,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 import rollout  # noqa: F401  first, as in the loops
 import run
 import train_step
-from hf_names import read_config
+from hf_config import read_config
 from losses import LossSettings
-from rollout import Sample
+from sample import Sample
 
 import torch.distributed as dist
 

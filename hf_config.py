@@ -1,0 +1,226 @@
+"""config.json -> what it says, checked, and the arguments of Megatron's TransformerConfig and GPTModel.
+
+A config field that is in none of the lists below is refused by name: an ignored rope or activation setting would train a different model in silence.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch.nn.functional as F
+from transformers import AutoConfig
+
+from problems import BadInput, Problems, all_problems
+
+FAMILIES = {
+    "qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "glm4_moe": "Glm4MoeForCausalLM",
+}  # fmt: skip
+
+# Fields that enter the mapping.
+MAPPED = {
+    "model_type", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings",
+    "partial_rotary_factor", "attention_bias",
+}  # fmt: skip
+MAPPED_MOE = {
+    "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "n_shared_experts",
+    "first_k_dense_replace", "routed_scaling_factor", "n_group", "topk_group", "use_qk_norm", "num_nextn_predict_layers",
+}  # fmt: skip
+# Fields that only one value of is implemented.
+REQUIRED = {
+    "hidden_act": ("silu",), "mlp_bias": (False,), "use_sliding_window": (False,), "attention_dropout": (0, 0.0),
+    "pretraining_tp": (1,), "rope_interleaved": (False,), "quantization_config": (None,), "is_llama_config": (True,),
+    "decoder_sparse_step": (1,), "mlp_only_layers": ([], None), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",),
+}  # fmt: skip
+# Fields that do not change what the model computes.
+IGNORED = {
+    "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
+    "sliding_window", "max_window_layers", "_name_or_path", "transformers.js_config", "output_attentions", "output_hidden_states", "return_dict",
+    "output_router_logits", "router_aux_loss_coef",
+    "chunk_size_feed_forward", "is_encoder_decoder", "unk_token_id", "_model_name_or_path", "id2label", "label2id", "problem_type", "use_mrope",
+}  # fmt: skip
+
+
+@all_problems
+def read_config(folder: str | Path) -> dict:
+    """config.json of a Hugging Face folder, checked field by field. Raises BadInput naming the field."""
+    path = Path(folder) / "config.json"
+    if not os.path.isfile(path):  # unlike Path.is_file, it raises for no name
+        raise BadInput(f"--model {folder} has no config.json: give a Hugging Face model folder on this machine (hub names are not resolved)")
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:  # also of bytes that are no text
+        raise BadInput(f"{path} is not JSON ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise BadInput(f"{path} must be an object with a model_type, one of {', '.join(FAMILIES)}")
+    if config["model_type"] not in FAMILIES:
+        raise BadInput(f"{path}: model_type {config['model_type']!r} is not supported; supported are {', '.join(FAMILIES)}")
+    try:
+        AutoConfig.for_model(**config)  # transformers knows the type of every field
+    except Exception as error:  # it raises many kinds, and all are about this file
+        raise BadInput(f"{path} is no {config['model_type']} config: {error}") from error
+    found = Problems()
+    for field, value in config.items():
+        if field == "layer_types":
+            if set(value or ()) - {"full_attention"}:
+                yield f"{path}: layer_types holds {sorted(set(value))}; only full_attention is implemented"
+        elif field in REQUIRED:
+            if value not in REQUIRED[field]:
+                yield f"{path}: {field} is {value!r}; only {REQUIRED[field][0]!r} is implemented"
+        elif field not in MAPPED | IGNORED | (MAPPED_MOE if config["model_type"] in ("qwen3_moe", "glm4_moe") else set()):
+            yield f"{path}: field {field!r} is unknown to the mapping in hf_config.py; if it does not change the model, add it to IGNORED there"
+    config["num_experts"] = next((config[field] for field in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(field)), 0)
+    found.of(_check_sizes, config, path)
+    if config["num_experts"] and not config.get("norm_topk_prob"):
+        yield f"{path}: norm_topk_prob is {config.get('norm_topk_prob')!r}; only True is implemented: expert weights that sum to one"
+    if config.get("attention_bias") and config["model_type"] != "glm4_moe":
+        yield f"{path}: attention_bias is True, which is implemented for glm4_moe only"
+    yield from found.found
+    if not found.found:
+        if config["num_attention_heads"] % config["num_key_value_heads"]:
+            heads = f"num_attention_heads {config['num_attention_heads']} is not divisible by num_key_value_heads {config['num_key_value_heads']}"
+            yield f"{path}: {heads}"
+        rope_of(config)
+    return config
+
+
+@all_problems
+def _check_sizes(config: dict, path: Path):
+    """Fill in what may be left out; a size, a number or a switch that is none is a problem."""
+    optional = {"num_key_value_heads": config.get("num_attention_heads"), "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    config |= {name: default for name, default in optional.items() if config.get(name) is None}
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "max_position_embeddings")
+    sizes += ("moe_intermediate_size", "num_experts_per_tok") if config["num_experts"] else ()
+    wrong = [field for field in sizes if type(config.get(field)) is not int or config[field] < 1]
+    if config.get("head_dim") is None and not wrong:
+        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    if config.get("head_dim") is not None and (type(config["head_dim"]) is not int or config["head_dim"] < 1):
+        wrong.append("head_dim")
+    for field in wrong:
+        yield f"{path}: {field} is {config.get(field)!r}; it must be a positive integer"
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        yield f"{path}: the rope settings are {rope!r}; they must be an object"
+        rope = {}
+    numbers = {name: config.get(name) for name in ("rms_norm_eps", "rope_theta", "partial_rotary_factor")} | {f"rope {name}": rope.get(name) for name in rope}
+    for field, value in numbers.items():
+        if field not in ("rope rope_type", "rope type") and value is not None and (type(value) not in (int, float) or not 0 < value < 1e12):
+            yield f"{path}: {field} is {value!r}; it must be a positive number"
+    if type(config["tie_word_embeddings"]) is not bool:
+        yield f"{path}: tie_word_embeddings is {config['tie_word_embeddings']!r}; it must be true or false"
+
+
+def generation_eos(folder: str | Path) -> list:
+    """The tokens that end a response by generation_config.json, as they stand there; [] without that file."""
+    path = Path(folder) / "generation_config.json"
+    try:
+        eos = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadInput(f"{path} is no JSON object ({error}): copy it again, or remove it") from error
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+
+
+def rope_of(config: dict) -> dict:
+    """GPTModel's rotary arguments. transformers 5 writes rope_parameters; before it were rope_theta and rope_scaling."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    percent = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    left = sorted(name for name, value in rope.items() if value is not None)
+    if kind == "default" and not left:
+        return {"rotary_base": theta, "rotary_percent": percent}
+    # Megatron has Llama 3's frequencies with these constants (rotary_pos_embedding.RotaryEmbedding._apply_scaling); only the factor is free.
+    fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    if kind == "llama3" and all(rope.get(k) == v for k, v in fixed.items()):
+        return {"rotary_base": theta, "rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    raise BadInput(f"rope settings {kind!r} with {rope} are not implemented; implemented are 'default', and 'llama3' with {fixed}")
+
+
+@all_problems
+def megatron_arguments(config: dict, *, tp: int) -> tuple[dict, dict]:
+    """A checked config -> (arguments of TransformerConfig, arguments of GPTModel). Raises BadInput where tp does not divide."""
+    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if config[field] % tp:
+            yield f"{field} {config[field]} is not divisible by --tp {tp}: use a --tp that divides it"
+    transformer = dict(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=config["num_attention_heads"],
+        num_query_groups=config["num_key_value_heads"],
+        kv_channels=config["head_dim"],
+        normalization="RMSNorm",
+        layernorm_epsilon=config["rms_norm_eps"],
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=config["model_type"] == "qwen2" or bool(config.get("attention_bias")),
+        qk_layernorm=config["model_type"] in ("qwen3", "qwen3_moe") or bool(config.get("use_qk_norm")),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    if config["num_experts"]:
+        transformer |= _moe_arguments(config)
+    gpt = dict(
+        vocab_size=-(-config["vocab_size"] // tp) * tp,  # padded rows are masked in the softmax and left out of every export
+        max_sequence_length=config["max_position_embeddings"],
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=config["tie_word_embeddings"],
+        **rope_of(config),
+    )
+    return transformer, gpt
+
+
+@all_problems
+def check_layout(config: dict, *, world_size: int, tp: int, pp: int, cp: int, ep: int):
+    """What keeps the model from being trained on so many ranks with these parallel sizes."""
+    if tp < 1 or world_size % tp:
+        yield f"--tp {tp} does not divide the {world_size} ranks: use a --tp that divides --nproc-per-node times the nodes"
+    elif min(pp, cp) < 1 or world_size % (tp * pp * cp):
+        yield f"--tp {tp} times --pp {pp} times --cp {cp} does not divide the {world_size} ranks: use another --pp or --cp"
+    if pp > 0 and (layers_in_last_stage(config, pp) or 1) < 1:
+        yield f"--pp {pp} leaves the last stage without layers, of which the model has {config['num_hidden_layers']}: use a smaller --pp"
+    stage_ranks, experts = world_size // max(pp, 1), config["num_experts"]
+    if ep < 1 or stage_ranks % ep or experts % ep or (ep > 1 and not experts):
+        rule = f"must divide the {stage_ranks} ranks of a pipeline stage and the model's {experts} experts"
+        yield f"--ep {ep} {rule}: use another --ep, and 1 for a dense model"
+    if tp > 0:
+        megatron_arguments(config, tp=tp)
+
+
+def layers_in_last_stage(config: dict, pp: int) -> int | None:
+    """None where the layers divide evenly; else what is left for the last stage, which also has the output layer, when the others have equally many."""
+    layers = config["num_hidden_layers"]
+    return None if layers % pp == 0 else layers - (pp - 1) * -(-layers // pp)
+
+
+def is_sparse(config: dict, layer: int) -> bool:
+    """Whether a decoder layer has experts; GLM-4.5's first layers are dense."""
+    return bool(config.get("num_experts")) and layer >= config.get("first_k_dense_replace", 0)
+
+
+def _moe_arguments(config: dict) -> dict:
+    """TransformerConfig's mixture of experts. Softmax over the chosen experts' logits equals Qwen3's softmax over all, chosen, and normalised to sum to one.
+
+    GLM-4.5 scores by sigmoid; a correction bias enters the choice but not the weight. The bias is the model's, not adjusted in training here.
+    """
+    moe = dict(
+        num_moe_experts=config["num_experts"],
+        moe_router_topk=config["num_experts_per_tok"],
+        moe_ffn_hidden_size=config["moe_intermediate_size"],
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",
+        moe_layer_freq=[int(is_sparse(config, layer)) for layer in range(config["num_hidden_layers"])],
+    )
+    if config["model_type"] == "glm4_moe":
+        grouped = config.get("n_group", 1) > 1
+        moe |= dict(
+            moe_router_score_function="sigmoid",
+            moe_router_enable_expert_bias=True,
+            moe_router_bias_update_rate=0.0,
+            moe_router_topk_scaling_factor=config["routed_scaling_factor"],
+            moe_router_num_groups=config["n_group"] if grouped else None,
+            moe_router_group_topk=config["topk_group"] if grouped else None,
+            moe_shared_expert_intermediate_size=config["moe_intermediate_size"] * config["n_shared_experts"] or None,
+        )
+    return moe
