@@ -90,7 +90,7 @@ def main() -> None:
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes, broadcast_group=everyone)
     engine = None if trains or settings.run.load_rollouts else rollout.start_engine(model, settings.rollout, config, seed=seed)
     judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges, settings.reward.judge_timeout_s)
-    with engine or contextlib.nullcontext():
+    with engine or contextlib.nullcontext(), record:
         weight_sync.sync_weights(weights, engine, version=start, check=True)
         if not resumed:
             record.log(record.log_eval(0, *reward.evaluate(engine, data, settings.rollout, judge, everyone)))

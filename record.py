@@ -84,13 +84,15 @@ class Record:
     """The run folder and the progress bar. group: all ranks of the run; its rank 0, a trainer, is the one that writes. trains: whether this rank does.
 
     resumed: the checkpoint.Checkpoint that the run goes on from: what was written after it is cut off.
+
+    `with engine, record:` ends W&B's service before the engine, whose end kills every child process of this one, and with the service what it has not sent.
     """
 
     def __init__(self, settings, loop: str, group: dist.ProcessGroup, trains: bool = True, resumed=None):
         self.group, self.loop, self.trains, self.is_writer = group, loop, trains, group.rank() == 0
         name = settings.run.name or f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path("runs") / broadcast_bytes(name.encode(), group).decode()
-        self.started, self.accuracy, self.settings, self.profiler, self.boards = time.time(), [], settings.run, None, []
+        self.started, self.accuracy, self.settings, self.profiler, self.boards, self.end_wandb = time.time(), [], settings.run, None, [], None
         self.stopping = False
         """Whether a rank has been told to stop: the same on all ranks, from the end of a step on."""
         if not self.is_writer:
@@ -125,7 +127,15 @@ class Record:
 
             wandb_run = wandb.init(project=settings.run.wandb, name=self.folder.name, id=self.folder.name, resume="allow", dir=self.folder, config=record)
             self.boards.append(lambda metrics: wandb_run.log(metrics, step=metrics["step"]))
+            self.end_wandb = wandb.teardown
         self.bar = tqdm(total=settings.run.steps, initial=resumed.step if resumed else 0, unit="step", dynamic_ncols=True)
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self.end_wandb:
+            self.end_wandb(exit_code=0 if kind is None else 1)
 
     def positions(self) -> dict[str, float]:
         """Where the files of the record stand, for a checkpoint."""

@@ -39,6 +39,7 @@ def boards(monkeypatch):
     tensorboard.SummaryWriter = SummaryWriter
     wandb.init = lambda **about: told.append(("init", about["project"], about["name"])) or WandbRun()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    wandb.teardown = lambda exit_code: told.append(("end", exit_code))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     return told
 
@@ -49,13 +50,19 @@ def record_of(monkeypatch, tmp_path, **changes) -> Record:
 
 
 def test_metrics_reach_the_boards(one_rank, monkeypatch, tmp_path, boards):
-    record = record_of(monkeypatch, tmp_path, tensorboard=True, wandb="project")
-    record.log({"step": 1, "loss": 0.5, "staleness": [3, 1]})
+    with record_of(monkeypatch, tmp_path, tensorboard=True, wandb="project") as record:
+        record.log({"step": 1, "loss": 0.5, "staleness": [3, 1]})
     assert boards == [
         ("open", "runs/a/tensorboard", None), ("init", "project", "a"),
-        ("scalar", "step", 1, 1), ("scalar", "loss", 0.5, 1), ("flush",), ("wandb", {"step": 1, "loss": 0.5}, 1),
+        ("scalar", "step", 1, 1), ("scalar", "loss", 0.5, 1), ("flush",), ("wandb", {"step": 1, "loss": 0.5}, 1), ("end", 0),
     ]  # fmt: skip
     assert json.loads((tmp_path / "runs/a/metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5, "staleness": [3, 1]}
+
+
+def test_wandb_is_told_that_a_run_failed(one_rank, monkeypatch, tmp_path, boards):
+    with pytest.raises(KeyboardInterrupt), record_of(monkeypatch, tmp_path, wandb="project"):
+        raise KeyboardInterrupt
+    assert boards == [("init", "project", "a"), ("end", 1)]
 
 
 @pytest.mark.parametrize("changes, line", [(dict(tensorboard=True), "pip install tensorboard=="), (dict(wandb="p"), "pip install wandb==")])
