@@ -130,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    worker(json.loads(os.environ["SOAK_PLAN"])) if "RANK" in os.environ else main()
+    worker(json.loads(os.environ["SOAK_PLAN"])) if "SOAK_PLAN" in os.environ else main()
