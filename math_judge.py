@@ -36,19 +36,23 @@ def judged(response: str, label: str) -> tuple[bool, str]:
 
 
 def judged_in_worker(response: str, label: str) -> tuple[bool, str]:
-    """judged(), in a worker process; from any thread. Raises TimeoutError after TIMEOUT_S."""
+    """judged(), in a worker process; from any thread. Raises TimeoutError after TIMEOUT_S, and ends the workers: one of them would hang for ever."""
     global _pool
     for attempt in range(2):
         with _lock:
             _pool = _pool or ProcessPoolExecutor(max(1, os.cpu_count() // 4), multiprocessing.get_context("spawn"), _start_worker)
+            pool = _pool
             with main_module_hidden():
-                future = _pool.submit(judged, response, label)
+                future = pool.submit(judged, response, label)
         try:
             return future.result(TIMEOUT_S)
-        except BrokenProcessPool:  # a worker was killed: memory ran out, or an engine ended, which ends all children of its process
+        except (BrokenProcessPool, TimeoutError) as error:  # a worker was killed: memory ran out, or an engine ended, which ends all children of its process
             with _lock:
-                _pool = None
-            if attempt:
+                if _pool is pool:
+                    _pool = None
+                    for worker in list((pool._processes or {}).values()):  # ProcessPoolExecutor.kill_workers comes with Python 3.14
+                        worker.kill()
+            if attempt or isinstance(error, TimeoutError):
                 raise
 
 

@@ -76,7 +76,7 @@ def reasoning_gym_reward(sample: Sample) -> float:
 
 
 @all_problems
-def check_reward_settings(settings: RewardSettings, rollout: RolloutSettings):
+def check_reward_settings(settings: RewardSettings, rollout: RolloutSettings) -> None:
     """What cannot work, before anything is started."""
     if settings.judges < 1 or settings.judge_timeout_s <= 0:
         yield f"--judges {settings.judges} must be at least 1, --judge-timeout-s {settings.judge_timeout_s} must be positive"
@@ -174,7 +174,7 @@ def refill(
         if not dull:
             break
         fresh = generate(engine, prompts.take(len(dull)), data, settings, n=settings.samples_per_prompt)
-        compute_rewards(fresh, judge)
+        judge.submit(fresh).result()
         replaced += [mark for group in dull for mark in marks(group, REPLACED)]
         samples = [sample for group in groups if not is_uninformative(group) for sample in group] + fresh
     return samples + replaced

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import math_judge
 import reward
 from conftest import ROOT
 from losses import LossSettings
@@ -48,6 +49,16 @@ def test_exact_match_wants_an_ended_answer():
 ])  # fmt: skip
 def test_math_reward_compares_values(response, label, expected):
     assert math_reward(answer(response, label)) == expected
+
+
+def test_an_answer_that_hangs_math_verify_takes_no_worker_with_it(monkeypatch):
+    """A worker in a long computation of C cannot be interrupted, only killed; the next answer gets a new one."""
+    monkeypatch.setattr(math_judge, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(math_judge, "judged", pow)  # of very large numbers: one call of C
+    with pytest.raises(TimeoutError):
+        math_judge.judged_in_worker(3, 10**9)
+    monkeypatch.undo()
+    assert math_judge.judged_in_worker("so \\boxed{42}", "42") == (True, "42")
 
 
 def test_math_reward_says_what_it_took_for_the_answer():
