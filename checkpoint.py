@@ -40,8 +40,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from problems import BadInput
 from run import all_gather_bytes, signal_when_parent_ends
 
-# Else the prompts that follow would not be those that were to follow, or the groups in flight would have no place.
-MUST_AGREE = (("run", "seed"), ("rollout", "prompts"), ("rollout", "samples_per_prompt"), ("in_flight", "rollout_ranks"))
+# Else the prompts that follow would not be those that were to follow; and the groups in flight would have no place, or be too old.
+MUST_AGREE = (("run", "seed"), ("rollout", "prompts"), ("rollout", "samples_per_prompt"))
+ASYNC_MUST_AGREE = (("in_flight", "rollout_ranks"), ("in_flight", "max_staleness"), ("rollout", "engine_tp"))
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def find(settings, loop: str) -> Checkpoint:
     state, folder = newest.state, newest.folder
     if state["loop"] != loop:
         raise BadInput(f"{folder} is of loop_{state['loop']}.py: resume it with that loop")
-    for part, name in MUST_AGREE:
+    for part, name in (*MUST_AGREE, *(ASYNC_MUST_AGREE if loop == "async" else ())):
         then, now = (which.get(part, {}).get(name) for which in (state["settings"], settings))
         if then != now:
             raise BadInput(f"--{name.replace('_', '-')} was {then!r} when {folder} was written, and is {now!r}: it must stay the same")

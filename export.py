@@ -49,7 +49,10 @@ def main() -> None:
     if not settings.dtype or set(settings.dtype) - {"bf16", "fp8"}:
         raise BadInput(f"--dtype {' '.join(settings.dtype)!r} must be bf16, fp8, or both")
     folder = Path(settings.checkpoint)
-    saved = checkpoint.open_checkpoint(next(reversed(checkpoint.checkpoints_of(folder)), folder))
+    newest = next(reversed(checkpoint.checkpoints_of(folder)), folder)
+    if not (newest / "files.json").is_file():
+        raise BadInput(f"--checkpoint {folder} holds no checkpoint: give runs/NAME of a run that has written one, or a folder of its checkpoints/")
+    saved = checkpoint.open_checkpoint(newest)
     model = settings.model or saved.state["settings"]["run"]["model"]
     config = read_config(model)
     train = TrainSettings(train_dtype=saved.state["settings"]["train"]["train_dtype"], tp=settings.tp, pp=settings.pp, ep=settings.ep)

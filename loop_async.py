@@ -94,6 +94,8 @@ def main() -> None:
         weight_sync.sync_weights(weights, engine, version=start, check=True)
         if not resumed:
             record.log(record.log_eval(0, *reward.evaluate(engine, data, settings.rollout, judge, everyone)))
+        else:
+            record.profile(start)
         groups = in_flight.InFlight(engine, data, settings.rollout, settings.in_flight, settings.reward, judge, steps=steps, ranks=ranks)
         for step in range(start + 1, steps + 1):
             watch = Stopwatch()

@@ -87,6 +87,8 @@ def main() -> None:
         weight_sync.sync_weights(weights, engine, version=start, check=True)
         if not resumed:
             record.log(record.log_eval(0, *reward.evaluate(engine, data, settings.rollout, judge, everyone)))
+        else:
+            record.profile(start)
         prompts = rollout.Prompts(data, settings.rollout, taken=rollout.taken_before(ranks, settings.rollout))
         for step in range(start + 1, steps + 1):
             watch = Stopwatch()

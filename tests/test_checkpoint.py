@@ -18,6 +18,7 @@ from conftest import ROOT, metrics_of, torchrun
 from megatron.core import dist_checkpointing
 
 import checkpoint
+import loop_async
 from loop_sync import Settings
 from run import BadInput, RunSettings
 
@@ -80,7 +81,7 @@ def test_a_checkpoint_is_exported_at_another_layout(undisturbed, tmp_path):
         theirs, ours = undisturbed / f"model-{dtype}", tmp_path / f"out-{dtype}"
         assert {path.name: path.read_bytes() for path in theirs.iterdir()} == {path.name: path.read_bytes() for path in ours.iterdir()}
     done = torchrun(ROOT / "export.py", "--checkpoint", tmp_path, ranks=1, check=False)
-    assert done.returncode != 0 and f"error: the checkpoint {tmp_path} is damaged: files.json cannot be read" in done.stderr
+    assert done.returncode != 0 and f"error: --checkpoint {tmp_path} holds no checkpoint" in done.stderr
 
 
 def test_the_asynchronous_loop_loses_and_repeats_no_prompt(tmp_path):
@@ -156,7 +157,8 @@ def find(folder, monkeypatch, loop="sync", **changes):
     monkeypatch.chdir(folder.parent.parent)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    return checkpoint.find(Settings(run=RunSettings(name=folder.name, **changes)), loop)
+    settings = loop_async.Settings if loop == "async" else Settings
+    return checkpoint.find(settings(run=RunSettings(name=folder.name, **changes)), loop)
 
 
 def change_byte(path):
@@ -190,6 +192,26 @@ def test_a_checkpoint_of_another_run_is_refused(stopped, monkeypatch):
         find(stopped, monkeypatch, seed=2)
     with pytest.raises(BadInput, match=r"--prompts was \['toy:3', 'more.jsonl'\] when .* and is \['toy'\]: it must stay the same"):
         find(stopped, monkeypatch)
+
+
+def test_an_asynchronous_run_goes_on_with_the_same_engines_and_bound(stopped, monkeypatch):
+    """Its groups in flight belong to ranks, and may be as old as the bound was. The checkpoint is the synchronous loop's, made to look like the other's."""
+    newest = checkpoint.open_checkpoint
+    monkeypatch.setattr(checkpoint, "MUST_AGREE", ())
+
+    def written_with(**in_flight):
+        def opened(folder):
+            found = newest(folder)
+            state = {**found.state, "loop": "async", "settings": {**found.state["settings"], "in_flight": in_flight}}
+            return checkpoint.Checkpoint(found.folder, found.step, state)
+
+        monkeypatch.setattr(checkpoint, "open_checkpoint", opened)
+
+    written_with(rollout_ranks=1, max_staleness=1)
+    assert find(stopped, monkeypatch, loop="async").step == 6
+    written_with(rollout_ranks=1, max_staleness=4)
+    with pytest.raises(BadInput, match="--max-staleness was 4 when .* and is 1: it must stay the same"):
+        find(stopped, monkeypatch, loop="async")
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(stopped, tmp_path):
