@@ -1,4 +1,5 @@
-"""Everything that only a machine without a GPU needs, for both engines. On a GPU machine nothing imports this file; delete it there and nothing changes.
+"""Everything that only a machine without a GPU needs, for both engines. On a GPU machine only bench/cpu_attention.py
+would import this file; delete both there and nothing changes.
 
 megatron-core and SGLang are written for CUDA. What stops them on a CPU is shallow: device strings, missing compiled extensions, two kernels. Each
 patch below says what it stands in for. Three parts:

@@ -31,6 +31,7 @@ if not torch.cuda.is_available():
 
 from sglang.srt.entrypoints.engine import Engine as SGLangEngine
 from sglang.srt.managers import io_struct
+from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import MultiprocessingSerializer
 
 from buckets import pack, phase
@@ -39,6 +40,8 @@ from run import EngineDied, end_with_parent, main_module_hidden
 
 # 0.5.21 reports the weight versions of a response as spans. Where it does not, tokens are counted as they arrive.
 REPORTS_VERSIONS = importlib.util.find_spec("sglang.srt.utils.weight_versions") is not None
+# 0.5.21's ServerArgs is a struct of msgspec, 0.5.14's a dataclass.
+SERVER_FIELDS = getattr(ServerArgs, "__struct_fields__", None) or tuple(ServerArgs.__dataclass_fields__)
 
 
 def run_scheduler(*args, **kwargs) -> None:

@@ -172,7 +172,7 @@ def megatron_arguments(config: dict, *, tp: int) -> tuple[dict, dict]:
 
 
 @all_problems
-def check_layout(config: dict, *, world_size: int, tp: int, pp: int, cp: int, ep: int):
+def check_layout(config: dict, *, world_size: int, tp: int, pp: int, cp: int, ep: int) -> None:
     """What keeps the model from being trained on so many ranks with these parallel sizes."""
     if tp < 1 or world_size % tp:
         yield f"--tp {tp} does not divide the {world_size} ranks: use a --tp that divides --nproc-per-node times the nodes"

@@ -53,7 +53,7 @@ def check_shapes(weights: HFWeights, config: dict) -> None:
 
 
 @all_problems
-def check_model_folder(folder: str | Path, config: dict | None, tokenizer, *, stop: tuple[str, ...]):
+def check_model_folder(folder: str | Path, config: dict | None, tokenizer, *, stop: tuple[str, ...]) -> None:
     """Where the parts of a model folder disagree: weights and config.json; tied embeddings; the tokens that end a response.
 
     config, tokenizer: None where they could not be read. stop: --stop, which says what ends a response should the files disagree about it.

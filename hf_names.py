@@ -169,13 +169,12 @@ def unquantized_linears(config: dict, *, engine_tp: int, engine_ep: int = 1, lay
     return kept
 
 
-def fp8_config(config: dict, *, engine_tp: int, engine_ep: int = 1, scale_format: str = "fp32") -> dict:
+def fp8_config(config: dict, *, engine_tp: int, engine_ep: int = 1) -> dict:
     """The quantization_config of a block-FP8 checkpoint, for SGLang's model override and for the config.json of an FP8 export."""
-    quantization = {
+    return {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [128, 128],
         "modules_to_not_convert": unquantized_linears(config, engine_tp=engine_tp, engine_ep=engine_ep),
     }
-    return quantization | ({"scale_fmt": "ue8m0"} if scale_format == "ue8m0" else {})

@@ -49,7 +49,7 @@ class InFlightSettings:
 
 
 @all_problems
-def check_in_flight_settings(settings: InFlightSettings, rollout: RolloutSettings, *, world_size: int):
+def check_in_flight_settings(settings: InFlightSettings, rollout: RolloutSettings, *, world_size: int) -> None:
     """What cannot work, before anything is started."""
     if world_size < 2:
         yield "the asynchronous loop needs a rank that trains and one that generates: use `torchrun --nproc-per-node 2 loop_async.py`"

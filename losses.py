@@ -319,7 +319,7 @@ class LossSettings:
 
 
 @all_problems
-def check_loss_settings(settings: LossSettings):
+def check_loss_settings(settings: LossSettings) -> None:
     """What cannot work, before anything is started."""
     low, high = settings.clips
     if not 0 < low <= 1 or high <= 0:

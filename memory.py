@@ -90,7 +90,7 @@ def activation_bytes(config: dict, *, sparse: bool, tokens: int, tp: int, ep: in
 
 
 def trainer_bytes(
-    config: dict, *, ranks: int, tp: int, pp: int, cp: int, ep: int, element_bytes: int, tokens: int, microbatches: int, recompute: bool, reference: bool
+    config: dict, *, ranks: int, tp: int, pp: int, ep: int, element_bytes: int, tokens: int, microbatches: int, recompute: bool, reference: bool
 ) -> dict[str, float]:
     """Bytes on a rank of the pipeline stage that needs most. tokens: of a micro-batch on one rank. reference: whether a frozen model stays on the GPU too."""
     expert_tp, stages = 1 if ep > 1 else tp, []

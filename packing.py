@@ -107,7 +107,7 @@ def collate(samples: list[Sample], starts: list[int], *, tp: int = 1, cp: int = 
     return MicroBatch(*(torch.from_numpy(array)[mine].to(device) for array in arrays), counts_N, packed)
 
 
-def plan_of(trainer, samples: list[Sample]) -> list[list[list[int]]]:
+def microbatch_plan(trainer, samples: list[Sample]) -> list[list[list[int]]]:
     """plan_microbatches for these samples. trainer: train_step.Trainer."""
     cp = trainer.settings.cp
     lengths = [padded_length(len(sample.prompt_ids) + len(sample.response_ids), cp) for sample in samples]
@@ -116,7 +116,7 @@ def plan_of(trainer, samples: list[Sample]) -> list[list[list[int]]]:
 
 def local_microbatches(trainer, samples: list[Sample]) -> list[MicroBatch]:
     """This rank's share of a batch; every rank passes the same samples in the same order. trainer: train_step.Trainer."""
-    tp, cp, plan = trainer.settings.tp, trainer.settings.cp, plan_of(trainer, samples)
+    tp, cp, plan = trainer.settings.tp, trainer.settings.cp, microbatch_plan(trainer, samples)
     starts = np.cumsum([0, *(len(sample.response_ids) for sample in samples)]).tolist()
     split = dict(tp=tp, cp=cp, cp_rank=trainer.cp_group.rank(), device=next(trainer.gpt.parameters()).device)
     batches = [collate([samples[i] for i in bin], [starts[i] for i in bin], **split) for bin in plan[trainer.dp_group.rank()]]

@@ -112,7 +112,7 @@ def trainer_sizes(plan: Plan) -> dict[str, float]:
     tokens = -(-plan.rollout.prompts_per_step * plan.rollout.samples_per_prompt * plan.longest // (dp * train.cp * train.minibatches))  # of an optimizer step
     microbatch = max(min(tokens, train.microbatch_tokens), 1)
     trainer = trainer_bytes(
-        plan.config, ranks=plan.trainer_ranks, tp=train.tp, pp=train.pp, cp=train.cp, ep=train.ep, element_bytes=2 if train.train_dtype == "bf16" else 4,
+        plan.config, ranks=plan.trainer_ranks, tp=train.tp, pp=train.pp, ep=train.ep, element_bytes=2 if train.train_dtype == "bf16" else 4,
         tokens=microbatch, microbatches=-(-tokens // microbatch), recompute=plan.recompute, reference=plan.reference,
     )  # fmt: skip
     return {**trainer, "state": state_bytes(trainer), "dp": dp, "tokens": microbatch}
@@ -226,7 +226,7 @@ def longest_sample(settings) -> int | None:
 
 
 @all_problems
-def check_plan_settings(settings: PlanSettings):
+def check_plan_settings(settings: PlanSettings) -> None:
     """What cannot work."""
     for name in ("plan_gpus", "plan_node_gpus", "plan_prompt_tokens", "plan_gpu_gb", "plan_memory_gb_s", "plan_nvlink_gb_s", "plan_network_gb_s"):
         if not 0 < getattr(settings, name) < 1e9:
@@ -283,7 +283,7 @@ def report(settings, config: dict, **load) -> None:
 
 
 @all_problems
-def check_machine(settings, config: dict | None, **load):
+def check_machine(settings, config: dict | None, **load) -> None:
     """Whether the run folder can be written, the disk has room, and this rank's share of the machine's memory is enough. load: as plan_of takes it."""
     folder = Path("runs") / settings.run.name
     existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))

@@ -229,7 +229,7 @@ def load_data(model_folder: str, settings: DataSettings, config: dict | None, *,
         stream, length = found.of(opened, given, name, is_eval=False) or (iter(()), 0)
         streams, longest = [*streams, stream], max(longest, length)
     for given in settings.eval_prompts:
-        if given.rpartition(":")[0] and given not in (found.of(weighted, (given,)) or {}):
+        if given.rpartition(":")[0] and given not in (found.of(weighted, (given,), flag="--eval-prompts") or {}):
             yield f"--eval-prompts {given}: a held-out set has no weight, each is evaluated whole: leave the number out"
     own = [given for given in sources if given == "toy" or given.startswith(GYM)]
     for given, name in (found.of(names, list(settings.eval_prompts) or own, flag="--eval-prompts") or {}).items():
@@ -241,7 +241,7 @@ def load_data(model_folder: str, settings: DataSettings, config: dict | None, *,
     return Data(tokenizer, mixture(streams, list(sources.values()), seed=seed), held_out, end_ids, longest + settings.max_response_tokens, seed)
 
 
-def weighted(prompts: tuple[str, ...]) -> dict[str, float]:
+def weighted(prompts: tuple[str, ...], *, flag: str = "--prompts") -> dict[str, float]:
     """("a.jsonl", "b.parquet:0.5") -> {"a.jsonl": 1.0, "b.parquet": 0.5}. Raises BadInput."""
     weights = {}
     for given in prompts:
@@ -251,12 +251,12 @@ def weighted(prompts: tuple[str, ...]) -> dict[str, float]:
         except ValueError:
             source, weight = given, 1.0
         if not (0 < weight and math.isfinite(weight)):
-            raise BadInput(f"--prompts {given}: the weight {text} must be a positive number")
+            raise BadInput(f"{flag} {given}: the weight {text} must be a positive number")
         if source in weights:
-            raise BadInput(f"--prompts {source} is given twice: give it once, with the sum of the weights")
+            raise BadInput(f"{flag} {source} is given twice: give it once, with the sum of the weights")
         weights[source] = weight
     if not weights:
-        raise BadInput("--prompts names nothing to learn from: give a file, or leave the flag out for the toy task")
+        raise BadInput(f"{flag} names nothing to learn from: give a file, or leave the flag out for the toy task")
     return weights
 
 

@@ -32,7 +32,7 @@ def problems(task: str, *, seed: int | str) -> Iterator[dict]:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise BadInput(f"--prompts reasoning-gym:{task} needs the package reasoning-gym ({error}): {INSTALL}") from error
+        raise BadInput(f"reasoning-gym:{task} needs the package reasoning-gym ({error}): {INSTALL}") from error
     known = reasoning_gym.factory.DATASETS
     if task not in known:
         raise BadInput(f"reasoning-gym:{task} is no task of reasoning-gym; it has {', '.join(sorted(set(known) - set(REFUSED)))}")

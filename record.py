@@ -9,7 +9,7 @@
     runs/NAME/checkpoints/     what --resume goes on from; see checkpoint.py
     runs/NAME/model-bf16/      the trained weights as a Hugging Face folder
 
-Only global rank 0 writes. Lines are flushed as they are written, so that whatever ends a run, the record up to then is there.
+Only global rank 0 writes, profiles excepted. Lines are flushed as they are written, so that whatever ends a run, the record up to then is there.
 """
 
 import collections

@@ -23,9 +23,8 @@ check_installation()
 if not torch.cuda.is_available():
     import cpu
 
-from sglang.srt.server_args import ServerArgs
 
-from engine import Engine
+from engine import SERVER_FIELDS, Engine
 from hf_names import fp8_config
 from prompts import ENGINE_KEEPS, MOST_EVAL_SAMPLES, Data
 from sample import DataSettings, Sample
@@ -60,7 +59,7 @@ class RolloutSettings(DataSettings):
 
 
 @all_problems
-def check_rollout_settings(settings: RolloutSettings, config: dict | None, *, world_size: int):
+def check_rollout_settings(settings: RolloutSettings, config: dict | None, *, world_size: int) -> None:
     """What cannot work, before anything is started. world_size: of the ranks that generate. config: None where it could not be read."""
     if settings.temperature <= 0:
         yield f"--temperature {settings.temperature} must be above 0: a greedy rollout has no log-probs to learn from"
@@ -91,10 +90,9 @@ def check_rollout_settings(settings: RolloutSettings, config: dict | None, *, wo
 
 def _server_overrides(settings: RolloutSettings) -> dict:
     """--sglang as a dict. What another flag decides is not among the fields."""
-    names = getattr(ServerArgs, "__struct_fields__", None) or ServerArgs.__dataclass_fields__
     decided = {"model_path", "dtype", "tp_size", "ep_size", "load_format", "quantization", "skip_tokenizer_init"}
     decided |= {"custom_weight_loader", "custom_sigquit_handler"}
-    return parse_overrides(settings.sglang, flag="--sglang", fields=[name for name in names if name not in decided])
+    return parse_overrides(settings.sglang, flag="--sglang", fields=[name for name in SERVER_FIELDS if name not in decided])
 
 
 def start_engine(model_folder: str, settings: RolloutSettings, config: dict, *, seed: int) -> Engine | None:

@@ -45,11 +45,11 @@ class RunSettings:
     """What to train, for how long, and where the record goes."""
 
     model: str = str(REPOSITORY / "toy")
-    """Hugging Face folder (Qwen3, Qwen2.5 or Llama; safetensors) to train and to generate with."""
+    """Hugging Face folder (Qwen3, Qwen2.5, Llama, Qwen3-MoE or GLM-4.5; safetensors) to train and to generate with."""
     name: str = ""
     """Name of the run folder below runs/; empty: the loop's name and the time."""
     steps: int = 80
-    """Training steps: each is one rollout, one optimizer step, one weight hand-off."""
+    """Training steps: each is one rollout, one update (of --minibatches optimizer steps), one weight hand-off."""
     eval_every: int = 10
     """Evaluate on the held-out prompts every so many steps, and before the first and after the last."""
     seed: int = 1
@@ -107,7 +107,7 @@ def parse_settings(settings_class: type):
 
 
 @all_problems
-def check_run_settings(settings: RunSettings):
+def check_run_settings(settings: RunSettings) -> None:
     """What cannot work, before anything is started."""
     if settings.steps < 1 or settings.eval_every < 1:
         yield f"--steps {settings.steps} and --eval-every {settings.eval_every} must be at least 1"

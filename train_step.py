@@ -30,7 +30,7 @@ from megatron.core.transformer import TransformerConfig
 
 from hf_config import check_layout, megatron_arguments, read_config
 from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings, check_loss_settings, logprobs_and_entropy, mismatch
-from packing import MicroBatch, equal_parts, give_to_samples, local_microbatches, padded_length, plan_of
+from packing import MicroBatch, equal_parts, give_to_samples, local_microbatches, padded_length, microbatch_plan
 from problems import Problems, all_problems
 from run import broadcast_bytes
 from sample import Sample
@@ -95,7 +95,7 @@ class Trainer:
 
 
 @all_problems
-def check_train_settings(settings: TrainSettings, loss: LossSettings, config: dict | None, *, world_size: int, steps: int, longest: int | None):
+def check_train_settings(settings: TrainSettings, loss: LossSettings, config: dict | None, *, world_size: int, steps: int, longest: int | None) -> None:
     """What cannot work, before anything is started. world_size: of the ranks that train. longest: prompt plus response tokens of the longest possible sample.
 
     config, longest: None where they could not be found out; what depends on them is then left out.
@@ -342,7 +342,7 @@ def explain_not_finite(trainer: Trainer, samples: list[Sample], settings: LossSe
         loss = backward(trainer, [sample], settings, **arguments)["loss"]
         norm = gradient_norm(trainer)
         if not np.isfinite(loss) or not np.isfinite(norm):
-            plan = plan_of(trainer, samples)
+            plan = microbatch_plan(trainer, samples)
             rank = dist.get_process_group_ranks(trainer.dp_group)[next(r for r, bins in enumerate(plan) for bin in bins if i in bin)]
             culprit = f"step {step}, rank {rank}: sample {sample.index} of group {sample.group}"
             return f"{culprit} has loss {loss} and gradient norm {norm}; the weights are unchanged"

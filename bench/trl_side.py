@@ -129,7 +129,7 @@ def main(work: dict, out: Path) -> None:
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
-        """rollout.evaluate: one answer to every held-out prompt, sampled as in training; each rank answers its share."""
+        """reward.evaluate: one answer to every held-out prompt, sampled as in training; each rank answers its share."""
         rows = list(islice(problems(seed=0, held_out=True), rollout["eval_samples"]))[trainer.accelerator.process_index :: ranks]
         ids_NL = torch.tensor([tokenizer(row["prompt"]).input_ids for row in rows])
         trainer.model.eval()

@@ -90,8 +90,10 @@ class Settings:
 
 
 @all_problems
-def check_critic_settings(settings: Settings):
+def check_critic_settings(settings: Settings) -> None:
     """What cannot work, and flags that would do nothing here, before anything is started."""
+    if settings.run.debug_rollout_only or settings.run.load_rollouts or settings.run.save_rollouts:
+        yield "--debug-rollout-only, --load-rollouts and --save-rollouts are not part of this example: leave them out"
     critic, steps = settings.critic, settings.run.steps
     if settings.run.save_every or settings.run.resume:
         yield "--save-every and --resume: a checkpoint has one trainer, and this example has two: leave them out"

@@ -15,7 +15,7 @@ a call, and never tokenized again: other tokens can have the same text, and nobo
 it is a Sample like any other. In 30 steps, less than two minutes on one rank, the share of responses with a call goes from 0.52 to 0.99, and held-out accuracy
 from 0.44 to 0.89.
 
-What differs from loop_sync.py, otherwise line by line the same:
+What differs from loop_sync.py, otherwise line by line the same, but for --plan and the flags that record and replay rollouts:
     converse()      in place of rollout.generate(); evaluate() and right_answer() go with it
     warm_start()    before the loop: the toy has never seen a call, so a trainer of its own learns from demonstrations, by the same train_step, and writes the
                     folder that the loop starts from. The policy then calls in half of the cases, and copies with errors.
@@ -95,8 +95,10 @@ class Settings:
 
 
 @all_problems
-def check_tool_settings(settings: Settings):
+def check_tool_settings(settings: Settings) -> None:
     """What cannot work, and flags that would do nothing here, before anything is started."""
+    if settings.run.debug_rollout_only or settings.run.load_rollouts or settings.run.save_rollouts:
+        yield "--debug-rollout-only, --load-rollouts and --save-rollouts are not part of this example: leave them out"
     tools, max_response_tokens = settings.tools, settings.rollout.max_response_tokens
     if settings.reward.reward != "exact" or settings.reward.dynamic_sampling:
         yield "--reward and --dynamic-sampling judge and generate single turns, not conversations: leave them out"
@@ -290,6 +292,8 @@ def main() -> None:
         weight_sync.sync_weights(weights, engine, version=start, check=True)
         if not resumed:
             record.log(record.log_eval(0, *evaluate(engine, data, settings.rollout, judge, everyone, max_turns=max_turns)))
+        else:
+            record.profile(start)
         prompts = rollout.Prompts(data, settings.rollout, taken=rollout.taken_before(ranks, settings.rollout))
         for step in range(start + 1, steps + 1):
             watch = Stopwatch()

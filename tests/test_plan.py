@@ -77,7 +77,7 @@ def test_trainers_hold_what_the_plan_says(held, case):
     folders, measured = held
     which, settings = CASES[case]
     settings = TrainSettings(**settings)
-    split = dict(tp=settings.tp, pp=settings.pp, cp=settings.cp, ep=settings.ep)
+    split = dict(tp=settings.tp, pp=settings.pp, ep=settings.ep)
     element_bytes = {"bf16": 2, "fp32": 4}[settings.train_dtype]
     load = dict(element_bytes=element_bytes, tokens=1, microbatches=1, recompute=False, reference=False)
     counted = memory.trainer_bytes(read_config(folders[which]), ranks=4, **split, **load)
@@ -107,7 +107,7 @@ def test_activations_are_those_that_autograd_saves(fresh_megatron, models, famil
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         trainer.ddp(batch.tokens_T[None], None, None, packed_seq_params=batch.packed)
     load = dict(element_bytes=4, tokens=200, microbatches=1, recompute=recompute, reference=False)
-    counted = memory.trainer_bytes(config, ranks=1, tp=1, pp=1, cp=1, ep=1, **load)["activations"]
+    counted = memory.trainer_bytes(config, ranks=1, tp=1, pp=1, ep=1, **load)["activations"]
     one_layer = max(memory.activation_bytes(config, sparse=sparse, tokens=200, tp=1, ep=1, element_bytes=4)
                     for sparse, layers in memory.layer_kinds(config).items() if layers)  # fmt: skip
     if recompute:  # the layers' inputs; the one layer that is computed again comes in the backward pass
