@@ -174,7 +174,7 @@ def refill(
         if not dull:
             break
         fresh = generate(engine, prompts.take(len(dull)), data, settings, n=settings.samples_per_prompt)
-        judge.submit(fresh).result()
+        judge.submit(fresh).result()  # not compute_rewards: few as they are, all may fail without the judge being broken
         replaced += [mark for group in dull for mark in marks(group, REPLACED)]
         samples = [sample for group in groups if not is_uninformative(group) for sample in group] + fresh
     return samples + replaced

@@ -122,11 +122,13 @@ def accuracy(*, rounds: int, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", metavar="|".join((*WORKLOADS, "accuracy")), help="the three workloads unless some are named")
-    parser.add_argument("--steps", type=int, help="of each run; four at least for the workloads")
+    parser.add_argument("--steps", type=int, help="of each run")
     parser.add_argument("--rounds", type=int)
     flags = parser.parse_args()
     if unknown := set(flags.what) - {*WORKLOADS, "accuracy"}:
         parser.error(f"{' '.join(unknown)} is none of: {', '.join(WORKLOADS)}, accuracy")
+    if flags.steps is not None and flags.steps < 4 and flags.what != ["accuracy"]:
+        parser.error(f"--steps {flags.steps} leaves no step to measure: the first quarter and the last two are left out; use at least 4")
     for what in flags.what or WORKLOADS:
         if what == "accuracy":
             accuracy(rounds=flags.rounds or 3, steps=flags.steps or 80)
