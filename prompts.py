@@ -67,8 +67,8 @@ def sample_of(row: dict | str, tokenizer: PreTrainedTokenizerBase | None, settin
     metadata = row.get("metadata")
     if not prompt:
         raise BadInput(f"{where} has no prompt: it needs a non-empty one, text or a list of chat messages")
-    if not isinstance(metadata, dict | None) or "source" in (metadata or {}):
-        raise BadInput(f'{where}: "metadata", if given, must be an object without "source", which names the file: rename that field')
+    if not isinstance(metadata, dict | None):
+        raise BadInput(f'{where}: "metadata" is a {type(metadata).__name__}; if given, it must be an object')
     try:
         orjson.dumps([prompt, label, metadata])
     except TypeError as error:
@@ -79,7 +79,7 @@ def sample_of(row: dict | str, tokenizer: PreTrainedTokenizerBase | None, settin
             f"{where}: the prompt has {len(ids)} tokens; it must have 1 to {max_prompt_tokens} "
             "(the model's context less --max-response-tokens, and 2 positions that SGLang keeps): shorten it or lower that flag"
         )
-    return Sample(ids, text, label, metadata={**(metadata or {}), "source": name})
+    return Sample(ids, text, label, metadata=metadata or {}, source=name)
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict | str]]:
@@ -160,10 +160,10 @@ def shuffled(samples: list[Sample], *, seed: int) -> Iterator[Sample]:
 
 
 def generated(rows: Iterator[dict], tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, name: str) -> Iterator[Sample]:
-    """Endless problems, rows with a prompt, a label and perhaps metadata, as samples without a response."""
+    """Endless problems, rows with a prompt, a label and perhaps notes, as samples without a response."""
     for group, row in enumerate(rows):
         text, ids = encode(row["prompt"], tokenizer, settings, where=name)
-        yield Sample(ids, text, row["label"], group, metadata={**row.get("metadata", {}), "source": name})
+        yield Sample(ids, text, row["label"], group, source=name, notes=row.get("notes", {}))
 
 
 def toy_prompts(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, seed: int, held_out: bool) -> Iterator[Sample]:

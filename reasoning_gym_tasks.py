@@ -28,7 +28,7 @@ REFUSED = {
 
 
 def problems(task: str, *, seed: int | str) -> Iterator[dict]:
-    """Endless rows {"prompt": str, "label": str, "metadata": {"reasoning_gym": [task, seed, index]}}. Raises BadInput for a task that cannot be used."""
+    """Endless rows {"prompt": str, "label": str, "notes": {"reasoning_gym": [task, seed, index]}}. Raises BadInput for a task that cannot be used."""
     try:
         import reasoning_gym
     except ImportError as error:
@@ -52,7 +52,7 @@ def score(response: str, task: str, seed: int | str, index: int) -> tuple[float,
 
 def _row(task: str, seed: int | str, index: int) -> dict:
     problem = _problem(task, seed, index)
-    return {"prompt": problem["question"], "label": problem["answer"], "metadata": {"reasoning_gym": [task, seed, index]}}
+    return {"prompt": problem["question"], "label": problem["answer"], "notes": {"reasoning_gym": [task, seed, index]}}
 
 
 @lru_cache(4096)

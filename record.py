@@ -207,7 +207,7 @@ class Record:
         self.say(f"step {step:4d}  held-out accuracy {self.accuracy[-1]:.3f} on {prompts} prompts{more}")
         written = collections.Counter()
         for sample in samples if self.is_writer else ():
-            source = sample.metadata.get("source", "")
+            source = sample.source
             written[source] += 1
             if written[source] <= 8:
                 row = {"prompt": sample.prompt, "response": sample.response, "label": sample.label, "reward": sample.reward, "source": source}

@@ -63,15 +63,15 @@ def exact_match(sample: Sample) -> float:
 
 def math_reward(sample: Sample) -> float:
     """1 if the last \\boxed{} of the response, or else its last number, equals the label in value: 0.5, 1/2 and \\frac{1}{2} are one answer."""
-    is_right, sample.metadata["answer"] = math_judge.judged_in_worker(sample.response, str(sample.label))
+    is_right, sample.answer = math_judge.judged_in_worker(sample.response, str(sample.label))
     return float(is_right)
 
 
 def reasoning_gym_reward(sample: Sample) -> float:
     """The score of reasoning-gym's own scorer for its problems; math_reward for prompts from elsewhere."""
-    if "reasoning_gym" not in sample.metadata:
+    if "reasoning_gym" not in sample.notes:
         return math_reward(sample)
-    score, sample.metadata["answer"] = reasoning_gym_tasks.score(sample.response, *sample.metadata["reasoning_gym"])
+    score, sample.answer = reasoning_gym_tasks.score(sample.response, *sample.notes["reasoning_gym"])
     return score
 
 
@@ -104,7 +104,7 @@ class Judge:
         threading.Thread(target=self._loop.run_forever, name="judge-loop", daemon=True).start()
 
     def submit(self, samples: list[Sample]) -> Future:
-        """Start judging: sets every sample's reward. Where the function fails it stays None, the metadata say why, and the tokens are masked."""
+        """Start judging: sets every sample's reward. Where the function fails it stays None, sample.error says why, and the tokens are masked."""
         return asyncio.run_coroutine_threadsafe(self._score_all(samples), self._loop)
 
     async def _score_all(self, samples: list[Sample]) -> None:
@@ -121,7 +121,7 @@ class Judge:
                 if not math.isfinite(sample.reward):
                     raise ValueError(f"the reward function returned {sample.reward}")
             except Exception as error:  # whatever a user's reward function may raise: counted, shown, and the sample set aside
-                sample.reward, sample.loss_mask, sample.metadata["reward_error"] = None, [0] * len(sample.response_ids), repr(error)
+                sample.reward, sample.loss_mask, sample.error = None, [0] * len(sample.response_ids), repr(error)
                 if not self._failed:
                     print(f"reward error, the first on this rank, on the response {sample.response!r}:\n{traceback.format_exc()}", flush=True)
                 self._failed = True
@@ -236,7 +236,7 @@ def eval_metrics(samples: list[Sample]) -> dict[str, float]:
     """
     sets = defaultdict(list)
     for group in by_group(samples):
-        sets[group[0].metadata.get("source")].append(group)
+        sets[group[0].source].append(group)
     of_set = {name: _set_metrics(groups) for name, groups in sets.items()}
     means = {key: sum(row[key] for row in of_set.values()) / len(of_set) for row in [*of_set.values()][:1] for key in row}
     return means | {f"{key}/{name}": value for name, row in of_set.items() for key, value in row.items() if len(of_set) > 1}
@@ -250,7 +250,7 @@ def _set_metrics(groups: list[list[Sample]]) -> dict[str, float]:
     is_right = [[(sample.reward or 0.0) >= 1 for sample in group] for group in groups]
     for k in sorted({n, *(2**i for i in range(n.bit_length()))}):
         metrics[f"pass@{k}"] = sum(pass_at_k(n, sum(right), k) for right in is_right) / len(groups)
-    answers = [[sample.metadata.get("answer", sample.response.strip()) for sample in group] for group in groups]
+    answers = [[sample.response.strip() if sample.answer is None else sample.answer for sample in group] for group in groups]
     metrics[f"majority@{n}"] = sum(map(majority_is_right, answers, is_right)) / len(groups)
     return metrics
 
@@ -278,7 +278,7 @@ def batch_metrics(samples: list[Sample], *, version: int) -> dict[str, float]:
     ages = [version - token_version for sample in samples for token_version in sample.weight_versions]
     rewards = defaultdict(list)
     for sample in samples:
-        rewards[sample.metadata.get("source")] += [] if sample.reward is None else [sample.reward]
+        rewards[sample.source] += [] if sample.reward is None else [sample.reward]
     of_source = {f"reward/{name}": sum(mine) / len(mine) for name, mine in sorted(rewards.items()) if mine} if len(rewards) > 1 else {}
     return of_source | {
         "reward": sum(scored) / len(scored),

@@ -136,7 +136,7 @@ def sampling_params(data: Data, settings: RolloutSettings, samples: list[Sample]
 
 def copies(prompt: Sample, n: int) -> list[Sample]:
     """A group: n samples of one prompt, still without responses."""
-    return [replace(prompt, index=index, metadata=dict(prompt.metadata)) for index in range(n)]
+    return [replace(prompt, index=index, metadata=dict(prompt.metadata), notes=dict(prompt.notes)) for index in range(n)]
 
 
 def fill(samples: list[Sample], outputs: list[dict], data: Data) -> None:
@@ -149,7 +149,7 @@ def fill(samples: list[Sample], outputs: list[dict], data: Data) -> None:
         sample.loss_mask = [1] * len(sample.response_ids)
         sample.weight_versions = output["weight_versions"]
         if sample.finish_reason == "abort":
-            sample.metadata["abort"] = output["meta_info"]["finish_reason"].get("message")
+            sample.error = str(output["meta_info"]["finish_reason"].get("message"))
 
 
 def generate(engine: Engine | None, prompts: list[Sample], data: Data, settings: RolloutSettings, *, n: int, cache: str = "") -> list[Sample]:
@@ -175,7 +175,7 @@ def check_aborts(samples: list[Sample]) -> None:
     """Raise EngineDied if the engine gave up on one of these."""
     for sample in samples:
         if sample.finish_reason == "abort":
-            raise EngineDied(f"the engine aborted sample {sample.index} of group {sample.group}: {sample.metadata['abort']}")
+            raise EngineDied(f"the engine aborted sample {sample.index} of group {sample.group}: {sample.error}")
 
 
 def my_share(prompts: Iterable[Sample], engine_tp: int) -> Iterator[Sample]:

@@ -40,7 +40,15 @@ class Sample:
     advantages: Sequence[float] = field(default_factory=list)
     """Per response token."""
     metadata: dict = field(default_factory=dict)
-    """The row's own; "source", the name of what the prompt is from; "answer", what a reward function took for the answer, where it says so."""
+    """The row's own object of that name, as it was read. The program never writes to it: what it has to say goes to the fields below."""
+    source: str = ""
+    """Short name of what the prompt is from: a file, or a generator."""
+    answer: str | None = None
+    """What the reward function took for the answer; None where it does not say."""
+    error: str = ""
+    """Why the sample has no reward, or why the engine aborted it."""
+    notes: dict = field(default_factory=dict)
+    """What generators, rollouts and reward functions leave for one another: the problem of reasoning-gym, the calls of a tool."""
 
     def to_json(self) -> bytes:
         return orjson.dumps(self, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)

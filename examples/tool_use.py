@@ -130,8 +130,8 @@ def calculator(call: str) -> str | None:
 
 
 def begin(prompt: Sample) -> Sample:
-    """A conversation in which nothing has been said yet. Its metadata: results that the calculator gave, errors among them, the policy's answer."""
-    return replace(prompt, metadata={**prompt.metadata, "calls": 0, "errors": 0, "answer": ""})
+    """A conversation in which nothing has been said yet. Its notes: results that the calculator gave, errors among them."""
+    return replace(prompt, notes={**prompt.notes, "calls": 0, "errors": 0}, answer="")
 
 
 def say(sample: Sample, ids: list[int], text: str, *, logprobs: list[float], versions: list[int], mask: int) -> None:
@@ -149,8 +149,8 @@ def say_result(sample: Sample, call: str, data: Data, *, max_response_tokens: in
     ids = data.tokenizer(result or ERROR, add_special_tokens=False).input_ids[: max_response_tokens - len(sample.response_ids)]
     version = sample.weight_versions[-1]  # nothing sampled these tokens; they are as old as the turn that asked for them
     say(sample, ids, f"[{result or ERROR}]", logprobs=[0.0] * len(ids), versions=[version] * len(ids), mask=0)
-    sample.metadata["calls"] += 1
-    sample.metadata["errors"] += result is None
+    sample.notes["calls"] += 1
+    sample.notes["errors"] += result is None
 
 
 def end_turn(sample: Sample, turn: Sample, data: Data, *, max_turns: int, max_response_tokens: int) -> None:
@@ -158,8 +158,8 @@ def end_turn(sample: Sample, turn: Sample, data: Data, *, max_turns: int, max_re
     say(sample, turn.response_ids, turn.response, logprobs=turn.rollout_logprobs, versions=turn.weight_versions, mask=1)
     is_call = turn.finish_reason == "stop" and turn.response_ids[-1] == data.tokenizer.convert_tokens_to_ids(CALL_END)
     if not is_call:
-        sample.finish_reason, sample.metadata["answer"] = turn.finish_reason, turn.response
-    elif sample.metadata["calls"] == max_turns - 1:
+        sample.finish_reason, sample.answer = turn.finish_reason, turn.response
+    elif sample.notes["calls"] == max_turns - 1:
         sample.finish_reason = "length"
     else:
         say_result(sample, turn.response, data, max_response_tokens=max_response_tokens)
@@ -193,7 +193,7 @@ def converse(
 
 def right_answer(sample: Sample) -> float:
     """reward.exact_match of what the policy said after the last result, or of all it said if it never called."""
-    return reward.exact_match(replace(sample, response=sample.metadata["answer"]))
+    return reward.exact_match(replace(sample, response=sample.answer))
 
 
 def evaluate(engine: Engine | None, data: Data, settings: RolloutSettings, judge: reward.Judge, group: dist.ProcessGroup, *, max_turns: int):
@@ -207,7 +207,7 @@ def evaluate(engine: Engine | None, data: Data, settings: RolloutSettings, judge
 
 def tool_metrics(samples: list[Sample]) -> dict[str, float]:
     """Means over the samples: results that the calculator gave, whether it gave one, results that were errors."""
-    calls, errors = ([sample.metadata[name] for sample in samples] for name in ("calls", "errors"))
+    calls, errors = ([sample.notes[name] for sample in samples] for name in ("calls", "errors"))
     return {"tool_calls": sum(calls) / len(samples), "tool_share": sum(map(bool, calls)) / len(samples), "tool_errors": sum(errors) / len(samples)}
 
 

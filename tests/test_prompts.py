@@ -57,7 +57,7 @@ def data(**settings):
 
 def test_a_sample_is_one_json_line():
     logprobs = np.float32([-0.1, -2.3333333])
-    sample = Sample([1, 5], "3", "7", 4, 0, [6, 2], "4", list(logprobs), [1, 0], [3, 3], "stop", 0.5, metadata={"source": "töy\n"})
+    sample = Sample([1, 5], "3", "7", 4, 0, [6, 2], "4", list(logprobs), [1, 0], [3, 3], "stop", 0.5, source="töy\n")
     line = replace(sample, rollout_logprobs=logprobs).to_json()
     assert b"\n" not in line
     assert np.array_equal(np.float32(Sample.from_json(line).rollout_logprobs), logprobs)  # float32 survives the text exactly
@@ -88,7 +88,7 @@ def test_by_default_a_run_gets_the_toy_as_it_comes():
     assert [sample.prompt for sample in stream] == [row["prompt"] for row in islice(problems(seed=1, held_out=False), 300)]
     assert [sample.prompt for sample in held_out] == [row["prompt"] for row in islice(problems(seed=0, held_out=True), 512)]
     assert [sample.group for sample in stream] == list(range(300)) and [sample.group for sample in held_out] == list(range(512))
-    assert stream[0].metadata == {"source": "toy"} and toy.longest == 9 + 8
+    assert stream[0].source == "toy" and toy.longest == 9 + 8
 
 
 def test_end_tokens(models, tokenizer, tmp_path):
@@ -107,7 +107,7 @@ def test_text_and_chat_prompts(tokenizer, tmp_path):
     rows = {"prompt": "1+2=", "label": "3", "metadata": {"level": 4}}, {"prompt": [{"role": "user", "content": "1+2"}], "label": 3}
     text, chat = read(write(tmp_path / "p.jsonl", *rows), tokenizer)
     assert text.prompt_ids == [1, *chat.prompt_ids] and chat.prompt == "1+2=" and chat.label == 3
-    assert text.metadata == {"level": 4, "source": "file"} and chat.metadata == {"source": "file"}
+    assert text.metadata == {"level": 4} and chat.metadata == {} and text.source == chat.source == "file"
     # A template writes its own special tokens: nothing is added to it.
 
 
@@ -142,7 +142,6 @@ def test_chat_that_cannot_be(tokenizer, tmp_path, template, settings, prompt, me
     ({"prompt": [], "label": 1}, "line 2 has no prompt"),
     ({"prompt": "1+1="}, r"line 2 has no label \(null if the reward uses none\); its fields are prompt: name the right one with --label-key"),
     ({"prompt": "1+1=", "label": 2, "metadata": [1]}, "metadata"),
-    ({"prompt": "1+1=", "label": 2, "metadata": {"source": "x"}}, "rename that field"),
     ({"prompt": "1+1=", "label": 10**20}, "must fit in a line of JSON"),
     ('{"prompt": "\\ud800", "label": 1}', "must fit in a line of JSON"),
     ({"prompt": 12, "label": 1}, "is a int"),
@@ -235,11 +234,11 @@ def test_a_mixture_draws_by_weight_and_numbers_as_it_draws(one_rank, tmp_path):
     settings = RolloutSettings(prompts=(f"{a}:3", b, "toy:0.5"))
     config = read_config(TOY)
     stream, again = (list(islice(load_data(TOY, settings, config, seed=1).stream, 900)) for _ in range(2))
-    counts = Counter(sample.metadata["source"] for sample in stream)
+    counts = Counter(sample.source for sample in stream)
     assert stream == again and [sample.group for sample in stream] == list(range(900))
     assert 550 < counts["a"] < 650 and 170 < counts["b"] < 230 and 75 < counts["toy"] < 125  # of 900: 600, 200, 100
     own = list(islice(load_data(TOY, RolloutSettings(prompts=(b,)), config, seed=1).stream, counts["b"]))
-    assert [sample.prompt for sample in own] == [sample.prompt for sample in stream if sample.metadata["source"] == "b"]  # each source in its own order
+    assert [sample.prompt for sample in own] == [sample.prompt for sample in stream if sample.source == "b"]  # each source in its own order
     prompts = Prompts(load_data(TOY, settings, config, seed=1), settings, taken=123)  # as after a checkpoint
     assert prompts.take(5) == stream[123:128] and prompts.taken == 128
 
@@ -286,7 +285,7 @@ def test_held_out_sets(tmp_path):
     def sets(**settings):
         held_out = data(eval_samples=3, **settings).held_out
         assert [sample.group for sample in held_out] == list(range(len(held_out)))
-        return [(sample.metadata["source"], sample.prompt) for sample in held_out if sample.metadata["source"] != "toy"], len(held_out)
+        return [(sample.source, sample.prompt) for sample in held_out if sample.source != "toy"], len(held_out)
 
     in_order = [("a", "0="), ("a", "1="), ("a", "2="), ("b", "0="), ("b", "1=")]
     assert sets(eval_prompts=tuple(files)) == (in_order, 5) and sets(eval_prompts=("toy", files[1])) == (in_order[3:], 5)
@@ -347,13 +346,13 @@ def test_reasoning_gym_problems_are_endless_seeded_and_disjoint_of_the_held_out(
     one, again, two, held_out = (rows(seed) for seed in (1, 1, 2, "held-out"))
     assert one == again and len({row["prompt"] for row in [*one, *two, *held_out]}) == 3600
     a, b = one[1100]["prompt"][:-1].split("+")
-    assert one[1100]["label"] == str(int(a) + int(b)) and one[1100]["metadata"] == {"reasoning_gym": ["chain_sum", 1, 1100]}
+    assert one[1100]["label"] == str(int(a) + int(b)) and one[1100]["notes"] == {"reasoning_gym": ["chain_sum", 1, 1100]}
 
 
 def test_reasoning_gym_judges_its_own_problems(gym):
     both = data(prompts=("toy", "reasoning-gym:chain_sum:2"), eval_prompts=("reasoning-gym:chain_sum",), eval_samples=4)
-    assert [sample.metadata["source"] for sample in both.held_out] == ["chain_sum"] * 4
-    trained = [sample for sample in islice(both.stream, 60) if sample.metadata["source"] == "chain_sum"]
+    assert [sample.source for sample in both.held_out] == ["chain_sum"] * 4
+    trained = [sample for sample in islice(both.stream, 60) if sample.source == "chain_sum"]
     assert len(trained) > 20 and not {sample.prompt for sample in trained} & {sample.prompt for sample in both.held_out}
     sample = trained[0]
     sample = Sample.from_json(sample.to_json())
@@ -364,7 +363,7 @@ def test_reasoning_gym_judges_its_own_problems(gym):
         ("", 0.0, ""),
     ]:
         sample.response = response
-        assert reasoning_gym_reward(sample) == pytest.approx(expected) and sample.metadata["answer"] == answer
+        assert reasoning_gym_reward(sample) == pytest.approx(expected) and sample.answer == answer
     assert reasoning_gym_reward(Sample([1], label="4", response="so \\boxed{4.0}")) == 1  # not one of its problems: judged as mathematics
 
 
@@ -387,3 +386,12 @@ def test_its_reward_needs_its_problems():
     with pytest.raises(BadInput, match="--prompts has none: add one such as reasoning-gym:chain_sum, or use --reward math"):
         check_reward_settings(RewardSettings(reward="reasoning_gym"), RolloutSettings())
     check_reward_settings(RewardSettings(reward="reasoning_gym"), RolloutSettings(prompts=("toy", "reasoning-gym:gcd:0.1")))
+
+
+def test_a_rows_own_fields_are_its_own(tokenizer, tmp_path):
+    """Fields that the program writes stand beside metadata: a row may call its own as it likes."""
+    own = {"answer": 7, "source": "book", "error": "none", "reasoning_gym": ["gcd"], "abort": 1}
+    (sample,) = read(write(tmp_path / "p.jsonl", {"prompt": "1+2=", "label": "3", "metadata": own}), tokenizer)
+    assert (sample.metadata, sample.source, sample.answer, sample.error, sample.notes) == (own, "file", None, "", {})
+    sample.response, sample.finish_reason = "3", "stop"
+    assert reasoning_gym_reward(sample) == 1 and sample.metadata == own and sample.answer == "3"

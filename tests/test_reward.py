@@ -64,7 +64,7 @@ def test_an_answer_that_hangs_math_verify_takes_no_worker_with_it(monkeypatch):
 def test_math_reward_says_what_it_took_for_the_answer():
     samples = [answer(response, "1/2") for response in (r"\boxed{3}, no: \boxed{0.50}", "half of 4 is 2", "no idea", r"\boxed{")]
     assert [math_reward(sample) for sample in samples] == [1, 0, 0, 0]
-    assert [sample.metadata["answer"] for sample in samples] == ["0.50", "2", "", ""]
+    assert [sample.answer for sample in samples] == ["0.50", "2", "", ""]
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_several_sets_and_answers_by_hand():
     rewards = {0: ["a", 1.0, 0.0, 0.0], 1: ["a", 1.0, 0.0, 1.0], 2: ["b", 0.0, 0.5, None]}
     samples = [answer("no" if r != 1 else f"yes {i}", group=g, reward=r) for g, (_, *row) in rewards.items() for i, r in enumerate(row)]
     for sample in samples:
-        sample.metadata["source"] = rewards[sample.group][0]
+        sample.source = rewards[sample.group][0]
     of_a = {"held_out": 3 / 6, "pass@1": 3 / 6, "pass@2": (2 / 3 + 1) / 2, "pass@3": 1, "majority@3": 1 / 2}
     of_b = {"held_out": 0.5 / 3, "pass@1": 0, "pass@2": 0, "pass@3": 0, "majority@3": 0}
     metrics = eval_metrics(samples)
@@ -205,7 +205,7 @@ def test_a_failing_judge_is_counted_not_scored_zero(capsys):
     compute_rewards(samples, Judge(judge))
     advantages(samples)
     assert [sample.reward for sample in samples] == [1.0, None, None, 0.0]
-    assert samples[1].loss_mask == [0, 0] and list(samples[1].advantages) == [0, 0] and "judge is broken" in samples[1].metadata["reward_error"]
+    assert samples[1].loss_mask == [0, 0] and list(samples[1].advantages) == [0, 0] and "judge is broken" in samples[1].error
     assert samples[0].advantages[0] == -samples[3].advantages[0] > 0  # the mean is over the two that were scored
     assert batch_metrics(samples, version=3)["reward_errors"] == 2
     assert "judge is broken" in capsys.readouterr().out
@@ -217,7 +217,7 @@ def test_a_judge_that_hangs_fails_on_that_answer_only():
     samples = [answer(label=label) for label in "hhab"]
     compute_rewards(samples, Judge(lambda sample: release.wait(60) if sample.label == "h" else 1.0, 2, timeout_s=0.2))
     assert [sample.reward for sample in samples] == [None, None, 1.0, 1.0] and samples[0].loss_mask == [0, 0]
-    assert "has not returned within --judge-timeout-s 0.2" in samples[0].metadata["reward_error"]
+    assert "has not returned within --judge-timeout-s 0.2" in samples[0].error
     release.set()
 
 

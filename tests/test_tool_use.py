@@ -85,7 +85,7 @@ def test_two_turns_by_hand(data):
     assert sample.rollout_logprobs == [-1 - i / 100 for i in range(9)] + [0.0] * 4 + [-2.0, -2.01, -2.02, -2.03]
     assert sample.weight_versions == [5] * 13 + [6] * 4  # the result is as old as the turn that asked for it
     assert sample.response == "+046+789=[5380]538" and sample.finish_reason == "stop"
-    assert sample.metadata == {"calls": 1, "errors": 0, "answer": "538"} and right_answer(sample) == 1
+    assert sample.notes == {"calls": 1, "errors": 0} and sample.answer == "538" and right_answer(sample) == 1
     assert engine.prompts == [[PROMPT], [PROMPT + CALL + RESULT]] and engine.limits == [[24], [11]]
 
 
@@ -104,7 +104,7 @@ def test_what_goes_on_is_one_batch(data):
     assert [len(prompts) for prompts in engine.prompts] == [3, 2, 1]
     assert engine.prompts[2] == [PROMPT + two_and_two + [7, 3, 3, 3] + CALL + RESULT] and engine.limits[2] == [32 - 5 - 4 - 9 - 4]
     assert [sample.response for sample in samples] == ["+046+789=[5380]538", "538", "+2+2=[4000]+046+789=[5380]538"]
-    assert [sample.metadata["calls"] for sample in samples] == [1, 0, 2] and [sample.index for sample in samples] == [0, 1, 2]
+    assert [sample.notes["calls"] for sample in samples] == [1, 0, 2] and [sample.index for sample in samples] == [0, 1, 2]
     assert all(right_answer(sample) == 1 for sample in samples)
     assert tool_use.tool_metrics(samples) == {"tool_calls": 1.0, "tool_share": 2 / 3, "tool_errors": 0.0}
 
@@ -119,7 +119,7 @@ def test_the_answer_is_what_follows_the_last_result(data):
 def test_a_call_in_the_last_turn_gets_no_result(data):
     (sample,), _ = talk(data, [CALL], [CALL], max_turns=2)
     assert sample.response_ids == CALL + RESULT + CALL and sample.finish_reason == "length"
-    assert sample.metadata["calls"] == 1 and right_answer(sample) == 0
+    assert sample.notes["calls"] == 1 and right_answer(sample) == 0
     (sample,), _ = talk(data, [CALL], max_turns=1)
     assert sample.response_ids == CALL and sample.finish_reason == "length" and right_answer(sample) == 0
 
@@ -128,14 +128,14 @@ def test_a_malformed_call_gets_an_error_and_goes_on(data):
     (sample,), engine = talk(data, [[PLUS, PLUS, EQUALS]], [[*SUM, END]])
     assert engine.prompts[1] == [PROMPT + [PLUS, PLUS, EQUALS] + [PLUS]]  # the error is "+"
     assert sample.loss_mask == [1, 1, 1, 0, 1, 1, 1, 1] and sample.response == "++=[+]538"
-    assert sample.metadata == {"calls": 1, "errors": 1, "answer": "538"} and right_answer(sample) == 1
+    assert sample.notes == {"calls": 1, "errors": 1} and sample.answer == "538" and right_answer(sample) == 1
 
 
 @pytest.mark.parametrize("limit", [11, 13])
 def test_the_token_limit_inside_or_right_after_a_result(data, limit):
     (sample,), _ = talk(data, [CALL], max_response_tokens=limit)
     assert sample.response_ids == (CALL + RESULT)[:limit] and sample.loss_mask == [1] * 9 + [0] * (limit - 9)
-    assert sample.finish_reason == "length" and sample.metadata["answer"] == "" and right_answer(sample) == 0
+    assert sample.finish_reason == "length" and sample.answer == "" and right_answer(sample) == 0
 
 
 def test_the_token_limit_inside_a_turn(data):
@@ -182,7 +182,7 @@ def test_demonstrations_by_hand(data):
     assert direct.response_ids == [*SUM, END] and direct.loss_mask == [1] * 4
     longest = demonstration(Sample(prompt_ids=PROMPT, prompt="999+999=", label="8991"), data, calls=True)
     assert len(longest.response_ids) == LONGEST_DEMONSTRATION and longest.response.endswith("=[8991]8991</s>")
-    assert prompt.response_ids == [] and prompt.metadata == {}
+    assert prompt.response_ids == [] and prompt.notes == {}
 
 
 def test_at_ratio_1_and_advantage_1_the_policy_loss_is_supervised():
