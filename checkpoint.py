@@ -46,7 +46,7 @@ from run import all_gather_bytes, signal_when_parent_ends
 # groups in flight would have no place, or be too old. All other settings may change, and what the resumed run is asked for holds.
 MUST_AGREE = (("run", "seed"), ("rollout", "samples_per_prompt"), ("reward", "reward"), ("train", "train_dtype"))
 READ_FILES = ("*.safetensors", "*.json", "tokenizer*", "chat_template*", "vocab.*", "merges.txt")
-ASYNC_MUST_AGREE = (("in_flight", "rollout_ranks"), ("in_flight", "max_staleness"), ("rollout", "engine_tp"))
+ASYNC_MUST_AGREE = (("in_flight", "rollout_ranks"), ("in_flight", "max_staleness"), ("rollout", "engine_tp"), ("rollout", "temperature"))
 
 
 @dataclass(frozen=True)
