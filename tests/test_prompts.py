@@ -29,7 +29,7 @@ from sample import DataSettings, Sample, end_tokens, load_tokenizer
 from toy.task import is_held_out, problems
 
 TOY = str(REPOSITORY / "toy")
-CHAT = "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}={% endfor %}"
+CHAT = "{% for m in messages %}{{ {'user': '1', 'system': '2', 'tool': '3', 'assistant': '4'}[m['role']] }}+{{ m['content'] }}={% endfor %}"
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def tokenizer():
 
 
 def write(path, *rows):
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
     return str(path)
 
 
