@@ -19,7 +19,7 @@ from problems import BadInput, all_problems
 from sample import DataSettings, Sample, encode
 
 SHOWN_ROWS = 5  # of a file's bad rows; a wrong file has thousands
-SHOWN_CHARACTERS = 60  # of a label
+SHOWN_CHARACTERS = 60  # of a bad value
 LabelProblems = Callable[[list[Any]], list[str]]  # for each label "", or why it cannot be judged
 OTHER_FORMATS = {
     b"PAR1": "is a Parquet file: its name must end in .parquet",
@@ -69,10 +69,11 @@ def sample_of(row: dict | str, tokenizer: PreTrainedTokenizerBase | None, settin
     row = _parsed(row, where=where) if is_line else row
     prompt = value_at(row, settings.prompt_key, where=where, flag="--prompt-key")
     label = value_at(row, settings.label_key, where=where, flag="--label-key")
-    metadata, tools = row.get("metadata"), _tools(row.get("tools"), where=where)
+    metadata, tools = row.get("metadata"), row.get("tools")
     if not is_line:
         # In Parquet all objects of a column have the same fields; those that one lacks are null in it.
         prompt, tools = _without_nulls(prompt), _without_nulls(tools)
+    tools = _tools(tools, where=where)
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise BadInput(f"{where} has no prompt: it needs a non-empty one, text or a list of chat messages")
     if not isinstance(metadata, dict | None):
@@ -94,13 +95,15 @@ def sample_of(row: dict | str, tokenizer: PreTrainedTokenizerBase | None, settin
 
 def _tools(given: Any, *, where: str) -> list[dict] | None:
     """A row's tools: a list of objects, or JSON text of it or of each of them; None if there are none."""
+    rule = "it must be a list of objects, or JSON text of one"
     try:
         given = json.loads(given) if isinstance(given, str) else given
-        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in given or []]
-    except (TypeError, ValueError, RecursionError) as error:
-        raise BadInput(f'{where}: "tools" cannot be read ({error}): it must be a list of objects, or JSON text of one') from error
+        tools = given if isinstance(given, list) else []
+        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f'{where}: "tools" cannot be read as JSON ({error}): {rule}') from error
     if not isinstance(given, list | None) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadInput(f'{where}: "tools" must be a list of objects, or JSON text of one')
+        raise BadInput(f'{where}: "tools" is {_shown(given)}; {rule}')
     return tools or None
 
 
@@ -223,6 +226,6 @@ def _unfit_labels(rows: list[tuple[str, Sample]], label_problems: LabelProblems 
     return [f"{where}: the label {_shown(sample.label)} {phrase}" for (where, sample), phrase in zip(rows, phrases, strict=True) if phrase]
 
 
-def _shown(label: Any) -> str:
-    text = "null" if label is None else repr(label)
+def _shown(value: Any) -> str:
+    text = "null" if value is None else repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"

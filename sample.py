@@ -280,4 +280,4 @@ def check_known(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, *
 
 def _is_visible(character: str) -> bool:
     kind = unicodedata.category(character)
-    return kind[0] in "LNPS" and kind not in ("Lm", "Sk")
+    return kind[0] in "LNPS" and (character.isascii() or kind not in ("Lm", "Sk"))  # no accents
