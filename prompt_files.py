@@ -76,6 +76,8 @@ def sample_of(row: dict | str, tokenizer: PreTrainedTokenizerBase | None, settin
     tools = _tools(tools, where=where)
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise BadInput(f"{where} has no prompt: it needs a non-empty one, text or a list of chat messages")
+    if isinstance(prompt, str) and _is_text_of_messages(prompt):
+        raise BadInput(f"{where}: the prompt is JSON text of chat messages: give the list itself, not its text")
     if not isinstance(metadata, dict | None):
         raise BadInput(f'{where}: "metadata" is a {type(metadata).__name__}; if given, it must be an object')
     try:
@@ -91,6 +93,16 @@ def sample_of(row: dict | str, tokenizer: PreTrainedTokenizerBase | None, settin
             "(the model's context less --max-response-tokens, and 2 positions that SGLang keeps): shorten it or lower that flag"
         )
     return Sample(ids, text, label, metadata=metadata or {}, source=name)
+
+
+def _is_text_of_messages(prompt: str) -> bool:
+    if not prompt.lstrip().startswith("["):
+        return False
+    try:
+        value = json.loads(prompt)
+    except (ValueError, RecursionError):
+        return False
+    return bool(value) and all(isinstance(message, dict) and "role" in message for message in value)
 
 
 def _tools(given: Any, *, where: str) -> list[dict] | None:
@@ -147,13 +159,21 @@ def _check_format(path: str) -> None:
 
 def _parsed(line: str, *, where: str) -> dict:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise BadInput(f"{where} is not JSON ({reason}): every line must be one object") from error
     if not isinstance(row, dict):
         raise BadInput(f"{where} is no object: every line must be one, with a prompt and a label")
     return row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(name for at, (name, _) in enumerate(pairs) if name in dict(pairs[:at]))
+        raise ValueError(f"the field {twice!r} is given twice")
+    return value
 
 
 def _parquet_rows(path: str) -> Iterator[tuple[str, dict]]:
