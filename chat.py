@@ -1,8 +1,9 @@
 """Chat messages -> the text of a prompt, by the tokenizer's chat template.
 
-A chat template is a program of the model's makers. What a row or a flag gives it either changes the
-prompt's text, or is refused: a template leaves out in silence what it does not know, such as the role
-developer, tools, or the field name. Only what says which call a result belongs to may be left out.
+A chat template is a program of the model's makers. It leaves out in silence what it does not know,
+such as the role developer, tools, or the field name. What a row or a flag gives to the template
+either changes the prompt's text or is refused. Only what says which call a result belongs to may be
+left out.
 """
 
 import inspect
@@ -17,9 +18,13 @@ from transformers import PreTrainedTokenizerBase
 from problems import BadInput, all_problems
 from run import parse_overrides
 
+SHORT = 20  # characters; a longer text that stands in the prompt is no accident
+
 
 @all_problems
-def check_template_kwargs(tokenizer: PreTrainedTokenizerBase, template_kwargs: tuple[str, ...]) -> None:
+def check_template_kwargs(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: tuple[str, ...]
+) -> None:
     """Refuse --chat-template-kwargs that would do nothing, or something else than they say."""
     flag, templates = "--chat-template-kwargs", tokenizer.chat_template
     given = parse_overrides(template_kwargs, flag=flag, fields=None)
@@ -49,11 +54,15 @@ def check_template_kwargs(tokenizer: PreTrainedTokenizerBase, template_kwargs: t
 
 def _names_read(template: str) -> set[str]:
     """Return the names that a chat template takes from outside."""
-    template = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers' own
+    template = re.sub(
+        r"\{%-?\s*(end)?generation\s*-?%\}", "", template
+    )  # a tag of transformers' own
     try:
         parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except jinja2.TemplateError as error:
-        raise BadInput(f"the tokenizer's chat template cannot be read ({error}): mend it") from error
+        raise BadInput(
+            f"the tokenizer's chat template cannot be read ({error}): mend it"
+        ) from error
     return jinja2.meta.find_undeclared_variables(parsed)
 
 
@@ -71,7 +80,10 @@ def chat_text(
     Raises BadInput for what the template refuses, and for all that it would leave out.
     """
     if tokenizer.chat_template is None:
-        raise BadInput(f"{where}: chat messages need a chat template, and the tokenizer has none: give the prompt as text, without --chat")
+        raise BadInput(
+            f"{where}: chat messages need a chat template, and the tokenizer has none: give the "
+            "prompt as text, without --chat"
+        )
     messages = [_message(message, where=where) for message in messages]
     last = messages[-1]
     if last["role"] == "assistant":
@@ -83,24 +95,37 @@ def chat_text(
         raise BadInput(f"{where} has no prompt: the last message is blank")
     if system_prompt:
         if messages[0]["role"] == "system":
-            raise BadInput(f"{where} has a system message of its own: leave --system-prompt out, or remove that message")
+            raise BadInput(
+                f"{where} has a system message of its own: leave --system-prompt out, or remove "
+                "that message"
+            )
         messages = [{"role": "system", "content": system_prompt}, *messages]
     options = parse_overrides(template_kwargs, flag="--chat-template-kwargs", fields=None)
 
     def render(messages: list[dict], tools: list[dict] | None) -> str:
-        return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False, **options)
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, tokenize=False, **options
+        )
 
     try:
         text = render(messages, tools)
-    except Exception as error:  # a template is a program of the model's makers, and raises what it likes
-        raise BadInput(f"{where}: the tokenizer's chat template refuses these messages ({error}): change their roles or order") from error
+    except (
+        Exception
+    ) as error:  # a template is a program of the model's makers, and raises what it likes
+        raise BadInput(
+            f"{where}: the tokenizer's chat template refuses these messages ({error}): change "
+            "their roles or order"
+        ) from error
     for part, messages_without, tools_without in _parts(messages, tools, text):
         try:
             is_left_out = render(messages_without, tools_without) == text
         except Exception:  # the template cannot do without that part: it reads it
             is_left_out = False
         if is_left_out:
-            raise BadInput(f"{where}: the tokenizer's chat template leaves out {part}: remove it, or use a template that writes it")
+            raise BadInput(
+                f"{where}: the tokenizer's chat template leaves out {part}: remove it, or use a "
+                "template that writes it"
+            )
     return text
 
 
@@ -113,7 +138,10 @@ def _message(message: Any, *, where: str) -> dict:
         role, content = message.get("role"), message.get("content")
         if role and isinstance(role, str) and isinstance(content, str):
             return message
-    raise BadInput(f'{where}: every chat message needs a "role" and a text "content" (join the parts of a list)')
+    raise BadInput(
+        f'{where}: every chat message needs a "role" and a text "content" (join the parts of '
+        "a list)"
+    )
 
 
 def _parts(messages: list[dict], tools: list[dict] | None, text: str) -> Iterator[tuple]:
@@ -121,11 +149,28 @@ def _parts(messages: list[dict], tools: list[dict] | None, text: str) -> Iterato
     if tools:
         yield 'the row\'s "tools"', messages, None
     for at, message in enumerate(messages):
-        if message["content"].strip() not in text:
+        content = message["content"].strip()
+        if content and (len(content) < SHORT or content not in text):
             other = {**message, "content": message["content"] + "0"}
-            yield f"message {at + 1}, of role {message['role']!r}", [*messages[:at], other, *messages[at + 1 :]], tools
+            yield (
+                f"message {at + 1}, of role {message['role']!r}",
+                [*messages[:at], other, *messages[at + 1 :]],
+                tools,
+            )
     for name in dict.fromkeys(name for message in messages for name in message):
         # These only say which call a result belongs to.
-        is_reference = name == "tool_call_id" or name == "name" and all(m["role"] == "tool" for m in messages if name in m)
-        if name not in ("role", "content") and not is_reference and any(m.get(name) for m in messages):
-            yield f'the messages\' field "{name}"', [{n: v for n, v in m.items() if n != name} for m in messages], tools
+        is_reference = (
+            name == "tool_call_id"
+            or name == "name"
+            and all(m["role"] == "tool" for m in messages if name in m)
+        )
+        if (
+            name not in ("role", "content")
+            and not is_reference
+            and any(m.get(name) for m in messages)
+        ):
+            yield (
+                f'the messages\' field "{name}"',
+                [{n: v for n, v in m.items() if n != name} for m in messages],
+                tools,
+            )

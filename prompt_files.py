@@ -1,9 +1,10 @@
-"""Files of prompts: JSONL or Parquet, a row a prompt. Every row is checked before anything is started.
+"""Files of prompts: JSONL or Parquet, a row a prompt; every row is checked before the start.
 
     {"prompt": text or [chat messages], "label": anything, "metadata": {...}, "tools": [...]}
 
-The label is null if the reward uses none; metadata and tools are optional. --prompt-key and --label-key
-name other fields. A value that is null or NaN counts as absent, so that files of several makers mix.
+The label is null if the reward uses none; metadata and tools are optional. --prompt-key and
+--label-key name other fields. Where they name several, a row's first value that is neither null nor
+NaN counts, so that files of several makers mix.
 """
 
 import json
@@ -40,15 +41,23 @@ def read_prompts(
     label_problems: LabelProblems | None = None,
     marked: set[str] | None = None,
 ) -> list[Sample]:
-    """Read all rows of a file as samples without a response. Raises BadInput naming the first rows that cannot be used.
+    """Read all rows of a file as samples without a response.
 
+    Raises BadInput naming the first rows that cannot be used.
     tokenizer: None where it could not be read; what needs it is then not looked at.
     marked: receives the path if the file's labels hold --label-after.
     """
     rows, bad = [], []
     for where, row in read_rows(path):
         try:
-            sample = sample_of(row, tokenizer, settings, where=where, name=name, max_prompt_tokens=max_prompt_tokens)
+            sample = sample_of(
+                row,
+                tokenizer,
+                settings,
+                where=where,
+                name=name,
+                max_prompt_tokens=max_prompt_tokens,
+            )
             rows.append((where, sample))
         except BadInput as error:
             bad += error.problems
@@ -63,7 +72,15 @@ def read_prompts(
     return [sample for _, sample in rows]
 
 
-def sample_of(row: dict | str, tokenizer: PreTrainedTokenizerBase | None, settings: DataSettings, *, where: str, name: str, max_prompt_tokens: float) -> Sample:
+def sample_of(
+    row: dict | str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: DataSettings,
+    *,
+    where: str,
+    name: str,
+    max_prompt_tokens: float,
+) -> Sample:
     """A row of a file, or its line, as a sample without a response. Raises BadInput."""
     is_line = isinstance(row, str)
     row = _parsed(row, where=where) if is_line else row
@@ -71,30 +88,58 @@ def sample_of(row: dict | str, tokenizer: PreTrainedTokenizerBase | None, settin
     label = value_at(row, settings.label_key, where=where, flag="--label-key")
     metadata, tools = row.get("metadata"), row.get("tools")
     if not is_line:
-        # In Parquet all objects of a column have the same fields; those that one lacks are null in it.
+        # In Parquet all objects of a column have the same fields; what one lacks is null in it.
         prompt, tools = _without_nulls(prompt), _without_nulls(tools)
     tools = _tools(tools, where=where)
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise BadInput(f"{where} has no prompt: it needs a non-empty one, text or a list of chat messages")
+        raise BadInput(
+            f"{where} has no prompt: it needs a non-empty one, text or a list of chat messages"
+        )
+    if isinstance(prompt, str) and _is_text_of_messages(prompt):
+        raise BadInput(
+            f"{where}: the prompt is JSON text of chat messages: give the list itself, not its text"
+        )
     if not isinstance(metadata, dict | None):
-        raise BadInput(f'{where}: "metadata" is a {type(metadata).__name__}; if given, it must be an object')
+        raise BadInput(
+            f'{where}: "metadata" is a {type(metadata).__name__}; if given, it must be an object'
+        )
     try:
         json.dumps([prompt, label, metadata, tools], allow_nan=False)
         # As it will be on every rank: tuples become lists.
-        prompt, label, metadata, tools = orjson.loads(orjson.dumps([prompt, label, metadata, tools]))
+        prompt, label, metadata, tools = orjson.loads(
+            orjson.dumps([prompt, label, metadata, tools])
+        )
     except (TypeError, ValueError, RecursionError) as error:
-        raise BadInput(f"{where}: prompt, label and metadata must fit in a line of JSON ({error}): convert the field to text") from error
-    text, ids = ("", [0]) if tokenizer is None else encode(prompt, tokenizer, settings, where=where, tools=tools)
+        raise BadInput(
+            f"{where}: prompt, label and metadata must fit in a line of JSON ({error}): convert "
+            "the field to text"
+        ) from error
+    text, ids = (
+        ("", [0])
+        if tokenizer is None
+        else encode(prompt, tokenizer, settings, where=where, tools=tools)
+    )
     if not ids or len(ids) > max_prompt_tokens:
         raise BadInput(
             f"{where}: the prompt has {len(ids)} tokens; it must have 1 to {max_prompt_tokens} "
-            "(the model's context less --max-response-tokens, and 2 positions that SGLang keeps): shorten it or lower that flag"
+            "(the model's context less --max-response-tokens, and 2 positions that SGLang keeps): "
+            "shorten it or lower that flag"
         )
     return Sample(ids, text, label, metadata=metadata or {}, source=name)
 
 
+def _is_text_of_messages(prompt: str) -> bool:
+    if not prompt.lstrip().startswith("["):
+        return False
+    try:
+        value = json.loads(prompt)
+    except (ValueError, RecursionError):
+        return False
+    return bool(value) and all(isinstance(message, dict) and "role" in message for message in value)
+
+
 def _tools(given: Any, *, where: str) -> list[dict] | None:
-    """A row's tools: a list of objects, or JSON text of it or of each of them; None if there are none."""
+    """Return a row's tools, given as a list or as JSON text of it or of each; None without any."""
     rule = "it must be a list of objects, or JSON text of one"
     try:
         given = json.loads(given) if isinstance(given, str) else given
@@ -114,26 +159,36 @@ def _without_nulls(value: Any) -> Any:
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict | str]]:
-    """(file and row as an error names them, the row or its line) of a Parquet or JSONL file, one after the other. Raises BadInput."""
+    """Yield (file and row as an error names them, the row or its line). Raises BadInput."""
     if os.path.isdir(path):
         raise BadInput(f"prompts file {path} is a folder: name the JSONL or Parquet files in it")
-    if not os.path.isfile(path):  # False also for what cannot be a path, at which Path.is_file() raises
-        raise BadInput(f"prompts file {path} does not exist: give a JSONL or Parquet file, or leave the flag out for the toy task")
+    if not os.path.isfile(
+        path
+    ):  # False also for what cannot be a path, at which Path.is_file() raises
+        raise BadInput(
+            f"prompts file {path} does not exist: give a JSONL or Parquet file, or leave the flag "
+            "out for the toy task"
+        )
     if path.endswith(".parquet"):
         yield from _parquet_rows(path)
         return
     try:
         _check_format(path)
-        with open(path, encoding="utf-8-sig") as file:  # a byte order mark at the start is no part of the first line
+        with open(
+            path, encoding="utf-8-sig"
+        ) as file:  # a byte order mark at the start is no part of the first line
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield f"{path} line {number}", line
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"prompts file {path} cannot be read as UTF-8 text: {error}; give JSONL in UTF-8, or Parquet") from error
+        raise BadInput(
+            f"prompts file {path} cannot be read as UTF-8 text: {error}; give JSONL in UTF-8, or "
+            "Parquet"
+        ) from error
 
 
 def _check_format(path: str) -> None:
-    """Refuse files that are not JSONL by what they are, rather than by their first row. Raises BadInput."""
+    """Refuse a file of another kind by what it is, rather than by its first row."""
     with open(path, "rb") as file:
         head = file.read(4096)
     for start, what in OTHER_FORMATS.items():
@@ -142,18 +197,33 @@ def _check_format(path: str) -> None:
     if path.endswith((".csv", ".tsv")):
         raise BadInput(f"prompts file {path} is a table of text: convert it to JSONL or Parquet")
     if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        raise BadInput(f"prompts file {path} is one JSON array: write one object a line, for instance by jq -c '.[]'")
+        raise BadInput(
+            f"prompts file {path} is one JSON array: write one object a line, for instance by jq "
+            "-c '.[]'"
+        )
 
 
 def _parsed(line: str, *, where: str) -> dict:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        reason = (
+            f"{error.msg} at column {error.colno}"
+            if isinstance(error, json.JSONDecodeError)
+            else str(error)
+        )
         raise BadInput(f"{where} is not JSON ({reason}): every line must be one object") from error
     if not isinstance(row, dict):
         raise BadInput(f"{where} is no object: every line must be one, with a prompt and a label")
     return row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(name for at, (name, _) in enumerate(pairs) if name in dict(pairs[:at]))
+        raise ValueError(f"the field {twice!r} is given twice")
+    return value
 
 
 def _parquet_rows(path: str) -> Iterator[tuple[str, dict]]:
@@ -167,13 +237,21 @@ def _parquet_rows(path: str) -> Iterator[tuple[str, dict]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path} row {number}", row
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # also of values that Python has not
-        raise BadInput(f"prompts file {path} cannot be read as Parquet after row {number}: {error}") from error
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # also of values that Python has not
+        raise BadInput(
+            f"prompts file {path} cannot be read as Parquet after row {number}: {error}"
+        ) from error
 
 
 def value_at(row: dict, keys: tuple[str, ...], *, where: str, flag: str) -> Any:
-    """Return the row's value at the first of these dotted keys where it is not null or NaN; None if it is at all that the row has. Raises BadInput.
+    """Return the row's value at the first of these dotted keys where it is neither null nor NaN.
 
+    None if it is null at all that the row has. Raises BadInput if the row has none of them.
     "reward_model.ground_truth" is row["reward_model"]["ground_truth"].
     """
     has_one = False
@@ -188,13 +266,17 @@ def value_at(row: dict, keys: tuple[str, ...], *, where: str, flag: str) -> Any:
     if has_one:
         return None
     null = " (null if the reward uses none)" if flag == "--label-key" else ""
-    raise BadInput(f"{where} has no {' or '.join(keys)}{null}; its fields are {', '.join(row)}: name the right one with {flag}, nested ones with dots")
+    raise BadInput(
+        f"{where} has no {' or '.join(keys)}{null}; its fields are {', '.join(row)}: name the "
+        f"right one with {flag}, nested ones with dots"
+    )
 
 
 def cut_labels(rows: list[tuple[str, Sample]], after: str) -> list[str]:
     """Make each label what stands after the last `after` in it, in a file whose labels hold that.
 
-    Returns a problem for each row of such a file whose label does not, or ends with it; then no label is changed.
+    Returns a problem for each row of such a file whose label does not, or ends with it; then no
+    label is changed.
     """
     if not any(_holds(sample.label, after) for _, sample in rows):
         return []
@@ -204,10 +286,14 @@ def cut_labels(rows: list[tuple[str, Sample]], after: str) -> list[str]:
         labels.append(sample.label.rpartition(after)[2].strip() if has_mark else "")
         if not has_mark:
             problems.append(
-                f"{where}: the label {_shown(sample.label)} does not hold --label-after {after!r}, which others of the file do: mend or remove the row"
+                f"{where}: the label {_shown(sample.label)} does not hold --label-after {after!r}, "
+                "which others of the file do: mend or remove the row"
             )
         elif not labels[-1]:
-            problems.append(f"{where}: nothing follows --label-after {after!r} in the label {_shown(sample.label)}: mend or remove the row")
+            problems.append(
+                f"{where}: nothing follows --label-after {after!r} in the label "
+                f"{_shown(sample.label)}: mend or remove the row"
+            )
     if not problems:
         for (_, sample), label in zip(rows, labels):
             sample.label = label
@@ -218,12 +304,18 @@ def _holds(label: Any, after: str) -> bool:
     return bool(after) and isinstance(label, str) and after in label
 
 
-def _unfit_labels(rows: list[tuple[str, Sample]], label_problems: LabelProblems | None) -> list[str]:
+def _unfit_labels(
+    rows: list[tuple[str, Sample]], label_problems: LabelProblems | None
+) -> list[str]:
     """A problem for each row whose label cannot be judged."""
     if label_problems is None:
         return []
     phrases = label_problems([sample.label for _, sample in rows])
-    return [f"{where}: the label {_shown(sample.label)} {phrase}" for (where, sample), phrase in zip(rows, phrases, strict=True) if phrase]
+    return [
+        f"{where}: the label {_shown(sample.label)} {phrase}"
+        for (where, sample), phrase in zip(rows, phrases, strict=True)
+        if phrase
+    ]
 
 
 def _shown(value: Any) -> str:

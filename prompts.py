@@ -78,6 +78,29 @@ def fitting(stream: Iterator[Sample], *, name: str, max_prompt_tokens: int) -> t
     return (sample for sample in chain(first, stream) if len(sample.prompt_ids) <= longest), longest
 
 
+def open_generated(
+    given: str,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: DataSettings,
+    *,
+    seed: int,
+    is_eval: bool,
+    room: float,
+) -> tuple[Iterator[Sample], int, list]:
+    """Return endless problems, the length of the longest prompt, and what the checksum is of: the first."""
+    if tokenizer is None:
+        return iter(()), 0, []
+    if given == "toy":
+        stream = toy_prompts(tokenizer, settings, seed=0 if is_eval else seed, held_out=is_eval)
+    else:
+        rows = reasoning_gym_tasks.problems(given.removeprefix(GYM), seed="held-out" if is_eval else seed)
+        stream = generated(rows, tokenizer, settings, name=name)
+    stream, length = fitting(stream, name=name, max_prompt_tokens=room)
+    first = list(islice(stream, PROBE))
+    return chain(first, stream), length, [given, *first]
+
+
 # --- what a run generates from ----------------------------------------------------------------------------------------------------------------
 
 
@@ -125,22 +148,12 @@ def load_data(
     streams, held_out, longest, digest, marked = [], [], 0, {}, set()
 
     def opened(given: str, name: str, *, is_eval: bool) -> tuple[Iterator[Sample], int, list]:
-        """Prompts, the length of the longest, and what to tell them by: endless ones, or for evaluation those of a file in its order."""
-        if not is_generated(given):
-            labels = dict(label_problems=label_problems, marked=marked)
-            samples = read_prompts(given, tokenizer, settings, name=name, max_prompt_tokens=room, **labels)
-            stream = iter(samples) if is_eval else shuffled(samples, seed=seed)
-            return stream, max(len(sample.prompt_ids) for sample in samples), samples
-        if tokenizer is None:
-            return iter(()), 0, []
-        if given == "toy":
-            stream = toy_prompts(tokenizer, settings, seed=0 if is_eval else seed, held_out=is_eval)
-        else:
-            rows = reasoning_gym_tasks.problems(given.removeprefix(GYM), seed="held-out" if is_eval else seed)
-            stream = generated(rows, tokenizer, settings, name=name)
-        stream, length = fitting(stream, name=name, max_prompt_tokens=room)
-        first = list(islice(stream, PROBE))
-        return chain(first, stream), length, [given, *first]
+        if is_generated(given):
+            return open_generated(given, name, tokenizer, settings, seed=seed, is_eval=is_eval, room=room)
+        labels = dict(label_problems=label_problems, marked=marked)
+        samples = read_prompts(given, tokenizer, settings, name=name, max_prompt_tokens=room, **labels)
+        stream = iter(samples) if is_eval else shuffled(samples, seed=seed)
+        return stream, max(len(sample.prompt_ids) for sample in samples), samples
 
     sources = found.of(weighted, settings.prompts) or {}
     for given, name in (found.of(names, list(sources), flag="--prompts") or {}).items():

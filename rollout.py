@@ -147,8 +147,9 @@ def fill(samples: list[Sample], outputs: list[dict], data: Data) -> None:
     for sample, output in zip(samples, outputs):
         sample.finish_reason = output["meta_info"]["finish_reason"]["type"]
         sample.response_ids = output["output_ids"]
-        has_end = sample.finish_reason == "stop" and sample.response_ids[-1:] and sample.response_ids[-1] in data.end_ids
-        said = sample.response_ids[:-1] if has_end else sample.response_ids
+        said = list(sample.response_ids)
+        if sample.finish_reason == "stop" and said and said[-1] in data.end_ids:
+            said.pop()
         sample.response = data.tokenizer.decode(said, skip_special_tokens=True)
         sample.rollout_logprobs = [logprob for logprob, *_ in output["meta_info"]["output_token_logprobs"]]
         sample.loss_mask = [1] * len(sample.response_ids)

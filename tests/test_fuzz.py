@@ -94,7 +94,7 @@ def test_lines_of_prompt_files(outcome, tmp_path):
             at, kind = rng.randrange(len(data)), rng.randrange(3)
             data[at : at + (kind > 0)] = b"" if kind == 1 else bytes([rng.randrange(256)])
         refused += file_outcome(outcome, tmp_path, bytes(data)) == "refused"
-    for field in ("prompt", "label", "metadata"):
+    for field in ("prompt", "label", "metadata", "tools"):
         for value in VALUES:
             refused += file_outcome(outcome, tmp_path, json.dumps({"prompt": "1+1=", "label": "2", field: value}).encode()) == "refused"
     assert refused > 60
