@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from losses import LossSettings, check_loss_settings, logprobs_and_entropy, mismatch
+from logprobs import logprobs_and_entropy
+from losses import LossSettings, check_loss_settings, mismatch
 from run import BadInput
 
 T, V, TEMPERATURE = 7, 12, 0.7
