@@ -111,9 +111,10 @@ def check_train_settings(settings: TrainSettings, loss: LossSettings, config: di
         yield f"--lr {settings.lr} and --min-lr {settings.min_lr} must satisfy 0 <= min-lr <= lr, and be finite"
     if settings.min_lr and settings.lr_schedule == "constant":
         yield f"--min-lr {settings.min_lr} has no effect with --lr-schedule constant: leave one of them out"
-    if not 0 <= settings.adam_beta2 < 1 or not 0 <= settings.weight_decay < math.inf:
-        found = f"--adam-beta2 {settings.adam_beta2} must lie in [0, 1)"
-        yield f"{found}, --weight-decay {settings.weight_decay} must be finite and not negative"
+    if not 0 <= settings.adam_beta2 < 1:
+        yield f"--adam-beta2 {settings.adam_beta2} must lie in [0, 1)"
+    if not 0 <= settings.weight_decay < math.inf:
+        yield f"--weight-decay {settings.weight_decay} must be finite and must not be negative"
     if not 0 <= settings.lr_warmup_steps < max(steps, 1):
         yield f"--lr-warmup-steps {settings.lr_warmup_steps} must be smaller than --steps {steps}"
     if not settings.clip_grad > 0:

@@ -66,6 +66,19 @@ def give_rollout_logprobs(trainer, samples: list[rollout.Sample]) -> None:
         sample.old_logprobs = sample.old_logprobs + 0.3 * second
 
 
+def without_a_token(trainer, weights) -> list[bool]:
+    """Whether a step on such samples says so and leaves the weights: none at all, empty responses, all masked."""
+    as_said, before = [], {n: t.clone() for bucket in weight_sync.trainer_buckets(weights, quantize=False) for n, t in bucket}
+    masked = [rollout.Sample([5, 6], response_ids=[7] * n, loss_mask=[0] * n, rollout_logprobs=[-1.0] * n) for n in (3, 1, 9)]
+    for samples in ([], [rollout.Sample([5, 6]), rollout.Sample([7])], masked):
+        train_step.score(trainer, samples, temperature=0.7)
+        reward.compute_advantages(samples, RewardSettings(), LossSettings(), max_response_tokens=12)
+        metrics = train_step.train_step(trainer, samples, LossSettings(), temperature=0.7, max_response_tokens=12)
+        after = (item for bucket in weight_sync.trainer_buckets(weights, quantize=False) for item in bucket)
+        as_said.append(metrics == {"tokens": 0, "lr": LR} and all(torch.equal(before[n], t) for n, t in after))
+    return as_said
+
+
 def main() -> None:
     out, (tp, pp, cp, microbatch_tokens), order, folder = Path(sys.argv[1]), map(int, sys.argv[2:6]), sys.argv[6], sys.argv[7]
     run.init_distributed()
@@ -93,10 +106,11 @@ def main() -> None:
         give_rollout_logprobs(trainer, samples)
         reward.compute_advantages(samples, RewardSettings(**reward_changes), loss, max_response_tokens=12)
         metrics = train_step.train_step(trainer, samples, loss, temperature=0.7, max_response_tokens=12)
-        losses[name] = {key: metrics[key] for key in ("loss", "entropy", "ratio", "clipfrac", "approx_kl", "tis_clipfrac", "kl", "grad_norm", "tokens")}
+        losses[name] = {key: value for key, value in metrics.items() if key != "lr"}
         losses[name]["microbatches"] = len(train_step.local_microbatches(trainer, samples))
         moved = {n: (before[n] - t) / LR for bucket in weight_sync.trainer_buckets(weights, quantize=False) for n, t in bucket}
         gradients[name] = {n: m / (1 - m.abs()) for n, m in moved.items()}
+    losses["no token counts"] = without_a_token(trainer, weights)
     if dist.get_rank() == 0:
         (out / "losses.json").write_text(json.dumps(losses))
         torch.save(gradients, out / "gradients.pt")
