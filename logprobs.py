@@ -8,7 +8,9 @@ import math
 import torch
 import torch.distributed as dist
 
-LOWEST = torch.finfo(torch.float32).min  # in place of -inf where it is multiplied: 0 times -inf is NaN
+LOWEST = torch.finfo(
+    torch.float32
+).min  # in place of -inf where it is multiplied: 0 times -inf is NaN
 
 
 class VocabParallelLogprobs(torch.autograd.Function):
@@ -30,10 +32,14 @@ class VocabParallelLogprobs(torch.autograd.Function):
         first = V * group.rank()
         # Rows that pad the vocabulary have logits but are no tokens; a rank may hold nothing else.
         real = min(V, max(0, vocab_size - first))
-        log_z_T, logprobs_T, entropy_T = (torch.empty(T, dtype=torch.float32, device=logits_TV.device) for _ in range(3))
+        log_z_T, logprobs_T, entropy_T = (
+            torch.empty(T, dtype=torch.float32, device=logits_TV.device) for _ in range(3)
+        )
         for at in range(0, T, chunk):
             rows = slice(at, at + chunk)
-            x_tV = logits_TV[rows].float() / temperature  # not in place: of fp32 logits, float() is no copy
+            x_tV = (
+                logits_TV[rows].float() / temperature
+            )  # not in place: of fp32 logits, float() is no copy
             x_tV[:, real:] = -math.inf
             max_t = x_tV.amax(dim=-1)
             if group.size() > 1:
@@ -41,7 +47,9 @@ class VocabParallelLogprobs(torch.autograd.Function):
             x_tV -= max_t[:, None]
             label_t = labels_T[rows] - first
             is_here_t = (label_t >= 0) & (label_t < real)
-            label_x_t = x_tV.gather(1, label_t.clamp(0, V - 1)[:, None])[:, 0].masked_fill(~is_here_t, 0)
+            label_x_t = x_tV.gather(1, label_t.clamp(0, V - 1)[:, None])[:, 0].masked_fill(
+                ~is_here_t, 0
+            )
             exp_tV = x_tV.exp()
             weighted_t = (exp_tV * x_tV.clamp_(min=LOWEST)).sum(-1)
             sums_3t = torch.stack([exp_tV.sum(-1), weighted_t, label_x_t])
@@ -78,7 +86,13 @@ class VocabParallelLogprobs(torch.autograd.Function):
 
 
 def logprobs_and_entropy(
-    logits_TV: torch.Tensor, labels_T: torch.Tensor, *, temperature: float, vocab_size: int, group: dist.ProcessGroup, chunk: int = 1024
+    logits_TV: torch.Tensor,
+    labels_T: torch.Tensor,
+    *,
+    temperature: float,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    chunk: int = 1024,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-prob of each label, entropy), both float32 [T], of softmax(logits / temperature) over the whole vocabulary.
 

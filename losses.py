@@ -52,10 +52,10 @@ class Sequences:
 
 
 def ratio(log_ratio_T: torch.Tensor) -> torch.Tensor:
-    """exp of a difference of log-probs, which is bounded to +-20 first, as verl, SkyRL and miles do.
+    """Return exp of a difference of log-probs that is bounded to +-20, as verl, SkyRL and miles do.
 
-    exp(89) is infinite in fp32, and 0 times infinity is NaN, also where the clip is chosen. Beyond the
-    bound a ratio has no gradient. All that looks at a ratio here takes it from this function.
+    exp(89) is infinite in fp32, and 0 times infinity is NaN, also where the clip is chosen. Beyond
+    the bound a ratio has no gradient. Everything here that needs a ratio calls this function.
     """
     return log_ratio_T.clamp(-20, 20).exp()
 
@@ -73,7 +73,8 @@ def ppo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low: float,
     dual_clip c > 1 (arXiv 1912.09729, equation 5; 0: off): where A < 0 the loss is at most -c A. The plain objective has no bound there: a token that has
     become likely although it was bad would dominate the batch.
     """
-    return _clipped(ratio(logprobs_T - old_logprobs_T), advantages_T, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    clips = dict(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    return _clipped(ratio(logprobs_T - old_logprobs_T), advantages_T, **clips)
 
 
 def gspo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low: float, clip_high: float, dual_clip: float):
@@ -141,9 +142,10 @@ AGGREGATIONS = {"token": per_token, "sequence": per_sequence, "constant": consta
 
 # --- off-policy corrections: weights for tokens that the engine sampled from other numerics or older weights ------------------------------------
 #
-# Each takes (log_weight_T = old - rollout, sequences, *, low, high) and returns (weight_T, cut_T): a weight for the policy loss of each token, without
-# gradient, and where the correction has cut something off. A weight of 0 takes a token out; the denominator stays that of all tokens, or what is masked
-# would make the others count more.
+# Each takes (log_weight_T = old - rollout, sequences, *, low, high) and returns (weight_T, cut_T): a
+# weight for the policy loss of each token, without gradient, and where the correction has truncated
+# or masked. A weight of 0 takes a token out; the denominator stays that of all tokens, or what is
+# masked would make the others count more.
 
 
 def no_correction(log_weight_T, sequences, *, low: None, high: None):
@@ -219,9 +221,10 @@ def k2(logprobs_T, ref_logprobs_T, old_logprobs_T):
 
 
 def k3(logprobs_T, ref_logprobs_T, old_logprobs_T):
-    """exp(-d) - 1 + d. Unbiased, of small variance, never negative (Schulman, "Approximating KL"). As a loss: the gradient of KL(reference || policy).
+    """exp(-d) - 1 + d. Unbiased, of small variance, never negative (Schulman, "Approximating KL").
 
-    d is at least -20, see ratio; above, where exp(-d) is next to nothing, d and its gradient stay.
+    As a loss: the gradient of KL(reference || policy). d is bounded below by -20, where exp(-d)
+    grows, see ratio. It has no upper bound: a token that the reference excludes keeps its gradient.
     """
     difference_T = (logprobs_T - ref_logprobs_T).clamp(min=-20)
     return ratio(-difference_T) - 1 + difference_T
@@ -263,7 +266,7 @@ class LossSettings:
     correction_low: float | None = None
     """Lower bound. None: 0.5 for icepop, 0.9 for sequence_mask; the others have none."""
     correction_high: float | None = None
-    """Upper bound. None: 2 for tis, 5 for icepop and decoupled, 1.1 for sequence_mask; none has none."""
+    """Upper bound. None: 2 for tis, 5 for icepop and decoupled, 1.1 for sequence_mask."""
     kl_coef: float = 0.0
     """Weight of the KL to the frozen reference; 0: no reference is kept."""
     kl_estimator: Literal["k1", "k2", "k3", "low_var_kl", "unbiased_k3"] = "k3"
@@ -295,19 +298,24 @@ def check_loss_settings(settings: LossSettings) -> None:
     if settings.dual_clip and (not settings.dual_clip > 1 or settings.policy_loss == "cispo"):
         yield f"--dual-clip {settings.dual_clip} must be above 1, or 0 for none; --policy-loss cispo has none"
     if settings.policy_loss == "gspo" and settings.aggregation != "sequence":
-        yield f"--policy-loss gspo has one ratio for a response: use --aggregation sequence, not {settings.aggregation}"
+        found = f"--policy-loss gspo and --aggregation {settings.aggregation} do not fit"
+        yield f"{found}: its ratio is one for a response, so use --aggregation sequence"
     own, name = CORRECTIONS[settings.correction], settings.correction
     for side, bound in (("low", settings.correction_low), ("high", settings.correction_high)):
         if bound is not None and getattr(own, side) is None:
-            yield f"--correction-{side} {bound} has no effect: --correction {name} has no such bound; leave it out"
+            found = f"--correction-{side} {bound} has no effect"
+            yield f"{found}: --correction {name} has no such bound; leave it out"
     low, high = settings.correction_bounds
     if not (0 if low is None else low) <= 1 <= (1 if high is None else high) or (low or 0) < 0:
-        yield f"--correction-low {low} and --correction-high {high} must satisfy 0 <= low <= 1 <= high"
+        found = f"--correction-low {low} and --correction-high {high}"
+        yield f"{found} must satisfy 0 <= low <= 1 <= high"
     if not (0 <= settings.kl_coef < math.inf and 0 <= settings.entropy_coef < math.inf):
         found = f"--kl-coef {settings.kl_coef} and --entropy-coef {settings.entropy_coef}"
         yield f"{found} must be finite and must not be negative"
-    if not settings.kl_coef and (settings.kl_estimator, settings.kl_in) != (LossSettings.kl_estimator, LossSettings.kl_in):
-        yield f"--kl-estimator {settings.kl_estimator} --kl-in {settings.kl_in} has no effect without --kl-coef: set one"
+    unset = (LossSettings.kl_estimator, LossSettings.kl_in)
+    if not settings.kl_coef and (settings.kl_estimator, settings.kl_in) != unset:
+        found = f"--kl-estimator {settings.kl_estimator} --kl-in {settings.kl_in}"
+        yield f"{found} has no effect without --kl-coef: set one, or leave it out"
     if settings.kl_coef and settings.kl_in == "loss" and settings.kl_estimator == "k1":
         yield "--kl-estimator k1 has no gradient on average as a loss: use --kl-in reward, or another estimator, for instance unbiased_k3"
 

@@ -33,7 +33,7 @@ def plan_microbatches(lengths: list[int], *, microbatch_tokens: int, dp: int) ->
     samples than bins, and exactly full. Raises ValueError if a sample is longer than the budget.
     """
     if (longest := max(lengths, default=0)) > microbatch_tokens:
-        found = f"a sample has {longest} tokens, and a micro-batch takes at most {microbatch_tokens}"
+        found = f"a sample has {longest} tokens, a micro-batch at most {microbatch_tokens}"
         raise ValueError(f"{found}, --microbatch-tokens times --cp: raise --microbatch-tokens")
     bins = dp * max(1, -(-sum(lengths) // (dp * microbatch_tokens)))
     while True:
@@ -52,6 +52,20 @@ def plan_microbatches(lengths: list[int], *, microbatch_tokens: int, dp: int) ->
 def minibatches(trainer, samples: list[Sample]) -> list[list[Sample]]:
     """The samples of each optimizer step: equal parts, without those in which no token counts. trainer: train_step.Trainer."""
     return [part for part in equal_parts(samples, trainer.settings.minibatches) if any(any(sample.loss_mask) for sample in part)]
+
+
+def has_old_logprobs(samples: list[Sample], *, with_reference: bool) -> bool:
+    """Tell whether train_step.score has set old_logprobs, on all samples or on none.
+
+    Raises ValueError where some lack them, or the ref_logprobs of a KL: they would count as 0.
+    """
+    scored = any(len(sample.old_logprobs) for sample in samples)
+    for field in ["old_logprobs"] * scored + ["ref_logprobs"] * with_reference:
+        for sample in samples:
+            if len(getattr(sample, field)) != len(sample.response_ids):
+                found = f"sample {sample.index} of group {sample.group} has no {field}"
+                raise ValueError(f"{found} for its tokens: the batch must come from score()")
+    return scored
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
     samples  -> micro-batches     packing.py: packed without padding, balanced over data-parallel ranks by tokens
     tokens   -> logits            Megatron's GPTModel under its own forward-backward schedule
-    logits   -> loss              logprobs.py and losses.py, per token; summed with the aggregation's weights, divided once by its units in the global batch
+    logits   -> loss              logprobs.py and losses.py, per token; summed with the weights of
+                                  the aggregation, divided once by its units in the global batch
     gradient -> weights           Megatron's distributed optimizer: FP32 main weights and Adam state split over data-parallel ranks, BF16 model weights
 
 The normaliser is global: Megatron all-reduces what it calls the number of tokens, here the units of the aggregation, before it scales the gradient
@@ -30,10 +31,10 @@ from megatron.core.transformer import TransformerConfig
 
 from hf_config import check_layout, megatron_arguments, read_config
 from logprobs import logprobs_and_entropy
-from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings, check_loss_settings, k3, mismatch
-from packing import (
-    MicroBatch, equal_parts, give_to_samples, global_sums, local_microbatches, microbatch_plan, minibatches, padded_length,
-)  # fmt: skip
+from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES
+from losses import LossSettings, check_loss_settings, k3, mismatch
+from packing import MicroBatch, equal_parts, give_to_samples, global_sums, has_old_logprobs
+from packing import local_microbatches, microbatch_plan, minibatches, padded_length
 from problems import Problems, all_problems
 from sample import Sample
 from weight_sync import Layout
@@ -104,13 +105,14 @@ def check_train_settings(settings: TrainSettings, loss: LossSettings, config: di
     """
     found = Problems()
     found.of(check_loss_settings, loss)
-    for flag, value in (("minibatches", settings.minibatches), ("microbatch-tokens", settings.microbatch_tokens)):
-        if value < 1:
-            yield f"--{flag} {value} must be at least 1"
+    for name in ("minibatches", "microbatch_tokens"):
+        if getattr(settings, name) < 1:
+            yield f"--{name.replace('_', '-')} {getattr(settings, name)} must be at least 1"
     if not 0 <= settings.min_lr <= settings.lr < math.inf:
-        yield f"--lr {settings.lr} and --min-lr {settings.min_lr} must satisfy 0 <= min-lr <= lr, and be finite"
+        found_lr = f"--lr {settings.lr} and --min-lr {settings.min_lr}"
+        yield f"{found_lr} must satisfy 0 <= min-lr <= lr, and be finite"
     if settings.min_lr and settings.lr_schedule == "constant":
-        yield f"--min-lr {settings.min_lr} has no effect with --lr-schedule constant: leave one of them out"
+        yield f"--min-lr {settings.min_lr} has no effect with --lr-schedule constant: leave one out"
     if not 0 <= settings.adam_beta2 < 1:
         yield f"--adam-beta2 {settings.adam_beta2} must lie in [0, 1)"
     if not 0 <= settings.weight_decay < math.inf:
@@ -122,7 +124,7 @@ def check_train_settings(settings: TrainSettings, loss: LossSettings, config: di
     if settings.reference and not loss.kl_coef:
         yield f"--reference {settings.reference} is not used without --kl-coef: set one, or leave the other out"
     if settings.offload_reference and not loss.kl_coef:
-        yield "--offload-reference has no effect without --kl-coef, as no reference is kept: leave it out"
+        yield "--offload-reference has no effect without --kl-coef: no reference is kept; leave it out"
     reference = found.of(read_config, settings.reference) if settings.reference else None
     if reference and config:
         theirs, ours = ({**model, **gpt} for model, gpt in (megatron_arguments(c, tp=1) for c in (reference, config)))
@@ -195,7 +197,7 @@ def run_schedule(trainer: Trainer, batches: list[MicroBatch], loss_function, *, 
     output_TX: the model's output, float [T, X], on the last pipeline stage. Returns the dicts, which are empty on the other stages. model: the trainer's
     unless given.
     """
-    # Else Float16Module would make an fp32 copy of all logits; logprobs.py does so for a few tokens at a time.
+    # Else Float16Module would make an fp32 copy of all logits; logprobs.py does so for few tokens.
     more = {"fp32_output": False} if trainer.settings.train_dtype == "bf16" else {}
 
     def forward_step(iterator, model):
@@ -260,7 +262,7 @@ def backward(trainer: Trainer, samples: list[Sample], settings: LossSettings, *,
     """Gradient of the loss of these samples, into the trainer's buffers; returns sums over all their tokens, equal on every rank. Collective."""
     clips = dict(zip(("clip_low", "clip_high"), settings.clips), dual_clip=settings.dual_clip)
     bounds = dict(zip(("low", "high"), settings.correction_bounds))
-    scored = any(len(sample.old_logprobs) for sample in samples)
+    scored = has_old_logprobs(samples, with_reference=settings.kl_coef > 0)
 
     def loss_function(batch, logits_TV):
         logprobs_T, entropy_T = logprobs_of(trainer, batch, logits_TV, temperature)
@@ -272,7 +274,8 @@ def backward(trainer: Trainer, samples: list[Sample], settings: LossSettings, *,
             for x_T in (logprobs_T, entropy_T, old_T, batch.rollout_logprobs_T, batch.ref_logprobs_T, batch.advantages_T)
         )
         policy_T, ratio_T, clipped_T = POLICY_LOSSES[settings.policy_loss](logprobs_T, old_T, advantages_T, batch.sequences, **clips)
-        correction_T, cut_T = CORRECTIONS[settings.correction].weight(old_T - rollout_T, batch.sequences, **bounds)
+        correction = CORRECTIONS[settings.correction].weight
+        correction_T, cut_T = correction(old_T - rollout_T, batch.sequences, **bounds)
         kl_T = KL_ESTIMATORS[settings.kl_estimator](logprobs_T, ref_T, old_T) if settings.kl_coef else torch.zeros_like(logprobs_T)
         kl_coef = settings.kl_coef if settings.kl_in == "loss" else 0.0
         loss_T = correction_T * policy_T + kl_coef * kl_T - settings.entropy_coef * entropy_T
@@ -280,8 +283,9 @@ def backward(trainer: Trainer, samples: list[Sample], settings: LossSettings, *,
         loss, units = (weight_T * loss_T).sum(), units_N.sum() if trainer.cp_group.rank() == 0 else units_N.sum() * 0
 
         mismatch_T, approx_kl_T = mismatch(old_T, rollout_T), k3(old_T, logprobs_T, None)
-        per_token = {"entropy": entropy_T, "ratio": ratio_T, "clipfrac": clipped_T, "approx_kl": approx_kl_T, "logprob_shift": logprobs_T - old_T}
-        per_token |= {"tis_clipfrac": cut_T, "kl": kl_T, **mismatch_T}
+        per_token = {"entropy": entropy_T, "ratio": ratio_T, "clipfrac": clipped_T, "kl": kl_T}
+        per_token |= {"approx_kl": approx_kl_T, "logprob_shift": logprobs_T - old_T}
+        per_token |= {"tis_clipfrac": cut_T, **mismatch_T}
         sums = {name: (value_T.detach() * batch.mask_T).sum() for name, value_T in per_token.items()}
         report = {"loss": loss.detach(), "units": units, "tokens": batch.mask_T.sum(), **sums}
         return loss, units.int(), {"sums": report, "max": (mismatch_T["mismatch_abs"] * batch.mask_T).max()}

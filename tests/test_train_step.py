@@ -169,6 +169,32 @@ def test_a_batch_without_a_token_that_counts_is_no_update(fresh_megatron, models
     assert step(trainer, [sample(0), sample(1)])["tokens"] == 4
 
 
+@pytest.mark.parametrize("minibatches, loss, old, ref", [
+    (1, {}, 0, 0), (2, {}, 2, 0), (1, dict(kl_coef=0.1), 0, 2), (1, dict(kl_coef=0.1, kl_in="reward"), 2, 2),
+])  # fmt: skip
+def test_what_is_scored_is_what_is_needed(fresh_megatron, models, minibatches, loss, old, ref):
+    """Old log-probs serve a second update, and a KL that is taken from the reward before the first."""
+    settings, config = TrainSettings(train_dtype="fp32", minibatches=minibatches), read_config(models["llama"])
+    trainer = train_step.build_trainer(str(models["llama"]), settings, config, steps=9, seed=1, with_reference=bool(loss))
+    for one in train_step.score(trainer, [sample(0), sample(1)], LossSettings(**loss), temperature=1.0):
+        assert (len(one.old_logprobs), len(one.ref_logprobs)) == (old, ref)
+
+
+def test_the_learning_rate_of_the_metrics_is_that_of_the_step(trainer):
+    lr = trainer.optimizer.param_groups[0]["lr"]
+    assert step(trainer, [sample(0)])["lr"] == lr != trainer.optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("field", ["old_logprobs", "ref_logprobs"])
+def test_a_batch_of_which_some_are_not_scored_is_refused(trainer, field):
+    """Their log-probs would count as 0, as if the token had been certain."""
+    values = dict(old_logprobs=[-1.0, -1.0], ref_logprobs=[-1.0, -1.0])
+    batch = [sample(0, **values), sample(1, **{**values, field: []})]
+    loss = LossSettings(kl_coef=0.1)
+    with pytest.raises(ValueError, match=f"sample 1 of group 5 has no {field}"):
+        train_step.train_step(trainer, batch, loss, temperature=1.0, max_response_tokens=8)
+
+
 def test_scoring_gives_every_sample_its_own_length(trainer):
     batch = [sample(0, **EMPTY), sample(1), sample(2, **EMPTY)]
     train_step.score(trainer, batch, temperature=1.0)

@@ -38,7 +38,7 @@ ALGORITHMS = {
     "dual clip, overlong penalty": ({"overlong_buffer": 6}, {"dual_clip": 3.0}),
     "icepop": ({}, {"correction": "icepop"}),
     "decoupled": ({}, {"correction": "decoupled"}),
-    "sequence mask": ({}, {"correction": "sequence_mask", "correction_low": 0.9, "correction_high": 1.1}),
+    "sequence mask": ({}, {"correction": "sequence_mask"}),
     "unbiased k3, entropy bonus": ({}, {"kl_coef": 0.1, "kl_estimator": "unbiased_k3", "entropy_coef": 0.01}),
     "low_var_kl, no correction": ({}, {"correction": "none", "kl_coef": 0.1, "kl_estimator": "low_var_kl"}),
 }  # settings of reward and of loss
