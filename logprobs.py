@@ -1,6 +1,6 @@
-"""Logits -> the log-prob of each label and the entropy of each position, where the vocabulary is split over tensor-parallel ranks.
+"""Logits -> log-probs and entropy, where the vocabulary is split over tensor-parallel ranks.
 
-Shape letters: T packed tokens of a micro-batch, t those of one chunk, V vocabulary on this tensor-parallel rank.
+Shape letters: T packed tokens of a micro-batch, t those of one chunk, V vocabulary on this rank.
 """
 
 import math
@@ -14,10 +14,11 @@ LOWEST = torch.finfo(
 
 
 class VocabParallelLogprobs(torch.autograd.Function):
-    """logits -> log-prob of each label and entropy of each position, for logits whose vocabulary is split over tensor-parallel ranks.
+    """logits -> log-prob of each label and entropy of each position, the vocabulary split over ranks.
 
-    fp32 exists for `chunk` tokens at a time only; between forward and backward nothing is kept but the logits in their own dtype and two numbers a
-    token. With x = logits / temperature, Z = sum exp x over all ranks, p = exp(x) / Z:
+    fp32 exists for `chunk` tokens at a time only; between forward and backward nothing is kept but
+    the logits in their own dtype and two numbers a token. With x = logits / temperature,
+    Z = sum exp x over all ranks, p = exp(x) / Z:
 
         logprob = x_label - log Z                 d logprob / dx = onehot(label) - p
         entropy = log Z - sum p x                 d entropy / dx = -p (log p + entropy)
@@ -94,8 +95,9 @@ def logprobs_and_entropy(
     group: dist.ProcessGroup,
     chunk: int = 1024,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-prob of each label, entropy), both float32 [T], of softmax(logits / temperature) over the whole vocabulary.
+    """Return (log-prob of each label, entropy) of softmax(logits / temperature), both float32 [T].
 
-    logits_TV: this rank's columns, any float dtype. labels_T: int64, global token ids. vocab_size: without padding. group: tensor-parallel group.
+    The softmax is over the whole vocabulary. logits_TV: this rank's columns, any float dtype.
+    labels_T: int64, global token ids. vocab_size: without padding. group: tensor-parallel group.
     """
     return VocabParallelLogprobs.apply(logits_TV, labels_T, temperature, vocab_size, group, chunk)

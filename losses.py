@@ -142,7 +142,7 @@ AGGREGATIONS = {"token": per_token, "sequence": per_sequence, "constant": consta
 
 # --- off-policy corrections: weights for tokens that the engine sampled from other numerics or older weights ------------------------------------
 #
-# Each takes (log_weight_T = old - rollout, sequences, *, low, high) and returns (weight_T, cut_T): a
+# Each takes (log_weight_T = old - rollout, sequences, *, low, high), returns (weight_T, cut_T): a
 # weight for the policy loss of each token, without gradient, and where the correction has truncated
 # or masked. A weight of 0 takes a token out; the denominator stays that of all tokens, or what is
 # masked would make the others count more.

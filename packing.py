@@ -51,7 +51,11 @@ def plan_microbatches(lengths: list[int], *, microbatch_tokens: int, dp: int) ->
 
 def minibatches(trainer, samples: list[Sample]) -> list[list[Sample]]:
     """The samples of each optimizer step: equal parts, without those in which no token counts. trainer: train_step.Trainer."""
-    return [part for part in equal_parts(samples, trainer.settings.minibatches) if any(any(sample.loss_mask) for sample in part)]
+    return [
+        part
+        for part in equal_parts(samples, trainer.settings.minibatches)
+        if any(any(sample.loss_mask) for sample in part)
+    ]
 
 
 def has_old_logprobs(samples: list[Sample], *, with_reference: bool) -> bool:
@@ -180,10 +184,14 @@ def global_sums(trainer, reports: list[dict]) -> dict[str, float]:
     totals = {}
     if reports:
         names = list(reports[0]["sums"])
-        sums = torch.stack([torch.stack([report["sums"][name].double() for name in names]) for report in reports]).sum(0)
+        sums = torch.stack(
+            [torch.stack([report["sums"][name].double() for name in names]) for report in reports]
+        ).sum(0)
         largest = torch.stack([report["max"] for report in reports]).max()
         dist.all_reduce(sums, group=trainer.dp_cp_group)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=trainer.dp_cp_group)
         totals = {**dict(zip(names, sums.tolist())), "mismatch_max": float(largest)}
     stages = trainer.layout.pp_group
-    return json.loads(broadcast_bytes(json.dumps(totals).encode(), stages, source=stages.size() - 1))
+    return json.loads(
+        broadcast_bytes(json.dumps(totals).encode(), stages, source=stages.size() - 1)
+    )

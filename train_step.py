@@ -124,7 +124,7 @@ def check_train_settings(settings: TrainSettings, loss: LossSettings, config: di
     if settings.reference and not loss.kl_coef:
         yield f"--reference {settings.reference} is not used without --kl-coef: set one, or leave the other out"
     if settings.offload_reference and not loss.kl_coef:
-        yield "--offload-reference has no effect without --kl-coef: no reference is kept; leave it out"
+        yield "--offload-reference has no effect without --kl-coef: leave it out, or set that"
     reference = found.of(read_config, settings.reference) if settings.reference else None
     if reference and config:
         theirs, ours = ({**model, **gpt} for model, gpt in (megatron_arguments(c, tp=1) for c in (reference, config)))

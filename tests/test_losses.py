@@ -1,5 +1,6 @@
-"""logprobs.py against an independent float64 NumPy oracle and finite differences, and the settings of losses.py. The parts of a
-policy loss are in tests/oracle, and the whole in test_whole_loss.py.
+"""logprobs.py against an independent float64 NumPy oracle and finite differences; settings of losses.py.
+
+The parts of a policy loss are in tests/oracle, and the whole is in test_whole_loss.py.
 
 The oracle is written from the formulas in the docstrings, one token at a time. Vocabulary-parallel results are compared with unsplit ones over two real
 processes. Not covered: CUDA.
@@ -72,7 +73,7 @@ def test_gradient_is_that_of_finite_differences(one_rank):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_of_minus_infinity_are_tokens_of_probability_0(one_rank, dtype):
-    """Value and gradient are those of the vocabulary without them; 0 times -inf is NaN, and one NaN is a NaN for all weights."""
+    """Value and gradient are those of the vocabulary without them: 0 times -inf would be NaN."""
     logits, labels = inputs(dtype)
     excluded = [0, 5, V - 1]
     kept = [v for v in range(V) if v not in excluded]
@@ -82,7 +83,9 @@ def test_logits_of_minus_infinity_are_tokens_of_probability_0(one_rank, dtype):
     many = logits.clone().requires_grad_()
     group = dict(temperature=TEMPERATURE, group=dist.group.WORLD)
     got = logprobs_and_entropy(many, labels, vocab_size=V, **group)
-    expected = logprobs_and_entropy(few, torch.tensor([kept.index(v) for v in labels]), vocab_size=len(kept), **group)
+    expected = logprobs_and_entropy(
+        few, torch.tensor([kept.index(v) for v in labels]), vocab_size=len(kept), **group
+    )
     for values in (got, expected):
         (values[0].sum() + 0.5 * values[1].sum()).backward()
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, expected))
@@ -93,7 +96,9 @@ def test_a_position_with_one_possible_token_has_entropy_0(one_rank):
     logits = torch.full((1, V), -math.inf)
     logits[0, 3] = 2.0
     logits.requires_grad_()
-    logprobs, entropy = logprobs_and_entropy(logits, torch.tensor([3]), temperature=TEMPERATURE, vocab_size=V, group=dist.group.WORLD)
+    logprobs, entropy = logprobs_and_entropy(
+        logits, torch.tensor([3]), temperature=TEMPERATURE, vocab_size=V, group=dist.group.WORLD
+    )
     (logprobs + entropy).sum().backward()
     assert logprobs.tolist() == [0] and entropy.tolist() == [0] and not logits.grad.any()
 
@@ -101,7 +106,9 @@ def test_a_position_with_one_possible_token_has_entropy_0(one_rank):
 def test_a_label_whose_logit_is_minus_infinity_has_log_prob_minus_infinity(one_rank):
     logits, labels = inputs()
     logits[0, labels[0]] = -math.inf
-    logprobs, entropy = logprobs_and_entropy(logits, labels, temperature=TEMPERATURE, vocab_size=V, group=dist.group.WORLD)
+    logprobs, entropy = logprobs_and_entropy(
+        logits, labels, temperature=TEMPERATURE, vocab_size=V, group=dist.group.WORLD
+    )
     assert logprobs[0] == -math.inf and logprobs[1:].isfinite().all() and entropy.isfinite().all()
 
 
@@ -109,14 +116,20 @@ def _vocab_parallel(rank, store_port, results):
     store = dist.TCPStore("127.0.0.1", store_port, 2, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     logits, labels = inputs()
-    logits[2, [0, V // 2, V - 2]] = -math.inf  # also where a rank that does not hold the label looks for it
+    logits[
+        2, [0, V // 2, V - 2]
+    ] = -math.inf  # also where a rank that does not hold the label looks for it
     labels[2] = 1
     mine = logits.chunk(2, dim=1)[rank].clone().requires_grad_()
     # All but four tokens are padding: the second rank holds nothing else.
-    few, _ = logprobs_and_entropy(mine.detach(), labels % 4, temperature=TEMPERATURE, vocab_size=4, group=dist.group.WORLD)
+    few, _ = logprobs_and_entropy(
+        mine.detach(), labels % 4, temperature=TEMPERATURE, vocab_size=4, group=dist.group.WORLD
+    )
     logprobs, entropy = logprobs_and_entropy(mine, labels, temperature=TEMPERATURE, vocab_size=V - 1, group=dist.group.WORLD, chunk=4)
     (logprobs.sum() + 0.5 * entropy.sum()).backward()
-    results.put((rank, logprobs.detach().numpy(), entropy.detach().numpy(), mine.grad.numpy(), few.numpy()))
+    results.put(
+        (rank, logprobs.detach().numpy(), entropy.detach().numpy(), mine.grad.numpy(), few.numpy())
+    )
     dist.destroy_process_group()
 
 
@@ -130,7 +143,9 @@ def test_two_vocabulary_shards_equal_one(one_rank):
     logits, labels = inputs()
     logits[2, [0, V // 2, V - 2]] = -math.inf
     labels[2] = 1
-    few, _ = logprobs_and_entropy(logits, labels % 4, temperature=TEMPERATURE, vocab_size=4, group=dist.group.WORLD)
+    few, _ = logprobs_and_entropy(
+        logits, labels % 4, temperature=TEMPERATURE, vocab_size=4, group=dist.group.WORLD
+    )
     x = logits.clone().requires_grad_()
     logprobs, entropy = logprobs_and_entropy(x, labels, temperature=TEMPERATURE, vocab_size=V - 1, group=dist.group.WORLD)
     (logprobs.sum() + 0.5 * entropy.sum()).backward()
@@ -150,15 +165,20 @@ def test_mismatch_is_zero_only_on_agreement():
 
 def test_mismatch_k3_by_hand():
     """Of d = trainer - rollout: e^d - 1 - d, which is not the same for -d."""
-    twice, half = mismatch(torch.tensor([0.0, 0.0]), torch.tensor([-math.log(2), math.log(2)]))["mismatch_k3"].tolist()
-    assert twice == pytest.approx(2 - 1 - math.log(2)) and half == pytest.approx(0.5 - 1 + math.log(2))
+    apart = mismatch(torch.tensor([0.0, 0.0]), torch.tensor([-math.log(2), math.log(2)]))
+    twice, half = apart["mismatch_k3"].tolist()
+    assert twice == pytest.approx(2 - 1 - math.log(2)) and half == pytest.approx(
+        0.5 - 1 + math.log(2)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_ratio_is_bounded_and_has_no_gradient_beyond(dtype):
     x = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], dtype=dtype, requires_grad=True)
     ratio(x).sum().backward()
-    assert ratio(x).tolist() == pytest.approx([math.exp(y) for y in (-20, -20, 0, 20, 20)], rel=1e-2)
+    assert ratio(x).tolist() == pytest.approx(
+        [math.exp(y) for y in (-20, -20, 0, 20, 20)], rel=1e-2
+    )
     assert x.grad.tolist() == [0, 0, 1, 0, 0]
 
 

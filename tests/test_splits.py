@@ -52,7 +52,10 @@ def test_loss_and_gradient_do_not_depend_on_the_split(whole, split, algorithm):
 
 def test_every_metric_is_compared(whole):
     """mismatch_max is a maximum over ranks, and all others are means over the batch."""
-    assert all({"mismatch_max", "mismatch_abs", "mismatch_k3", "logprob_shift"} <= losses.keys() for losses, _ in whole.values())
+    assert all(
+        {"mismatch_max", "mismatch_abs", "mismatch_k3", "logprob_shift"} <= losses.keys()
+        for losses, _ in whole.values()
+    )
 
 
 def test_the_splits_split(whole, split):

@@ -61,7 +61,10 @@ def test_the_plan_covers_everything_once_within_budget_and_balanced(dp):
     assert max(per_rank) - min(per_rank) < max(lengths)
 
 
-@pytest.mark.parametrize("lengths, dp", [([100], 1), ([60, 40], 1), ([100, 100], 2), ([50, 50, 50, 50], 2), ([100, 60, 40], 1)])
+@pytest.mark.parametrize(
+    "lengths, dp",
+    [([100], 1), ([60, 40], 1), ([100, 100], 2), ([50, 50, 50, 50], 2), ([100, 60, 40], 1)],
+)
 def test_a_micro_batch_may_be_exactly_full(lengths, dp):
     plan = plan_microbatches(lengths, microbatch_tokens=100, dp=dp)
     assert sum(len(rank) for rank in plan) == sum(lengths) // 100  # no bin more than that
@@ -74,15 +77,25 @@ def test_no_samples_are_a_plan_of_empty_bins():
 
 def test_a_sample_longer_than_a_micro_batch_is_refused_by_name(trainer):
     """No number of bins would ever be enough."""
-    with pytest.raises(ValueError, match="a sample has 101 tokens, .* at most 100.* raise --microbatch-tokens"):
+    with pytest.raises(
+        ValueError, match="a sample has 101 tokens, .* at most 100.* raise --microbatch-tokens"
+    ):
         plan_microbatches([5, 101, 7], microbatch_tokens=100, dp=2)
-    long = sample(3, response_ids=[7] * 9000, rollout_logprobs=[-1.0] * 9000, loss_mask=[1] * 9000, advantages=[1.0] * 9000)
-    with pytest.raises(ValueError, match="sample 3 of group 5: a sample has 9002 tokens, .* at most 8192"):
+    long = sample(
+        3,
+        response_ids=[7] * 9000,
+        rollout_logprobs=[-1.0] * 9000,
+        loss_mask=[1] * 9000,
+        advantages=[1.0] * 9000,
+    )
+    with pytest.raises(
+        ValueError, match="sample 3 of group 5: a sample has 9002 tokens, .* at most 8192"
+    ):
         step(trainer, [sample(0), long])
 
 
 def test_bins_of_a_rank_are_not_neighbours_by_load():
-    """By load 9, 8, 7, 6 the ranks get 9 and 7, 8 and 6: with 9 and 8, 7 and 6 one would wait for the other."""
+    """Of loads 9, 8, 7, 6 the ranks get 9 and 7, 8 and 6. With 9 and 8, 7 and 6 one would wait."""
     plan = plan_microbatches([9, 8, 7, 6], microbatch_tokens=9, dp=2)
     assert plan == [[[0], [2]], [[1], [3]]]
 
@@ -146,7 +159,12 @@ def state_of(trainer) -> list[torch.Tensor]:
     """Weights, FP32 main weights and Adam's moments."""
     groups = trainer.optimizer.param_groups
     main = [parameter for group in groups for parameter in group["params"]]
-    moments = [value for inner in trainer.optimizer.optimizer.state.values() for value in inner.values() if torch.is_tensor(value)]
+    moments = [
+        value
+        for inner in trainer.optimizer.optimizer.state.values()
+        for value in inner.values()
+        if torch.is_tensor(value)
+    ]
     return [tensor.detach().clone() for tensor in [*trainer.gpt.parameters(), *main, *moments]]
 
 
@@ -157,10 +175,19 @@ def state_of(trainer) -> list[torch.Tensor]:
     lambda: [sample(0, **EMPTY), sample(1, loss_mask=[0, 0])],
     lambda: [],
 ], ids=["all masked", "all empty", "masked and empty", "no samples"])  # fmt: skip
-def test_a_batch_without_a_token_that_counts_is_no_update(fresh_megatron, models, batch, minibatches):
-    """A judge that fails on a whole step must not end the run. The schedule goes on: it is a function of the step."""
+def test_a_batch_without_a_token_that_counts_is_no_update(
+    fresh_megatron, models, batch, minibatches
+):
+    """A judge that fails on a whole step must not end the run. The schedule follows the step."""
     settings = TrainSettings(train_dtype="fp32", minibatches=minibatches)
-    trainer = train_step.build_trainer(str(models["llama"]), settings, read_config(models["llama"]), steps=9, seed=1, with_reference=True)
+    trainer = train_step.build_trainer(
+        str(models["llama"]),
+        settings,
+        read_config(models["llama"]),
+        steps=9,
+        seed=1,
+        with_reference=True,
+    )
     step(trainer, [sample(0), sample(1)])  # Adam has moments
     before, lr = state_of(trainer), trainer.optimizer.param_groups[0]["lr"]
     assert step(trainer, batch(), kl_coef=0.1) == {"tokens": 0, "lr": lr}
@@ -173,10 +200,17 @@ def test_a_batch_without_a_token_that_counts_is_no_update(fresh_megatron, models
     (1, {}, 0, 0), (2, {}, 2, 0), (1, dict(kl_coef=0.1), 0, 2), (1, dict(kl_coef=0.1, kl_in="reward"), 2, 2),
 ])  # fmt: skip
 def test_what_is_scored_is_what_is_needed(fresh_megatron, models, minibatches, loss, old, ref):
-    """Old log-probs serve a second update, and a KL that is taken from the reward before the first."""
-    settings, config = TrainSettings(train_dtype="fp32", minibatches=minibatches), read_config(models["llama"])
-    trainer = train_step.build_trainer(str(models["llama"]), settings, config, steps=9, seed=1, with_reference=bool(loss))
-    for one in train_step.score(trainer, [sample(0), sample(1)], LossSettings(**loss), temperature=1.0):
+    """Old log-probs serve a second update, and a KL that is taken from the reward."""
+    settings, config = (
+        TrainSettings(train_dtype="fp32", minibatches=minibatches),
+        read_config(models["llama"]),
+    )
+    trainer = train_step.build_trainer(
+        str(models["llama"]), settings, config, steps=9, seed=1, with_reference=bool(loss)
+    )
+    for one in train_step.score(
+        trainer, [sample(0), sample(1)], LossSettings(**loss), temperature=1.0
+    ):
         assert (len(one.old_logprobs), len(one.ref_logprobs)) == (old, ref)
 
 
@@ -203,7 +237,7 @@ def test_scoring_gives_every_sample_its_own_length(trainer):
 
 
 def test_a_token_that_the_trainer_holds_impossible_is_named(trainer):
-    """Its logit is -inf, so its log-prob is: nothing can be learned from it, and the run says where it stands."""
+    """Its logit is -inf, and so is its log-prob: nothing can be learned from it."""
     stock = trainer.gpt.output_layer.forward
 
     def without_8(*args, **kwargs):
@@ -265,7 +299,14 @@ def test_mini_batches_are_equal_parts_and_steps_of_their_own(fresh_megatron, mod
 ])  # fmt: skip
 def test_settings_that_work(models, changes):
     train, loss = changes
-    check_train_settings(TrainSettings(**train), LossSettings(**loss), read_config(models["qwen3"]), world_size=4, steps=10, longest=40)
+    check_train_settings(
+        TrainSettings(**train),
+        LossSettings(**loss),
+        read_config(models["qwen3"]),
+        world_size=4,
+        steps=10,
+        longest=40,
+    )
 
 
 def test_the_residual_stream_may_be_fp32(fresh_megatron, models):

@@ -1,11 +1,12 @@
-"""The loss as train_step puts it together against oracle.whole_loss: value, gradient and metrics of every algorithm.
+"""The loss as train_step puts it together against oracle.whole_loss: value, gradient, metrics.
 
-Each formula has an oracle of its own (tests/oracle). Here is what they cannot see: a sign, a coefficient, a weight on
-the wrong term, old log-probs in place of current ones. The path is the shipped one: reward.compute_advantages, and
-train_step.backward under Megatron's schedule, DDP and normaliser. Its model is a table with a row of logits for each
-token id. All ids of the batch differ, so each position's logits are parameters, and one step takes milliseconds.
-The batch is ragged: tool tokens masked within a response, an empty response, one that does not count at all.
-A real model under the same oracle is at the end. Not covered: more than one rank, which is in test_splits.py.
+Each formula has an oracle of its own (tests/oracle). Here is what they cannot see: a sign, a
+coefficient, a weight on the wrong term, old log-probs in place of current ones. The path is the
+shipped one: reward.compute_advantages, and train_step.backward under Megatron's schedule, DDP and
+normaliser. Its model is a table with a row of logits for each token id. All ids of the batch differ,
+so each position's logits are parameters, and one step takes milliseconds. The batch is ragged: tool
+tokens masked within a response, an empty response, one that does not count at all. A real model
+under the same oracle is at the end. Not covered: more than one rank, which is in test_splits.py.
 """
 
 import itertools
@@ -81,7 +82,7 @@ def algorithms(policy: str, correction: str, *, scored: bool = True) -> list[Los
 
 
 class Table(torch.nn.Module):
-    """Logits are rows of a table, chosen by the token id. What Megatron's schedule asks of a model is here too."""
+    """Logits are rows of a table, chosen by the token id; and what Megatron's schedule asks for."""
 
     def __init__(self, config):
         super().__init__()
@@ -97,10 +98,10 @@ class Table(torch.nn.Module):
 
 
 class Batch:
-    """Samples whose log-probs are apart by known noise, and the same for the oracle: one row per response token."""
+    """Samples whose log-probs are apart by known noise, and the same for the oracle, by token."""
 
     def __init__(self, logits: torch.Tensor, *, scored: bool, far: float = 0.0):
-        """logits: a row for each token id. far: each difference of log-probs is so large, its sign random."""
+        """logits: a row for each token id. far: the size of each difference; its sign is random."""
         self.rewards = (
             REWARDS if not far else [*REWARDS[:3], 1.0, 1.0, 1.0]
         )  # the second group's advantage: 0
@@ -145,7 +146,7 @@ class Batch:
             setattr(sample, field, mine)
 
     def known(self, settings: LossSettings, advantage: str) -> oracle.Known:
-        """With the advantages of the oracle, where the KL is a penalty that is taken from the reward at each token."""
+        """With the advantages of the oracle, from which a KL in the reward is taken at each token."""
         lengths_N = np.array([len(mask) for mask in MASKS])
         penalties_T = np.zeros(len(self.mask_T))
         if settings.kl_coef and settings.kl_in == "reward":
@@ -162,7 +163,7 @@ class Batch:
         )
 
     def gradient(self, known: oracle.Known, algorithm: oracle.Algorithm) -> np.ndarray:
-        """Of the whole loss at every logit: finite differences at log-probs and entropies, then through the softmax."""
+        """Of the whole loss at every logit: finite differences, then through the softmax."""
         x, T = np.concatenate([self.logprobs_T, self.entropy_T]), len(self.logprobs_T)
         d = oracle.jacobian(lambda x: oracle.whole_loss(x[:T], x[T:], known, algorithm), x)[0]
         gradient = np.zeros_like(self.logits)
@@ -244,7 +245,7 @@ def test_value_gradient_and_metrics_are_the_oracles(table, policy, correction, s
 
 
 def test_the_batch_reaches_every_branch(table):
-    """Otherwise the comparisons above could agree on the easy half, or finite differences step over a kink."""
+    """Else the tests could agree on the easy half, or finite differences step over a kink."""
     batch, counts = Batch(table.gpt.weight, scored=True), np.concatenate(MASKS) == 1
     for policy, correction in itertools.product(POLICIES, CORRECTIONS):
         settings = algorithms(policy, correction)[0]
@@ -285,7 +286,7 @@ def test_the_batch_reaches_every_branch(table):
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_log_probs_that_are_far_apart_spoil_nothing(table, policy, correction, far):
-    """In fp32 exp(89) is infinite, and 0 times infinity is NaN: at advantage 0, and where the clip was chosen."""
+    """In fp32 exp(89) is infinite. 0 times infinity is NaN: at advantage 0, and where a clip holds."""
     batch = Batch(table.gpt.weight, scored=True, far=far)
     for settings in algorithms(policy, correction):
         if settings.entropy_coef or settings.aggregation != "sequence":
@@ -303,7 +304,7 @@ def test_log_probs_that_are_far_apart_spoil_nothing(table, policy, correction, f
 
 
 def test_a_real_model_descends_the_same_loss(table, models):
-    """train_step itself on a tiny Llama: its metrics, and the gradient that its logits receive. lr is 0: each starts alike."""
+    """train_step on a tiny Llama: metrics, and the gradient at its logits. lr is 0: no step moves."""
     settings = TrainSettings(train_dtype="fp32", lr=0.0)
     trainer = train_step.build_trainer(
         str(models["llama"]), settings, read_config(models["llama"]), steps=99, seed=1

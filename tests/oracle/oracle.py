@@ -173,7 +173,9 @@ def mean_log_ratio(log_ratio_T, packed: Packed, sample: int) -> float:
     return mean([float(log_ratio_T[t]) for t in counting]) if counting else nan
 
 
-def clipped_surrogate(r: float, advantage: float, *, clip_low: float, clip_high: float, dual_clip: float) -> tuple[float, bool]:
+def clipped_surrogate(
+    r: float, advantage: float, *, clip_low: float, clip_high: float, dual_clip: float
+) -> tuple[float, bool]:
     unclipped_loss = -r * advantage
     clipped_loss = -clip(r, 1 - clip_low, 1 + clip_high) * advantage
     loss = max(unclipped_loss, clipped_loss)
@@ -184,7 +186,9 @@ def clipped_surrogate(r: float, advantage: float, *, clip_low: float, clip_high:
 
 def ppo(logprobs_T, frozen_T, old_T, advantages_T, packed, **bounds):
     ratio_T = [ratio(new - old) for new, old in zip(logprobs_T, old_T)]
-    results = [clipped_surrogate(r, advantage, **bounds) for r, advantage in zip(ratio_T, advantages_T)]
+    results = [
+        clipped_surrogate(r, advantage, **bounds) for r, advantage in zip(ratio_T, advantages_T)
+    ]
     return np.array([loss for loss, _ in results]), np.array(ratio_T), np.array([clipped for _, clipped in results])
 
 
@@ -223,18 +227,24 @@ def no_correction(log_weight_T, packed, *, low, high):
 
 def tis(log_weight_T, packed, *, low, high):
     assert low is None
-    return np.array([min(ratio(x), high) for x in log_weight_T]), np.array([ratio(x) > high for x in log_weight_T])
+    return np.array([min(ratio(x), high) for x in log_weight_T]), np.array(
+        [ratio(x) > high for x in log_weight_T]
+    )
 
 
 def icepop(log_weight_T, packed, *, low, high):
     inside_T = np.array([low <= ratio(x) <= high for x in log_weight_T])
-    return np.array([ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]), ~inside_T
+    return np.array(
+        [ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]
+    ), ~inside_T
 
 
 def decoupled(log_weight_T, packed, *, low, high):
     assert low is None
     inside_T = np.array([ratio(x) <= high for x in log_weight_T])
-    return np.array([ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]), ~inside_T
+    return np.array(
+        [ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]
+    ), ~inside_T
 
 
 def sequence_mask(log_weight_T, packed, *, low, high):
@@ -325,26 +335,36 @@ class Algorithm:
 
 
 def whole_loss(logprobs_T, entropy_T, known: Known, algorithm: Algorithm) -> float:
-    """The aggregate of w_t L_t + kl_coef K_t - entropy_coef H_t; the weight is of the policy loss alone."""
+    """The aggregate of w_t L_t + kl_coef K_t - entropy_coef H_t: w_t weighs the policy loss alone."""
     policy_T, _, _ = POLICY_LOSSES[algorithm.policy_loss](
         logprobs_T, known.frozen_T, known.old_T, known.advantages_T, known.packed, **algorithm.clips
     )
-    weight_T, _ = CORRECTIONS[algorithm.correction](known.old_T - known.rollout_T, known.packed, **algorithm.bounds)
+    weight_T, _ = CORRECTIONS[algorithm.correction](
+        known.old_T - known.rollout_T, known.packed, **algorithm.bounds
+    )
     loss_T = []
     for t in range(len(logprobs_T)):
         loss = weight_T[t] * policy_T[t] - algorithm.entropy_coef * entropy_T[t]
         if algorithm.kl:
-            loss += algorithm.kl_coef * KL_ESTIMATORS[algorithm.kl](logprobs_T[t], known.ref_T[t], known.old_T[t])
+            loss += algorithm.kl_coef * KL_ESTIMATORS[algorithm.kl](
+                logprobs_T[t], known.ref_T[t], known.old_T[t]
+            )
         loss_T.append(loss)
-    return AGGREGATIONS[algorithm.aggregation](loss_T, known.packed, max_response_tokens=algorithm.max_response_tokens)
+    return AGGREGATIONS[algorithm.aggregation](
+        loss_T, known.packed, max_response_tokens=algorithm.max_response_tokens
+    )
 
 
-def whole_metrics(logprobs_T, entropy_T, known: Known, algorithm: Algorithm, kl: str | None) -> dict[str, float]:
-    """Means over the counting tokens of the batch, and the largest mismatch. kl: the estimator, wherever its KL is taken."""
+def whole_metrics(
+    logprobs_T, entropy_T, known: Known, algorithm: Algorithm, kl: str | None
+) -> dict[str, float]:
+    """Means over the counting tokens, and the largest mismatch. kl: the estimator, or None."""
     _, ratio_T, clipped_T = POLICY_LOSSES[algorithm.policy_loss](
         logprobs_T, known.frozen_T, known.old_T, known.advantages_T, known.packed, **algorithm.clips
     )
-    _, cut_T = CORRECTIONS[algorithm.correction](known.old_T - known.rollout_T, known.packed, **algorithm.bounds)
+    _, cut_T = CORRECTIONS[algorithm.correction](
+        known.old_T - known.rollout_T, known.packed, **algorithm.bounds
+    )
     rows = []
     for t in [t for n in range(known.packed.samples) for t in known.packed.counting(n)]:
         moved, apart = logprobs_T[t] - known.old_T[t], known.old_T[t] - known.rollout_T[t]
@@ -369,8 +389,10 @@ def log_softmax(logits_V, temperature: float) -> np.ndarray:
     return x_V - x_V.max() - np.log(sum(exp(x) for x in x_V - x_V.max()))
 
 
-def through_softmax(logits_V, label: int, d_logprob: float, d_entropy: float, temperature: float) -> np.ndarray:
-    """The gradient at the logits of a position, from those at the log-prob of its label and at its entropy."""
+def through_softmax(
+    logits_V, label: int, d_logprob: float, d_entropy: float, temperature: float
+) -> np.ndarray:
+    """The gradient at a position's logits, from those at its label's log-prob and its entropy."""
     logp_V = log_softmax(logits_V, temperature)
     p_V = np.exp(logp_V)
     entropy = -(p_V * logp_V).sum()

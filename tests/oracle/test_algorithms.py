@@ -186,7 +186,9 @@ def bounds_for(correction: str, low: float, high: float) -> dict:
 @pytest.mark.parametrize("name", oracle.CORRECTIONS)
 def test_correction(name, low, high, batch):
     log_weight_T, bounds = batch.old_T - batch.rollout_T, bounds_for(name, low, high)
-    weight_T, cut_T = losses.CORRECTIONS[name].weight(tensor(log_weight_T), batch.sequences(), **bounds)
+    weight_T, cut_T = losses.CORRECTIONS[name].weight(
+        tensor(log_weight_T), batch.sequences(), **bounds
+    )
     expected_T, expected_cut_T = oracle.CORRECTIONS[name](log_weight_T, batch.packed, **bounds)
     defined_T = batch.has_mean_T | (name != "sequence_mask")
     assert_same(weight_T, expected_T, atol=batch.atol, defined=defined_T)
@@ -199,7 +201,12 @@ def test_corrections_by_hand():
     sequences = losses.Sequences(tensor([0, 0, 0, 1, 1]), tensor([1.0, 0.0, 1.0, 1.0, 1.0]), tensor([2.0, 2.0]))
     expected = {"none": [1, 1, 1, 1, 1], "tis": [2, 2.5, 0.5, 2.5, 2.5], "icepop": [2, 0, 0, 0, 0], "decoupled": [2, 0, 0.5, 0, 0]}
     expected["sequence_mask"] = [1, 1, 1, 0, 0]
-    cut = {"none": [0, 0, 0, 0, 0], "tis": [0, 1, 0, 1, 1], "icepop": [0, 1, 1, 1, 1], "decoupled": [0, 1, 0, 1, 1]}
+    cut = {
+        "none": [0, 0, 0, 0, 0],
+        "tis": [0, 1, 0, 1, 1],
+        "icepop": [0, 1, 1, 1, 1],
+        "decoupled": [0, 1, 0, 1, 1],
+    }
     cut["sequence_mask"] = [0, 0, 0, 1, 1]
     for name, weights in expected.items():
         weight = losses.CORRECTIONS[name].weight
@@ -320,7 +327,9 @@ def test_a_whole_loss(name, bounds, correction, aggregation, seed):
 
     def expected(logprobs_T):
         loss_T = oracle.POLICY_LOSSES[name](logprobs_T, batch.logprobs_T, batch.old_T, batch.advantages_T, batch.packed, **bounds)[0]
-        weight_T, _ = oracle.CORRECTIONS[correction](batch.old_T - batch.rollout_T, batch.packed, **trust)
+        weight_T, _ = oracle.CORRECTIONS[correction](
+            batch.old_T - batch.rollout_T, batch.packed, **trust
+        )
         kl_T = [oracle.unbiased_k3(*token) for token in zip(logprobs_T, batch.ref_T, batch.old_T)]
         return oracle.AGGREGATIONS[aggregation](weight_T * loss_T + kl_coefficient * np.array(kl_T), batch.packed, max_response_tokens=8)
 

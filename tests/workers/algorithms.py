@@ -67,15 +67,33 @@ def give_rollout_logprobs(trainer, samples: list[rollout.Sample]) -> None:
 
 
 def without_a_token(trainer, weights) -> list[bool]:
-    """Whether a step on such samples says so and leaves the weights: none at all, empty responses, all masked."""
-    as_said, before = [], {n: t.clone() for bucket in weight_sync.trainer_buckets(weights, quantize=False) for n, t in bucket}
-    masked = [rollout.Sample([5, 6], response_ids=[7] * n, loss_mask=[0] * n, rollout_logprobs=[-1.0] * n) for n in (3, 1, 9)]
+    """Whether a step says so and leaves the weights: without samples, all empty, all masked."""
+    as_said, before = (
+        [],
+        {
+            n: t.clone()
+            for bucket in weight_sync.trainer_buckets(weights, quantize=False)
+            for n, t in bucket
+        },
+    )
+    masked = [
+        rollout.Sample([5, 6], response_ids=[7] * n, loss_mask=[0] * n, rollout_logprobs=[-1.0] * n)
+        for n in (3, 1, 9)
+    ]
     for samples in ([], [rollout.Sample([5, 6]), rollout.Sample([7])], masked):
         train_step.score(trainer, samples, temperature=0.7)
         reward.compute_advantages(samples, RewardSettings(), LossSettings(), max_response_tokens=12)
-        metrics = train_step.train_step(trainer, samples, LossSettings(), temperature=0.7, max_response_tokens=12)
-        after = (item for bucket in weight_sync.trainer_buckets(weights, quantize=False) for item in bucket)
-        as_said.append(metrics == {"tokens": 0, "lr": LR} and all(torch.equal(before[n], t) for n, t in after))
+        metrics = train_step.train_step(
+            trainer, samples, LossSettings(), temperature=0.7, max_response_tokens=12
+        )
+        after = (
+            item
+            for bucket in weight_sync.trainer_buckets(weights, quantize=False)
+            for item in bucket
+        )
+        as_said.append(
+            metrics == {"tokens": 0, "lr": LR} and all(torch.equal(before[n], t) for n, t in after)
+        )
     return as_said
 
 
