@@ -8,13 +8,12 @@ import math
 import torch
 import torch.distributed as dist
 
-LOWEST = torch.finfo(
-    torch.float32
-).min  # in place of -inf where it is multiplied: 0 times -inf is NaN
+# In place of -inf where it is multiplied: 0 times -inf is NaN.
+LOWEST = torch.finfo(torch.float32).min
 
 
 class VocabParallelLogprobs(torch.autograd.Function):
-    """logits -> log-prob of each label and entropy of each position, the vocabulary split over ranks.
+    """logits -> log-prob of each label, and entropy, where the vocabulary is split over ranks.
 
     fp32 exists for `chunk` tokens at a time only; between forward and backward nothing is kept but
     the logits in their own dtype and two numbers a token. With x = logits / temperature,
@@ -38,9 +37,8 @@ class VocabParallelLogprobs(torch.autograd.Function):
         )
         for at in range(0, T, chunk):
             rows = slice(at, at + chunk)
-            x_tV = (
-                logits_TV[rows].float() / temperature
-            )  # not in place: of fp32 logits, float() is no copy
+            # Not in place: of fp32 logits, float() is no copy.
+            x_tV = logits_TV[rows].float() / temperature
             x_tV[:, real:] = -math.inf
             max_t = x_tV.amax(dim=-1)
             if group.size() > 1:
@@ -48,9 +46,8 @@ class VocabParallelLogprobs(torch.autograd.Function):
             x_tV -= max_t[:, None]
             label_t = labels_T[rows] - first
             is_here_t = (label_t >= 0) & (label_t < real)
-            label_x_t = x_tV.gather(1, label_t.clamp(0, V - 1)[:, None])[:, 0].masked_fill(
-                ~is_here_t, 0
-            )
+            column_t = label_t.clamp(0, V - 1)[:, None]
+            label_x_t = x_tV.gather(1, column_t)[:, 0].masked_fill(~is_here_t, 0)
             exp_tV = x_tV.exp()
             weighted_t = (exp_tV * x_tV.clamp_(min=LOWEST)).sum(-1)
             sums_3t = torch.stack([exp_tV.sum(-1), weighted_t, label_x_t])

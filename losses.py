@@ -1,4 +1,6 @@
-"""The mathematics of a training step, as pure functions of tensors: the parts a policy loss is put together from. Log-probs and entropy: logprobs.py.
+"""The mathematics of a training step, as pure functions of tensors: the parts of a policy loss.
+
+Log-probs and entropy, which they start from, are computed in logprobs.py.
 
 An algorithm is one choice from each of five tables: POLICY_LOSSES, AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS here, ADVANTAGES in advantages.py. A fork adds
 a function and its line. Over the tokens of the global batch, in the terms of the tables:
@@ -182,7 +184,7 @@ def sequence_mask(log_weight_T, sequences, *, low: float, high: float):
     rollouts are BF16; FP8 rollouts of short answers differ more, hence the bounds of 0.9 and 1.1.
     """
     mean_T = ratio(sequences.mean(log_weight_T))
-    cut_T = (mean_T < low) | (mean_T > high)
+    cut_T = ~((mean_T >= low) & (mean_T <= high))
     return (~cut_T).to(log_weight_T.dtype), cut_T
 
 

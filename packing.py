@@ -50,7 +50,10 @@ def plan_microbatches(lengths: list[int], *, microbatch_tokens: int, dp: int) ->
 
 
 def minibatches(trainer, samples: list[Sample]) -> list[list[Sample]]:
-    """The samples of each optimizer step: equal parts, without those in which no token counts. trainer: train_step.Trainer."""
+    """Split the samples into those of each optimizer step. trainer: train_step.Trainer.
+
+    The parts are equal. Those in which no token counts are left out.
+    """
     return [
         part
         for part in equal_parts(samples, trainer.settings.minibatches)
@@ -180,18 +183,19 @@ def give_to_samples(trainer, samples: list[Sample], batches: list[MicroBatch], v
 
 
 def global_sums(trainer, reports: list[dict]) -> dict[str, float]:
-    """Sums over all micro-batches and ranks, and the largest mismatch. Only the last pipeline stage has reports; it tells the others. Collective."""
+    """Sum the reports of all micro-batches and ranks, and find the largest mismatch. Collective.
+
+    Only the last pipeline stage has reports; it tells the others. trainer: train_step.Trainer.
+    """
     totals = {}
     if reports:
         names = list(reports[0]["sums"])
-        sums = torch.stack(
-            [torch.stack([report["sums"][name].double() for name in names]) for report in reports]
-        ).sum(0)
+        rows = [torch.stack([report["sums"][name].double() for name in names]) for report in reports]
+        sums = torch.stack(rows).sum(0)
         largest = torch.stack([report["max"] for report in reports]).max()
         dist.all_reduce(sums, group=trainer.dp_cp_group)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=trainer.dp_cp_group)
         totals = {**dict(zip(names, sums.tolist())), "mismatch_max": float(largest)}
     stages = trainer.layout.pp_group
-    return json.loads(
-        broadcast_bytes(json.dumps(totals).encode(), stages, source=stages.size() - 1)
-    )
+    told = broadcast_bytes(json.dumps(totals).encode(), stages, source=stages.size() - 1)
+    return json.loads(told)

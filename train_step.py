@@ -109,8 +109,8 @@ def check_train_settings(settings: TrainSettings, loss: LossSettings, config: di
         if getattr(settings, name) < 1:
             yield f"--{name.replace('_', '-')} {getattr(settings, name)} must be at least 1"
     if not 0 <= settings.min_lr <= settings.lr < math.inf:
-        found_lr = f"--lr {settings.lr} and --min-lr {settings.min_lr}"
-        yield f"{found_lr} must satisfy 0 <= min-lr <= lr, and be finite"
+        rates = f"--lr {settings.lr} and --min-lr {settings.min_lr}"
+        yield f"{rates} must satisfy 0 <= min-lr <= lr, and be finite"
     if settings.min_lr and settings.lr_schedule == "constant":
         yield f"--min-lr {settings.min_lr} has no effect with --lr-schedule constant: leave one out"
     if not 0 <= settings.adam_beta2 < 1:

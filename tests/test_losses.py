@@ -1,4 +1,4 @@
-"""logprobs.py against an independent float64 NumPy oracle and finite differences; settings of losses.py.
+"""logprobs.py against an independent float64 oracle and finite differences; settings of losses.py.
 
 The parts of a policy loss are in tests/oracle, and the whole is in test_whole_loss.py.
 
