@@ -1,4 +1,6 @@
-"""The mathematics of a training step, as pure functions of tensors: log-probs and entropy from logits, and the parts a policy loss is put together from.
+"""The mathematics of a training step, as pure functions of tensors: the parts of a policy loss.
+
+Log-probs and entropy, which they start from, are computed in logprobs.py.
 
 An algorithm is one choice from each of five tables: POLICY_LOSSES, AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS here, ADVANTAGES in advantages.py. A fork adds
 a function and its line. Over the tokens of the global batch, in the terms of the tables:
@@ -12,9 +14,11 @@ Three log-probs of the same token, three names, here and everywhere:
 and, where there is one, ref_logprobs by the frozen reference model.
 old - rollout measures how far engine and trainer disagree about the same policy (the mismatch); logprobs - old, how far the policy has moved.
 
-Shape letters: T packed tokens of a micro-batch, N its samples, V vocabulary on this tensor-parallel rank.
+Shape letters: T packed tokens of a micro-batch, N its samples.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,77 +26,6 @@ import torch
 import torch.distributed as dist
 
 from problems import all_problems
-
-
-class VocabParallelLogprobs(torch.autograd.Function):
-    """logits -> log-prob of each label and entropy of each position, for logits whose vocabulary is split over tensor-parallel ranks.
-
-    fp32 exists for `chunk` tokens at a time only; between forward and backward nothing is kept but the logits in their own dtype and two numbers a
-    token. With x = logits / temperature, Z = sum exp x over all ranks, p = exp(x) / Z:
-
-        logprob = x_label - log Z                 d logprob / dx = onehot(label) - p
-        entropy = log Z - sum p x                 d entropy / dx = -p (log p + entropy)
-    """
-
-    @staticmethod
-    def forward(ctx, logits_TV, labels_T, temperature, vocab_size, group, chunk):
-        T, V = logits_TV.shape
-        first = V * group.rank()
-        # Rows that pad the vocabulary have logits but are no tokens.
-        real = min(V, vocab_size - first)
-        log_z_T, logprobs_T, entropy_T = (torch.empty(T, dtype=torch.float32, device=logits_TV.device) for _ in range(3))
-        for at in range(0, T, chunk):
-            rows = slice(at, at + chunk)
-            x_tV = logits_TV[rows, :real].float() / temperature  # not in place: of fp32 logits, float() is no copy
-            max_t = x_tV.amax(dim=-1)
-            if group.size() > 1:
-                dist.all_reduce(max_t, op=dist.ReduceOp.MAX, group=group)
-            x_tV -= max_t[:, None]
-            label_t = labels_T[rows] - first
-            is_here_t = (label_t >= 0) & (label_t < real)
-            label_x_t = x_tV.gather(1, label_t.clamp(0, real - 1)[:, None])[:, 0] * is_here_t
-            exp_tV = x_tV.exp()
-            sums_3t = torch.stack([exp_tV.sum(-1), (exp_tV * x_tV).sum(-1), label_x_t])
-            if group.size() > 1:
-                dist.all_reduce(sums_3t, group=group)
-            z_t, weighted_t, label_x_t = sums_3t
-            log_z_t = z_t.log()
-            logprobs_T[rows] = label_x_t - log_z_t
-            entropy_T[rows] = log_z_t - weighted_t / z_t
-            log_z_T[rows] = log_z_t + max_t
-        ctx.save_for_backward(logits_TV, labels_T, log_z_T, entropy_T)
-        ctx.temperature, ctx.first, ctx.real, ctx.chunk = temperature, first, real, chunk
-        ctx.set_materialize_grads(False)
-        return logprobs_T, entropy_T
-
-    @staticmethod
-    def backward(ctx, d_logprobs_T, d_entropy_T):
-        logits_TV, labels_T, log_z_T, entropy_T = ctx.saved_tensors
-        d_logits_TV = torch.zeros_like(logits_TV)
-        for at in range(0, len(labels_T), ctx.chunk):
-            rows = slice(at, at + ctx.chunk)
-            logp_tV = logits_TV[rows, : ctx.real].float() / ctx.temperature - log_z_T[rows, None]
-            p_tV = logp_tV.exp()
-            d_tV = torch.zeros_like(p_tV)
-            if d_entropy_T is not None:
-                d_tV -= p_tV * (logp_tV + entropy_T[rows, None]) * d_entropy_T[rows, None]
-            if d_logprobs_T is not None:
-                d_tV -= p_tV * d_logprobs_T[rows, None]
-                label_t = labels_T[rows] - ctx.first
-                here = ((label_t >= 0) & (label_t < ctx.real)).nonzero()[:, 0]
-                d_tV[here, label_t[here]] += d_logprobs_T[rows][here]
-            d_logits_TV[rows, : ctx.real] = d_tV.div_(ctx.temperature).to(logits_TV.dtype)
-        return d_logits_TV, None, None, None, None, None
-
-
-def logprobs_and_entropy(
-    logits_TV: torch.Tensor, labels_T: torch.Tensor, *, temperature: float, vocab_size: int, group: dist.ProcessGroup, chunk: int = 1024
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-prob of each label, entropy), both float32 [T], of softmax(logits / temperature) over the whole vocabulary.
-
-    logits_TV: this rank's columns, any float dtype. labels_T: int64, global token ids. vocab_size: without padding. group: tensor-parallel group.
-    """
-    return VocabParallelLogprobs.apply(logits_TV, labels_T, temperature, vocab_size, group, chunk)
 
 
 # --- policy losses ----------------------------------------------------------------------------------------------------------------------------
@@ -120,6 +53,15 @@ class Sequences:
         return (sums_N / self.counts_N.clamp(min=1))[self.sample_T]
 
 
+def ratio(log_ratio_T: torch.Tensor) -> torch.Tensor:
+    """Return exp of a difference of log-probs that is bounded to +-20, as verl, SkyRL and miles do.
+
+    exp(89) is infinite in fp32, and 0 times infinity is NaN, also where the clip is chosen. Beyond
+    the bound a ratio has no gradient. Everything here that needs a ratio calls this function.
+    """
+    return log_ratio_T.clamp(-20, 20).exp()
+
+
 # Each takes (logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_high, dual_clip) and returns (loss_T, ratio_T, clipped_T), not masked:
 # the loss, the ratio it looks at, and where the clip took the gradient away. float [T], float [T], bool [T].
 
@@ -133,7 +75,8 @@ def ppo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low: float,
     dual_clip c > 1 (arXiv 1912.09729, equation 5; 0: off): where A < 0 the loss is at most -c A. The plain objective has no bound there: a token that has
     become likely although it was bad would dominate the batch.
     """
-    return _clipped((logprobs_T - old_logprobs_T).exp(), advantages_T, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    clips = dict(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    return _clipped(ratio(logprobs_T - old_logprobs_T), advantages_T, **clips)
 
 
 def gspo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low: float, clip_high: float, dual_clip: float):
@@ -144,7 +87,7 @@ def gspo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low: float
     whose value is the geometric mean of the token ratios, and whose gradient at each token is that token's. Together with --aggregation sequence it is
     equation 5. The mean of many logarithms moves little, hence the bounds of 3e-4 and 4e-4.
     """
-    ratio_T = (logprobs_T - logprobs_T.detach() + sequences.mean(logprobs_T - old_logprobs_T)).exp()
+    ratio_T = ratio(logprobs_T - logprobs_T.detach() + sequences.mean(logprobs_T - old_logprobs_T))
     return _clipped(ratio_T, advantages_T, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
 
 
@@ -164,7 +107,7 @@ def cispo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low: floa
 
     clip_low 1 is no lower bound, as in the paper. dual_clip has no meaning here; check_loss_settings refuses it.
     """
-    ratio_T = (logprobs_T.detach() - old_logprobs_T).exp()
+    ratio_T = ratio(logprobs_T.detach() - old_logprobs_T)
     weight_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
     return -weight_T * advantages_T * logprobs_T, ratio_T, weight_T != ratio_T
 
@@ -201,45 +144,66 @@ AGGREGATIONS = {"token": per_token, "sequence": per_sequence, "constant": consta
 
 # --- off-policy corrections: weights for tokens that the engine sampled from other numerics or older weights ------------------------------------
 #
-# Each takes (log_weight_T = old - rollout, sequences, *, low, high) and returns a weight for the policy loss of each token, without gradient. A weight of 0
-# takes a token out; the denominator stays that of all tokens, or what is masked would make the others count more.
+# Each takes (log_weight_T = old - rollout, sequences, *, low, high), returns (weight_T, cut_T): a
+# weight for the policy loss of each token, without gradient, and where the correction has truncated
+# or masked. A weight of 0 takes a token out; the denominator stays that of all tokens, or what is
+# masked would make the others count more.
 
 
-def no_correction(log_weight_T, sequences, *, low: float, high: float):
+def no_correction(log_weight_T, sequences, *, low: None, high: None):
     """1: the samples are taken as the trainer's own."""
-    return torch.ones_like(log_weight_T)
+    return torch.ones_like(log_weight_T), torch.zeros_like(log_weight_T, dtype=torch.bool)
 
 
-def tis(log_weight_T, sequences, *, low: float, high: float):
+def tis(log_weight_T, sequences, *, low: None, high: float):
     """Truncated importance sampling, min(exp(old - rollout), high): Yao et al., "Your efficient RL framework secretly brings you off-policy training", 2025."""
-    return log_weight_T.exp().clamp(max=high)
+    weight_T = ratio(log_weight_T)
+    return weight_T.clamp(max=high), weight_T > high
 
 
 def icepop(log_weight_T, sequences, *, low: float, high: float):
     """exp(old - rollout) where it lies in [low, high], else 0: IcePop, Ring-1T, arXiv 2510.18855. A token on which the two disagree teaches nothing."""
-    weight_T = log_weight_T.exp()
-    return torch.where((weight_T >= low) & (weight_T <= high), weight_T, 0)
+    weight_T = ratio(log_weight_T)
+    cut_T = (weight_T < low) | (weight_T > high)
+    return weight_T.masked_fill(cut_T, 0), cut_T
 
 
-def decoupled(log_weight_T, sequences, *, low: float, high: float):
+def decoupled(log_weight_T, sequences, *, low: None, high: float):
     """The behaviour weight of decoupled PPO, AReaL, arXiv 2505.24298, equation 5: exp(old - rollout), and as in AReaL's code 0 above a cap.
 
     The other half, that old_logprobs are recomputed by the trainer with the weights it starts the step from, holds here under every correction.
     """
-    weight_T = log_weight_T.exp()
-    return torch.where(weight_T <= high, weight_T, 0)
+    weight_T = ratio(log_weight_T)
+    return weight_T.masked_fill(weight_T > high, 0), weight_T > high
 
 
 def sequence_mask(log_weight_T, sequences, *, low: float, high: float):
     """1 for responses whose geometric mean of exp(old - rollout) lies in [low, high], 0 for all tokens of others: a few tokens can spoil a whole response.
 
-    The mean's logarithm is an estimate of -KL(rollout || old); bounds near 1, as 0.99 and 1.01, make it a filter of mismatch.
+    The mean's logarithm is an estimate of -KL(rollout || old). NeMo-RL uses 0.999 to 1.002 where
+    rollouts are BF16; FP8 rollouts of short answers differ more, hence the bounds of 0.9 and 1.1.
     """
-    mean_T = sequences.mean(log_weight_T).exp()
-    return ((mean_T >= low) & (mean_T <= high)).to(log_weight_T.dtype)
+    mean_T = ratio(sequences.mean(log_weight_T))
+    cut_T = ~((mean_T >= low) & (mean_T <= high))
+    return (~cut_T).to(log_weight_T.dtype), cut_T
 
 
-CORRECTIONS = {"none": no_correction, "tis": tis, "icepop": icepop, "decoupled": decoupled, "sequence_mask": sequence_mask}
+@dataclass(frozen=True)
+class Correction:
+    """One correction, with the bounds that hold unless they are set; None: it has no such bound."""
+
+    weight: Callable
+    low: float | None
+    high: float | None
+
+
+CORRECTIONS = {
+    "none": Correction(no_correction, None, None),
+    "tis": Correction(tis, None, 2.0),
+    "icepop": Correction(icepop, 0.5, 5.0),
+    "decoupled": Correction(decoupled, None, 5.0),
+    "sequence_mask": Correction(sequence_mask, 0.9, 1.1),
+}
 
 
 # --- KL to a frozen reference -------------------------------------------------------------------------------------------------------------------
@@ -259,21 +223,24 @@ def k2(logprobs_T, ref_logprobs_T, old_logprobs_T):
 
 
 def k3(logprobs_T, ref_logprobs_T, old_logprobs_T):
-    """exp(-d) - 1 + d. Unbiased, of small variance, never negative (Schulman, "Approximating KL"). As a loss: the gradient of KL(reference || policy)."""
-    difference_T = logprobs_T - ref_logprobs_T
-    return (-difference_T).exp() - 1 + difference_T
+    """exp(-d) - 1 + d. Unbiased, of small variance, never negative (Schulman, "Approximating KL").
+
+    As a loss: the gradient of KL(reference || policy). d is bounded below by -20, where exp(-d)
+    grows, see ratio. It has no upper bound: a token that the reference excludes keeps its gradient.
+    """
+    difference_T = (logprobs_T - ref_logprobs_T).clamp(min=-20)
+    return ratio(-difference_T) - 1 + difference_T
 
 
 def low_var_kl(logprobs_T, ref_logprobs_T, old_logprobs_T):
     """k3, bounded by 10, as verl and slime name it. As a loss: k3's gradient, and none beyond the bound."""
-    difference_T = (logprobs_T - ref_logprobs_T).clamp(min=-80)  # in fp32 exp would overflow, and its gradient with it, before the bound is reached
-    return ((-difference_T).exp() - 1 + difference_T).clamp(-10, 10)
+    return k3(logprobs_T, ref_logprobs_T, old_logprobs_T).clamp(-10, 10)
 
 
 def unbiased_k3(logprobs_T, ref_logprobs_T, old_logprobs_T):
     """exp(logprobs - old) k3, the ratio with its gradient: DeepSeek-V3.2, arXiv 2512.02556, section 3.1. As a loss: the gradient of KL(policy || reference),
     and without bias also where the policy has moved since it sampled."""
-    return (logprobs_T - old_logprobs_T).exp() * k3(logprobs_T, ref_logprobs_T, old_logprobs_T)
+    return ratio(logprobs_T - old_logprobs_T) * k3(logprobs_T, ref_logprobs_T, old_logprobs_T)
 
 
 KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "low_var_kl": low_var_kl, "unbiased_k3": unbiased_k3}
@@ -298,10 +265,10 @@ class LossSettings:
     """Every token of the batch counts alike (DAPO), every response (GRPO), or tokens over the constant --max-response-tokens (Dr. GRPO)."""
     correction: Literal["none", "tis", "icepop", "decoupled", "sequence_mask"] = "tis"
     """What becomes of tokens whose log-prob differs between trainer and engine: weights or masks; see losses.py."""
-    correction_low: float = 0.5
-    """Lower bound of icepop and sequence_mask."""
-    correction_high: float = 2.0
-    """Upper bound of tis, icepop, decoupled and sequence_mask."""
+    correction_low: float | None = None
+    """Lower bound. None: 0.5 for icepop, 0.9 for sequence_mask; the others have none."""
+    correction_high: float | None = None
+    """Upper bound. None: 2 for tis, 5 for icepop and decoupled, 1.1 for sequence_mask."""
     kl_coef: float = 0.0
     """Weight of the KL to the frozen reference; 0: no reference is kept."""
     kl_estimator: Literal["k1", "k2", "k3", "low_var_kl", "unbiased_k3"] = "k3"
@@ -317,19 +284,40 @@ class LossSettings:
         low, high = CLIPS[self.policy_loss]
         return low if self.clip_low is None else self.clip_low, high if self.clip_high is None else self.clip_high
 
+    @property
+    def correction_bounds(self) -> tuple[float | None, float | None]:
+        """(low, high), as set or as the correction has them."""
+        own, low, high = CORRECTIONS[self.correction], self.correction_low, self.correction_high
+        return own.low if low is None else low, own.high if high is None else high
+
 
 @all_problems
 def check_loss_settings(settings: LossSettings) -> None:
     """What cannot work, before anything is started."""
     low, high = settings.clips
-    if not 0 < low <= 1 or high <= 0:
+    if not 0 < low <= 1 or not high > 0:
         yield f"--clip-low {low} must lie in (0, 1], --clip-high {high} must be positive"
-    if settings.dual_clip and (settings.dual_clip <= 1 or settings.policy_loss == "cispo"):
+    if settings.dual_clip and (not settings.dual_clip > 1 or settings.policy_loss == "cispo"):
         yield f"--dual-clip {settings.dual_clip} must be above 1, or 0 for none; --policy-loss cispo has none"
-    if not 0 <= settings.correction_low <= 1 <= settings.correction_high:
-        yield f"--correction-low {settings.correction_low} and --correction-high {settings.correction_high} must satisfy 0 <= low <= 1 <= high"
-    if settings.kl_coef < 0 or settings.entropy_coef < 0:
-        yield f"--kl-coef {settings.kl_coef} and --entropy-coef {settings.entropy_coef} must not be negative"
+    if settings.policy_loss == "gspo" and settings.aggregation != "sequence":
+        found = f"--policy-loss gspo and --aggregation {settings.aggregation} do not fit"
+        yield f"{found}: its ratio is one for a response, so use --aggregation sequence"
+    own, name = CORRECTIONS[settings.correction], settings.correction
+    for side, bound in (("low", settings.correction_low), ("high", settings.correction_high)):
+        if bound is not None and getattr(own, side) is None:
+            found = f"--correction-{side} {bound} has no effect"
+            yield f"{found}: --correction {name} has no such bound; leave it out"
+    low, high = settings.correction_bounds
+    if not (0 if low is None else low) <= 1 <= (1 if high is None else high) or (low or 0) < 0:
+        found = f"--correction-low {low} and --correction-high {high}"
+        yield f"{found} must satisfy 0 <= low <= 1 <= high"
+    if not (0 <= settings.kl_coef < math.inf and 0 <= settings.entropy_coef < math.inf):
+        found = f"--kl-coef {settings.kl_coef} and --entropy-coef {settings.entropy_coef}"
+        yield f"{found} must be finite and must not be negative"
+    unset = (LossSettings.kl_estimator, LossSettings.kl_in)
+    if not settings.kl_coef and (settings.kl_estimator, settings.kl_in) != unset:
+        found = f"--kl-estimator {settings.kl_estimator} --kl-in {settings.kl_in}"
+        yield f"{found} has no effect without --kl-coef: set one, or leave it out"
     if settings.kl_coef and settings.kl_in == "loss" and settings.kl_estimator == "k1":
         yield "--kl-estimator k1 has no gradient on average as a loss: use --kl-in reward, or another estimator, for instance unbiased_k3"
 
@@ -339,5 +327,7 @@ def mismatch(trainer_logprobs_T: torch.Tensor, rollout_logprobs_T: torch.Tensor)
 
     k3 = exp(d) - 1 - d with d = trainer - rollout estimates KL(rollout || trainer) without bias, and is never negative (Schulman, "Approximating KL").
     """
-    difference_T = trainer_logprobs_T - rollout_logprobs_T
-    return {"mismatch_abs": difference_T.abs(), "mismatch_k3": difference_T.exp() - 1 - difference_T}
+    return {
+        "mismatch_abs": (trainer_logprobs_T - rollout_logprobs_T).abs(),
+        "mismatch_k3": k3(rollout_logprobs_T, trainer_logprobs_T, None),
+    }

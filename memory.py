@@ -7,7 +7,7 @@ A trainer's rank, of the pipeline stage that needs most:
     optimizer      12 / D a parameter          FP32 main weights and Adam's two moments: the distributed optimizer splits them over the D ranks that hold the
                                                same parameters, DP times CP, for experts fewer. FP32: 8 / D, the model's weights are the main weights
     activations    see activation_bytes
-    logits         2 or 4 each, twice          the last stage's, and their gradient; losses.py makes FP32 copies of so many rows at a time only
+    logits         2 or 4 each, twice          the last stage's, and their gradient; logprobs.py makes FP32 copies of so many rows at a time only
 
 An engine's rank: the weights as they are handed over, and keys and values. plan.py says what must be there at the same time.
 """
@@ -17,7 +17,7 @@ import math
 from hf_config import is_sparse, layers_in_last_stage, megatron_arguments
 from hf_names import LAYER_RULES, layer_shapes, unquantized_linears
 
-LOGIT_ROWS = 1024  # losses.logprobs_and_entropy: chunk
+LOGIT_ROWS = 1024  # logprobs.logprobs_and_entropy: chunk
 
 # --- parameters -------------------------------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ Every rank holds the whole batch and makes the same plan, so nothing has to be a
 R response tokens of the whole batch.
 """
 
+import json
 import math
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from local_spec import zigzag
 from losses import Sequences
+from run import broadcast_bytes
 from sample import Sample
 
 
@@ -28,8 +30,11 @@ def plan_microbatches(lengths: list[int], *, microbatch_tokens: int, dp: int) ->
 
     Every rank gets the same number of micro-batches (collectives inside the model must pair up), as few as the token budget allows, of about equal
     size: longest sample first, each into the bin that holds least; so samples of about one length stand together. A bin may be empty when there are fewer
-    samples than bins.
+    samples than bins, and exactly full. Raises ValueError if a sample is longer than the budget.
     """
+    if (longest := max(lengths, default=0)) > microbatch_tokens:
+        found = f"a sample has {longest} tokens, a micro-batch at most {microbatch_tokens}"
+        raise ValueError(f"{found}, --microbatch-tokens times --cp: raise --microbatch-tokens")
     bins = dp * max(1, -(-sum(lengths) // (dp * microbatch_tokens)))
     while True:
         loads, members = [0] * bins, [[] for _ in range(bins)]
@@ -42,6 +47,32 @@ def plan_microbatches(lengths: list[int], *, microbatch_tokens: int, dp: int) ->
         bins += dp
     by_load = sorted(range(bins), key=lambda b: -loads[b])
     return [[members[b] for b in by_load[rank::dp]] for rank in range(dp)]
+
+
+def minibatches(trainer, samples: list[Sample]) -> list[list[Sample]]:
+    """Split the samples into those of each optimizer step. trainer: train_step.Trainer.
+
+    The parts are equal. Those in which no token counts are left out.
+    """
+    return [
+        part
+        for part in equal_parts(samples, trainer.settings.minibatches)
+        if any(any(sample.loss_mask) for sample in part)
+    ]
+
+
+def has_old_logprobs(samples: list[Sample], *, with_reference: bool) -> bool:
+    """Tell whether train_step.score has set old_logprobs, on all samples or on none.
+
+    Raises ValueError where some lack them, or the ref_logprobs of a KL: they would count as 0.
+    """
+    scored = any(len(sample.old_logprobs) for sample in samples)
+    for field in ["old_logprobs"] * scored + ["ref_logprobs"] * with_reference:
+        for sample in samples:
+            if len(getattr(sample, field)) != len(sample.response_ids):
+                found = f"sample {sample.index} of group {sample.group} has no {field}"
+                raise ValueError(f"{found} for its tokens: the batch must come from score()")
+    return scored
 
 
 @dataclass
@@ -108,10 +139,18 @@ def collate(samples: list[Sample], starts: list[int], *, tp: int = 1, cp: int = 
 
 
 def microbatch_plan(trainer, samples: list[Sample]) -> list[list[list[int]]]:
-    """plan_microbatches for these samples. trainer: train_step.Trainer."""
+    """Plan the micro-batches of these samples. trainer: train_step.Trainer.
+
+    Raises ValueError, with its index and group, if a sample is longer than a micro-batch may be.
+    """
     cp = trainer.settings.cp
+    budget, dp = trainer.settings.microbatch_tokens * cp, trainer.dp_group.size()
     lengths = [padded_length(len(sample.prompt_ids) + len(sample.response_ids), cp) for sample in samples]
-    return plan_microbatches(lengths, microbatch_tokens=trainer.settings.microbatch_tokens * cp, dp=trainer.dp_group.size())
+    try:
+        return plan_microbatches(lengths, microbatch_tokens=budget, dp=dp)
+    except ValueError as error:
+        sample = samples[lengths.index(max(lengths))]
+        raise ValueError(f"sample {sample.index} of group {sample.group}: {error}") from None
 
 
 def local_microbatches(trainer, samples: list[Sample]) -> list[MicroBatch]:
@@ -141,3 +180,22 @@ def give_to_samples(trainer, samples: list[Sample], batches: list[MicroBatch], v
     dist.broadcast(values_R, group=stages, group_src=stages.size() - 1)
     for sample, mine in zip(samples, values_R.cpu().split(lengths)):
         setattr(sample, field, mine.numpy())
+
+
+def global_sums(trainer, reports: list[dict]) -> dict[str, float]:
+    """Sum the reports of all micro-batches and ranks, and find the largest mismatch. Collective.
+
+    Only the last pipeline stage has reports; it tells the others. trainer: train_step.Trainer.
+    """
+    totals = {}
+    if reports:
+        names = list(reports[0]["sums"])
+        rows = [torch.stack([report["sums"][name].double() for name in names]) for report in reports]
+        sums = torch.stack(rows).sum(0)
+        largest = torch.stack([report["max"] for report in reports]).max()
+        dist.all_reduce(sums, group=trainer.dp_cp_group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=trainer.dp_cp_group)
+        totals = {**dict(zip(names, sums.tolist())), "mismatch_max": float(largest)}
+    stages = trainer.layout.pp_group
+    told = broadcast_bytes(json.dumps(totals).encode(), stages, source=stages.size() - 1)
+    return json.loads(told)

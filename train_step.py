@@ -2,7 +2,8 @@
 
     samples  -> micro-batches     packing.py: packed without padding, balanced over data-parallel ranks by tokens
     tokens   -> logits            Megatron's GPTModel under its own forward-backward schedule
-    logits   -> loss              losses.py, per token; summed with the weights of the aggregation, and divided once by its units in the global batch
+    logits   -> loss              logprobs.py and losses.py, per token; summed with the weights of
+                                  the aggregation, divided once by its units in the global batch
     gradient -> weights           Megatron's distributed optimizer: FP32 main weights and Adam state split over data-parallel ranks, BF16 model weights
 
 The normaliser is global: Megatron all-reduces what it calls the number of tokens, here the units of the aggregation, before it scales the gradient
@@ -11,7 +12,7 @@ The normaliser is global: Megatron all-reduces what it calls the number of token
 Shape letters: T packed tokens of a micro-batch, N its samples, V vocabulary on this tensor-parallel rank.
 """
 
-import json
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,10 +30,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 
 from hf_config import check_layout, megatron_arguments, read_config
-from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings, check_loss_settings, logprobs_and_entropy, mismatch
-from packing import MicroBatch, equal_parts, give_to_samples, local_microbatches, padded_length, microbatch_plan
+from logprobs import logprobs_and_entropy
+from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES
+from losses import LossSettings, check_loss_settings, k3, mismatch
+from packing import MicroBatch, equal_parts, give_to_samples, global_sums, has_old_logprobs
+from packing import local_microbatches, microbatch_plan, minibatches, padded_length
 from problems import Problems, all_problems
-from run import broadcast_bytes
 from sample import Sample
 from weight_sync import Layout
 
@@ -102,16 +105,26 @@ def check_train_settings(settings: TrainSettings, loss: LossSettings, config: di
     """
     found = Problems()
     found.of(check_loss_settings, loss)
-    if settings.minibatches < 1:
-        yield f"--minibatches {settings.minibatches} must be at least 1"
-    if settings.lr < 0 or settings.min_lr < 0 or settings.min_lr > settings.lr:
-        yield f"--lr {settings.lr} and --min-lr {settings.min_lr} must satisfy 0 <= min-lr <= lr"
+    for name in ("minibatches", "microbatch_tokens"):
+        if getattr(settings, name) < 1:
+            yield f"--{name.replace('_', '-')} {getattr(settings, name)} must be at least 1"
+    if not 0 <= settings.min_lr <= settings.lr < math.inf:
+        rates = f"--lr {settings.lr} and --min-lr {settings.min_lr}"
+        yield f"{rates} must satisfy 0 <= min-lr <= lr, and be finite"
+    if settings.min_lr and settings.lr_schedule == "constant":
+        yield f"--min-lr {settings.min_lr} has no effect with --lr-schedule constant: leave one out"
+    if not 0 <= settings.adam_beta2 < 1:
+        yield f"--adam-beta2 {settings.adam_beta2} must lie in [0, 1)"
+    if not 0 <= settings.weight_decay < math.inf:
+        yield f"--weight-decay {settings.weight_decay} must be finite and must not be negative"
     if not 0 <= settings.lr_warmup_steps < max(steps, 1):
         yield f"--lr-warmup-steps {settings.lr_warmup_steps} must be smaller than --steps {steps}"
-    if settings.clip_grad <= 0:
+    if not settings.clip_grad > 0:
         yield f"--clip-grad {settings.clip_grad} must be positive"
     if settings.reference and not loss.kl_coef:
         yield f"--reference {settings.reference} is not used without --kl-coef: set one, or leave the other out"
+    if settings.offload_reference and not loss.kl_coef:
+        yield "--offload-reference has no effect without --kl-coef: leave it out, or set that"
     reference = found.of(read_config, settings.reference) if settings.reference else None
     if reference and config:
         theirs, ours = ({**model, **gpt} for model, gpt in (megatron_arguments(c, tp=1) for c in (reference, config)))
@@ -186,7 +199,7 @@ def run_schedule(trainer: Trainer, batches: list[MicroBatch], loss_function, *, 
     output_TX: the model's output, float [T, X], on the last pipeline stage. Returns the dicts, which are empty on the other stages. model: the trainer's
     unless given.
     """
-    # Else Float16Module would make an fp32 copy of all logits; losses.py does so for a few tokens at a time.
+    # Else Float16Module would make an fp32 copy of all logits; logprobs.py does so for few tokens.
     more = {"fp32_output": False} if trainer.settings.train_dtype == "bf16" else {}
 
     def forward_step(iterator, model):
@@ -222,11 +235,6 @@ def compute_logprobs(trainer: Trainer, batches: list[MicroBatch], *, temperature
     return [report["logprobs"] for report in run_schedule(trainer, batches, loss_function, model=model, forward_only=True)]
 
 
-def minibatches(trainer: Trainer, samples: list[Sample]) -> list[list[Sample]]:
-    """The samples of each optimizer step: equal parts, without those in which no token counts."""
-    return [part for part in equal_parts(samples, trainer.settings.minibatches) if any(any(sample.loss_mask) for sample in part)]
-
-
 def score(trainer: Trainer | None, samples: list[Sample], settings: LossSettings | None = None, *, temperature: float) -> list[Sample]:
     """Set every sample's old_logprobs, and its ref_logprobs where there is a reference: a forward pass over the batch for each. Collective.
 
@@ -254,8 +262,9 @@ def score(trainer: Trainer | None, samples: list[Sample], settings: LossSettings
 
 def backward(trainer: Trainer, samples: list[Sample], settings: LossSettings, *, temperature: float, max_response_tokens: int) -> dict[str, float]:
     """Gradient of the loss of these samples, into the trainer's buffers; returns sums over all their tokens, equal on every rank. Collective."""
-    low, high = settings.clips
-    scored = any(len(sample.old_logprobs) for sample in samples)
+    clips = dict(zip(("clip_low", "clip_high"), settings.clips), dual_clip=settings.dual_clip)
+    bounds = dict(zip(("low", "high"), settings.correction_bounds))
+    scored = has_old_logprobs(samples, with_reference=settings.kl_coef > 0)
 
     def loss_function(batch, logits_TV):
         logprobs_T, entropy_T = logprobs_of(trainer, batch, logits_TV, temperature)
@@ -266,20 +275,19 @@ def backward(trainer: Trainer, samples: list[Sample], settings: LossSettings, *,
             x_T.masked_fill(zero, 0)
             for x_T in (logprobs_T, entropy_T, old_T, batch.rollout_logprobs_T, batch.ref_logprobs_T, batch.advantages_T)
         )
-        clips = dict(clip_low=low, clip_high=high, dual_clip=settings.dual_clip)
         policy_T, ratio_T, clipped_T = POLICY_LOSSES[settings.policy_loss](logprobs_T, old_T, advantages_T, batch.sequences, **clips)
-        bounds = dict(low=settings.correction_low, high=settings.correction_high)
-        correction_T = CORRECTIONS[settings.correction](old_T - rollout_T, batch.sequences, **bounds)
+        correction = CORRECTIONS[settings.correction].weight
+        correction_T, cut_T = correction(old_T - rollout_T, batch.sequences, **bounds)
         kl_T = KL_ESTIMATORS[settings.kl_estimator](logprobs_T, ref_T, old_T) if settings.kl_coef else torch.zeros_like(logprobs_T)
         kl_coef = settings.kl_coef if settings.kl_in == "loss" else 0.0
         loss_T = correction_T * policy_T + kl_coef * kl_T - settings.entropy_coef * entropy_T
         weight_T, units_N = AGGREGATIONS[settings.aggregation](batch.sequences, max_response_tokens=max_response_tokens)
         loss, units = (weight_T * loss_T).sum(), units_N.sum() if trainer.cp_group.rank() == 0 else units_N.sum() * 0
 
-        shift_T, mismatch_T = (logprobs_T - old_T).detach(), mismatch(old_T, rollout_T)
-        per_token = {"entropy": entropy_T, "ratio": ratio_T, "clipfrac": clipped_T, "approx_kl": shift_T.exp() - 1 - shift_T, "logprob_shift": shift_T}
-        per_token |= {"tis_clipfrac": ((old_T - rollout_T).exp() > settings.correction_high) | (correction_T == 0)}
-        per_token |= {"kl": kl_T, **mismatch_T}
+        mismatch_T, approx_kl_T = mismatch(old_T, rollout_T), k3(old_T, logprobs_T, None)
+        per_token = {"entropy": entropy_T, "ratio": ratio_T, "clipfrac": clipped_T, "kl": kl_T}
+        per_token |= {"approx_kl": approx_kl_T, "logprob_shift": logprobs_T - old_T}
+        per_token |= {"tis_clipfrac": cut_T, **mismatch_T}
         sums = {name: (value_T.detach() * batch.mask_T).sum() for name, value_T in per_token.items()}
         report = {"loss": loss.detach(), "units": units, "tokens": batch.mask_T.sum(), **sums}
         return loss, units.int(), {"sums": report, "max": (mismatch_T["mismatch_abs"] * batch.mask_T).max()}
@@ -289,28 +297,17 @@ def backward(trainer: Trainer, samples: list[Sample], settings: LossSettings, *,
     return global_sums(trainer, run_schedule(trainer, local_microbatches(trainer, samples), loss_function, forward_only=False))
 
 
-def global_sums(trainer: Trainer, reports: list[dict]) -> dict[str, float]:
-    """Sums over all micro-batches and ranks, and the largest mismatch. Only the last pipeline stage has reports; it tells the others. Collective."""
-    totals = {}
-    if reports:
-        names = list(reports[0]["sums"])
-        sums = torch.stack([torch.stack([report["sums"][name].double() for name in names]) for report in reports]).sum(0)
-        largest = torch.stack([report["max"] for report in reports]).max()
-        dist.all_reduce(sums, group=trainer.dp_cp_group)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=trainer.dp_cp_group)
-        totals = {**dict(zip(names, sums.tolist())), "mismatch_max": float(largest)}
-    stages = trainer.layout.pp_group
-    return json.loads(broadcast_bytes(json.dumps(totals).encode(), stages, source=stages.size() - 1))
-
-
 def train_step(
     trainer: Trainer | None, samples: list[Sample], settings: LossSettings, *, temperature: float, max_response_tokens: int
 ) -> dict[str, float]:
     """One optimizer step on each mini-batch of the global batch; returns metrics that are equal on every rank that trains, {} on others. Collective.
 
     samples: with advantages, and what score() has set. temperature: of the rollout; log-probs are those of the distribution that was sampled from. Raises
-    RuntimeError on every rank when no token counts, or when loss or gradient are not finite: a step that is skipped in silence is a run that fails later. The
-    weights are then those of before the step.
+    RuntimeError on every rank when loss or gradient are not finite: a step that is skipped in silence is a run that fails later. The weights are then those
+    of before the step.
+
+    A batch in which no token counts has no gradient. Weights and optimizer stay as they are, the
+    schedule goes on, and the metrics are {"tokens": 0, "lr": lr}: the caller says so.
     """
     if trainer is None:
         return {}
@@ -321,9 +318,9 @@ def train_step(
         if not np.isfinite(totals[-1]["loss"]) or not np.isfinite(gradient_norm(trainer)):
             raise RuntimeError(explain_not_finite(trainer, part, settings, **arguments))
         grad_norms.append(float(trainer.optimizer.step()[1]))
-    if not totals:
-        raise RuntimeError(f"none of the {len(samples)} samples has a token that counts: every loss_mask is 0")
     trainer.scheduler.step(1)
+    if not totals:
+        return {"tokens": 0, "lr": lr}
     sums = {name: sum(total[name] for total in totals) for name in totals[0]}
     loss, units, tokens = (sums.pop(name) for name in ("loss", "units", "tokens"))
     means = {name: value / tokens for name, value in sums.items()}

@@ -23,6 +23,7 @@ def measure(folder, model, ranks, *rest) -> dict:
     *sizes, order = rest
     torchrun("tests/workers/algorithms.py", folder, *sizes, order, model, ranks=ranks)
     losses, gradients = json.loads((folder / "losses.json").read_text()), torch.load(folder / "gradients.pt", weights_only=True)
+    assert losses["no token counts"] == [True, True, True]
     return {name: (losses[name], gradients[name]) for name in ALGORITHMS}
 
 
@@ -47,6 +48,14 @@ def test_loss_and_gradient_do_not_depend_on_the_split(whole, split, algorithm):
     apart, norm = (sum(float(t.double().square().sum()) for t in tensors) ** 0.5 for tensors in (
         [gradient[name] - expected_gradient[name] for name in gradient], expected_gradient.values()))  # fmt: skip
     assert apart < 1e-5 * norm and norm > 0
+
+
+def test_every_metric_is_compared(whole):
+    """mismatch_max is a maximum over ranks, and all others are means over the batch."""
+    assert all(
+        {"mismatch_max", "mismatch_abs", "mismatch_k3", "logprob_shift"} <= losses.keys()
+        for losses, _ in whole.values()
+    )
 
 
 def test_the_splits_split(whole, split):

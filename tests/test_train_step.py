@@ -61,6 +61,45 @@ def test_the_plan_covers_everything_once_within_budget_and_balanced(dp):
     assert max(per_rank) - min(per_rank) < max(lengths)
 
 
+@pytest.mark.parametrize(
+    "lengths, dp",
+    [([100], 1), ([60, 40], 1), ([100, 100], 2), ([50, 50, 50, 50], 2), ([100, 60, 40], 1)],
+)
+def test_a_micro_batch_may_be_exactly_full(lengths, dp):
+    plan = plan_microbatches(lengths, microbatch_tokens=100, dp=dp)
+    assert sum(len(rank) for rank in plan) == sum(lengths) // 100  # no bin more than that
+    assert {sum(lengths[i] for i in bin) for rank in plan for bin in rank} == {100}
+
+
+def test_no_samples_are_a_plan_of_empty_bins():
+    assert plan_microbatches([], microbatch_tokens=100, dp=2) == [[[]], [[]]]
+
+
+def test_a_sample_longer_than_a_micro_batch_is_refused_by_name(trainer):
+    """No number of bins would ever be enough."""
+    with pytest.raises(
+        ValueError, match="a sample has 101 tokens, .* at most 100.* raise --microbatch-tokens"
+    ):
+        plan_microbatches([5, 101, 7], microbatch_tokens=100, dp=2)
+    long = sample(
+        3,
+        response_ids=[7] * 9000,
+        rollout_logprobs=[-1.0] * 9000,
+        loss_mask=[1] * 9000,
+        advantages=[1.0] * 9000,
+    )
+    with pytest.raises(
+        ValueError, match="sample 3 of group 5: a sample has 9002 tokens, .* at most 8192"
+    ):
+        step(trainer, [sample(0), long])
+
+
+def test_bins_of_a_rank_are_not_neighbours_by_load():
+    """Of loads 9, 8, 7, 6 the ranks get 9 and 7, 8 and 6. With 9 and 8, 7 and 6 one would wait."""
+    plan = plan_microbatches([9, 8, 7, 6], microbatch_tokens=9, dp=2)
+    assert plan == [[[0], [2]], [[1], [3]]]
+
+
 def test_fewer_samples_than_ranks_leaves_an_empty_bin():
     assert plan_microbatches([10], microbatch_tokens=100, dp=2) == [[[0]], [[]]]
 
@@ -70,6 +109,14 @@ def test_fewer_samples_than_ranks_leaves_an_empty_bin():
     (dict(cp=3), "--cp 3 does not divide the 4 ranks"),
     (dict(tp=4), "num_key_value_heads 2 is not divisible by --tp 4"),
     (dict(lr=-1.0), "--lr -1.0"),
+    (dict(lr=float("nan")), "--lr nan"),
+    (dict(lr=float("inf")), "--lr inf"),
+    (dict(min_lr=1e-5, lr_schedule="constant"), "--min-lr 1e-05 has no effect with --lr-schedule constant"),
+    (dict(offload_reference=True), "--offload-reference has no effect without --kl-coef"),
+    (dict(adam_beta2=1.0), "--adam-beta2 1.0"),
+    (dict(weight_decay=-0.1), "--weight-decay -0.1"),
+    (dict(microbatch_tokens=0), "--microbatch-tokens 0 must be at least 1"),
+    (dict(clip_grad=float("nan")), "--clip-grad nan"),
     (dict(min_lr=1.0), "min-lr"),
     (dict(lr_warmup_steps=10), "--lr-warmup-steps 10"),
     (dict(microbatch_tokens=10), "--microbatch-tokens 10"),
@@ -110,9 +157,101 @@ def step(trainer, samples, **settings) -> dict:
     return train_step.train_step(trainer, train_step.score(trainer, samples, temperature=1.0), LossSettings(**settings), temperature=1.0, max_response_tokens=8)
 
 
-def test_a_batch_without_a_token_that_counts_is_an_error(trainer):
-    with pytest.raises(RuntimeError, match="none of the 2 samples"):
-        step(trainer, [sample(0, loss_mask=[0, 0]), sample(1, loss_mask=[0, 0])])
+EMPTY = dict(response_ids=[], rollout_logprobs=[], loss_mask=[], advantages=[])
+
+
+def state_of(trainer) -> list[torch.Tensor]:
+    """Weights, FP32 main weights and Adam's moments."""
+    groups = trainer.optimizer.param_groups
+    main = [parameter for group in groups for parameter in group["params"]]
+    moments = [
+        value
+        for inner in trainer.optimizer.optimizer.state.values()
+        for value in inner.values()
+        if torch.is_tensor(value)
+    ]
+    return [tensor.detach().clone() for tensor in [*trainer.gpt.parameters(), *main, *moments]]
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+@pytest.mark.parametrize("batch", [
+    lambda: [sample(0, loss_mask=[0, 0]), sample(1, loss_mask=[0, 0])],
+    lambda: [sample(0, **EMPTY), sample(1, **EMPTY)],
+    lambda: [sample(0, **EMPTY), sample(1, loss_mask=[0, 0])],
+    lambda: [],
+], ids=["all masked", "all empty", "masked and empty", "no samples"])  # fmt: skip
+def test_a_batch_without_a_token_that_counts_is_no_update(
+    fresh_megatron, models, batch, minibatches
+):
+    """A judge that fails on a whole step must not end the run. The schedule follows the step."""
+    settings = TrainSettings(train_dtype="fp32", minibatches=minibatches)
+    trainer = train_step.build_trainer(
+        str(models["llama"]),
+        settings,
+        read_config(models["llama"]),
+        steps=9,
+        seed=1,
+        with_reference=True,
+    )
+    step(trainer, [sample(0), sample(1)])  # Adam has moments
+    before, lr = state_of(trainer), trainer.optimizer.param_groups[0]["lr"]
+    assert step(trainer, batch(), kl_coef=0.1) == {"tokens": 0, "lr": lr}
+    assert len(before) > 20 and all(map(torch.equal, state_of(trainer), before))
+    assert trainer.scheduler.num_steps == 2 and trainer.optimizer.param_groups[0]["lr"] < lr
+    assert step(trainer, [sample(0), sample(1)])["tokens"] == 4
+
+
+@pytest.mark.parametrize("minibatches, loss, old, ref", [
+    (1, {}, 0, 0), (2, {}, 2, 0), (1, dict(kl_coef=0.1), 0, 2), (1, dict(kl_coef=0.1, kl_in="reward"), 2, 2),
+])  # fmt: skip
+def test_what_is_scored_is_what_is_needed(fresh_megatron, models, minibatches, loss, old, ref):
+    """Old log-probs serve a second update, and a KL that is taken from the reward."""
+    settings, config = (
+        TrainSettings(train_dtype="fp32", minibatches=minibatches),
+        read_config(models["llama"]),
+    )
+    trainer = train_step.build_trainer(
+        str(models["llama"]), settings, config, steps=9, seed=1, with_reference=bool(loss)
+    )
+    for one in train_step.score(
+        trainer, [sample(0), sample(1)], LossSettings(**loss), temperature=1.0
+    ):
+        assert (len(one.old_logprobs), len(one.ref_logprobs)) == (old, ref)
+
+
+def test_the_learning_rate_of_the_metrics_is_that_of_the_step(trainer):
+    lr = trainer.optimizer.param_groups[0]["lr"]
+    assert step(trainer, [sample(0)])["lr"] == lr != trainer.optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("field", ["old_logprobs", "ref_logprobs"])
+def test_a_batch_of_which_some_are_not_scored_is_refused(trainer, field):
+    """Their log-probs would count as 0, as if the token had been certain."""
+    values = dict(old_logprobs=[-1.0, -1.0], ref_logprobs=[-1.0, -1.0])
+    batch = [sample(0, **values), sample(1, **{**values, field: []})]
+    loss = LossSettings(kl_coef=0.1)
+    with pytest.raises(ValueError, match=f"sample 1 of group 5 has no {field}"):
+        train_step.train_step(trainer, batch, loss, temperature=1.0, max_response_tokens=8)
+
+
+def test_scoring_gives_every_sample_its_own_length(trainer):
+    batch = [sample(0, **EMPTY), sample(1), sample(2, **EMPTY)]
+    train_step.score(trainer, batch, temperature=1.0)
+    assert [len(one.old_logprobs) for one in batch] == [0, 2, 0]
+    assert train_step.score(trainer, [], temperature=1.0) == []
+
+
+def test_a_token_that_the_trainer_holds_impossible_is_named(trainer):
+    """Its logit is -inf, and so is its log-prob: nothing can be learned from it."""
+    stock = trainer.gpt.output_layer.forward
+
+    def without_8(*args, **kwargs):
+        logits, bias = stock(*args, **kwargs)
+        return logits.masked_fill(torch.arange(logits.shape[-1]) == 8, -torch.inf), bias
+
+    trainer.gpt.output_layer.forward = without_8
+    with pytest.raises(RuntimeError, match="step 1, rank 0: sample 1 of group 5 has loss nan"):
+        step(trainer, [sample(0, response_ids=[7, 7]), sample(1)])
 
 
 @pytest.mark.parametrize("changes", [dict(rollout_logprobs=[-1.0, float("nan")]), dict(advantages=[3e38, 3e38])])
@@ -127,11 +266,8 @@ def test_a_loss_or_gradient_that_is_not_finite_names_the_sample(trainer, changes
 
 def test_an_empty_response_changes_nothing(trainer):
     """An engine that gives up at once returns no token; such a sample has nothing to learn from, and is in nobody's way."""
-    empty = sample(1, response_ids=[], rollout_logprobs=[], loss_mask=[], advantages=[])
-    metrics = step(trainer, [sample(0), empty])
+    metrics = step(trainer, [sample(0), sample(1, **EMPTY)])
     assert metrics["tokens"] == 2 and all(np.isfinite(value) for value in metrics.values())
-    with pytest.raises(RuntimeError, match="none of the 1 samples"):
-        step(trainer, [empty])
 
 
 def test_the_only_update_of_a_batch_needs_no_old_logprobs(fresh_megatron, models):
@@ -161,6 +297,21 @@ def test_mini_batches_are_equal_parts_and_steps_of_their_own(fresh_megatron, mod
     metrics = step(trainer, samples)
     assert metrics["tokens"] == 10 and metrics["logprob_shift"] != 0  # the third part sees what the first has changed
     assert trainer.scheduler.num_steps == 1  # one rollout batch, one step of the schedule
+
+
+@pytest.mark.parametrize("changes", [
+    (dict(min_lr=1e-5), {}), (dict(offload_reference=True), dict(kl_coef=0.1)), (dict(clip_grad=float("inf")), {}), (dict(lr=0.0), {}),
+])  # fmt: skip
+def test_settings_that_work(models, changes):
+    train, loss = changes
+    check_train_settings(
+        TrainSettings(**train),
+        LossSettings(**loss),
+        read_config(models["qwen3"]),
+        world_size=4,
+        steps=10,
+        longest=40,
+    )
 
 
 def test_the_residual_stream_may_be_fp32(fresh_megatron, models):

@@ -3,6 +3,7 @@
 Nothing here is shared with losses.py or advantages.py and nothing is vectorised, so that each function can be checked against its formula by reading it.
 Where a paper stops the gradient, the argument under the stop is passed as `frozen_T`: the same numbers as logprobs_T, held still while finite
 differences move logprobs_T. A value the formula leaves undefined (a mean over a sample without counting tokens) is NaN here.
+The bound of log-ratios, +-20, is part of every formula that has a ratio: see `ratio`.
 
 N samples, T packed tokens, L tokens of one sample. A counting token is one with mask 1. Sources: PPO arXiv:1707.06347, dual clip 1912.09729,
 GRPO 2402.03300, Dr. GRPO 2503.20783, RLOO 2402.14740, REINFORCE++ 2501.03262, GAE 1506.02438, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585,
@@ -162,14 +163,21 @@ def clip(x: float, low: float, high: float) -> float:
     return high if x > high else x
 
 
+def ratio(log_ratio: float) -> float:
+    """e to the log-ratio, which is first bounded to +-20."""
+    return exp(clip(log_ratio, -20.0, 20.0))
+
+
 def mean_log_ratio(log_ratio_T, packed: Packed, sample: int) -> float:
     counting = packed.counting(sample)
     return mean([float(log_ratio_T[t]) for t in counting]) if counting else nan
 
 
-def clipped_surrogate(ratio: float, advantage: float, *, clip_low: float, clip_high: float, dual_clip: float) -> tuple[float, bool]:
-    unclipped_loss = -ratio * advantage
-    clipped_loss = -clip(ratio, 1 - clip_low, 1 + clip_high) * advantage
+def clipped_surrogate(
+    r: float, advantage: float, *, clip_low: float, clip_high: float, dual_clip: float
+) -> tuple[float, bool]:
+    unclipped_loss = -r * advantage
+    clipped_loss = -clip(r, 1 - clip_low, 1 + clip_high) * advantage
     loss = max(unclipped_loss, clipped_loss)
     if dual_clip > 0 and advantage < 0:
         loss = min(loss, -dual_clip * advantage)
@@ -177,8 +185,10 @@ def clipped_surrogate(ratio: float, advantage: float, *, clip_low: float, clip_h
 
 
 def ppo(logprobs_T, frozen_T, old_T, advantages_T, packed, **bounds):
-    ratio_T = [exp(new - old) for new, old in zip(logprobs_T, old_T)]
-    results = [clipped_surrogate(ratio, advantage, **bounds) for ratio, advantage in zip(ratio_T, advantages_T)]
+    ratio_T = [ratio(new - old) for new, old in zip(logprobs_T, old_T)]
+    results = [
+        clipped_surrogate(r, advantage, **bounds) for r, advantage in zip(ratio_T, advantages_T)
+    ]
     return np.array([loss for loss, _ in results]), np.array(ratio_T), np.array([clipped for _, clipped in results])
 
 
@@ -187,7 +197,7 @@ def gspo(logprobs_T, frozen_T, old_T, advantages_T, packed, **bounds):
     ratio_T, results = [], []
     for t in range(len(logprobs_T)):
         center = mean_log_ratio(np.asarray(frozen_T) - np.asarray(old_T), packed, packed.sample_T[t])
-        ratio_T.append(exp(logprobs_T[t] - frozen_T[t] + center))
+        ratio_T.append(ratio(logprobs_T[t] - frozen_T[t] + center))
         results.append(clipped_surrogate(ratio_T[t], advantages_T[t], **bounds) if center == center else (nan, False))
     return np.array([loss for loss, _ in results]), np.array(ratio_T), np.array([clipped for _, clipped in results])
 
@@ -197,41 +207,52 @@ def cispo(logprobs_T, frozen_T, old_T, advantages_T, packed, *, clip_low, clip_h
     assert dual_clip == 0
     loss_T, ratio_T, clipped_T = [], [], []
     for new, frozen, old, advantage in zip(logprobs_T, frozen_T, old_T, advantages_T):
-        ratio = exp(frozen - old)
-        loss_T.append(-clip(ratio, 1 - clip_low, 1 + clip_high) * advantage * new)
-        ratio_T.append(ratio)
-        clipped_T.append(ratio < 1 - clip_low or ratio > 1 + clip_high)
+        r = ratio(frozen - old)
+        loss_T.append(-clip(r, 1 - clip_low, 1 + clip_high) * advantage * new)
+        ratio_T.append(r)
+        clipped_T.append(r < 1 - clip_low or r > 1 + clip_high)
     return np.array(loss_T), np.array(ratio_T), np.array(clipped_T)
 
 
 POLICY_LOSSES = {"ppo": ppo, "gspo": gspo, "cispo": cispo}
 
 
-# ---- Corrections of the difference between engine and trainer: lo - lr -> weight_T ----
+# ---- Corrections of the difference between engine and trainer: lo - lr -> (weight_T, cut_T) ----
 
 
 def no_correction(log_weight_T, packed, *, low, high):
-    return np.array([1.0 for _ in log_weight_T])
+    assert low is None and high is None
+    return np.array([1.0 for _ in log_weight_T]), np.array([False for _ in log_weight_T])
 
 
 def tis(log_weight_T, packed, *, low, high):
-    return np.array([min(exp(x), high) for x in log_weight_T])
+    assert low is None
+    return np.array([min(ratio(x), high) for x in log_weight_T]), np.array(
+        [ratio(x) > high for x in log_weight_T]
+    )
 
 
 def icepop(log_weight_T, packed, *, low, high):
-    return np.array([exp(x) if low <= exp(x) <= high else 0.0 for x in log_weight_T])
+    inside_T = np.array([low <= ratio(x) <= high for x in log_weight_T])
+    return np.array(
+        [ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]
+    ), ~inside_T
 
 
 def decoupled(log_weight_T, packed, *, low, high):
-    return np.array([exp(x) if exp(x) <= high else 0.0 for x in log_weight_T])
+    assert low is None
+    inside_T = np.array([ratio(x) <= high for x in log_weight_T])
+    return np.array(
+        [ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]
+    ), ~inside_T
 
 
 def sequence_mask(log_weight_T, packed, *, low, high):
     weight_T = []
     for t in range(len(log_weight_T)):
         center = mean_log_ratio(log_weight_T, packed, packed.sample_T[t])
-        weight_T.append(nan if center != center else 1.0 if low <= exp(center) <= high else 0.0)
-    return np.array(weight_T)
+        weight_T.append(nan if center != center else 1.0 if low <= ratio(center) <= high else 0.0)
+    return np.array(weight_T), np.array([weight == 0 for weight in weight_T])
 
 
 CORRECTIONS = {"none": no_correction, "tis": tis, "icepop": icepop, "decoupled": decoupled, "sequence_mask": sequence_mask}
@@ -249,7 +270,9 @@ def k2(new: float, ref: float, old: float) -> float:
 
 
 def k3(new: float, ref: float, old: float) -> float:
-    return exp(ref - new) - 1 + (new - ref)
+    """e^-d - 1 + d of d = l - lf, which is at least -20."""
+    d = max(new - ref, -20.0)
+    return exp(-d) - 1 + d
 
 
 def low_var_kl(new: float, ref: float, old: float) -> float:
@@ -257,7 +280,7 @@ def low_var_kl(new: float, ref: float, old: float) -> float:
 
 
 def unbiased_k3(new: float, ref: float, old: float) -> float:
-    return exp(new - old) * k3(new, ref, old)
+    return ratio(new - old) * k3(new, ref, old)
 
 
 KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "low_var_kl": low_var_kl, "unbiased_k3": unbiased_k3}
@@ -279,6 +302,102 @@ def constant_mean(loss_T, packed, *, max_response_tokens) -> float:
 
 
 AGGREGATIONS = {"token": token_mean, "sequence": sequence_mean, "constant": constant_mean}
+
+
+# ---- The whole loss: what a training step descends, and what it reports ----
+
+
+@dataclass
+class Known:
+    """What is held still while logprobs_T and entropy_T move."""
+
+    frozen_T: np.ndarray  # the numbers of logprobs_T
+    old_T: np.ndarray
+    rollout_T: np.ndarray
+    ref_T: np.ndarray
+    advantages_T: np.ndarray
+    packed: Packed
+
+
+@dataclass
+class Algorithm:
+    """One choice from each table. kl: the estimator of the KL term of the loss, or None."""
+
+    policy_loss: str
+    clips: dict
+    correction: str
+    bounds: dict
+    aggregation: str
+    kl: str | None
+    kl_coef: float
+    entropy_coef: float
+    max_response_tokens: int
+
+
+def whole_loss(logprobs_T, entropy_T, known: Known, algorithm: Algorithm) -> float:
+    """The aggregate of w_t L_t + kl_coef K_t - entropy_coef H_t: w_t weighs the policy loss alone."""
+    policy_T, _, _ = POLICY_LOSSES[algorithm.policy_loss](
+        logprobs_T, known.frozen_T, known.old_T, known.advantages_T, known.packed, **algorithm.clips
+    )
+    weight_T, _ = CORRECTIONS[algorithm.correction](
+        known.old_T - known.rollout_T, known.packed, **algorithm.bounds
+    )
+    loss_T = []
+    for t in range(len(logprobs_T)):
+        loss = weight_T[t] * policy_T[t] - algorithm.entropy_coef * entropy_T[t]
+        if algorithm.kl:
+            loss += algorithm.kl_coef * KL_ESTIMATORS[algorithm.kl](
+                logprobs_T[t], known.ref_T[t], known.old_T[t]
+            )
+        loss_T.append(loss)
+    return AGGREGATIONS[algorithm.aggregation](
+        loss_T, known.packed, max_response_tokens=algorithm.max_response_tokens
+    )
+
+
+def whole_metrics(
+    logprobs_T, entropy_T, known: Known, algorithm: Algorithm, kl: str | None
+) -> dict[str, float]:
+    """Means over the counting tokens, and the largest mismatch. kl: the estimator, or None."""
+    _, ratio_T, clipped_T = POLICY_LOSSES[algorithm.policy_loss](
+        logprobs_T, known.frozen_T, known.old_T, known.advantages_T, known.packed, **algorithm.clips
+    )
+    _, cut_T = CORRECTIONS[algorithm.correction](
+        known.old_T - known.rollout_T, known.packed, **algorithm.bounds
+    )
+    rows = []
+    for t in [t for n in range(known.packed.samples) for t in known.packed.counting(n)]:
+        moved, apart = logprobs_T[t] - known.old_T[t], known.old_T[t] - known.rollout_T[t]
+        rows.append({
+            "entropy": entropy_T[t],
+            "ratio": ratio_T[t],
+            "clipfrac": float(clipped_T[t]),
+            "approx_kl": exp(min(moved, 20.0)) - 1 - min(moved, 20.0),
+            "logprob_shift": moved,
+            "tis_clipfrac": float(cut_T[t]),
+            "kl": KL_ESTIMATORS[kl](logprobs_T[t], known.ref_T[t], known.old_T[t]) if kl else 0.0,
+            "mismatch_abs": abs(apart),
+            "mismatch_k3": exp(min(apart, 20.0)) - 1 - min(apart, 20.0),
+        })  # fmt: skip
+    means = {name: mean([row[name] for row in rows]) for name in rows[0]}
+    return means | {"mismatch_max": max(row["mismatch_abs"] for row in rows)}
+
+
+def log_softmax(logits_V, temperature: float) -> np.ndarray:
+    """log p of each token of the vocabulary, p = softmax(logits / temperature)."""
+    x_V = np.asarray(logits_V, dtype=np.float64) / temperature
+    return x_V - x_V.max() - np.log(sum(exp(x) for x in x_V - x_V.max()))
+
+
+def through_softmax(
+    logits_V, label: int, d_logprob: float, d_entropy: float, temperature: float
+) -> np.ndarray:
+    """The gradient at a position's logits, from those at its label's log-prob and its entropy."""
+    logp_V = log_softmax(logits_V, temperature)
+    p_V = np.exp(logp_V)
+    entropy = -(p_V * logp_V).sum()
+    onehot_V = np.arange(len(p_V)) == label
+    return (d_logprob * (onehot_V - p_V) - d_entropy * p_V * (logp_V + entropy)) / temperature
 
 
 # ---- Finite differences ----

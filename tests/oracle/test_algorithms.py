@@ -175,14 +175,24 @@ def test_policy_losses_by_hand():
 # ---- Corrections ----
 
 
+def bounds_for(correction: str, low: float, high: float) -> dict:
+    """These bounds, but for those that the correction does not have."""
+    own = losses.CORRECTIONS[correction]
+    return dict(low=None if own.low is None else low, high=None if own.high is None else high)
+
+
 @batches()
-@pytest.mark.parametrize("low, high", [(0.5, 2.0), (0.9, 1.1)])
+@pytest.mark.parametrize("low, high", [(0.5, 2.0), (0.9, 1.1), (0.0, 1e30)])
 @pytest.mark.parametrize("name", oracle.CORRECTIONS)
 def test_correction(name, low, high, batch):
-    log_weight_T = batch.old_T - batch.rollout_T
-    got = losses.CORRECTIONS[name](tensor(log_weight_T), batch.sequences(), low=low, high=high)
-    expected = oracle.CORRECTIONS[name](log_weight_T, batch.packed, low=low, high=high)
-    assert_same(got, expected, atol=batch.atol, defined=batch.has_mean_T | (name != "sequence_mask"))
+    log_weight_T, bounds = batch.old_T - batch.rollout_T, bounds_for(name, low, high)
+    weight_T, cut_T = losses.CORRECTIONS[name].weight(
+        tensor(log_weight_T), batch.sequences(), **bounds
+    )
+    expected_T, expected_cut_T = oracle.CORRECTIONS[name](log_weight_T, batch.packed, **bounds)
+    defined_T = batch.has_mean_T | (name != "sequence_mask")
+    assert_same(weight_T, expected_T, atol=batch.atol, defined=defined_T)
+    assert cut_T.dtype == torch.bool and (cut_T.numpy() == expected_cut_T)[defined_T].all()
 
 
 def test_corrections_by_hand():
@@ -191,9 +201,19 @@ def test_corrections_by_hand():
     sequences = losses.Sequences(tensor([0, 0, 0, 1, 1]), tensor([1.0, 0.0, 1.0, 1.0, 1.0]), tensor([2.0, 2.0]))
     expected = {"none": [1, 1, 1, 1, 1], "tis": [2, 2.5, 0.5, 2.5, 2.5], "icepop": [2, 0, 0, 0, 0], "decoupled": [2, 0, 0.5, 0, 0]}
     expected["sequence_mask"] = [1, 1, 1, 0, 0]
+    cut = {
+        "none": [0, 0, 0, 0, 0],
+        "tis": [0, 1, 0, 1, 1],
+        "icepop": [0, 1, 1, 1, 1],
+        "decoupled": [0, 1, 0, 1, 1],
+    }
+    cut["sequence_mask"] = [0, 0, 0, 1, 1]
     for name, weights in expected.items():
-        assert losses.CORRECTIONS[name](log_weight_T, sequences, low=0.75, high=2.5).tolist() == pytest.approx(weights), name
-        assert losses.CORRECTIONS[name](0 * log_weight_T, sequences, low=1.0, high=1.0).tolist() == [1] * 5, name
+        weight = losses.CORRECTIONS[name].weight
+        weight_T, cut_T = weight(log_weight_T, sequences, **bounds_for(name, 0.75, 2.5))
+        assert weight_T.tolist() == pytest.approx(weights) and cut_T.tolist() == cut[name], name
+        weight_T, cut_T = weight(0 * log_weight_T, sequences, **bounds_for(name, 1.0, 1.0))
+        assert weight_T.tolist() == [1] * 5 and not cut_T.any(), name
 
 
 # ---- KL estimators ----
@@ -302,18 +322,20 @@ def test_a_mean_of_rank_means_is_not_the_mean():
 def test_a_whole_loss(name, bounds, correction, aggregation, seed):
     """Policy loss with correction and KL loss, aggregated: the scalar and its gradient, each token's with all others in place."""
     batch, kl_coefficient = Batch("tool tokens", "usual", seed), 0.3
-    trust = dict(low=0.6, high=1.6)
+    trust = bounds_for(correction, 0.6, 1.6)
     old_T, ref_T, log_weight_T = tensor(batch.old_T), tensor(batch.ref_T), tensor(batch.old_T - batch.rollout_T)
 
     def expected(logprobs_T):
         loss_T = oracle.POLICY_LOSSES[name](logprobs_T, batch.logprobs_T, batch.old_T, batch.advantages_T, batch.packed, **bounds)[0]
-        weight_T = oracle.CORRECTIONS[correction](batch.old_T - batch.rollout_T, batch.packed, **trust)
+        weight_T, _ = oracle.CORRECTIONS[correction](
+            batch.old_T - batch.rollout_T, batch.packed, **trust
+        )
         kl_T = [oracle.unbiased_k3(*token) for token in zip(logprobs_T, batch.ref_T, batch.old_T)]
         return oracle.AGGREGATIONS[aggregation](weight_T * loss_T + kl_coefficient * np.array(kl_T), batch.packed, max_response_tokens=8)
 
     x, sequences = tensor(batch.logprobs_T, requires_grad=True), batch.sequences()
     loss_T = losses.POLICY_LOSSES[name](x, old_T, tensor(batch.advantages_T), sequences, **bounds)[0]
-    loss_T = losses.CORRECTIONS[correction](log_weight_T, sequences, **trust) * loss_T
+    loss_T = losses.CORRECTIONS[correction].weight(log_weight_T, sequences, **trust)[0] * loss_T
     loss_T = loss_T + kl_coefficient * losses.KL_ESTIMATORS["unbiased_k3"](x, ref_T, old_T)
     numerator, denominator = aggregate(aggregation, loss_T, batch, cuts=[])
     assert_same(numerator / denominator, expected(batch.logprobs_T))
