@@ -7,6 +7,7 @@ dropped, no group left waiting while newer ones train, never more than (K + 1) s
 import asyncio
 import json
 import random
+import time
 
 import pytest
 
@@ -145,6 +146,30 @@ def test_groups_that_teach_nothing_are_replaced_within_the_bound(data, bound):
     assert sorted(trained + replaced[::2]) == sorted(engine.started)
     for version, samples in enumerate(kept):
         check_staleness(samples, version=version, max_staleness=bound)
+
+
+@pytest.mark.parametrize("slow", ["answer", "judge"])
+def test_a_dropped_group_is_neither_trained_nor_replaced(data, slow):
+    """Every fifth group is late, in its answers or in its judging, is dropped, and turns out to teach nothing: it is counted as dropped, only."""
+    judged = []
+
+    def is_late(group):
+        return group % 5 == 0
+
+    def judge(sample):
+        judged.append(sample.group)
+        time.sleep(0.1 if slow == "judge" and is_late(sample.group) else 0)
+        return 0.0 if is_late(sample.group) else float(sample.index)
+
+    def seconds(group):
+        return 0.1 if slow == "answer" and is_late(group) else 0.001
+
+    given, engine = run_steps(data, seconds, train_s=0.15, judge=judge, steps=4, max_staleness=0, oversample=1, dynamic_sampling=5)
+    names = {reason: [s.group for samples in given for s in samples if s.finish_reason == reason] for reason in (DROPPED, REPLACED, "stop")}
+    assert set(names[DROPPED]) == set(engine.aborted) and names[DROPPED]
+    assert names[REPLACED] == []
+    assert not set(names[DROPPED]) & set(names["stop"])
+    assert slow == "judge" or not set(judged) & set(names[DROPPED])  # an answer that comes too late is not judged
 
 
 def test_replacing_has_a_cap(data):

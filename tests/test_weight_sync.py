@@ -23,6 +23,7 @@ from run import REPOSITORY, BadInput
 TOY = read_config(REPOSITORY / "toy")
 K_NORM, Q_NORM = (f"model.layers.0.self_attn.{which}_norm.weight" for which in "kq")  # of one shape
 O_PROJ, NORM = "model.layers.0.self_attn.o_proj.weight", "model.norm.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,14 @@ def test_a_fault_leaves_the_engine_paused_and_says_where(faults, phase, error, t
     assert not fault["answers"] and fault["answers_when_mended"]
 
 
+def test_an_update_that_sglang_refuses_ends_the_run(faults):
+    fault = faults["refusal"]
+    assert "SGLang refused end_weight_update: injected. The engine's weights are not usable." in fault["error"]
+    assert "phase 'end of update'" in fault["notes"][0]
+    assert not fault["answers"]
+    assert fault["answers_when_mended"]
+
+
 def test_a_tensor_the_engine_refuses_ends_the_engine(faults):
     fault = faults["load"]
     assert "EngineDied" in fault["error"] and "phase 'load': model.layers" in fault["notes"][0]
@@ -65,24 +74,31 @@ def test_memory_is_that_of_buckets_not_of_the_model():
 
 
 class HeldModel(torch.nn.Module):
-    """Holds the toy's tensors under their own names, in FP8 where fp8 says so, and loads them as SGLang does: what has no place is passed over."""
+    """Holds the toy's tensors under their own names, in FP8 where fp8 says so, and loads them as SGLang does.
+
+    What has no place is passed over. The embedding has 64 rows for 32 tokens, and the rows beyond are set to zero with each load.
+    """
 
     def __init__(self, fp8: frozenset[str]):
         super().__init__()
         self.held = {}
-        self.alias = {}
         for name, shape in hf_shapes(TOY).items():
             pair = quantize_blockwise(torch.zeros(shape)) if name in fp8 else (torch.zeros(shape, dtype=torch.bfloat16),)
             for named, tensor in zip((name, f"{name}_scale_inv"), pair):
                 self.held[named] = torch.nn.Parameter(tensor, requires_grad=False)
+        self.held[EMBEDDING] = torch.nn.Parameter(torch.ones(64, TOY["hidden_size"], dtype=torch.bfloat16), requires_grad=False)
+        self.places = {name: parameter.data for name, parameter in self.held.items()}
 
     def named_parameters(self, *args, **kwargs):
         return self.held.items()
 
     def load_weights(self, named):
         for name, tensor in named:
-            if (name := self.alias.get(name, name)) in self.held:
-                self.held[name].data.copy_(tensor)
+            if name in self.places:
+                place = self.places[name]
+                place[: len(tensor)].copy_(tensor)
+                if name == EMBEDDING:
+                    place[len(tensor) :].fill_(0)
 
 
 class HeldEngine:
@@ -160,14 +176,19 @@ def test_the_gate_finds_that_one_tensor_came_twice_in_the_place_of_another(one_r
         gate.read_back()
 
 
-def test_the_gate_finds_a_parameter_that_no_tensor_reaches(one_rank):
-    """The engine takes both norms for one parameter: every name comes once, both agree, and the count of bytes is right."""
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_gate_finds_a_parameter_that_no_tensor_reaches(one_rank, merged):
+    """The engine takes both norms for one parameter, or for one half of a merged one: every name comes once, both agree, the count of bytes is right."""
     gate = Gate("bf16")
-    gate.model.alias = {K_NORM: Q_NORM}
     gate.tensors[K_NORM] = gate.tensors[Q_NORM]
-    gate.hand_over()
     nbytes = gate.tensors[K_NORM].nbytes
-    with pytest.raises(RuntimeError, match=f"{nbytes} bytes of the engine's parameters were compared with no tensor"):
+    if merged:
+        halves = torch.nn.Parameter(torch.zeros(nbytes, dtype=torch.bfloat16), requires_grad=False)  # of two bytes each
+        del gate.model.held[Q_NORM], gate.model.held[K_NORM]
+        gate.model.held["qk_norm"], gate.model.places[Q_NORM] = halves, halves.data[: nbytes // 2]
+    gate.model.places[K_NORM] = gate.model.places[Q_NORM]
+    gate.hand_over()
+    with pytest.raises(RuntimeError, match=f" {nbytes} bytes of the engine's parameters were compared with no tensor"):
         gate.read_back()
 
 
@@ -178,15 +199,27 @@ def test_the_gate_finds_a_parameter_that_the_trainer_does_not_know(gate):
 
 
 def test_the_gate_finds_a_tensor_that_the_engine_has_no_place_for(gate):
-    del gate.model.held[NORM]
+    del gate.model.held[NORM], gate.model.places[NORM]
     with pytest.raises(RuntimeError, match=f"{NORM} .0 of 0 bytes.; 1 tensors in all"):
         gate.read_back()
 
 
-def test_the_gate_names_a_tensor_that_differs_in_one_byte(gate):
-    held = gate.model.held[O_PROJ]
-    held.view(torch.uint8)[3, 5] ^= 1
-    with pytest.raises(RuntimeError, match=f"{O_PROJ} .1 of {held.nbytes} bytes.; 1 tensors in all"):
+@pytest.mark.parametrize("name, place", [(O_PROJ, (3, 5)), (NORM, (-1,)), (EMBEDDING, (0, 0)), (EMBEDDING, (63, 1))])
+def test_the_gate_names_a_tensor_that_differs_in_one_byte(gate, name, place):
+    """The embedding's last row is padding: a value there is one that the hand-off would have set to zero."""
+    held = gate.model.held[name]
+    held.view(torch.uint8)[place] ^= 1
+    before = held.clone()
+    with pytest.raises(RuntimeError, match=f"{name} .1 of {held.nbytes} bytes.; 1 tensors in all"):
+        gate.read_back()
+    assert torch.equal(held.view(torch.uint8), before.view(torch.uint8))  # comparing has not mended it
+
+
+def test_the_gate_compares_bytes_not_values(gate):
+    gate.tensors[NORM][0] = 0.0
+    gate.hand_over()
+    gate.model.held[NORM][0] = -0.0
+    with pytest.raises(RuntimeError, match=f"{NORM} .1 of"):
         gate.read_back()
 
 
