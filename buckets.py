@@ -70,9 +70,11 @@ def phase(name: str, tensors: list[str]):
 
 
 class _CompareWrites(TorchDispatchMode):
-    """Replaces every in-place write by a comparison of what is held with what would be written: copies, and the zeros of vocabulary padding.
+    """Replaces every in-place write by a comparison of what is held with what would be written:
+    copies, and the zeros of vocabulary padding.
 
-    seen: by the storage of a parameter, the regions of it that have been compared and their bytes. Each comparison is noted there.
+    seen: the regions that have been compared, with their bytes, by the address of their storage.
+    Each comparison is noted there.
     """
 
     def __init__(self, seen: dict[int, dict[tuple, int]]):
@@ -118,14 +120,16 @@ def load_bucket(model: torch.nn.Module, message: list[Named]) -> None:
 
 
 def compare_loader(model: torch.nn.Module, named_tensors: list[Named]) -> None:
-    """Runs in the engine as SGLang's custom_weight_loader: compares instead of loading. The last tensor is the report, in memory shared with the caller.
+    """Runs in the engine as SGLang's custom_weight_loader: compares instead of loading.
 
-    Of each tensor: bytes compared, bytes that differ, and bytes of parameters that no tensor has been compared with so far. A region that two tensors
-    share counts once, so a parameter that is compared twice cannot hide one that is not compared.
+    The last tensor is the report, in memory shared with the caller. It holds of each tensor: bytes
+    compared, bytes that differ, and bytes of parameters that no tensor has been compared with so
+    far. A region counts once: a parameter that is compared twice cannot hide one that never is.
     """
     *named, (_, report) = named_tensors
     mine = report[dist.get_rank()]  # the engine's own world: its tensor-parallel ranks
-    # From one bucket to the next the model keeps what has been seen. An earlier read-back's regions stay: a name always leads to the same ones.
+    # The model keeps the regions from one bucket to the next. Those of an earlier read-back stay,
+    # which hides nothing: a name always leads to the same regions, and the caller counts names.
     seen = vars(model).setdefault("compared_regions", {})
     for i, (name, tensor) in enumerate(named):
         with _CompareWrites(seen) as writes:
@@ -138,9 +142,11 @@ def compare_loader(model: torch.nn.Module, named_tensors: list[Named]) -> None:
 
 def unseen_bytes(model: torch.nn.Module, seen: dict[int, dict[tuple, int]]) -> int:
     """Bytes of the model's parameters that are in no region of seen."""
-    kv_cache_scales = (".k_scale", ".v_scale")  # settings of an FP8 KV cache that Llama holds as parameters; no weights, and not used
+    # Settings of an FP8 KV cache that Llama holds as parameters: no weights, and not used.
+    kv_cache_scales = (".k_scale", ".v_scale")
     bytes_of = Counter()
     for name, parameter in model.named_parameters():
         if not name.endswith(kv_cache_scales):
             bytes_of[parameter.untyped_storage().data_ptr()] += parameter.nbytes
-    return sum(max(0, nbytes - sum(seen.get(storage, {}).values())) for storage, nbytes in bytes_of.items())
+    unseen = (held - sum(seen.get(storage, {}).values()) for storage, held in bytes_of.items())
+    return sum(max(0, nbytes) for nbytes in unseen)

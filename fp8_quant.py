@@ -44,8 +44,10 @@ SLAB = 2**18  # elements: what a CPU's cache holds in fp32; whole rows of blocks
 def quantize_blockwise(weight_NK: torch.Tensor, *, scale_format: str = "fp32") -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a matrix to e4m3 with one scale per 128 x 128 block.
 
-    weight_NK: bf16, fp16 or fp32, any strides and device. Returns (codes [N, K] float8_e4m3fn, scale_inv [ceil(N/128), ceil(K/128)] float32), on the same device.
-    Raises ValueError for anything but such a matrix, an unknown scale format, and weights that are not finite (their block would be silently lost).
+    weight_NK: bf16, fp16 or fp32, any strides and device. Returns (codes [N, K] float8_e4m3fn,
+    scale_inv [ceil(N/128), ceil(K/128)] float32), on the same device. Raises ValueError for
+    anything but such a matrix with elements, for an unknown scale format, and for weights that
+    are not finite: their block would be silently lost.
     On a GPU the kernel in fp8_kernel.py does the same arithmetic in one pass over the weight.
     """
     if weight_NK.dim() != 2:

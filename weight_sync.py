@@ -30,7 +30,8 @@ import torch.distributed as dist
 
 from buckets import Named, entries, pack, phase, unpack, where
 from fp8_quant import BLOCK, quantize_blockwise
-from hf_names import Rule, hf_shapes, merged_linears, parameters_of, rule_of, split_stacked, unquantized_linears
+from hf_names import Rule, hf_shapes, merged_linears, parameters_of, rule_of, split_stacked
+from hf_names import unquantized_linears
 from problems import all_problems
 from run import EngineDied, broadcast_bytes
 
@@ -47,7 +48,7 @@ class SyncSettings:
 def check_sync_settings(settings: SyncSettings) -> None:
     """Refuse what cannot work, before anything is started."""
     if settings.bucket_bytes < 1:
-        yield f"--bucket-bytes {settings.bucket_bytes} must be at least 1: a bucket of one byte holds one tensor, the default holds 256 MiB"
+        yield f"--bucket-bytes {settings.bucket_bytes} must be at least 1; leave it out for 256 MiB"
 
 
 # --- from Megatron to full Hugging Face tensors -----------------------------------------------------------------------------------------------
@@ -300,8 +301,9 @@ def hand_over(weights: Weights, engine, *, version: int) -> int:
 def read_back(weights: Weights, engine) -> int:
     """Prove that the engine holds quantize(full tensor) for every weight; returns the bytes compared. Collective, like hand_over.
 
-    Raises RuntimeError naming the first tensors that differ, that the engine has no place for (0 of 0 bytes), or that are missing or come twice, or saying
-    how many of the engine's bytes no tensor was compared with.
+    Raises RuntimeError naming the first tensors that differ, that the engine has no place for (0 of
+    0 bytes), that are missing or that come twice, or saying how many of the engine's bytes no
+    tensor was compared with.
     """
     compared_bytes, uncompared_bytes, names = 0, 0, Counter()
     for bucket in buckets_of(weights, quantize=False):
@@ -309,9 +311,11 @@ def read_back(weights: Weights, engine) -> int:
         if engine is None:
             continue
         names.update(name for name, _ in named)
-        report = engine.compare(named)  # [engine tp ranks, tensors, (compared, different, not compared so far)]
+        # [engine tp ranks, tensors, (bytes compared, different, of parameters not compared so far)]
+        report = engine.compare(named)
         compared, different, _ = report.sum(0).T.tolist()
-        bad = [f"{name} ({wrong} of {all_} bytes)" for (name, _), all_, wrong in zip(named, compared, different) if wrong or not all_]
+        counts = zip([name for name, _ in named], different, compared)
+        bad = [f"{name} ({wrong} of {n} bytes)" for name, wrong, n in counts if wrong or not n]
         if bad:
             raise RuntimeError(f"read-back failed: the engine's weights are not quantize(full tensor) for {', '.join(bad[:5])}; {len(bad)} tensors in all")
         compared_bytes += sum(compared)
@@ -322,13 +326,17 @@ def read_back(weights: Weights, engine) -> int:
 
 
 def check_all_compared(names: Counter, weights: Weights, uncompared_bytes: int) -> None:
-    """Raise RuntimeError unless each tensor of the model was compared once, and with it every byte of the engine's parameters."""
+    """Raise RuntimeError unless every tensor was compared once, and every byte of a parameter."""
     gaps = {
         "never compared": sorted(set(hf_shapes(weights.config)) - set(names)),
         "compared more than once": sorted(name for name, times in names.items() if times > 1),
     }
-    found = [f"{what}: {', '.join(these[:5])}, {len(these)} tensors in all" for what, these in gaps.items() if these]
+    found = []
+    for what, these in gaps.items():
+        if these:
+            found.append(f"{what}: {', '.join(these[:5])}, {len(these)} tensors in all")
     if uncompared_bytes:
-        found.append(f"{uncompared_bytes} bytes of the engine's parameters were compared with no tensor")
+        found.append(f"{uncompared_bytes} bytes of the engine's parameters were never compared")
     if found:
-        raise RuntimeError(f"read-back failed: the hand-off does not cover the model. {'; '.join(found)}")
+        found = "; ".join(found)
+        raise RuntimeError(f"read-back failed: the hand-off does not cover the model. {found}")

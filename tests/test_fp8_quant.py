@@ -43,8 +43,10 @@ def test_a_block_by_hand():
     assert dequantize_blockwise(codes, scale_inv, dtype=torch.float32)[0, :3].tolist() == [896.0, 1.0, 3.0]
 
 
-# The last three are cut into slabs: of several rows of blocks, with ragged edges, and of one row of blocks that is larger than a slab.
-SHAPES = [(128, 128), (256, 384), (100, 50), (129, 257), (1, 1), (576, 192), (1024, 768), (900, 530), (130, 4100)]
+# The last three are cut into slabs: of several rows of blocks, with ragged edges, and with one row
+# of blocks that is larger than a slab.
+SHAPES = [(128, 128), (256, 384), (100, 50), (129, 257), (1, 1), (576, 192)]
+SHAPES += [(1024, 768), (900, 530), (130, 4100)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -146,7 +148,7 @@ def test_only_a_block_below_the_floor_is_rounded_to_zero_scale(amax, scale):
 
 @pytest.mark.parametrize("exponent", [-30, -8, -1, 0, 1, 20])
 def test_ue8m0_keeps_a_scale_that_is_a_power_of_two(exponent):
-    # 448 * 2^e has the scale 2^e exactly: there is nothing to round up. Anything above it needs 2^(e+1).
+    # 448 * 2^e has the scale 2^e exactly: nothing is rounded up. What lies above needs 2^(e+1).
     weight = torch.full((2, 1), 448.0 * 2.0**exponent)
     for scale_format in ("fp32", "ue8m0"):
         codes, scale_inv = quantize_blockwise(weight, scale_format=scale_format)
@@ -176,14 +178,16 @@ def test_a_value_that_is_not_finite_is_found_wherever_it_is(value, place, monkey
 
 def test_scales_must_fit_the_codes():
     codes, scale_inv = quantize_blockwise(torch.ones(129, 128))
-    with pytest.raises(ValueError, match=r"scales of shape \(1, 1\) do not fit a weight of shape \(129, 128\)"):
+    rule = r"scales of shape \(1, 1\) do not fit a weight of shape \(129, 128\)"
+    with pytest.raises(ValueError, match=rule):
         dequantize_blockwise(codes, scale_inv[:1])
 
 
 @pytest.mark.parametrize("bad, message", [
     (torch.ones(3), "matrix, got shape \\(3,\\)"), (torch.ones(2, 2, 2), "matrix"),
     (torch.empty(4, 0), "no elements"), (torch.empty(0, 4), "no elements"),
-    (torch.ones(2, 2, dtype=torch.int64), "torch.int64"), (torch.ones(2, 2, dtype=torch.float64), "torch.float64"),
+    (torch.ones(2, 2, dtype=torch.int64), "torch.int64"),
+    (torch.ones(2, 2, dtype=torch.float64), "torch.float64"),
     (torch.ones(2, 2).to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
 ])  # fmt: skip
 def test_refuses_what_it_cannot_represent(bad, message):

@@ -6,8 +6,9 @@ What must hold, and why it matters:
 - the exported folder holds the very bytes that were loaded: nothing is lost on the way in or out;
 - loss and gradient norm of a batch do not depend on ranks or micro-batches: normalisation is global.
 
-fp32 throughout, so that tolerances are tight. The models have 97 tokens: at every tp above 1 Megatron pads the vocabulary, and the padding must not show in
-logits, bytes, files or losses, with tied embeddings (qwen2) and without. Not covered here: engines (test_engine.py).
+fp32 throughout, so that tolerances are tight. The models have 97 tokens: tensor parallelism must
+pad the vocabulary. The padding may not show in logits, bytes, files or losses, with tied embeddings
+(qwen2) and without. Not covered here: engines (test_engine.py).
 """
 
 import json
@@ -29,10 +30,15 @@ CASES = [(layout, family) for layout, (_, _, ep, _, _) in LAYOUTS.items() for fa
 
 @pytest.fixture(scope="module")
 def reports(models, tmp_path_factory):
-    """Of each layout: {family: [each rank's report]}, and the folder of its exported models. The ranks are started once for each number of them."""
-    # At tp 4 every shard of q, k and v is cut inside a block, and is gathered before it is quantized. It needs four key-value heads.
+    """Of each layout: {family: [each rank's report]}, and the folder of its exported models.
+
+    All layouts of one number of ranks share a start of the ranks.
+    """
+    # At tp 4 every shard of q, k and v is cut inside a block, and is gathered before it is
+    # quantized. It needs four key-value heads.
+    heads = dict(num_attention_heads=8, num_key_value_heads=4)
     wide = tmp_path_factory.mktemp("wide")
-    wide = {family: str(write_model(wide / family, family, num_attention_heads=8, num_key_value_heads=4)) for family in FAMILIES}
+    wide = {family: str(write_model(wide / family, family, **heads)) for family in FAMILIES}
     cases = {ranks: {} for ranks in (1, 2, 4)}
     for layout, (ranks, *splits) in LAYOUTS.items():
         folders = {family: str(models[family]) for family in FAMILIES if (layout, family) in CASES}
@@ -43,7 +49,8 @@ def reports(models, tmp_path_factory):
         out = tmp_path_factory.mktemp("layouts")
         (out / "cases.json").write_text(json.dumps(layouts))
         torchrun("tests/workers/layout.py", out, out / "cases.json", ranks=ranks, timeout=1800)
-        found |= {layout: (report, out / layout) for layout, report in json.loads((out / "report.json").read_text()).items()}
+        measured = json.loads((out / "report.json").read_text())
+        found |= {layout: (report, out / layout) for layout, report in measured.items()}
     return found
 
 
@@ -93,7 +100,10 @@ def test_four_tensor_parallel_ranks(reports, family):
 
 @pytest.mark.parametrize("family, tp, other_tp", [("qwen3", 2, 1), ("qwen2", 1, 2)])
 def test_a_padded_vocabulary_goes_through_a_checkpoint(models, tmp_path, family, tp, other_tp):
-    """97 rows at tp 1, 98 at tp 2: a run goes on at the other size as it would have at its own. qwen2's embeddings are tied."""
+    """97 rows at tp 1, 98 at tp 2: a run goes on at the other size as it would have at its own.
+
+    qwen2's embeddings are tied.
+    """
     torchrun("tests/workers/padded_checkpoint.py", tmp_path, models[family], tp, other_tp, ranks=2)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["differ"] == []

@@ -1,8 +1,11 @@
 """The hand-off when something goes wrong, and what it costs in memory.
 
 An update is all or nothing: after a fault in any phase the engine, half-updated by then, answers nothing, still is at the version before, and the error says
-in which phase and about which tensors. The read-back gate proves what the engine holds: here its own promises, with a model of one process in the engine's
-place. Not covered here: bytes at every layout (test_layouts.py), the gate on SGLang's models (test_engine.py), a killed rank (test_loop_async.py).
+in which phase and about which tensors. The read-back gate proves what the engine holds: its own
+promises are tested with a small model in the engine's place.
+
+Not covered here: bytes at every layout (test_layouts.py), the gate on SGLang's models
+(test_engine.py), a killed rank (test_loop_async.py).
 """
 
 import importlib.util
@@ -48,7 +51,7 @@ def test_a_fault_leaves_the_engine_paused_and_says_where(faults, phase, error, t
 
 def test_an_update_that_sglang_refuses_ends_the_run(faults):
     fault = faults["refusal"]
-    assert "SGLang refused end_weight_update: injected. The engine's weights are not usable." in fault["error"]
+    assert "SGLang refused end_weight_update: injected. The engine's weights" in fault["error"]
     assert "phase 'end of update'" in fault["notes"][0]
     assert not fault["answers"]
     assert fault["answers_when_mended"]
@@ -74,19 +77,23 @@ def test_memory_is_that_of_buckets_not_of_the_model():
 
 
 class HeldModel(torch.nn.Module):
-    """Holds the toy's tensors under their own names, in FP8 where fp8 says so, and loads them as SGLang does.
+    """Holds the toy's tensors under their own names, in FP8 where fp8 says so.
 
-    What has no place is passed over. The embedding has 64 rows for 32 tokens, and the rows beyond are set to zero with each load.
+    It loads as SGLang does: what has no place is passed over; the embedding has 64 rows for 32
+    tokens, and each load sets the rows beyond to zero.
     """
 
     def __init__(self, fp8: frozenset[str]):
         super().__init__()
         self.held = {}
         for name, shape in hf_shapes(TOY).items():
-            pair = quantize_blockwise(torch.zeros(shape)) if name in fp8 else (torch.zeros(shape, dtype=torch.bfloat16),)
+            zeros = torch.zeros(shape, dtype=torch.bfloat16)
+            pair = quantize_blockwise(zeros) if name in fp8 else [zeros]
             for named, tensor in zip((name, f"{name}_scale_inv"), pair):
                 self.held[named] = torch.nn.Parameter(tensor, requires_grad=False)
-        self.held[EMBEDDING] = torch.nn.Parameter(torch.ones(64, TOY["hidden_size"], dtype=torch.bfloat16), requires_grad=False)
+        self.held[EMBEDDING] = torch.nn.Parameter(
+            torch.ones(64, TOY["hidden_size"], dtype=torch.bfloat16), requires_grad=False
+        )
         self.places = {name: parameter.data for name, parameter in self.held.items()}
 
     def named_parameters(self, *args, **kwargs):
@@ -121,19 +128,31 @@ class Gate:
         self.weights = weight_sync.Weights(None, TOY, fp8, bucket_bytes=1)
         self.model = HeldModel(fp8)
         generator = torch.Generator().manual_seed(0)
-        self.tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in hf_shapes(TOY).items()}
+        self.tensors = {
+            name: torch.randn(shape, generator=generator).bfloat16()
+            for name, shape in hf_shapes(TOY).items()
+        }
 
     def buckets(self, weights, *, quantize: bool):
         named = list(self.tensors.items())
         if quantize:
-            pairs = (weight_sync.quantize_named(*pair) if pair[0] in weights.fp8 else [pair] for pair in named)
+            pairs = (
+                weight_sync.quantize_named(*pair) if pair[0] in weights.fp8 else [pair]
+                for pair in named
+            )
             named = [pair for these in pairs for pair in these]
         return iter([named[i : i + 5] for i in range(0, len(named), 5)])
 
     def hand_over(self):
         for bucket in self.buckets(self.weights, quantize=True):
             header, flat = pack(bucket)
-            load_bucket(self.model, [("header", torch.frombuffer(bytearray(header), dtype=torch.uint8)), ("bytes", flat)])
+            load_bucket(
+                self.model,
+                [
+                    ("header", torch.frombuffer(bytearray(header), dtype=torch.uint8)),
+                    ("bytes", flat),
+                ],
+            )
 
     def read_back(self) -> int:
         with mock.patch("weight_sync.buckets_of", self.buckets):
@@ -149,13 +168,20 @@ def gate(one_rank, request):
 
 def test_the_gate_compares_every_byte_and_writes_none(gate):
     before = [parameter.clone() for parameter in gate.model.parameters()]
-    assert gate.read_back() == gate.read_back() == sum(parameter.nbytes for parameter in gate.model.parameters())
-    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(before, gate.model.parameters()))
+    assert (
+        gate.read_back()
+        == gate.read_back()
+        == sum(parameter.nbytes for parameter in gate.model.parameters())
+    )
+    assert all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip(before, gate.model.parameters())
+    )
 
 
 @pytest.mark.parametrize("missing", [O_PROJ, K_NORM, NORM])
 def test_the_gate_names_a_tensor_that_is_not_compared(gate, missing):
-    # It was handed over, and the engine holds it: only the proof is missing. That of an earlier read-back does not count.
+    # The engine holds it: only the proof is missing. That of an earlier read-back does not count.
     gate.read_back()
     del gate.tensors[missing]
     with pytest.raises(RuntimeError, match=f"does not cover the model. never compared: {missing}"):
@@ -163,38 +189,52 @@ def test_the_gate_names_a_tensor_that_is_not_compared(gate, missing):
 
 
 def test_the_gate_finds_that_one_tensor_came_twice_in_the_place_of_another(one_rank):
-    """The count of bytes is right: both norms have one shape. They are equal too, as in a model that has not been trained."""
+    """The count of bytes is right: both norms have one shape. They are equal, as in a new model."""
     gate = Gate("bf16")
     gate.tensors[K_NORM] = gate.tensors[Q_NORM]
     gate.hand_over()
     assert gate.read_back()
     buckets = gate.buckets
     gate.buckets = lambda weights, quantize: (
-        [(Q_NORM if name == K_NORM else name, tensor) for name, tensor in bucket] for bucket in buckets(weights, quantize=quantize)
+        [(Q_NORM if name == K_NORM else name, tensor) for name, tensor in bucket]
+        for bucket in buckets(weights, quantize=quantize)
     )
-    with pytest.raises(RuntimeError, match=f"never compared: {K_NORM}, 1 tensors in all; compared more than once: {Q_NORM}, 1"):
+    with pytest.raises(
+        RuntimeError,
+        match=f"never compared: {K_NORM}, 1 tensors in all; compared more than once: {Q_NORM}, 1",
+    ):
         gate.read_back()
 
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_the_gate_finds_a_parameter_that_no_tensor_reaches(one_rank, merged):
-    """The engine takes both norms for one parameter, or for one half of a merged one: every name comes once, both agree, the count of bytes is right."""
+    """The engine takes both norms for one parameter, or for one half of a merged one.
+
+    Every name comes once, both agree, and the count of bytes is right.
+    """
     gate = Gate("bf16")
     gate.tensors[K_NORM] = gate.tensors[Q_NORM]
     nbytes = gate.tensors[K_NORM].nbytes
     if merged:
-        halves = torch.nn.Parameter(torch.zeros(nbytes, dtype=torch.bfloat16), requires_grad=False)  # of two bytes each
+        halves = torch.nn.Parameter(
+            torch.zeros(nbytes, dtype=torch.bfloat16), requires_grad=False
+        )  # of two bytes each
         del gate.model.held[Q_NORM], gate.model.held[K_NORM]
         gate.model.held["qk_norm"], gate.model.places[Q_NORM] = halves, halves.data[: nbytes // 2]
     gate.model.places[K_NORM] = gate.model.places[Q_NORM]
     gate.hand_over()
-    with pytest.raises(RuntimeError, match=f" {nbytes} bytes of the engine's parameters were compared with no tensor"):
+    with pytest.raises(
+        RuntimeError,
+        match=f" {nbytes} bytes of the engine's parameters were never",
+    ):
         gate.read_back()
 
 
 def test_the_gate_finds_a_parameter_that_the_trainer_does_not_know(gate):
     gate.model.held["model.layers.0.mtp.eh_proj.weight"] = torch.nn.Parameter(torch.zeros(3, 5))
-    with pytest.raises(RuntimeError, match="60 bytes of the engine's parameters were compared with no tensor"):
+    with pytest.raises(
+        RuntimeError, match=" 60 bytes of the engine's parameters were never"
+    ):
         gate.read_back()
 
 
@@ -204,15 +244,19 @@ def test_the_gate_finds_a_tensor_that_the_engine_has_no_place_for(gate):
         gate.read_back()
 
 
-@pytest.mark.parametrize("name, place", [(O_PROJ, (3, 5)), (NORM, (-1,)), (EMBEDDING, (0, 0)), (EMBEDDING, (63, 1))])
+@pytest.mark.parametrize(
+    "name, place", [(O_PROJ, (3, 5)), (NORM, (-1,)), (EMBEDDING, (0, 0)), (EMBEDDING, (63, 1))]
+)
 def test_the_gate_names_a_tensor_that_differs_in_one_byte(gate, name, place):
-    """The embedding's last row is padding: a value there is one that the hand-off would have set to zero."""
+    """The embedding's last row is padding, which a hand-off sets to zero."""
     held = gate.model.held[name]
     held.view(torch.uint8)[place] ^= 1
     before = held.clone()
     with pytest.raises(RuntimeError, match=f"{name} .1 of {held.nbytes} bytes.; 1 tensors in all"):
         gate.read_back()
-    assert torch.equal(held.view(torch.uint8), before.view(torch.uint8))  # comparing has not mended it
+    assert torch.equal(
+        held.view(torch.uint8), before.view(torch.uint8)
+    )  # comparing has not mended it
 
 
 def test_the_gate_compares_bytes_not_values(gate):
@@ -231,8 +275,16 @@ def test_the_gate_of_a_kv_cache_scale_asks_for_no_tensor(gate):
 @pytest.mark.parametrize("multiple_of", [1, 3, 8])
 def test_a_message_gives_back_its_tensors(multiple_of):
     generator = torch.Generator().manual_seed(1)
-    shapes = {torch.float8_e4m3fn: (3, 5), torch.bfloat16: (7,), torch.float32: (2, 3), torch.uint8: (1,)}
-    named = [(str(dtype), torch.randn(shape, generator=generator).to(dtype)) for dtype, shape in shapes.items()]
+    shapes = {
+        torch.float8_e4m3fn: (3, 5),
+        torch.bfloat16: (7,),
+        torch.float32: (2, 3),
+        torch.uint8: (1,),
+    }
+    named = [
+        (str(dtype), torch.randn(shape, generator=generator).to(dtype))
+        for dtype, shape in shapes.items()
+    ]
     named += [("strided", torch.randn(6, 4, generator=generator).t()), ("empty", torch.empty(0, 3))]
     header, flat = pack(named, multiple_of=multiple_of)
     assert flat.numel() % multiple_of == 0
@@ -240,7 +292,9 @@ def test_a_message_gives_back_its_tensors(multiple_of):
     assert got.keys() == dict(named).keys()
     for name, tensor in named:
         assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape
-        assert torch.equal(got[name].view(torch.uint8).flatten(), tensor.contiguous().view(torch.uint8).flatten())
+        assert torch.equal(
+            got[name].view(torch.uint8).flatten(), tensor.contiguous().view(torch.uint8).flatten()
+        )
 
 
 @pytest.mark.parametrize("bucket_bytes", [0, -1])

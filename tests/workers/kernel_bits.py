@@ -23,7 +23,7 @@ def main() -> None:
     ragged = torch.randn(300, 520, generator=generator) * 10.0 ** torch.randint(-9, 7, (300, 520), generator=generator)
     ragged[128:256, :128] = 0.0
     plain = torch.randn(384, 256, generator=generator).bfloat16()
-    # One block a row: the floor of 1e-12 and its neighbours, and 448 * 2^e, whose scale is a power of two already.
+    # A block each: the floor of 1e-12 and its neighbours; 448 * 2^e, whose scale is a power of two.
     edges = [0.9e-12, 1e-12, 1.1e-12, 1e-9, *(448 * 2.0**exponent for exponent in (-20, 0, 7))]
     single = torch.zeros(128 * len(edges), 3)
     single[::128] = torch.tensor(edges)[:, None] * torch.tensor([1.0, -1.0, 0.3])

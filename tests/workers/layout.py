@@ -1,10 +1,16 @@
-"""Parallel layouts, run under torchrun by test_layouts.py: every family through load, forward, hand-off bytes, export and optimizer steps.
+"""Parallel layouts, run under torchrun by test_layouts.py.
+
+Every family goes through load, forward, hand-off bytes, export and optimizer steps.
 
     torchrun --nproc-per-node N layout.py OUT_FOLDER CASES_FILE
 
-CASES_FILE holds {layout: {"splits": [tp, ep, pp, cp], "folders": {family: model folder}, "trains": whether to take optimizer steps}} as JSON. All layouts of
-N ranks share one start of the ranks. Rank 0 writes OUT_FOLDER/report.json, {layout: {family: [each rank's report]}}, and the exported models to
-OUT_FOLDER/layout/family. The test compares reports of different layouts. No engine is started.
+CASES_FILE holds as JSON, of each layout:
+
+    {"splits": [tp, ep, pp, cp], "folders": {family: model folder}, "trains": take optimizer steps?}
+
+Rank 0 writes OUT_FOLDER/report.json, {layout: {family: [each rank's report]}}, and the exported
+models to OUT_FOLDER/layout/family. The test compares reports of different layouts. No engine is
+started.
 """
 
 import json
@@ -110,7 +116,10 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 def report_of(folder: str, splits: list[int], out: Path, *, trains: bool) -> dict:
     """What this rank found about one model at one layout."""
     trainer, weights = build(folder, *splits, "fp32", 4096)
-    mine = {"errors": errors(trainer, folder, 0.7), "hand_off_errors": hand_off_errors(weights, folder)}
+    mine = {
+        "errors": errors(trainer, folder, 0.7),
+        "hand_off_errors": hand_off_errors(weights, folder),
+    }
     hf_folder.export_hf(weights, out, source=folder, dtype="bf16")
     if trains:
         mine["steps_4096"] = [one_step(trainer) for _ in range(2)]

@@ -1,9 +1,10 @@
-"""A checkpoint written at one tensor-parallel size and read at another, run under torchrun by test_layouts.py: the vocabulary's padding must not show.
+"""A checkpoint written at one tensor-parallel size and read at another; run by test_layouts.py.
 
     torchrun --nproc-per-node 2 padded_checkpoint.py OUT_FOLDER MODEL_FOLDER TP OTHER_TP
 
-Rank 0 writes OUT_FOLDER/report.json: the names of the tensors that came back with other bytes, the rows of the embedding, and the loss and the gradient norm
-of the next two optimizer steps, by the trainer that wrote the checkpoint and by the one that read it. No engine is started.
+Rank 0 writes OUT_FOLDER/report.json: the names of the tensors that came back with other bytes, the
+rows of the embedding, and the loss and gradient norm of the next two optimizer steps, by the
+trainer that wrote the checkpoint and by the one that read it. No engine is started.
 """
 
 import json
@@ -31,12 +32,14 @@ def build(folder: str, tp: int):
 
 def tensors_of(weights) -> dict:
     """Full tensors by name."""
-    return {name: tensor.clone() for bucket in weight_sync.trainer_buckets(weights, quantize=False) for name, tensor in bucket}
+    buckets = weight_sync.trainer_buckets(weights, quantize=False)
+    return {name: tensor.clone() for bucket in buckets for name, tensor in bucket}
 
 
 def next_steps(trainer) -> list[float]:
-    """Loss and gradient norm of two optimizer steps: the second shows what the first has made of Adam's state."""
-    return [step[metric] for step in (layout.one_step(trainer), layout.one_step(trainer)) for metric in ("loss", "grad_norm")]
+    """Loss and gradient norm of two optimizer steps; the second shows Adam's state."""
+    steps = [layout.one_step(trainer) for _ in range(2)]
+    return [step[metric] for step in steps for metric in ("loss", "grad_norm")]
 
 
 def main() -> None:
@@ -44,7 +47,10 @@ def main() -> None:
     run.init_distributed()
     trainer, weights = build(folder, tp)
     layout.one_step(trainer)
-    record = SimpleNamespace(folder=out, is_writer=dist.get_rank() == 0, group=dist.group.WORLD, loop="sync", positions=dict)
+    is_writer, everyone = dist.get_rank() == 0, dist.group.WORLD
+    record = SimpleNamespace(
+        folder=out, is_writer=is_writer, group=everyone, loop="sync", positions=dict
+    )
     checkpoint.save(record, Settings(), trainer, step=1, rank_state={})
     written, expected = tensors_of(weights), next_steps(trainer)
 
@@ -52,8 +58,9 @@ def main() -> None:
     checkpoint.restore(checkpoint.open_checkpoint(out / "checkpoints" / "step-000001"), trainer)
     read, got = tensors_of(weights), next_steps(trainer)
     differ = [name for name in written if not layout.same_bytes(written[name], read[name])]
-    report = {"differ": differ, "rows": len(read["model.embed_tokens.weight"]), "expected": expected, "got": got}
-    if dist.get_rank() == 0:
+    rows = len(read["model.embed_tokens.weight"])
+    report = {"differ": differ, "rows": rows, "expected": expected, "got": got}
+    if is_writer:
         (out / "report.json").write_text(json.dumps(report))
 
 
