@@ -10,6 +10,7 @@ SGLang calls the last two by their names (custom_weight_loader), in its schedule
 import contextlib
 import json
 import math
+from collections import Counter
 
 import torch
 import torch.distributed as dist
@@ -69,11 +70,17 @@ def phase(name: str, tensors: list[str]):
 
 
 class _CompareWrites(TorchDispatchMode):
-    """Replaces every in-place write by a comparison of what is held with what would be written: copies, and the zeros of vocabulary padding."""
+    """Replaces every in-place write by a comparison of what is held with what would be written:
+    copies, and the zeros of vocabulary padding.
 
-    def __init__(self):
+    seen: the regions that have been compared, with their bytes, by the address of their storage.
+    Each comparison is noted there.
+    """
+
+    def __init__(self, seen: dict[int, dict[tuple, int]]):
         super().__init__()
         self.compared = self.different = 0
+        self.seen = seen
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function not in (torch.ops.aten.copy_.default, torch.ops.aten.fill_.Scalar):
@@ -82,6 +89,8 @@ class _CompareWrites(TorchDispatchMode):
         if held.numel() == 0:  # a vocabulary without padding
             return held
         expected = value.to(device=held.device, dtype=held.dtype).expand_as(held)
+        region = (held.storage_offset(), held.shape, held.stride())
+        self.seen.setdefault(held.untyped_storage().data_ptr(), {})[region] = held.nbytes
         self.compared += held.nbytes
         self.different += int((held.contiguous().view(torch.uint8) != expected.contiguous().view(torch.uint8)).sum())
         return held
@@ -111,14 +120,33 @@ def load_bucket(model: torch.nn.Module, message: list[Named]) -> None:
 
 
 def compare_loader(model: torch.nn.Module, named_tensors: list[Named]) -> None:
-    """Runs in the engine as SGLang's custom_weight_loader: compares instead of loading. The last tensor is the report, in memory shared with the caller."""
+    """Runs in the engine as SGLang's custom_weight_loader: compares instead of loading.
+
+    The last tensor is the report, in memory shared with the caller. It holds of each tensor: bytes
+    compared, bytes that differ, and bytes of parameters that no tensor has been compared with so
+    far. A region counts once: a parameter that is compared twice cannot hide one that never is.
+    """
     *named, (_, report) = named_tensors
     mine = report[dist.get_rank()]  # the engine's own world: its tensor-parallel ranks
-    kv_cache_scales = (".k_scale", ".v_scale")  # settings of an FP8 KV cache that Llama holds as parameters; no weights, and not used
-    mine[:, 2] = sum(parameter.nbytes for name, parameter in model.named_parameters() if not name.endswith(kv_cache_scales))
+    # The model keeps the regions from one bucket to the next. Those of an earlier read-back stay,
+    # which hides nothing: a name always leads to the same regions, and the caller counts names.
+    seen = vars(model).setdefault("compared_regions", {})
     for i, (name, tensor) in enumerate(named):
-        with _CompareWrites() as writes:
+        with _CompareWrites(seen) as writes:
             model.load_weights([(name, tensor)])
         mine[i, 0], mine[i, 1] = writes.compared, writes.different
+    mine[:, 2] = unseen_bytes(model, seen)
     if report.is_cuda:
         torch.cuda.synchronize()
+
+
+def unseen_bytes(model: torch.nn.Module, seen: dict[int, dict[tuple, int]]) -> int:
+    """Bytes of the model's parameters that are in no region of seen."""
+    # Settings of an FP8 KV cache that Llama holds as parameters: no weights, and not used.
+    kv_cache_scales = (".k_scale", ".v_scale")
+    bytes_of = Counter()
+    for name, parameter in model.named_parameters():
+        if not name.endswith(kv_cache_scales):
+            bytes_of[parameter.untyped_storage().data_ptr()] += parameter.nbytes
+    unseen = (held - sum(seen.get(storage, {}).values()) for storage, held in bytes_of.items())
+    return sum(max(0, nbytes) for nbytes in unseen)

@@ -44,12 +44,18 @@ SLAB = 2**18  # elements: what a CPU's cache holds in fp32; whole rows of blocks
 def quantize_blockwise(weight_NK: torch.Tensor, *, scale_format: str = "fp32") -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a matrix to e4m3 with one scale per 128 x 128 block.
 
-    weight_NK: floating point, any device. Returns (codes [N, K] float8_e4m3fn, scale_inv [ceil(N/128), ceil(K/128)] float32), on the same device.
-    Raises ValueError for anything but a matrix, an unknown scale format, and non-finite weights (their block would be silently lost).
+    weight_NK: bf16, fp16 or fp32, any strides and device. Returns (codes [N, K] float8_e4m3fn,
+    scale_inv [ceil(N/128), ceil(K/128)] float32), on the same device. Raises ValueError for
+    anything but such a matrix with elements, for an unknown scale format, and for weights that
+    are not finite: their block would be silently lost.
     On a GPU the kernel in fp8_kernel.py does the same arithmetic in one pass over the weight.
     """
     if weight_NK.dim() != 2:
         raise ValueError(f"block quantization takes a matrix, got shape {tuple(weight_NK.shape)}")
+    if weight_NK.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"block quantization takes bf16, fp16 or fp32, got {weight_NK.dtype}")
+    if not weight_NK.numel():
+        raise ValueError(f"a weight of shape {tuple(weight_NK.shape)} has no elements to quantize")
     if scale_format not in ("fp32", "ue8m0"):
         raise ValueError(f"scale_format {scale_format!r} is not 'fp32' or 'ue8m0'")
     N, K = weight_NK.shape

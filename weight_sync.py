@@ -20,6 +20,7 @@ Unlike slime, no converted checkpoint is needed and no weights are loaded by the
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,9 @@ import torch.distributed as dist
 
 from buckets import Named, entries, pack, phase, unpack, where
 from fp8_quant import BLOCK, quantize_blockwise
-from hf_names import Rule, merged_linears, parameters_of, rule_of, split_stacked, unquantized_linears
+from hf_names import Rule, hf_shapes, merged_linears, parameters_of, rule_of, split_stacked
+from hf_names import unquantized_linears
+from problems import all_problems
 from run import EngineDied, broadcast_bytes
 
 
@@ -39,6 +42,13 @@ class SyncSettings:
 
     bucket_bytes: int = 256 * 2**20
     """Weights are gathered and handed over in buckets of about this many bytes; peak extra memory is a small multiple of it."""
+
+
+@all_problems
+def check_sync_settings(settings: SyncSettings) -> None:
+    """Refuse what cannot work, before anything is started."""
+    if settings.bucket_bytes < 1:
+        yield f"--bucket-bytes {settings.bucket_bytes} must be at least 1; leave it out for 256 MiB"
 
 
 # --- from Megatron to full Hugging Face tensors -----------------------------------------------------------------------------------------------
@@ -291,19 +301,42 @@ def hand_over(weights: Weights, engine, *, version: int) -> int:
 def read_back(weights: Weights, engine) -> int:
     """Prove that the engine holds quantize(full tensor) for every weight; returns the bytes compared. Collective, like hand_over.
 
-    Raises RuntimeError naming the first tensors that differ, or saying how many of the engine's bytes no tensor accounted for.
+    Raises RuntimeError naming the first tensors that differ, that the engine has no place for (0 of
+    0 bytes), that are missing or that come twice, or saying how many of the engine's bytes no
+    tensor was compared with.
     """
-    compared_bytes = 0
+    compared_bytes, uncompared_bytes, names = 0, 0, Counter()
     for bucket in buckets_of(weights, quantize=False):
         named = [pair for name, tensor in bucket for pair in (quantize_named(name, tensor) if name in weights.fp8 else [(name, tensor)])]
         if engine is None:
             continue
-        report = engine.compare(named)  # [engine tp ranks, tensors, (compared, different, parameter bytes of that rank)]
-        bad = [f"{name} ({int(report[:, i, 1].sum())} of {int(report[:, i, 0].sum())} bytes)" for i, (name, _) in enumerate(named) if report[:, i, 1].any()]
+        names.update(name for name, _ in named)
+        # [engine tp ranks, tensors, (bytes compared, different, of parameters not compared so far)]
+        report = engine.compare(named)
+        compared, different, _ = report.sum(0).T.tolist()
+        counts = zip([name for name, _ in named], different, compared)
+        bad = [f"{name} ({wrong} of {n} bytes)" for name, wrong, n in counts if wrong or not n]
         if bad:
             raise RuntimeError(f"read-back failed: the engine's weights are not quantize(full tensor) for {', '.join(bad[:5])}; {len(bad)} tensors in all")
-        compared_bytes += int(report[:, :, 0].sum())
-        parameter_bytes = int(report[:, 0, 2].sum())
-    if engine is not None and compared_bytes < parameter_bytes:
-        raise RuntimeError(f"read-back failed: the engine holds {parameter_bytes} bytes of parameters, but the hand-off covers {compared_bytes} of them")
+        compared_bytes += sum(compared)
+        uncompared_bytes = int(report[:, 0, 2].sum())
+    if engine is not None:
+        check_all_compared(names, weights, uncompared_bytes)
     return compared_bytes
+
+
+def check_all_compared(names: Counter, weights: Weights, uncompared_bytes: int) -> None:
+    """Raise RuntimeError unless every tensor was compared once, and every byte of a parameter."""
+    gaps = {
+        "never compared": sorted(set(hf_shapes(weights.config)) - set(names)),
+        "compared more than once": sorted(name for name, times in names.items() if times > 1),
+    }
+    found = []
+    for what, these in gaps.items():
+        if these:
+            found.append(f"{what}: {', '.join(these[:5])}, {len(these)} tensors in all")
+    if uncompared_bytes:
+        found.append(f"{uncompared_bytes} bytes of the engine's parameters were never compared")
+    if found:
+        found = "; ".join(found)
+        raise RuntimeError(f"read-back failed: the hand-off does not cover the model. {found}")

@@ -23,8 +23,9 @@ if not torch.cuda.is_available():
     import cpu  # noqa: F401  before transformers
 import transformers
 
-SMALL = dict(
-    vocab_size=96, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256
+SMALL = dict(  # 97 tokens: tensor parallelism must pad the vocabulary
+    vocab_size=97, hidden_size=128, intermediate_size=512, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
 )  # fmt: skip
 FAMILIES = {
     "qwen3": (transformers.Qwen3Config, dict(head_dim=64, tie_word_embeddings=False)),

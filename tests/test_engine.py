@@ -201,6 +201,18 @@ def test_the_gate_finds_one_changed_value(exact):
     assert weight_sync.read_back(exact.weights, exact.engine) > 0  # comparing has not written anything
 
 
+def test_the_gate_names_a_tensor_that_is_not_handed_over(exact, monkeypatch):
+    stock = weight_sync.walk
+    missing = "model.layers.2.self_attn.k_norm.weight"
+
+    def walk(*args, **kwargs):
+        return (shard for shard in stock(*args, **kwargs) if shard.names != [missing])
+
+    monkeypatch.setattr(weight_sync, "walk", walk)
+    with pytest.raises(RuntimeError, match=f"never compared: {missing}, 1 tensors in all$"):
+        weight_sync.read_back(exact.weights, exact.engine)
+
+
 def test_fp8_engine_holds_the_quantized_weights(fp8):
     # sync() ran the gate; here: what it compared is every byte of the engine, about one per linear weight.
     compared = weight_sync.read_back(fp8.weights, fp8.engine)

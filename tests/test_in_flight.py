@@ -5,7 +5,9 @@ dropped, no group left waiting while newer ones train, never more than (K + 1) s
 """
 
 import asyncio
+import json
 import random
+import time
 
 import pytest
 
@@ -64,6 +66,45 @@ def run_steps(
     return given, engine
 
 
+def new_queue(
+    engine,
+    *,
+    ranks=None,
+    judge=lambda sample: 1.0,
+    dynamic_sampling=0,
+    per_step=PER_STEP,
+    steps=STEPS,
+    **settings,
+) -> InFlight:
+    """A queue of its own prompts; ranks: as in a checkpoint, which holds JSON."""
+    data = load_data(TOY, RolloutSettings(), read_config(TOY), seed=1)
+    rollout = RolloutSettings(prompts_per_step=per_step, samples_per_prompt=2)
+    rewards = RewardSettings(dynamic_sampling=dynamic_sampling)
+    return InFlight(
+        engine, data, rollout, InFlightSettings(**settings), rewards, Judge(judge, 4), steps=steps,
+        ranks=json.loads(json.dumps(ranks)),
+    )  # fmt: skip
+
+
+def stopped_after(steps: int, seconds, *, wait_s: float = 0.1, **settings) -> list[dict]:
+    """The states of all ranks, here of one, in a checkpoint after so many steps of wait_s."""
+    engine = StandIn(seconds)
+    groups = new_queue(engine, **settings)
+    for version in range(steps):
+        groups.next_step(version)
+        engine.call(asyncio.sleep(wait_s))
+        engine.version = version + 1
+    return [groups.state()]
+
+
+def in_flight(ranks: list[dict]) -> list[tuple[int, int, bool]]:
+    """(prompt's number, version, whether finished) of each group of the checkpoint."""
+    return [
+        (group["prompt"]["group"], group["version"], bool(group["answers"]))
+        for group in ranks[0]["in_flight"]
+    ]
+
+
 def groups_of(samples: list[Sample], *, dropped: bool) -> list[int]:
     return sorted({sample.group for sample in samples if (sample.finish_reason == DROPPED) == dropped})
 
@@ -119,6 +160,38 @@ def test_groups_that_teach_nothing_are_replaced_within_the_bound(data, bound):
         check_staleness(samples, version=version, max_staleness=bound)
 
 
+@pytest.mark.parametrize("slow", ["answer", "judge"])
+def test_a_dropped_group_is_neither_trained_nor_replaced(data, slow):
+    """Every fifth group is late, in its answers or in its judging, and its rewards are all equal.
+
+    It is dropped, and counted as dropped, and not as replaced as well.
+    """
+    judged = []
+
+    def is_late(group):
+        return group % 5 == 0
+
+    def judge(sample):
+        judged.append(sample.group)
+        time.sleep(0.1 if slow == "judge" and is_late(sample.group) else 0)
+        return 0.0 if is_late(sample.group) else float(sample.index)
+
+    def seconds(group):
+        return 0.1 if slow == "answer" and is_late(group) else 0.001
+
+    asked = dict(max_staleness=0, oversample=1, dynamic_sampling=5)
+    given, engine = run_steps(data, seconds, train_s=0.15, judge=judge, steps=4, **asked)
+    names = {
+        reason: [s.group for samples in given for s in samples if s.finish_reason == reason]
+        for reason in (DROPPED, REPLACED, "stop")
+    }
+    assert set(names[DROPPED]) == set(engine.aborted) and names[DROPPED]
+    assert names[REPLACED] == []
+    assert not set(names[DROPPED]) & set(names["stop"])
+    if slow == "answer":  # one that comes too late is not judged
+        assert not set(judged) & set(names[DROPPED])
+
+
 def test_replacing_has_a_cap(data):
     given, engine = run_steps(data, lambda group: 0, judge=lambda sample: 0.0, dynamic_sampling=2, max_staleness=0, steps=4)
     for samples in given:
@@ -155,6 +228,109 @@ def test_a_failing_judge_masks_its_samples(data, capsys):
     assert all(sample.reward is None and not any(sample.loss_mask) for sample in broken)
     assert all(all(sample.loss_mask) for sample in given[0] if sample.group)
     assert capsys.readouterr().out.count("ZeroDivisionError") == 1  # shown once
+
+
+def test_a_resumed_run_trains_finished_groups_at_their_true_age(one_rank):
+    """K = 1. The checkpoint of version 2 holds groups 6, 7 and 8 of version 1.
+
+    Group 7 was not finished: it is asked again, and is new.
+    """
+    ranks = stopped_after(2, lambda group: 60 if group == 7 else 0, max_staleness=1)
+    assert in_flight(ranks) == [(6, 1, True), (7, 1, False), (8, 1, True)]
+    engine = StandIn(lambda group: 0)
+    engine.version = 2
+    groups = new_queue(engine, ranks=ranks, max_staleness=1)
+    samples = groups.next_step(2)
+    assert {sample.group: sample.weight_versions[0] for sample in samples} == {6: 1, 7: 2, 8: 1}
+    assert engine.started == [7, 9, 10, 11]  # no finished group is asked again, no prompt left out
+    check_staleness(samples, version=2, max_staleness=1)
+    assert {group.prompt.group: group.version for group in groups.queue} == {9: 2, 10: 2, 11: 2}
+
+
+def test_finished_groups_that_a_resumed_run_cannot_train_in_time_are_dropped(one_rank):
+    """K = 1, and --prompts-per-step is 1 after the resume: version 2 trains one of three groups of
+    version 1, and the others may not wait for version 3."""
+    ranks = stopped_after(2, lambda group: 0, max_staleness=1)
+    assert in_flight(ranks) == [(6, 1, True), (7, 1, True), (8, 1, True)]
+    engine = StandIn(lambda group: 0)
+    engine.version = 2
+    groups = new_queue(engine, ranks=ranks, max_staleness=1, per_step=1)
+    samples = groups.next_step(2)
+    assert (groups_of(samples, dropped=False), groups_of(samples, dropped=True)) == ([6], [7, 8])
+    engine.version = 3
+    later = groups.next_step(3)
+    assert groups_of(later, dropped=False) == [9]
+    check_staleness(without_marks(later)[0], version=3, max_staleness=1)
+
+
+def test_a_group_keeps_its_age_over_two_checkpoints(one_rank):
+    """K = 2. What the first checkpoint held of version 1 is of version 1 in the second one too."""
+    ranks = stopped_after(2, lambda group: 0, max_staleness=2)
+    engine = StandIn(lambda group: 0)
+    engine.version = 2
+    groups = new_queue(engine, ranks=ranks, max_staleness=2)
+    groups.next_step(2)
+    assert in_flight([groups.state()])[:PER_STEP] == [(group, 1, True) for group in (9, 10, 11)]
+
+
+def test_a_checkpoint_keeps_answers_as_they_were_judged(one_rank):
+    """An empty response is an answer, and so is one whose judge failed. Both come back equal in
+    every field."""
+
+    def judge(sample):
+        return 1 / sample.index  # the first sample of each group fails
+
+    class Empty(StandIn):
+        async def generate(self, prompts_ids, sampling, *, request_ids):
+            outputs = await super().generate(prompts_ids, sampling, request_ids=request_ids)
+            meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": []}
+            return [{"output_ids": [], "meta_info": meta, "weight_versions": []}, *outputs[1:]]
+
+    engine = Empty(lambda group: 0)
+    groups = new_queue(engine, judge=judge, max_staleness=1)
+    groups.next_step(0)
+    engine.call(asyncio.sleep(0.1))
+    kept = [sample for group in groups.queue for sample in group.samples]
+    resumed = new_queue(
+        StandIn(lambda group: 0), ranks=[groups.state()], max_staleness=1, judge=judge, steps=2
+    )
+    resumed.engine.version = 1
+    samples = resumed.next_step(1)
+    assert samples == kept
+    empty, full = samples[:2]
+    assert (empty.response_ids, empty.reward) == ([], None)
+    assert (full.response_ids, full.reward) == ([5, 2], 1.0)
+    assert "ZeroDivisionError" in empty.error
+    assert resumed.engine.started == []
+
+
+def test_replaced_groups_are_counted_once_over_a_resume(one_rank):
+    """Group 4 is replaced after the last step before the checkpoint: the resumed run's first step
+    counts it, and the second does not."""
+    engine = StandIn(lambda group: 0.05 if group >= PER_STEP else 0)
+    groups = new_queue(
+        engine,
+        judge=lambda sample: float(sample.index if sample.group != 4 else 0),
+        dynamic_sampling=1,
+        max_staleness=1,
+    )
+    assert without_marks(groups.next_step(0))[1] == {DROPPED: 0, REPLACED: 0}
+    engine.call(asyncio.sleep(0.2))
+    ranks = [groups.state()]
+    assert [group for group, *_ in in_flight(ranks)] == [3, 5, 6]  # 4 was replaced by 6
+    resumed = new_queue(
+        StandIn(lambda group: 0),
+        ranks=ranks,
+        max_staleness=1,
+        judge=lambda sample: float(sample.index),
+        dynamic_sampling=1,
+    )
+    resumed.engine.version = 1
+    kept, set_aside = without_marks(resumed.next_step(1))
+    assert set_aside == {DROPPED: 0, REPLACED: 2}
+    assert sorted({sample.group for sample in kept}) == [3, 5, 6]
+    resumed.engine.version = 2
+    assert without_marks(resumed.next_step(2))[1] == {DROPPED: 0, REPLACED: 0}
 
 
 def test_a_token_older_than_the_bound_stops_the_run():

@@ -1,15 +1,32 @@
 """The hand-off when something goes wrong, and what it costs in memory.
 
 An update is all or nothing: after a fault in any phase the engine, half-updated by then, answers nothing, still is at the version before, and the error says
-in which phase and about which tensors. Not covered here: bytes at every layout (test_layouts.py), the read-back gate (test_engine.py), a killed rank
-(test_loop_async.py).
+in which phase and about which tensors. The read-back gate proves what the engine holds: its own
+promises are tested with a small model in the engine's place.
+
+Not covered here: bytes at every layout (test_layouts.py), the gate on SGLang's models
+(test_engine.py), a killed rank (test_loop_async.py).
 """
 
 import importlib.util
 import json
+from unittest import mock
 
 import pytest
+import torch
 from conftest import ROOT, torchrun
+
+import weight_sync
+from buckets import compare_loader, load_bucket, pack, unpack
+from fp8_quant import quantize_blockwise
+from hf_config import read_config
+from hf_names import hf_shapes
+from run import REPOSITORY, BadInput
+
+TOY = read_config(REPOSITORY / "toy")
+K_NORM, Q_NORM = (f"model.layers.0.self_attn.{which}_norm.weight" for which in "kq")  # of one shape
+O_PROJ, NORM = "model.layers.0.self_attn.o_proj.weight", "model.norm.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +49,14 @@ def test_a_fault_leaves_the_engine_paused_and_says_where(faults, phase, error, t
     assert not fault["answers"] and fault["answers_when_mended"]
 
 
+def test_an_update_that_sglang_refuses_ends_the_run(faults):
+    fault = faults["refusal"]
+    assert "SGLang refused end_weight_update: injected. The engine's weights" in fault["error"]
+    assert "phase 'end of update'" in fault["notes"][0]
+    assert not fault["answers"]
+    assert fault["answers_when_mended"]
+
+
 def test_a_tensor_the_engine_refuses_ends_the_engine(faults):
     fault = faults["load"]
     assert "EngineDied" in fault["error"] and "phase 'load': model.layers" in fault["notes"][0]
@@ -49,3 +74,234 @@ def test_memory_is_that_of_buckets_not_of_the_model():
     assert ours["sent"] == usual["sent"] > 95 * 2**20
     assert ours["gathered"] <= 0.52 * usual["gathered"]  # FP8 with its scales instead of BF16
     assert ours["peak"] < 0.6 * ours["sent"] and ours["receiver_peak"] < 0.3 * ours["sent"]
+
+
+class HeldModel(torch.nn.Module):
+    """Holds the toy's tensors under their own names, in FP8 where fp8 says so.
+
+    It loads as SGLang does: what has no place is passed over; the embedding has 64 rows for 32
+    tokens, and each load sets the rows beyond to zero.
+    """
+
+    def __init__(self, fp8: frozenset[str]):
+        super().__init__()
+        self.held = {}
+        for name, shape in hf_shapes(TOY).items():
+            zeros = torch.zeros(shape, dtype=torch.bfloat16)
+            pair = quantize_blockwise(zeros) if name in fp8 else [zeros]
+            for named, tensor in zip((name, f"{name}_scale_inv"), pair):
+                self.held[named] = torch.nn.Parameter(tensor, requires_grad=False)
+        self.held[EMBEDDING] = torch.nn.Parameter(
+            torch.ones(64, TOY["hidden_size"], dtype=torch.bfloat16), requires_grad=False
+        )
+        self.places = {name: parameter.data for name, parameter in self.held.items()}
+
+    def named_parameters(self, *args, **kwargs):
+        return self.held.items()
+
+    def load_weights(self, named):
+        for name, tensor in named:
+            if name in self.places:
+                place = self.places[name]
+                place[: len(tensor)].copy_(tensor)
+                if name == EMBEDDING:
+                    place[len(tensor) :].fill_(0)
+
+
+class HeldEngine:
+    """Stands in for engine.Engine: the model is in this process."""
+
+    def __init__(self, model: HeldModel):
+        self.model = model
+
+    def compare(self, named):
+        report = torch.zeros(1, len(named), 3, dtype=torch.int64)
+        compare_loader(self.model, [*named, ("report", report)])
+        return report
+
+
+class Gate:
+    """The toy's tensors, handed to a HeldModel in buckets of five."""
+
+    def __init__(self, rollout_dtype: str):
+        fp8 = weight_sync.fp8_weights(TOY, rollout_dtype=rollout_dtype, engine_tp=1)
+        self.weights = weight_sync.Weights(None, TOY, fp8, bucket_bytes=1)
+        self.model = HeldModel(fp8)
+        generator = torch.Generator().manual_seed(0)
+        self.tensors = {
+            name: torch.randn(shape, generator=generator).bfloat16()
+            for name, shape in hf_shapes(TOY).items()
+        }
+
+    def buckets(self, weights, *, quantize: bool):
+        named = list(self.tensors.items())
+        if quantize:
+            pairs = (
+                weight_sync.quantize_named(*pair) if pair[0] in weights.fp8 else [pair]
+                for pair in named
+            )
+            named = [pair for these in pairs for pair in these]
+        return iter([named[i : i + 5] for i in range(0, len(named), 5)])
+
+    def hand_over(self):
+        for bucket in self.buckets(self.weights, quantize=True):
+            header, flat = pack(bucket)
+            load_bucket(
+                self.model,
+                [
+                    ("header", torch.frombuffer(bytearray(header), dtype=torch.uint8)),
+                    ("bytes", flat),
+                ],
+            )
+
+    def read_back(self) -> int:
+        with mock.patch("weight_sync.buckets_of", self.buckets):
+            return weight_sync.read_back(self.weights, HeldEngine(self.model))
+
+
+@pytest.fixture(params=["bf16", "fp8"])
+def gate(one_rank, request):
+    gate = Gate(request.param)
+    gate.hand_over()
+    return gate
+
+
+def test_the_gate_compares_every_byte_and_writes_none(gate):
+    before = [parameter.clone() for parameter in gate.model.parameters()]
+    assert (
+        gate.read_back()
+        == gate.read_back()
+        == sum(parameter.nbytes for parameter in gate.model.parameters())
+    )
+    assert all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip(before, gate.model.parameters())
+    )
+
+
+@pytest.mark.parametrize("missing", [O_PROJ, K_NORM, NORM])
+def test_the_gate_names_a_tensor_that_is_not_compared(gate, missing):
+    # The engine holds it: only the proof is missing. That of an earlier read-back does not count.
+    gate.read_back()
+    del gate.tensors[missing]
+    with pytest.raises(RuntimeError, match=f"does not cover the model. never compared: {missing}"):
+        gate.read_back()
+
+
+def test_the_gate_finds_that_one_tensor_came_twice_in_the_place_of_another(one_rank):
+    """The count of bytes is right: both norms have one shape. They are equal, as in a new model."""
+    gate = Gate("bf16")
+    gate.tensors[K_NORM] = gate.tensors[Q_NORM]
+    gate.hand_over()
+    assert gate.read_back()
+    buckets = gate.buckets
+    gate.buckets = lambda weights, quantize: (
+        [(Q_NORM if name == K_NORM else name, tensor) for name, tensor in bucket]
+        for bucket in buckets(weights, quantize=quantize)
+    )
+    with pytest.raises(
+        RuntimeError,
+        match=f"never compared: {K_NORM}, 1 tensors in all; compared more than once: {Q_NORM}, 1",
+    ):
+        gate.read_back()
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_gate_finds_a_parameter_that_no_tensor_reaches(one_rank, merged):
+    """The engine takes both norms for one parameter, or for one half of a merged one.
+
+    Every name comes once, both agree, and the count of bytes is right.
+    """
+    gate = Gate("bf16")
+    gate.tensors[K_NORM] = gate.tensors[Q_NORM]
+    nbytes = gate.tensors[K_NORM].nbytes
+    if merged:
+        halves = torch.nn.Parameter(
+            torch.zeros(nbytes, dtype=torch.bfloat16), requires_grad=False
+        )  # of two bytes each
+        del gate.model.held[Q_NORM], gate.model.held[K_NORM]
+        gate.model.held["qk_norm"], gate.model.places[Q_NORM] = halves, halves.data[: nbytes // 2]
+    gate.model.places[K_NORM] = gate.model.places[Q_NORM]
+    gate.hand_over()
+    with pytest.raises(
+        RuntimeError,
+        match=f" {nbytes} bytes of the engine's parameters were never",
+    ):
+        gate.read_back()
+
+
+def test_the_gate_finds_a_parameter_that_the_trainer_does_not_know(gate):
+    gate.model.held["model.layers.0.mtp.eh_proj.weight"] = torch.nn.Parameter(torch.zeros(3, 5))
+    with pytest.raises(
+        RuntimeError, match=" 60 bytes of the engine's parameters were never"
+    ):
+        gate.read_back()
+
+
+def test_the_gate_finds_a_tensor_that_the_engine_has_no_place_for(gate):
+    del gate.model.held[NORM], gate.model.places[NORM]
+    with pytest.raises(RuntimeError, match=f"{NORM} .0 of 0 bytes.; 1 tensors in all"):
+        gate.read_back()
+
+
+@pytest.mark.parametrize(
+    "name, place", [(O_PROJ, (3, 5)), (NORM, (-1,)), (EMBEDDING, (0, 0)), (EMBEDDING, (63, 1))]
+)
+def test_the_gate_names_a_tensor_that_differs_in_one_byte(gate, name, place):
+    """The embedding's last row is padding, which a hand-off sets to zero."""
+    held = gate.model.held[name]
+    held.view(torch.uint8)[place] ^= 1
+    before = held.clone()
+    with pytest.raises(RuntimeError, match=f"{name} .1 of {held.nbytes} bytes.; 1 tensors in all"):
+        gate.read_back()
+    assert torch.equal(
+        held.view(torch.uint8), before.view(torch.uint8)
+    )  # comparing has not mended it
+
+
+def test_the_gate_compares_bytes_not_values(gate):
+    gate.tensors[NORM][0] = 0.0
+    gate.hand_over()
+    gate.model.held[NORM][0] = -0.0
+    with pytest.raises(RuntimeError, match=f"{NORM} .1 of"):
+        gate.read_back()
+
+
+def test_the_gate_of_a_kv_cache_scale_asks_for_no_tensor(gate):
+    gate.model.held["model.layers.0.self_attn.attn.k_scale"] = torch.nn.Parameter(torch.zeros(1))
+    assert gate.read_back()
+
+
+@pytest.mark.parametrize("multiple_of", [1, 3, 8])
+def test_a_message_gives_back_its_tensors(multiple_of):
+    generator = torch.Generator().manual_seed(1)
+    shapes = {
+        torch.float8_e4m3fn: (3, 5),
+        torch.bfloat16: (7,),
+        torch.float32: (2, 3),
+        torch.uint8: (1,),
+    }
+    named = [
+        (str(dtype), torch.randn(shape, generator=generator).to(dtype))
+        for dtype, shape in shapes.items()
+    ]
+    named += [("strided", torch.randn(6, 4, generator=generator).t()), ("empty", torch.empty(0, 3))]
+    header, flat = pack(named, multiple_of=multiple_of)
+    assert flat.numel() % multiple_of == 0
+    got = dict(unpack(header, flat))
+    assert got.keys() == dict(named).keys()
+    for name, tensor in named:
+        assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape
+        assert torch.equal(
+            got[name].view(torch.uint8).flatten(), tensor.contiguous().view(torch.uint8).flatten()
+        )
+
+
+@pytest.mark.parametrize("bucket_bytes", [0, -1])
+def test_a_bucket_of_nothing_is_refused(bucket_bytes):
+    with pytest.raises(BadInput, match=f"--bucket-bytes {bucket_bytes} must be at least 1"):
+        weight_sync.check_sync_settings(weight_sync.SyncSettings(bucket_bytes=bucket_bytes))
+
+
+def test_the_smallest_bucket_holds_one_tensor():
+    weight_sync.check_sync_settings(weight_sync.SyncSettings(bucket_bytes=1))

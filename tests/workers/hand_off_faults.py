@@ -65,6 +65,15 @@ def misshapen(trainer):
         yield
 
 
+def refusing(engine):
+    """SGLang's own way to refuse: it answers (False, message), and raises nothing."""
+
+    async def refuse(request, _):
+        return False, "injected"
+
+    return mock.patch.object(engine.tokenizer_manager, "end_weight_update", refuse)
+
+
 def answers(engine) -> bool:
     """Whether the engine answers a request within two seconds."""
 
@@ -90,6 +99,7 @@ def main() -> None:
         "gather": mock.patch("weight_sync.dist.all_gather", failing_from(3, dist.all_gather)),
         "send": mock.patch("weight_sync.broadcast_bytes", failing_from(3, weight_sync.broadcast_bytes)),
         "end of update": mock.patch("engine.Engine._close_update", failing_from(1, None)) if engine else contextlib.nullcontext(),
+        "refusal": refusing(engine) if engine else contextlib.nullcontext(),
         "load": misshapen(trainer),
     }
     for fault, injected in faults.items():

@@ -23,7 +23,12 @@ def main() -> None:
     ragged = torch.randn(300, 520, generator=generator) * 10.0 ** torch.randint(-9, 7, (300, 520), generator=generator)
     ragged[128:256, :128] = 0.0
     plain = torch.randn(384, 256, generator=generator).bfloat16()
-    cases = [(weight, power_of_two) for weight in (ragged, ragged.bfloat16(), ragged.t(), plain) for power_of_two in (False, True)]
+    # A block each: the floor of 1e-12 and its neighbours; 448 * 2^e, whose scale is a power of two.
+    edges = [0.9e-12, 1e-12, 1.1e-12, 1e-9, *(448 * 2.0**exponent for exponent in (-20, 0, 7))]
+    single = torch.zeros(128 * len(edges), 3)
+    single[::128] = torch.tensor(edges)[:, None] * torch.tensor([1.0, -1.0, 0.3])
+    weights = (ragged, ragged.bfloat16(), ragged.t(), plain, single)
+    cases = [(weight, power_of_two) for weight in weights for power_of_two in (False, True)]
     for weight, power_of_two in cases:
         expected, got = empty(weight.shape, "cpu"), empty(weight.shape, device)
         quantize_slab(weight, *expected, power_of_two=power_of_two)

@@ -1,8 +1,16 @@
-"""One parallel layout, run under torchrun by test_layouts.py: every family through load, forward, hand-off bytes, export and one optimizer step.
+"""Parallel layouts, run under torchrun by test_layouts.py.
 
-    torchrun --nproc-per-node N layout.py OUT_FOLDER TP EP PP CP FAMILY=MODEL_FOLDER …
+Every family goes through load, forward, hand-off bytes, export and optimizer steps.
 
-Rank 0 writes OUT_FOLDER/report.json; the test compares reports of different layouts. No engine is started.
+    torchrun --nproc-per-node N layout.py OUT_FOLDER CASES_FILE
+
+CASES_FILE holds as JSON, of each layout:
+
+    {"splits": [tp, ep, pp, cp], "folders": {family: model folder}, "trains": take optimizer steps?}
+
+Rank 0 writes OUT_FOLDER/report.json, {layout: {family: [each rank's report]}}, and the exported
+models to OUT_FOLDER/layout/family. The test compares reports of different layouts. No engine is
+started.
 """
 
 import json
@@ -42,8 +50,6 @@ def fixed_samples(vocab: int) -> list[rollout.Sample]:
 
 
 def build(folder: str, tp: int, ep: int, pp: int, cp: int, dtype: str, microbatch_tokens: int):
-    if mpu.model_parallel_is_initialized():
-        mpu.destroy_model_parallel()
     config = read_config(folder)
     settings = train_step.TrainSettings(tp=tp, ep=ep, pp=pp, cp=cp, train_dtype=dtype, microbatch_tokens=microbatch_tokens, lr=1e-3)
     trainer = train_step.build_trainer(folder, settings, config, steps=4, seed=1)
@@ -107,23 +113,36 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def main() -> None:
-    out, *splits = Path(sys.argv[1]), *map(int, sys.argv[2:6])
-    run.init_distributed()
-    report = {}
-    for family, folder in (pair.split("=") for pair in sys.argv[6:]):
-        trainer, weights = build(folder, *splits, "fp32", 4096)
-        mine = {"errors": errors(trainer, folder, 0.7), "hand_off_errors": hand_off_errors(weights, folder)}
-        hf_folder.export_hf(weights, out / family, source=folder, dtype="bf16")
-        for microbatch_tokens in (4096, 64):
-            trainer, weights = build(folder, *splits, "fp32", microbatch_tokens)
-            steps = [one_step(trainer) for _ in range(2)]
-            mine[f"steps_{microbatch_tokens}"] = steps
+def report_of(folder: str, splits: list[int], out: Path, *, trains: bool) -> dict:
+    """What this rank found about one model at one layout."""
+    trainer, weights = build(folder, *splits, "fp32", 4096)
+    mine = {
+        "errors": errors(trainer, folder, 0.7),
+        "hand_off_errors": hand_off_errors(weights, folder),
+    }
+    hf_folder.export_hf(weights, out, source=folder, dtype="bf16")
+    if trains:
+        mine["steps_4096"] = [one_step(trainer) for _ in range(2)]
+        trainer, _ = build(folder, *splits, "fp32", 64)
+        mine["steps_64"] = [one_step(trainer) for _ in range(2)]
         trainer, _ = build(folder, *splits, "bf16", 4096)
         mine["step_bf16"] = one_step(trainer)
-        reports = [None] * dist.get_world_size()
-        dist.all_gather_object(reports, mine)
-        report[family] = reports
+    return mine
+
+
+def main() -> None:
+    out, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    run.init_distributed()
+    report = {}
+    for layout, case in cases.items():
+        if mpu.model_parallel_is_initialized():
+            mpu.destroy_model_parallel()
+        report[layout] = {}
+        for family, folder in case["folders"].items():
+            mine = report_of(folder, case["splits"], out / layout / family, trains=case["trains"])
+            reports = [None] * dist.get_world_size()
+            dist.all_gather_object(reports, mine)
+            report[layout][family] = reports
     if dist.get_rank() == 0:
         (out / "report.json").write_text(json.dumps(report))
 

@@ -1,0 +1,68 @@
+"""A checkpoint written at one tensor-parallel size and read at another; run by test_layouts.py.
+
+    torchrun --nproc-per-node 2 padded_checkpoint.py OUT_FOLDER MODEL_FOLDER TP OTHER_TP
+
+Rank 0 writes OUT_FOLDER/report.json: the names of the tensors that came back with other bytes, the
+rows of the embedding, and the loss and gradient norm of the next two optimizer steps, by the
+trainer that wrote the checkpoint and by the one that read it. No engine is started.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
+
+import layout
+import checkpoint
+import run
+import weight_sync
+from megatron.core import parallel_state as mpu
+from loop_sync import Settings
+
+import torch.distributed as dist
+
+
+def build(folder: str, tp: int):
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()
+    return layout.build(folder, tp, 1, 1, 1, "fp32", 4096)
+
+
+def tensors_of(weights) -> dict:
+    """Full tensors by name."""
+    buckets = weight_sync.trainer_buckets(weights, quantize=False)
+    return {name: tensor.clone() for bucket in buckets for name, tensor in bucket}
+
+
+def next_steps(trainer) -> list[float]:
+    """Loss and gradient norm of two optimizer steps; the second shows Adam's state."""
+    steps = [layout.one_step(trainer) for _ in range(2)]
+    return [step[metric] for step in steps for metric in ("loss", "grad_norm")]
+
+
+def main() -> None:
+    out, folder, tp, other_tp = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
+    run.init_distributed()
+    trainer, weights = build(folder, tp)
+    layout.one_step(trainer)
+    is_writer, everyone = dist.get_rank() == 0, dist.group.WORLD
+    record = SimpleNamespace(
+        folder=out, is_writer=is_writer, group=everyone, loop="sync", positions=dict
+    )
+    checkpoint.save(record, Settings(), trainer, step=1, rank_state={})
+    written, expected = tensors_of(weights), next_steps(trainer)
+
+    trainer, weights = build(folder, other_tp)
+    checkpoint.restore(checkpoint.open_checkpoint(out / "checkpoints" / "step-000001"), trainer)
+    read, got = tensors_of(weights), next_steps(trainer)
+    differ = [name for name in written if not layout.same_bytes(written[name], read[name])]
+    rows = len(read["model.embed_tokens.weight"])
+    report = {"differ": differ, "rows": rows, "expected": expected, "got": got}
+    if is_writer:
+        (out / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    run.run_main(main)
