@@ -210,11 +210,8 @@ def _work(pipe: Connection) -> None:
 
 def _limited(limit_s: float, function: Callable, arguments: tuple) -> tuple:
     """Return (function(*arguments), None), or (None, what it raised)."""
-    used_s = sum(os.times()[:2])
-    resource.setrlimit(
-        resource.RLIMIT_CPU,
-        (int(used_s + 2 * limit_s) + 2, resource.getrlimit(resource.RLIMIT_CPU)[1]),
-    )
+    used_s, (_, hard) = sum(os.times()[:2]), resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used_s + 2 * limit_s) + 2, hard))
     try:
         signal.setitimer(signal.ITIMER_PROF, limit_s)
         try:
@@ -227,6 +224,8 @@ def _limited(limit_s: float, function: Callable, arguments: tuple) -> tuple:
         return None, ValueError(str(error)[:1000])
     except Exception as error:  # Not every exception can be pickled.
         return None, RuntimeError(repr(error)[:1000])
+    finally:
+        resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
 
 
 def _raise_too_hard(signum, frame) -> None:

@@ -19,6 +19,7 @@ thousands separators, and replaces Unicode forms.
   Units     Units behind a number, and currency signs, are removed and not compared: 12 cm equals 12.
   Words     Letters alone are text and never a product: CAB is not ABC, ba is not ab. Case counts for
             single letters and not for words. (B), B. and \text{B} are B. Lists have no order.
+            A label of words and numbers is text too.
             With an operator (a \cdot b), letters are algebra.
   Equations x = 42 gives 42. A side without letters must equal the label: 43 = 42 is wrong.
   Bases     204_5 equals 204 and 204_5, not 204_7.
@@ -35,7 +36,7 @@ import re
 
 from math_rules.answers import answer_of
 from math_rules.equality import number_of, parsed, same, value_of_chain
-from math_rules.notation import is_words, normalized
+from math_rules.notation import is_prose, is_words, normalized
 
 MOST_CHARACTERS = 2000  # of an answer
 MOST_WORDS = 6  # of a label that is text
@@ -46,7 +47,8 @@ def is_judgeable(label: str) -> bool:
     text = normalized(label)
     if number_of(text) or re.fullmatch(r"[0-9A-Fa-f]+_\{?\d+\}?", text):
         return True
-    if all(is_words(normalized(part)) for part in text.split(",")):
+    is_text = is_prose(re.sub(r"^[A-Za-z\s]+=", "", text))
+    if is_text or all(is_words(normalized(part)) for part in text.split(",")):
         return len(text.split()) <= MOST_WORDS
     return bool(text) and parsed(text) is not None
 

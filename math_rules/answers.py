@@ -2,7 +2,7 @@
 
 import re
 
-from math_rules.notation import FUNCTIONS, NUMBER, PLAIN_TEXT, UNICODE, is_words, normalized
+from math_rules.notation import NUMBER, UNICODE, is_prose
 
 MOST_READ = 10_000  # characters at the end of a response, where it has no box
 
@@ -39,7 +39,7 @@ def answer_of(response: str) -> str:
         if answer := _behind_mark(match[0], response[match.end() :]):
             return answer
     whole = response.strip()
-    if "\n" not in whole and len(whole) <= 200 and not _is_prose(whole):
+    if "\n" not in whole and len(whole) <= 200 and not is_prose(whole):
         return whole
     return _last_value(response)
 
@@ -70,17 +70,17 @@ def _behind_mark(mark: str, rest: str) -> str:
 def _chosen(text: str) -> str:
     """Return the answer in a text that was announced as one: all of it, or the part of its prose that is one."""
     text = text.strip()
-    formulas = [match for match in _FORMULA.finditer(text) if not _is_prose(_inside(match))]
+    formulas = [match for match in _FORMULA.finditer(text) if not is_prose(_inside(match))]
     if formulas and not re.search(
         r"[^\s.,;:*]", _FORMULA.sub("", text).replace(" and ", "").replace(" or ", "")
     ):
         return ", ".join(map(_inside, formulas))
-    if not _is_prose(text):
+    if not is_prose(text):
         return text
     if formulas:
         return _inside(formulas[0])
     right = text.rpartition("=")[2].strip(" >")
-    if right != text and not _is_prose(right):
+    if right != text and not is_prose(right):
         return right
     first = _VALUES.search(right)
     return _joined(first[0]) if first else ""
@@ -91,7 +91,7 @@ def _last_value(text: str) -> str:
     found = [
         (match.end(), _inside(match))
         for match in _FORMULA.finditer(text)
-        if not _is_prose(_inside(match))
+        if not is_prose(_inside(match))
     ]
     found += [
         (match.end(), _joined(match[0]))
@@ -99,13 +99,13 @@ def _last_value(text: str) -> str:
     ]
     line = text.rstrip().rpartition("\n")[2]
     right = line.rpartition("=")[2].strip(" .*>")
-    if "=" in line and right and "$" not in right and not _is_prose(right):
+    if "=" in line and right and "$" not in right and not is_prose(right):
         return right
     return max(found)[1] if found else ""
 
 
 def _blank(match: re.Match) -> str:
-    return match[0] if _is_prose(_inside(match)) else " " * len(match[0])
+    return match[0] if is_prose(_inside(match)) else " " * len(match[0])
 
 
 def _inside(match: re.Match) -> str:
@@ -115,18 +115,3 @@ def _inside(match: re.Match) -> str:
 def _joined(values: str) -> str:
     values = re.sub(r"(?<![\d,])(\d+),(\d{1,2})(?![\d,])", r"\1.\2", values)  # a decimal comma
     return re.sub(r"\s*,?\s+or\s+", ", ", values)
-
-
-_PROSE = re.compile(
-    rf"(?<![\\a-zA-Z])(?:(?!(?:{FUNCTIONS}|sqrt|and|or|mod)\b)[A-Za-z]{{3,}}|(?i:is|it|so|we|to|of|at|by|he|an|as|on|be|no)\b)"
-    r"|(?:and|or)$"
-)
-
-
-def _is_prose(text: str) -> bool:
-    """Whether a text is more than an answer: it has words, and is neither a number with a unit nor one short name."""
-    text = normalized(text)
-    words = _PROSE.search(PLAIN_TEXT.sub("", text))
-    return bool(words) and (
-        bool(re.search(r"\d", text)) or not is_words(text) or len(text.split()) > 3
-    )

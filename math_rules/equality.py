@@ -5,7 +5,7 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from math_rules.notation import NUMBER, PLAIN_TEXT, is_words, normalized
+from math_rules.notation import NUMBER, PLAIN_TEXT, is_prose, is_words, normalized
 
 
 def _words_key(text: str) -> str:
@@ -96,9 +96,14 @@ _NAMES = {
 }
 
 
+_WORD_NAME = re.compile(r"[A-Za-z][A-Za-z\s]+=\s*")
+
+
 def same(answer: str, label: str) -> bool:
     """Whether an answer equals a label, both normalized or not, by the rules above. A chain of equations is not split here."""
     answer, label = normalized(answer), normalized(label)
+    if match := _WORD_NAME.match(label):  # "Area = 5"
+        answer, label = _WORD_NAME.sub("", answer), label[match.end() :]
     if not answer or not label:
         return False
     numbers = number_of(answer), number_of(label)
@@ -120,6 +125,8 @@ def same(answer: str, label: str) -> bool:
             for text in (answer, label)
         ]
         return products[0] == products[1] and is_words(label)
+    if is_prose(label):
+        return _words_key(answer) == _words_key(label)
     gold, given = parsed(label), parsed(answer)
     if gold is None or given is None:
         return False

@@ -86,3 +86,18 @@ def is_words(text: str) -> bool:
         and re.search(r"(?<!\\)[^\W\d_]{4,}", text)
         and not re.search(r"sqrt|\d\s*[-/]|\\", text)
     )
+
+
+_PROSE = re.compile(
+    rf"(?<![\\a-zA-Z])(?:(?!(?:{FUNCTIONS}|sqrt|and|or|mod)\b)[A-Za-z]{{3,}}|(?i:is|it|so|we|to|of|at|by|he|an|as|on|be|no)\b)"
+    r"|(?:and|or)$"
+)
+
+
+def is_prose(text: str) -> bool:
+    """Whether a text is more than an answer: it has words, and is neither a number with a unit nor one short name."""
+    text = normalized(text)
+    words = _PROSE.search(PLAIN_TEXT.sub("", text))
+    return bool(words) and (
+        bool(re.search(r"\d", text)) or not is_words(text) or len(text.split()) > 3
+    )

@@ -310,6 +310,14 @@ PAIRS = {
         (r"\boxed{b \cdot a}", r"a \cdot b", 1),
         (r"\boxed{2ba}", "2ab", 1),
     ],
+    "labels in words and numbers": [
+        (r"\boxed{5 apples and 3 pears}", "5 apples and 3 pears", 1),
+        (r"\boxed{3 pears and 5 apples}", "5 apples and 3 pears", 0),
+        (r"\boxed{5 pales and 3 spear}", "5 apples and 3 pears", 0),
+        (r"\boxed{5}", "Area = 5", 1),
+        (r"\boxed{2 hours 30 minutes}", "2 hours 30 minutes", 1),
+        (r"\boxed{2\text{ hours }30\text{ minutes}}", "2 hours 30 minutes", 1),
+    ],
     "algebra": [
         (r"\boxed{x^2+2x+1}", "(x+1)^2", 1),
         (r"\boxed{x^2+2x+2}", "(x+1)^2", 0),
