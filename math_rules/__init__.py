@@ -35,8 +35,8 @@ This package imports neither torch nor an engine: those processes start fast and
 import re
 
 from math_rules.answers import answer_of
-from math_rules.equality import number_of, parsed, same, value_of_chain
-from math_rules.notation import is_prose, is_words, normalized
+from math_rules.equality import is_text, number_of, parsed, same, value_of_chain
+from math_rules.notation import is_words, normalized
 
 MOST_CHARACTERS = 2000  # of an answer
 MOST_WORDS = 6  # of a label that is text
@@ -47,8 +47,7 @@ def is_judgeable(label: str) -> bool:
     text = normalized(label)
     if number_of(text) or re.fullmatch(r"[0-9A-Fa-f]+_\{?\d+\}?", text):
         return True
-    is_text = is_prose(re.sub(r"^[A-Za-z\s]+=", "", text))
-    if is_text or all(is_words(normalized(part)) for part in text.split(",")):
+    if is_text(text) or all(is_words(normalized(part)) for part in text.split(",")):
         return len(text.split()) <= MOST_WORDS
     return bool(text) and parsed(text) is not None
 

@@ -6,35 +6,45 @@ from math_rules.notation import NUMBER, UNICODE, is_prose
 
 MOST_READ = 10_000  # characters at the end of a response, where it has no box
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
+_EMPTY_BOX = re.compile(r"\$?\s*\\(?:boxed|fbox|framebox)\s*\{\s*\}\s*\$?")
 _MARK = re.compile(
-    r"<answer>|(?<!#)####(?!#)|(?i:\banswers?\b(?:\*\*)?(?:[^.\n:=]{0,60}?\b(?:is|are)\b(?!\s+not\b)|\s*[:=])(?:\s*:)?)"
-    r"|(?im:^[^\w\n]*(?:final[ \t]+)?answer[^\w\n]*$)"
+    r"(?i:<answer>)|(?<!#)####(?!#)"
+    r"|(?i:\banswers?\b(?:\*\*)?(?:[^.\n:=]{0,60}?\b(?:is|are)\b(?!\s+not\b)|\s*[:=])\s*:?)"
+    r"|答案\s*(?:是|为)?\s*:?"
+    r"|(?im:^[^\w\n]*(?:final[ \t]+)?answer[^\w\n]*$)"  # a heading
 )
-_POWER = rf"(?:\s*\^\s*\{{?-?{NUMBER}\}}?)?"
-_ATOM = rf"(?:{NUMBER}(?:[eE][-+]?\d+(?!\w)|\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{{?-?\d+\}}?)?{_POWER})"
-_VALUE = rf"(?:(?<![\w.)}}\]])[-+]\s*)?(?:\\[dt]?frac\{{[^{{}}]*\}}\{{[^{{}}]*\}}|(?<![\w.^]){_ATOM}(?:\\frac\{{\d+\}}\{{\d+\}}|\s*/\s*{_ATOM})?)(?:\s*\\?%)?"
-_VALUES = re.compile(rf"{_VALUE}(?:\s*,?\s+or\s+\$?{_VALUE})*")
+_EXPONENT = r"\{?-?\d+\}?"
+_ATOM = rf"{NUMBER}(?:[eE][-+]?\d+(?!\w)|\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*{_EXPONENT})?"
+_ATOM = rf"(?:{_ATOM}(?:\s*\^\s*{_EXPONENT})?)"
+_FRACTION = r"\\[dt]?frac\{[^{}]*\}\{[^{}]*\}"
+_VALUE = (
+    r"(?:(?<![\w.)}\]])[-+]\s*)?"  # a sign, unless it is an operator
+    rf"(?:{_FRACTION}|(?<![\w.^]){_ATOM}(?:{_FRACTION}|\s*/\s*{_ATOM})?)(?:\s*\\?%)?"
+)
+_OR = r"\s*[,(]?\s*\bor\s+(?:maybe\s+|perhaps\s+|possibly\s+)?"
+_VALUES = re.compile(rf"{_VALUE}(?:{_OR}\$?{_VALUE})*")
 _FORMULA = re.compile(r"(?s)\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$([^$\n]+?)(?<!\\)\$")
+_NOT_WORDS = r"(?i:not|never|cannot\s+be|(?:is|are|was)n't|rather\s+than|instead\s+of)"
 _NOT = re.compile(
-    rf"\(\s*(?:and |but )?(?i:not|rather than|instead of)\b[^()\n]*\)"
-    rf"|(?:\b(?:and|but)\s+|,\s*)?\b(?i:not|rather than|instead of)\s+\$?{_VALUE}\$?"
+    rf"\(\s*(?:and |but )?{_NOT_WORDS}\b[^()\n]*\)"
+    rf"|(?:\b(?:and|but)\s+|,\s*)?\b{_NOT_WORDS}\s+(?:equal\s+to\s+|be\s+)?\$?{_VALUE}\$?"
 )
-_TAIL = re.compile(
-    r"\s*(?:\(|\b)(?:because|since|which|so|as|when|where|if)\b.*|\s+\([^()]*[a-zA-Z]{3}.*",
-    re.DOTALL,
+_TAIL = re.compile(  # the rest of a sentence that goes on behind the answer
+    r"(?s)\s*(?:\(|\b)(?:because|since|which|so|as|when|where|if)\b.*|\s+\([^()]*[a-zA-Z]{3}.*"
 )
 
 
 def answer_of(response: str) -> str:
-    """Return the text that counts as the response's answer, by the rules above; "" if there is none."""
+    """Return the text that counts as the response's answer; "" if there is none."""
     for match in reversed(list(_BOX.finditer(response))):
         content = _box_content(response, match.end())
         if content is None:
             return ""
         if content.strip(" \t\r\n$"):
-            return content.strip()
-    response = _NOT.sub(" ", response[-MOST_READ:].translate(UNICODE))
+            return _NOT.sub(" ", content).strip()
+    response = _EMPTY_BOX.sub(" ", response[-MOST_READ:].translate(UNICODE).replace("’", "'"))
+    response = _NOT.sub(" ", response)
     for match in reversed(list(_MARK.finditer(response))):
         if answer := _behind_mark(match[0], response[match.end() :]):
             return answer
@@ -58,8 +68,8 @@ def _box_content(response: str, start: int) -> str | None:
 
 def _behind_mark(mark: str, rest: str) -> str:
     rest = rest.lstrip(" \t\r\n*:")
-    if mark == "<answer>":
-        return _chosen(rest.partition("</answer>")[0])
+    if mark.lower() == "<answer>":
+        return _chosen(re.split(r"(?i)</answer>", rest)[0])
     line, _, below = rest.partition("\n")
     if mark == "####":
         return _chosen(line) if not below.strip() or not re.search(r"[A-Za-z]{3}", line) else ""
@@ -68,7 +78,7 @@ def _behind_mark(mark: str, rest: str) -> str:
 
 
 def _chosen(text: str) -> str:
-    """Return the answer in a text that was announced as one: all of it, or the part of its prose that is one."""
+    """Return the answer in a text that was announced as one: all of it, or a part of its prose."""
     text = text.strip()
     formulas = [match for match in _FORMULA.finditer(text) if not is_prose(_inside(match))]
     if formulas and not re.search(
@@ -87,7 +97,7 @@ def _chosen(text: str) -> str:
 
 
 def _last_value(text: str) -> str:
-    """Return the formula or number that ends last in a text, or what stands behind the last "=" of its last line."""
+    """Return what follows the last "=" of a text's last line, else the formula or number that ends last."""
     found = [
         (match.end(), _inside(match))
         for match in _FORMULA.finditer(text)
@@ -114,4 +124,4 @@ def _inside(match: re.Match) -> str:
 
 def _joined(values: str) -> str:
     values = re.sub(r"(?<![\d,])(\d+),(\d{1,2})(?![\d,])", r"\1.\2", values)  # a decimal comma
-    return re.sub(r"\s*,?\s+or\s+", ", ", values)
+    return re.sub(_OR, ", ", values)

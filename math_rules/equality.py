@@ -5,7 +5,16 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from math_rules.notation import NUMBER, PLAIN_TEXT, is_prose, is_words, normalized
+from math_rules.notation import FUNCTIONS, NUMBER, PLAIN_TEXT, is_words, normalized
+
+
+def is_text(label: str) -> bool:
+    """Return whether a label has words beside its numbers, so that it is compared as text."""
+    return bool(_WORD.search(PLAIN_TEXT.sub("", _WORD_NAME.sub("", label))))
+
+
+def _without_blanks(text: str) -> str:
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)  # not those between digits
 
 
 def _words_key(text: str) -> str:
@@ -63,23 +72,30 @@ def _same_number(answer: tuple, label: tuple) -> bool:
 
 
 def value_of_chain(answer: str, label: str) -> str:
-    r"""Return the value that "x = ... = value" gives; "" if a side without letters differs from the label."""
-    if (
-        "=" not in answer
-        and r"\approx" not in answer
-        or "=" in label
-        or "," in answer
-        or re.search(r"[<>!]=|:=", answer)
-    ):
+    r"""Return the value that "x = ... = value" gives.
+
+    Returns "" if a side without letters differs from the label, and the answer as it is where the
+    label is an equation itself.
+    """
+    if "=" in label or re.search(r"[<>!:]=", answer):
         return answer
-    exact = re.split(r"\\approx", answer)
-    sides = [side.strip() for side in exact[0].split("=")] + (
-        [exact[1].strip()] if _has_letters(exact[0]) and len(exact) > 1 else []
-    )
-    sides = [side for side in sides if side]
+    if r"\pmod" not in label:
+        answer = re.sub(r"\s*\(?\\pmod\s*(?:\{[^{}]*\}|\d+)\)?$|\s*\(\s*\\?mod\s+\d+\s*\)$", "", answer)
+    parts = [re.fullmatch(r"\s*([A-Za-z])\s*=([^=]+)", part) for part in _OR.split(answer)]
+    if len(parts) > 1 and all(parts) and len({part[1] for part in parts}) == 1:  # x = 3 or x = 5
+        return ", ".join(part[2].strip() for part in parts)
+    answer = answer.replace(r"\equiv", "=")
+    if "," in answer or not re.search(r"=|\\approx", answer):
+        return answer
+    exact, *approximate = re.split(r"\\approx", answer)
+    sides = exact.split("=") + (approximate[:1] if _has_letters(exact) else [])
+    sides = [side.strip() for side in sides if side.strip()]
     if not sides or any(not _has_letters(side) and not same(side, label) for side in sides[:-1]):
         return ""
     return sides[-1]
+
+
+_OR = re.compile(r",|\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b|;")
 
 
 def _has_letters(text: str) -> bool:
@@ -96,21 +112,28 @@ _NAMES = {
 }
 
 
-_WORD_NAME = re.compile(r"[A-Za-z][A-Za-z\s]+=\s*")
+_WORD_NAME = re.compile(r"[A-Za-z]{2}[A-Za-z\s]*=\s*")  # "Area = 5"
+_WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS}|sqrt)\b)[A-Za-z]{{4,}}")
+_FIGURE = re.compile(  # \\angle ABC: its letters are no product
+    r"\\(?:angle|triangle|overline|overrightarrow|widehat|odot|square)\s*\{?\s*[A-Z]{2,}"
+)
+_CHOICE = re.compile(r"\(?([A-J])[).:]\s*\S")  # "(B) 12"
 
 
 def same(answer: str, label: str) -> bool:
     """Whether an answer equals a label, both normalized or not, by the rules above. A chain of equations is not split here."""
     answer, label = normalized(answer), normalized(label)
-    if match := _WORD_NAME.match(label):  # "Area = 5"
+    if match := _WORD_NAME.match(label):
         answer, label = _WORD_NAME.sub("", answer), label[match.end() :]
     if not answer or not label:
         return False
     numbers = number_of(answer), number_of(label)
     if all(numbers):
         return _same_number(*numbers)
-    if re.sub(r"\s", "", answer) == re.sub(r"\s", "", label):
+    if _without_blanks(answer) == _without_blanks(label):
         return True
+    if re.fullmatch("[A-J]", label) and (match := _CHOICE.match(answer)):
+        return match[1] == label
     bases = [re.fullmatch(r"([0-9A-Fa-f]+)_\{?(\d+)\}?", text) for text in (answer, label)]
     if all(bases):
         return bases[0].groups() == bases[1].groups()
@@ -125,14 +148,29 @@ def same(answer: str, label: str) -> bool:
             for text in (answer, label)
         ]
         return products[0] == products[1] and is_words(label)
-    if is_prose(label):
+    if _FIGURE.search(label) and _FIGURE.search(answer):
+        return False
+    if is_text(label):
         return _words_key(answer) == _words_key(label)
     gold, given = parsed(label), parsed(answer)
     if gold is None or given is None:
         return False
     from math_verify import verify
 
+    gold, given = _as_set(gold), _as_set(given)
     return bool(verify(gold, given, timeout_seconds=None, allow_set_relation_comp=True))
+
+
+def _as_set(expression):
+    """Return the union of the intervals that inequalities joined by "or" are; anything else as it is."""
+    from sympy import FiniteSet, Union
+    from sympy.core.relational import Relational
+
+    parts = expression.args if isinstance(expression, FiniteSet) else ()
+    symbols = set().union(*(part.free_symbols for part in parts))
+    if len(parts) < 2 or len(symbols) != 1 or not all(isinstance(part, Relational) for part in parts):
+        return expression
+    return Union(*(part.as_set() for part in parts))
 
 
 @lru_cache(256)

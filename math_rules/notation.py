@@ -6,7 +6,8 @@ import unicodedata
 _SYMBOLS = {
     **dict.fromkeys("−–—", "-"), "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ",
-    "≈": r"\approx ", "⁄": "/", "°": r"^\circ ", "θ": r"\theta ", **dict.fromkeys("“”‘’€£¥₹", ""), "\u2061": "", "\u200b": "",
+    "≈": r"\approx ", "⁄": "/", "°": r"^\circ ", "θ": r"\theta ", **dict.fromkeys("“”‘€£¥₹", ""), "’": "'", "\u2061": "", "\u200b": "",
+    "：": ":", "。": ".", "，": ",",
     **dict.fromkeys("\u00a0\u2009\u202f", " "),
 }  # fmt: skip
 _SYMBOLS |= {
@@ -18,11 +19,14 @@ NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 FUNCTIONS = "sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|arcsin|arccos|arctan|log|ln|exp|pi|infty"
 _UNITS = "cm|mm|km|dm|m|ft|in|inches|kg|mg|g|lb|lbs|oz|s|h|hr|hrs|min|ms|mL|ml|L|l|mph|USD|EUR|units?|deg|pm|am"
 PLAIN_TEXT = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}"
+    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|operatorname|boldsymbol|bm|underline|emph)\s*\{([^{}]*)\}"
 )
 _REWRITES = [(re.compile(pattern), by) for pattern, by in (
     (r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\!|\\?\$|\*\*|`|\\\\$|\\\[|\\\]|\\\(|\\\)", ""),
-    (r"\\varnothing|\\O(?![a-zA-Z])", r"\\emptyset "),
+    (r"\\(?:bf|it|rm|large|Large|huge|Huge|small|quad|qquad)(?![a-zA-Z])|\\(?:text)?color\s*\{[^{}]*\}", " "),
+    (r"^\s*(?:\\text\s*\{[^{}]*(?:\bis|:)\s*\}|(?i:(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*[:=])))", ""),
+    (r"^\s*(?:\\approx|\\sim(?![a-z])|~|(?:about|approximately|roughly)\b)", ""),
+    (r"\\varnothing|\\\{\s*\\\}|\\O(?![a-zA-Z])", r"\\emptyset "),
     (r"(?<=\d)(?:\\[,;: ]|~|\{,\}|\s|\\thinspace)+(?=\d{3}(?!\d))", ""),  # 14\,916
     (r"(?<=\d)\s*\\[,;: ]\s*", " "),
     (r"(?<![\w.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\w.])", r"\1\\frac{\2}{\3}"),  # 3 1/2
@@ -51,7 +55,7 @@ def normalized(text: str) -> str:
     for pattern, by in _REWRITES:
         text = pattern.sub(by, text)
     while True:
-        before, text = text, text.strip(" \t\r\n\"'*").rstrip(".,;:").strip()
+        before, text = text, text.strip(" \t\r\n\"'*").rstrip(".,;:?").strip()
         if match := PLAIN_TEXT.fullmatch(text):
             text = match[1]
         elif match := re.fullmatch(
