@@ -22,6 +22,7 @@ import json
 import os
 import pickle
 import queue
+import re
 import shutil
 import signal
 import zlib
@@ -38,11 +39,14 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from problems import BadInput
+from record import FILES
 from run import all_gather_bytes, signal_when_parent_ends
 
-# Else the prompts that follow would not be those that were to follow; and the groups in flight would have no place, or be too old.
-MUST_AGREE = (("run", "seed"), ("rollout", "prompts"), ("rollout", "samples_per_prompt"))
-ASYNC_MUST_AGREE = (("in_flight", "rollout_ranks"), ("in_flight", "max_staleness"), ("rollout", "engine_tp"))
+# Else the prompts that follow would not be those that were to follow; samples of one run would have rewards of two kinds; weights would be rounded; and the
+# groups in flight would have no place, or be too old. All other settings may change, and what the resumed run is asked for holds.
+MUST_AGREE = (("run", "seed"), ("rollout", "samples_per_prompt"), ("reward", "reward"), ("train", "train_dtype"))
+READ_FILES = ("*.safetensors", "*.json", "tokenizer*", "chat_template*", "vocab.*", "merges.txt")
+ASYNC_MUST_AGREE = (("in_flight", "rollout_ranks"), ("in_flight", "max_staleness"), ("rollout", "engine_tp"), ("rollout", "temperature"))
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,19 @@ class Checkpoint:
 
 
 def checkpoints_of(run_folder: Path) -> list[Path]:
-    """Those that were finished, oldest first."""
-    return sorted(path for path in (run_folder / "checkpoints").glob("step-*") if not path.name.endswith(".part"))
+    """Those that were finished, oldest first: folders whose name is step- and a number, and nothing else that stands beside them."""
+    return sorted((path for path in (run_folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Return the number in a checkpoint's name. As text, step 1,000,000 would come before step 999,999."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def damage(folder: Path, *, share: int = 0, of: int = 1) -> str:
     """What is wrong with a checkpoint's files, "" if nothing. Every file's size is looked at, and the contents of each of-th file."""
     try:
-        files = json.loads((folder / "files.json").read_text())
+        files = json.loads((folder / "files.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         return f"files.json cannot be read ({error})"
     for i, (name, (size, crc)) in enumerate(files.items()):
@@ -105,7 +114,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 def open_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint that is whole and safe to read. Raises BadInput."""
     if wrong := damage(folder, share=int(os.environ["RANK"]), of=int(os.environ["WORLD_SIZE"])):
-        earlier = [other for other in checkpoints_of(folder.parent.parent) if other < folder]
+        earlier = [other for other in checkpoints_of(folder.parent.parent) if step_of(other) < step_of(folder)]
         older = next((f"; {other.name} before it is whole" for other in reversed(earlier) if not damage(other)), "")
         raise BadInput(f"the checkpoint {folder} is damaged: {wrong}. Remove that folder to resume from the one before{older or ', which there is none'}")
     try:
@@ -113,13 +122,43 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             _MetadataUnpickler(file).load()
     except Exception as error:  # an unpickler may raise anything, and all of it is about this file
         raise BadInput(f"the checkpoint {folder} is not safe to read: model/.metadata: {error}. Use one that this program has written") from error
-    state = json.loads((folder / "state.json").read_text())
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return Checkpoint(folder, state["step"], state)
 
 
-def find(settings, loop: str) -> Checkpoint:
-    """The newest checkpoint of the run --name, checked. Raises BadInput where there is none, where it is damaged, or where the settings are of another run."""
-    run_folder, settings = Path("runs") / settings.run.name, json.loads(json.dumps(dataclasses.asdict(settings)))  # lists for tuples, as in the file
+def what_was_read(settings, data) -> dict[str, str]:
+    """Return, by the flag that names it, a checksum of all that the run reads and that must be the same when it goes on, wherever the files then are.
+
+    data: prompts.Data. Of weights only samples are read, see folder_digest.
+    """
+    folders = {"--model": settings.run.model} | ({"--reference": settings.train.reference or settings.run.model} if settings.loss.kl_coef else {})
+    return {"--prompts": data.digest} | {flag: folder_digest(Path(folder)) for flag, folder in folders.items()}
+
+
+def folder_digest(folder: Path) -> str:
+    """Return a checksum of a model folder: of its configuration and tokenizer, and of each weights file's size, head and up to 64 parts of 64 KiB."""
+    crc = 0
+    for path in sorted({path for pattern in READ_FILES for path in folder.glob(pattern) if path.is_file()}):
+        crc = zlib.crc32(path.name.encode(), crc)
+        if path.suffix != ".safetensors":
+            crc = _crc(path, crc)
+            continue
+        size = path.stat().st_size
+        crc = zlib.crc32(str(size).encode(), crc)
+        with open(path, "rb") as file:
+            for start in range(0, size, max(2**16, size // 64)):
+                file.seek(start)
+                crc = zlib.crc32(file.read(2**16), crc)
+    return f"{crc:08x}"
+
+
+def find(settings, loop: str, read: dict[str, str]) -> Checkpoint:
+    """The newest checkpoint of the run --name, checked. read: what_was_read.
+
+    Raises BadInput where there is none, where it is damaged, where it is of another run than settings and files describe, or where no step is left.
+    """
+    run_folder, steps = Path("runs") / settings.run.name, settings.run.steps
+    settings = json.loads(json.dumps(dataclasses.asdict(settings)))  # lists for tuples, as in the file
     folders = checkpoints_of(run_folder)
     if not folders:
         raise BadInput(f"{run_folder} holds no checkpoint to resume from: run with --save-every N first, or leave --resume out and choose another --name")
@@ -131,6 +170,17 @@ def find(settings, loop: str) -> Checkpoint:
         then, now = (which.get(part, {}).get(name) for which in (state["settings"], settings))
         if then != now:
             raise BadInput(f"--{name.replace('_', '-')} was {then!r} when {folder} was written, and is {now!r}: it must stay the same")
+    if "read" not in state:
+        raise BadInput(f"{folder} does not say what its run had read, as checkpoints of this version do: resume it with the version that wrote it")
+    for flag, now in read.items():
+        if state["read"].get(flag, now) != now:
+            same = "the same rows, with the same keys and chat settings" if flag == "--prompts" else "the same folder"
+            raise BadInput(f"what {flag} names is not what it was when {folder} was written: give {same}, or start a new run under another --name")
+    if steps <= newest.step:
+        raise BadInput(f"--steps {steps} counts all steps of the run, and {folder} is of step {newest.step}: nothing is left to do; use a larger --steps")
+    for name, size in state["record"].items():
+        if name in FILES and (not (file := run_folder / FILES[name]).is_file() or file.stat().st_size < size):
+            raise BadInput(f"{file} is shorter than it was when {folder} was written, {size} bytes: bring it back, or start a new run under another --name")
     ep = [s["train"]["ep"] for s in (state["settings"], settings)]
     if ep[0] != ep[1]:
         raise BadInput(f"{folder} was written with --ep {ep[0]}: optimizer state of experts can only be read with the same, not with --ep {ep[1]}")
@@ -140,11 +190,11 @@ def find(settings, loop: str) -> Checkpoint:
 # --- writing --------------------------------------------------------------------------------------------------------------------------------
 
 
-def save(record, settings, trainer, *, step: int, rank_state: dict) -> None:
+def save(record, settings, trainer, *, step: int, read: dict[str, str], rank_state: dict) -> None:
     """Write a checkpoint of the step that has just ended, and remove all but the newest --keep. Collective over record.group.
 
-    trainer: None on ranks that do not train. rank_state: what this rank must be given again, as JSON. Raises RuntimeError when it cannot be written, the disk
-    being full; the checkpoints before stay.
+    trainer: None on ranks that do not train. read: what_was_read. rank_state: what this rank must be given again, as JSON.
+    Raises RuntimeError when it cannot be written, the disk being full; the checkpoints before stay.
     """
     final = record.folder / "checkpoints" / f"step-{step:06d}"
     part = final.with_suffix(".part")
@@ -158,11 +208,11 @@ def save(record, settings, trainer, *, step: int, rank_state: dict) -> None:
             rank_state = {**rank_state, "generators": generators()}
         ranks = [json.loads(state) for state in all_gather_bytes(json.dumps(rank_state).encode(), record.group)]
         if record.is_writer:
-            state = {"step": step, "loop": record.loop, "settings": dataclasses.asdict(settings), "record": record.positions(), "ranks": ranks}
-            (part / "state.json").write_text(json.dumps(state) + "\n")
+            state = {"step": step, "loop": record.loop, "settings": dataclasses.asdict(settings), "read": read, "record": record.positions(), "ranks": ranks}
+            (part / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
             files = sorted(path for path in part.rglob("*") if path.is_file())
             listed = {str(path.relative_to(part)): (path.stat().st_size, _crc(path)) for path in files}
-            (part / "files.json").write_text(json.dumps(listed, indent=2) + "\n")
+            (part / "files.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
             shutil.rmtree(final, ignore_errors=True)
             part.rename(final)
             for old in checkpoints_of(record.folder)[: -settings.run.keep]:
@@ -176,14 +226,20 @@ def save(record, settings, trainer, *, step: int, rank_state: dict) -> None:
 
 
 def restore(checkpoint: Checkpoint | None, trainer) -> None:
-    """Fill the trainer, and set this rank's random generators. Collective over the trainers; nothing on other ranks, or without a checkpoint."""
+    """Fill the trainer, and set this rank's random generators. Collective over the trainers; nothing on other ranks, or without a checkpoint.
+
+    Learning rate and its schedule, weight decay and Adam's constants are those that the run is started with, not those of the checkpoint.
+    """
     if checkpoint is None or trainer is None:
         return
+    asked = [{name: value for name, value in group.items() if name not in ("params", "step")} for group in trainer.optimizer.param_groups]
     _give_adam_its_state(trainer.optimizer)
     loaded = dist_checkpointing.load(_sharded_state(trainer, is_loading=True), str(checkpoint.folder / "model"), validate_access_integrity=False)
     trainer.gpt.load_state_dict(loaded["model"])
     trainer.optimizer.load_state_dict(loaded["optimizer"])
-    trainer.scheduler.load_state_dict(loaded["scheduler"])
+    for group, settings in zip(trainer.optimizer.param_groups, asked, strict=True):
+        group.update(settings)
+    trainer.scheduler.step(loaded["scheduler"]["num_steps"])
     trainers = [state["generators"] for state in checkpoint.ranks if "generators" in state]
     set_generators(trainers[dist.get_rank() if dist.get_rank() < len(trainers) else 0])
 
@@ -253,8 +309,7 @@ def set_generators(states: dict[str, str]) -> None:
     get_cuda_rng_tracker().set_states({name.removeprefix("megatron/"): state for name, state in tensors.items()})
 
 
-def _crc(path: Path) -> int:
-    crc = 0
+def _crc(path: Path, crc: int = 0) -> int:
     with open(path, "rb") as file:
         while block := file.read(2**24):
             crc = zlib.crc32(block, crc)

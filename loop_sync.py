@@ -57,8 +57,9 @@ def main() -> None:
     trainer_ranks = rollout_ranks = world_size
     problems.of(rollout.check_rollout_settings, settings.rollout, config, world_size=rollout_ranks)
     problems.of(reward.check_reward_settings, settings.reward, settings.rollout)
-    data = None if settings.plan.plan else problems.of(load_data, model, settings.rollout, config, seed=seed)
-    longest = data.longest if data else plan.longest_sample(settings)
+    label_problems = reward.label_problems(settings.reward)
+    data = None if settings.plan.plan else problems.of(load_data, model, settings.rollout, config, seed=seed, label_problems=label_problems)
+    longest = problems.of(plan.longest_sample, settings, config, data)
     problems.of(train_step.check_train_settings, settings.train, settings.loss, config, world_size=trainer_ranks, steps=steps, longest=longest)
     load = dict(world_size=world_size, trainer_ranks=trainer_ranks, rollout_ranks=rollout_ranks, longest=longest)
     if settings.plan.plan:
@@ -66,7 +67,8 @@ def main() -> None:
         return plan.report(settings, config, **load)
     problems.of(hf_folder.check_model_folder, model, config, data and data.tokenizer, stop=settings.rollout.stop)
     problems.of(plan.check_machine, settings, config, **load)
-    resumed = problems.of(checkpoint.find, settings, "sync") if settings.run.resume and settings.run.name else None
+    read = problems.of(checkpoint.what_was_read, settings, data) if data else {}
+    resumed = problems.of(checkpoint.find, settings, "sync", read) if settings.run.resume and settings.run.name else None
     problems.refuse()
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
     start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
@@ -115,8 +117,8 @@ def main() -> None:
             if step % settings.run.eval_every == 0 or step == steps:
                 metrics |= record.log_eval(step, *reward.evaluate(engine, data, settings.rollout, judge, everyone))
             record.log({"step": step, **metrics})
-            if record.stopping or (settings.run.save_every and step % settings.run.save_every == 0):
-                checkpoint.save(record, settings, trainer, step=step, rank_state={"prompts": prompts.taken} if engine else {})
+            if record.checkpoint_due(step):
+                checkpoint.save(record, settings, trainer, step=step, read=read, rank_state={"prompts": prompts.taken} if engine else {})
             if record.stopping:
                 return record.finish()
     for dtype in settings.run.export:

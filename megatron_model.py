@@ -24,8 +24,19 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from hf_config import layers_in_last_stage, megatron_arguments
 from hf_folder import load_hf
 from local_spec import complete_local_spec
+from problems import all_problems
 from run import parse_overrides
 from weight_sync import Layout
+
+
+# Fields that flags of their own set (layout, dtype, learning rate and its kind), and those that the loss and the checkpoint rely on: with another normaliser or
+# optimizer a run would train something else, or could not go on.
+DECIDED = {
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size",
+    "sequence_parallel", "virtual_pipeline_model_parallel_size", "num_layers_in_last_pipeline_stage", "params_dtype", "pipeline_dtype", "bf16", "fp16",
+    "calculate_per_token_loss", "variable_seq_lengths", "finalize_model_grads_func", "grad_scale_func",
+    "optimizer", "use_distributed_optimizer", "lr", "min_lr", "weight_decay", "adam_beta2", "clip_grad",
+}  # fmt: skip
 
 
 def has_transformer_engine() -> bool:
@@ -40,9 +51,9 @@ def has_transformer_engine() -> bool:
 
 
 def overrides(settings, config: dict, config_class: type) -> dict:
-    """The part of --megatron that are fields of config_class. What config.json or another flag decides is no field that can be set."""
+    """The part of --megatron that are fields of config_class. What config.json, another flag or the rest of the program decides is no field that can be set."""
     fields = [field.name for cls in (TransformerConfig, OptimizerConfig) for field in dataclasses.fields(cls)]
-    decided = set(megatron_arguments(config, tp=1)[0]) | {"tensor_model_parallel_size", "sequence_parallel", "params_dtype", "bf16", "fp16", "lr"}
+    decided = set(megatron_arguments(config, tp=1)[0]) | DECIDED
     given = parse_overrides(settings.megatron, flag="--megatron", fields=[name for name in fields if name not in decided])
     return {name: value for name, value in given.items() if name in config_class.__dataclass_fields__}
 
@@ -60,11 +71,11 @@ def init_parallel(settings, *, seed: int) -> None:
         model_parallel_cuda_manual_seed(seed)
 
 
-def build_gpt(settings, config: dict) -> tuple[GPTModel, Layout]:
-    """This rank's part of the model, not yet filled, and how the whole is split. Megatron's process groups must be there."""
+def transformer_config(settings, config: dict) -> TransformerConfig:
+    """Return what Megatron is told of the model: by config.json, by the layout, and by --megatron. It checks itself, and raises many kinds of errors."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.train_dtype]
     use_te = has_transformer_engine()
-    model_arguments, gpt_arguments = megatron_arguments(config, tp=settings.tp)
+    model_arguments, _ = megatron_arguments(config, tp=settings.tp)
     common = dict(
         tensor_model_parallel_size=settings.tp,
         pipeline_model_parallel_size=settings.pp,
@@ -88,7 +99,30 @@ def build_gpt(settings, config: dict) -> tuple[GPTModel, Layout]:
         moe_grouped_gemm=use_te,
         persist_layer_norm=use_te,
     )
-    transformer = TransformerConfig(**{**model_arguments, **common, **overrides(settings, config, TransformerConfig)})
+    return TransformerConfig(**{**model_arguments, **common, **overrides(settings, config, TransformerConfig)})
+
+
+@all_problems
+def check_overrides(settings, config: dict) -> None:
+    """What Megatron would not take of --megatron, before anything is started. The layout must be a good one: its rules are checked elsewhere."""
+    for config_class in (TransformerConfig, OptimizerConfig):
+        defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+        for name, value in overrides(settings, config, config_class).items():
+            kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(type(defaults[name]))
+            if kinds and type(value) not in kinds:
+                yield f"--megatron {name}={value!r} is of the wrong type: the field is a {type(defaults[name]).__name__}, {defaults[name]!r} unless set"
+                return
+    try:
+        transformer_config(settings, config)
+        OptimizerConfig(**overrides(settings, config, OptimizerConfig))
+    except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        yield f"--megatron {' '.join(settings.megatron)}: megatron-core refuses it: {error}"
+
+
+def build_gpt(settings, config: dict) -> tuple[GPTModel, Layout]:
+    """This rank's part of the model, not yet filled, and how the whole is split. Megatron's process groups must be there."""
+    use_te = has_transformer_engine()
+    transformer, (_, gpt_arguments) = transformer_config(settings, config), megatron_arguments(config, tp=settings.tp)
     spec = get_gpt_decoder_block_spec(transformer, use_transformer_engine=use_te, normalization="RMSNorm")
     if not use_te:
         spec = complete_local_spec(spec, qk_layernorm=transformer.qk_layernorm)

@@ -27,6 +27,7 @@ from hf_config import check_layout
 from memory import checkpoint_bytes, embedding_parameters, engine_bytes, hand_off_bytes, parameters, state_bytes, trainer_bytes
 from problems import BadInput, all_problems
 from rollout import MEM_FRACTION_STATIC
+from run import name_problem, rollouts_file
 
 RUNTIME_BYTES = 3e9  # on a GPU and process: CUDA context and libraries, NCCL's buffers, what the allocators waste
 CPU_PROCESS_BYTES = 0.5e9  # of a trainer, or of an engine's scheduler, without a GPU: Python, torch, megatron-core or SGLang
@@ -220,9 +221,19 @@ def world_size(settings: PlanSettings) -> int:
     return settings.plan_gpus if settings.plan else int(os.environ["WORLD_SIZE"])
 
 
-def longest_sample(settings) -> int | None:
-    """Of a planned run, prompt and response tokens; None of a real one, whose data say it."""
-    return settings.plan.plan_prompt_tokens + settings.rollout.max_response_tokens if settings.plan.plan else None
+def longest_sample(settings, config: dict | None, data) -> int | None:
+    """Return the tokens of the longest possible sample, prompt and response; None where they could not be found out.
+
+    Those of a planned run are as its flags say. --load-rollouts may hold longer samples than the prompts and --max-response-tokens of now allow.
+    Raises BadInput for a dump that cannot be trained on.
+    """
+    if settings.plan.plan:
+        return settings.plan.plan_prompt_tokens + settings.rollout.max_response_tokens
+    if not settings.run.load_rollouts or data is None:
+        return data.longest if data else None
+    files = [rollouts_file(settings.run.load_rollouts, step) for step in range(1, settings.run.steps + 1)]
+    dumps = (read_dump(file, vocab_size=config["vocab_size"]) for file in files if file.is_file())  # check_run_settings names a missing one
+    return max([data.longest, *(len(sample.prompt_ids) + len(sample.response_ids) for dump in dumps for sample in dump)])
 
 
 @all_problems
@@ -285,16 +296,15 @@ def report(settings, config: dict, **load) -> None:
 @all_problems
 def check_machine(settings, config: dict | None, **load) -> None:
     """Whether the run folder can be written, the disk has room, and this rank's share of the machine's memory is enough. load: as plan_of takes it."""
-    folder = Path("runs") / settings.run.name
+    folder = Path("runs") / ("" if name_problem(settings.run.name) else settings.run.name)  # another check names that problem
     existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-    if "\0" in settings.run.name or any(len(os.fsencode(part)) > 255 for part in folder.parts):
-        yield f"--name {settings.run.name!r} cannot be the name of a folder: choose a shorter one, of ordinary characters"
-    elif not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
         yield f"the run folder {folder} cannot be written, because of {existing.resolve()}: run where you may write, or choose --name"
     if config is None:
         return
     total, _ = parameters(config)
-    checkpoints = min(settings.run.keep + 1, settings.run.steps // settings.run.save_every) if settings.run.save_every > 0 else 0
+    every = settings.run.save_every or settings.run.steps  # a resumed run writes one after its last step
+    checkpoints = min(settings.run.keep + 1, -(-settings.run.steps // every)) if every > 0 and (settings.run.save_every or settings.run.resume) else 0
     exports = sum(sum(hand_off_bytes(config, dtype=dtype).values()) for dtype in settings.run.export if dtype in ("bf16", "fp8"))
     needed = checkpoints * checkpoint_bytes(total, train_dtype=settings.train.train_dtype) + exports
     free = shutil.disk_usage(existing).free

@@ -20,6 +20,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -31,6 +32,10 @@ from problems import BadInput
 from run import all_gather_bytes, broadcast_bytes
 
 ROWS = ("trainer", "engine", "judge")  # of each rank's part of the timeline
+NOTHING_TO_LEARN = (
+    "step {step}: the rewards of each prompt's answers are all equal (mean {reward:.3f}), so nothing was learned. Compare answers and labels in samples.jsonl; "
+    "look at --reward, --label-key, --label-after, and --max-response-tokens ({truncated:.0%} of the answers were cut off)"
+)
 
 
 class Stopwatch:
@@ -90,21 +95,26 @@ class Record:
 
     def __init__(self, settings, loop: str, group: dist.ProcessGroup, trains: bool = True, resumed=None):
         self.group, self.loop, self.trains, self.is_writer = group, loop, trains, group.rank() == 0
-        name = settings.run.name or f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path("runs") / broadcast_bytes(name.encode(), group).decode()
+        folder = b""
+        if self.is_writer:
+            folder = bytes(Path("runs") / settings.run.name if resumed else self._create_folder(settings.run.name))
+        self.folder = Path(broadcast_bytes(folder, group).decode())
+        self.name = str(self.folder.relative_to("runs"))
         self.started, self.accuracy, self.settings, self.profiler, self.boards, self.end_wandb = time.time(), [], settings.run, None, [], None
+        self.resumed, self.first_step = resumed is not None, resumed.step + 1 if resumed else 1
+        dropped = 0  # rows that stand behind the checkpoint
         self.stopping = False
         """Whether a rank has been told to stop: the same on all ranks, from the end of a step on."""
         if not self.is_writer:
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.files = {name: open(self.folder / file, "a" if resumed else "w", buffering=1) for name, file in FILES.items()}
+            self.files = {name: open(self.folder / file, "a" if resumed else "w", buffering=1, encoding="utf-8") for name, file in FILES.items()}
             if resumed:
-                self.started = resumed.state["record"]["started"]
+                self.started -= resumed.state["record"]["elapsed_s"]
+                dropped = (self.folder / FILES["metrics"]).read_bytes()[resumed.state["record"]["metrics"] :].count(b"\n")
                 for name, file in self.files.items():
                     file.truncate(resumed.state["record"][name])
-                rows = map(json.loads, (self.folder / FILES["metrics"]).read_text().splitlines())
+                rows = map(json.loads, (self.folder / FILES["metrics"]).read_text(encoding="utf-8").splitlines())
                 self.accuracy = [row["held_out"] for row in rows if "held_out" in row]
             else:
                 names = [{"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}} for rank in range(group.size())]
@@ -114,7 +124,9 @@ class Record:
                 (self.folder / "rollouts").mkdir(exist_ok=True)
             versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "sglang", "transformers")}
             record = {"command": sys.argv, "world_size": group.size(), "versions": versions, **dataclasses.asdict(settings)}
-            (self.folder / "settings.json").write_text(json.dumps(record, indent=2) + "\n")
+            if settings.run.wandb:
+                record["wandb_id"] = self._wandb_id()
+            (self.folder / "settings.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise BadInput(f"the run folder {self.folder} cannot be written ({error.strerror}): run where you may write, or choose --name") from error
         if settings.run.tensorboard:
@@ -125,10 +137,26 @@ class Record:
         if settings.run.wandb:
             import wandb
 
-            wandb_run = wandb.init(project=settings.run.wandb, name=self.folder.name, id=self.folder.name, resume="allow", dir=self.folder, config=record)
+            about = dict(name=self.name, id=record["wandb_id"], resume="allow", dir=self.folder, config=record)
+            wandb_run = wandb.init(project=settings.run.wandb, **about)
             self.boards.append(lambda metrics: wandb_run.log(metrics, step=metrics["step"]))
             self.end_wandb = wandb.teardown
         self.bar = tqdm(total=settings.run.steps, initial=resumed.step if resumed else 0, unit="step", dynamic_ncols=True)
+        if resumed:
+            rest = f"; the {dropped} rows of metrics.jsonl that followed it are dropped, and written again" if dropped else ""
+            self.say(f"going on from {resumed.folder}{rest}")
+
+    def _create_folder(self, name: str) -> Path:
+        try:
+            return run.new_run_folder(name, self.loop)
+        except OSError as error:
+            raise BadInput(f"a folder below runs/ cannot be created ({error.strerror}): run where you may write, or choose --name") from error
+
+    def _wandb_id(self) -> str:
+        """Return W&B's key of this run: that of before --resume, else a new one. A name may come again, in another folder; W&B would go on with that run."""
+        before = self.folder / "settings.json"
+        known = json.loads(before.read_text(encoding="utf-8")).get("wandb_id") if before.exists() else None
+        return known or f"{self.name.replace('/', '-')}-{uuid.uuid4().hex[:8]}"
 
     def __enter__(self) -> "Record":
         return self
@@ -139,7 +167,16 @@ class Record:
 
     def positions(self) -> dict[str, float]:
         """Where the files of the record stand, for a checkpoint."""
-        return {"started": self.started, **{name: os.fstat(file.fileno()).st_size for name, file in self.files.items()}}
+        return {"elapsed_s": time.time() - self.started, **{name: os.fstat(file.fileno()).st_size for name, file in self.files.items()}}
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Say whether a checkpoint is to be written now: every --save-every steps, when told to stop, and at the end of a run that has others.
+
+        Without the last one, --resume would go back behind steps that are done.
+        """
+        every = self.settings.save_every
+        is_last = step == self.settings.steps and (every > 0 or self.resumed)
+        return self.stopping or is_last or (every > 0 and step % every == 0)
 
     def say(self, text: str) -> None:
         """One line above the progress bar."""
@@ -164,6 +201,8 @@ class Record:
         for board in self.boards:
             board({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
         self.files["metrics"].write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in metrics.items()}) + "\n")
+        if metrics["step"] == self.first_step and metrics.get("zero_std_groups") == 1:
+            self.say(NOTHING_TO_LEARN.format(**metrics))
         if "reward" in metrics:
             stages = "  ".join(f"{stage} {metrics[f'{stage}_s']:.2f} s" for stage in ("rollout", "wait", "train", "sync") if f"{stage}_s" in metrics)
             self.bar.set_postfix_str(f"reward {metrics['reward']:.2f}  {stages}", refresh=False)
@@ -220,7 +259,7 @@ class Record:
             return
         self.bar.close()
         if self.stopping:
-            print(f"stopped after step {self.bar.n}, as asked by SIGTERM: go on with --name {self.folder.name} --resume", flush=True)
+            print(f"stopped after step {self.bar.n}, as asked by SIGTERM: go on with --name {self.name} --resume", flush=True)
             return
         self.files["trace"].write("]\n")
         learned = f"held-out accuracy {self.accuracy[0]:.3f} -> {self.accuracy[-1]:.3f}" if self.accuracy else "no held-out prompts to judge by"

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -47,9 +49,9 @@ class RunSettings:
     model: str = str(REPOSITORY / "toy")
     """Hugging Face folder (Qwen3, Qwen2.5, Llama, Qwen3-MoE or GLM-4.5; safetensors) to train and to generate with."""
     name: str = ""
-    """Name of the run folder below runs/; empty: the loop's name and the time."""
+    """The run's folder below runs/, for instance lr1/seed1; empty: the loop's name and the time."""
     steps: int = 80
-    """Training steps: each is one rollout, one update (of --minibatches optimizer steps), one weight hand-off."""
+    """Training steps in all, those before --resume included: each is one rollout, one update (of --minibatches optimizer steps), one weight hand-off."""
     eval_every: int = 10
     """Evaluate on the held-out prompts every so many steps, and before the first and after the last."""
     seed: int = 1
@@ -57,7 +59,7 @@ class RunSettings:
     check_sync: bool = False
     """Read every weight back from the engine after every hand-off; always done after the first and the last."""
     save_every: int = 0
-    """Write a checkpoint every so many steps; 0: only when the run is told to stop (SIGTERM)."""
+    """Write a checkpoint every so many steps and after the last; 0: only when the run is told to stop (SIGTERM), and after the last step of a resumed run."""
     keep: int = 2
     """How many checkpoints are kept; older ones are removed."""
     resume: bool = False
@@ -125,8 +127,38 @@ def check_run_settings(settings: RunSettings) -> None:
         yield f"--load-rollouts {settings.load_rollouts} has no {file.name}: give a folder that --save-rollouts wrote, or fewer --steps"
     if settings.resume and not settings.name:
         yield "--resume needs the --name of the run that is to go on"
-    if settings.name and not settings.resume and os.path.exists(f"runs/{settings.name}/metrics.jsonl"):
-        yield f"runs/{settings.name} already holds a run: choose another --name, remove that folder, or go on with it by --resume"
+    if problem := name_problem(settings.name):
+        yield problem
+    elif settings.name and not settings.resume and os.path.lexists(f"runs/{settings.name}"):
+        yield f"runs/{settings.name} already exists: choose another --name, remove it, or go on with its run by --resume"
+    elif inside := [parent for parent in Path(settings.name).parents if os.path.lexists(Path("runs") / parent / "settings.json")]:
+        yield f"--name {settings.name} lies inside the run {inside[0]}: choose a name beside it"
+    if late := [step for step in settings.profile if not 1 <= step <= settings.steps]:
+        yield f"--profile {late[0]} is no step of the run, which has steps 1 to {settings.steps}"
+
+
+def name_problem(name: str) -> str:
+    """Say what is wrong with a --name, "" if nothing. It names a folder, a command of --resume and a run of W&B: only what is plain in all three."""
+    part = "[A-Za-z0-9_][A-Za-z0-9_.-]*"
+    if not name or (re.fullmatch(f"{part}(/{part})*", name) and len(name) <= 128):
+        return ""
+    rule = "at most 128 letters, digits and _.-, in parts divided by /, each of which begins with a letter, a digit or _"
+    return f"--name {name!r} must be {rule}: for instance lr1/seed1"
+
+
+def new_run_folder(name: str, loop: str) -> Path:
+    """Create the folder of a new run, and no other run's: runs/NAME, or the loop's name, the time and, if need be, a number. Raises BadInput."""
+    stem = f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for candidate in [name] if name else chain([stem], (f"{stem}-{i}" for i in count(2))):
+        folder = Path("runs") / candidate
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()  # fails if it is there: two runs that start together do not share it
+            return folder
+        except FileExistsError as error:
+            if name:
+                raise BadInput(f"{folder} already exists: choose another --name, or remove it") from error
+    raise AssertionError("the names of an unnamed run never end")
 
 
 def rollouts_file(folder: str | Path, step: int) -> Path:
@@ -229,6 +261,8 @@ def run_main(main: Callable[[], None]) -> None:
 
     The engine's children are ended by main's own `with`. Should this process be killed, they notice that their parent is gone and end themselves.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # an answer may hold what the console's encoding has not; to print it must not end the run
     signal.signal(signal.SIGQUIT, _engine_child_died)
     signal.signal(signal.SIGTERM, lambda signum, frame: told_to_stop.set())  # at the end of the step: a checkpoint, and exit code 0
     signal_when_parent_ends(signal.SIGTERM)  # should torchrun be killed, nobody else would end this rank

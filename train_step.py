@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_model import init_parallel, load_model, overrides  # first of what imports Megatron: without a GPU it is prepared there
+from megatron_model import check_overrides, init_parallel, load_model, overrides  # first of what imports Megatron: without a GPU it is prepared there
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -120,6 +120,8 @@ def check_train_settings(settings: TrainSettings, loss: LossSettings, config: di
     if config:
         found.of(check_layout, config, world_size=world_size, tp=settings.tp, pp=settings.pp, cp=settings.cp, ep=settings.ep)
         found.of(overrides, settings, config, TransformerConfig)
+        if settings.megatron and not found.found:
+            found.of(check_overrides, settings, config)
     cp = settings.cp
     if longest and cp > 0 and settings.microbatch_tokens * cp < padded_length(longest, cp):
         room = f"--microbatch-tokens {settings.microbatch_tokens} times --cp {cp}"

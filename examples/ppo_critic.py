@@ -206,8 +206,8 @@ def critic_step(critic: Trainer, samples: list[Sample], settings: CriticSettings
         value                mean of the values before the step
         explained_variance   1 - var(returns - values) / var(returns): 1 if the critic knew them, 0 if it did no better than a constant; 0 if they are all equal
 
-    samples: with values and returns. Raises RuntimeError on every rank when no token counts, or when loss or gradient are not finite; the weights are then
-    those of before that optimizer step.
+    samples: with values and returns; where none of their tokens counts, nothing changes, and there are no metrics. Raises RuntimeError on every rank when loss
+    or gradient are not finite; the weights are then those of before that optimizer step.
     """
     loss, tokens, grad_norms = 0.0, 0.0, []
     for part in settings.critic_epochs * train_step.minibatches(critic, samples):
@@ -218,9 +218,9 @@ def critic_step(critic: Trainer, samples: list[Sample], settings: CriticSettings
             raise RuntimeError(f"step {critic.scheduler.num_steps + 1}: {found}; its weights are as before this optimizer step")
         critic.optimizer.step()
         loss, tokens = loss + part_loss, tokens + part_tokens
-    if not tokens:
-        raise RuntimeError(f"none of the {len(samples)} samples has a token that counts: every loss_mask is 0")
     critic.scheduler.step(1)
+    if not tokens:
+        return {}
     counts_R = joined(samples, "loss_mask") > 0
     values_C, returns_C = (joined(samples, name)[counts_R] for name in ("values", "returns"))
     explained = 1 - (returns_C - values_C).var() / returns_C.var() if returns_C.var() > 0 else 0.0
@@ -246,7 +246,7 @@ def main() -> None:
     problems.of(check_critic_settings, settings)
     policy_steps = steps - settings.critic.critic_warmup_steps
     problems.of(rollout.check_rollout_settings, settings.rollout, config, world_size=rollout_ranks)
-    data = problems.of(load_data, model, settings.rollout, config, seed=seed)
+    data = problems.of(load_data, model, settings.rollout, config, seed=seed, label_problems=reward.label_problems(settings.reward))
     problems.of(hf_folder.check_model_folder, model, config, data and data.tokenizer, stop=settings.rollout.stop)
     problems.of(reward.check_reward_settings, settings.reward, settings.rollout)
     sizes = dict(world_size=trainer_ranks, steps=policy_steps, longest=data and data.longest)

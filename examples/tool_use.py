@@ -271,7 +271,8 @@ def main() -> None:
     sizes = dict(world_size=trainer_ranks, steps=steps, longest=data and data.longest)
     problems.of(train_step.check_train_settings, settings.train, settings.loss, config, **sizes)
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
-    resumed = problems.of(checkpoint.find, settings, "tool") if settings.run.resume and settings.run.name else None
+    read = problems.of(checkpoint.what_was_read, settings, data) if data else {}
+    resumed = problems.of(checkpoint.find, settings, "tool", read) if settings.run.resume and settings.run.name else None
     problems.refuse()
     start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
@@ -319,8 +320,8 @@ def main() -> None:
             if step % settings.run.eval_every == 0 or step == steps:
                 metrics |= record.log_eval(step, *evaluate(engine, data, settings.rollout, judge, everyone, max_turns=max_turns))
             record.log({"step": step, **metrics})
-            if record.stopping or (settings.run.save_every and step % settings.run.save_every == 0):
-                checkpoint.save(record, settings, trainer, step=step, rank_state={"prompts": prompts.taken} if engine else {})
+            if record.checkpoint_due(step):
+                checkpoint.save(record, settings, trainer, step=step, read=read, rank_state={"prompts": prompts.taken} if engine else {})
             if record.stopping:
                 return record.finish()
     for dtype in settings.run.export:

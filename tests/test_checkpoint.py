@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +20,16 @@ from megatron.core import dist_checkpointing
 
 import checkpoint
 import loop_async
+import train_step
+from hf_config import read_config
 from loop_sync import Settings
+from losses import LossSettings
+from prompts import load_data
+from reward import RewardSettings
+from rollout import RolloutSettings
 from run import BadInput, RunSettings
+from sample import Sample
+from train_step import TrainSettings
 
 QUICK = ["--eval-every", "3", "--eval-samples", "32", "--prompts-per-step", "4", "--samples-per-prompt", "8", "--lr-schedule", "cosine", "--export"]
 QUICK += ["--prompts", "toy:3", "more.jsonl", "--eval-samples-per-prompt", "2"]
@@ -60,10 +69,50 @@ def stopped(undisturbed, tmp_path):
 
 
 def test_a_resumed_run_writes_the_same_metrics_digit_for_digit(undisturbed, stopped, tmp_path):
-    torchrun(ROOT / "loop_sync.py", *QUICK, "--steps", "9", "--name", "run", "--resume", ranks=1, cwd=tmp_path)
+    done = torchrun(ROOT / "loop_sync.py", *QUICK, "--steps", "9", "--name", "run", "--resume", ranks=1, cwd=tmp_path)
+    assert "going on from runs/run/checkpoints/step-000006; the 3 rows of metrics.jsonl that followed it are dropped" in done.stderr
     assert without_times(metrics_of(stopped)) == without_times(metrics_of(undisturbed))
     assert (stopped / "samples.jsonl").read_text() == (undisturbed / "samples.jsonl").read_text()
     json.loads((stopped / "trace.json").read_text())
+
+
+def test_a_finished_run_given_more_steps_learns_as_it_is_asked_to(undisturbed, tmp_path):
+    """The first nine steps ended at learning rate 0; the next three are those of a linear schedule from 1e-3 over twelve. The last one is kept."""
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(undisturbed, run)
+    flags = [*QUICK, "--steps", "12", "--lr", "1e-3", "--lr-schedule", "linear", "--name", "run", "--resume"]
+    torchrun(ROOT / "loop_sync.py", *flags, ranks=1, cwd=tmp_path)
+    rows = metrics_of(run)
+    assert rows[:10] == metrics_of(undisturbed)
+    assert [row["lr"] for row in rows[10:]] == pytest.approx([1e-3 * left / 12 for left in (3, 2, 1)])
+    assert json.loads((run / "settings.json").read_text())["train"]["lr"] == 1e-3
+    assert checkpoint.checkpoints_of(run)[-1].name == "step-000012"  # without --save-every: the next --resume loses nothing
+
+
+def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_megatron, tmp_path):
+    """Moments and the count of steps come from the checkpoint; learning rate, decay and Adam's constants from what the run is started with."""
+    toy, samples = str(ROOT / "toy"), [Sample([5, 6], response_ids=[7, 8], rollout_logprobs=[-1.0, -1.0], loss_mask=[1, 1], advantages=[1.0, -1.0])]
+    record = SimpleNamespace(folder=tmp_path, is_writer=True, group=torch.distributed.group.WORLD, loop="sync", positions=dict)
+
+    def trainer_of(**settings):
+        return train_step.build_trainer(toy, TrainSettings(**settings), read_config(toy), steps=10, seed=1)
+
+    def moments(trainer):
+        return [state["exp_avg"] for optimizer in trainer.optimizer.chained_optimizers for state in optimizer.optimizer.state.values()]
+
+    before = trainer_of(lr=1e-3, weight_decay=0.1, adam_beta2=0.95)
+    train_step.train_step(before, samples, LossSettings(), temperature=1.0, max_response_tokens=8)
+    checkpoint.save(record, Settings(), before, step=1, read={}, rank_state={})
+    after = trainer_of(lr=1e-4, lr_schedule="constant", weight_decay=0.3, adam_beta2=0.9, megatron=("adam_eps=1e-3",))
+    saved = tmp_path / "checkpoints" / "step-000001"
+    checkpoint.restore(checkpoint.Checkpoint(saved, 1, json.loads((saved / "state.json").read_text())), after)
+    for group in after.optimizer.param_groups:
+        assert group["lr"] == 1e-4 and group["weight_decay"] == 0.3 * group["wd_mult"]
+        assert group["betas"] == (0.9, 0.9) and group["eps"] == 1e-3
+    assert after.scheduler.num_steps == 1
+    assert all(map(torch.equal, moments(before), moments(after))) and any(moment.any() for moment in moments(after))
+    states = [state for optimizer in after.optimizer.chained_optimizers for state in optimizer.optimizer.state.values()]
+    assert {float(state["step"]) for state in states} == {1.0}
 
 
 @pytest.mark.parametrize("script, ranks", [("loop_sync.py", 1), ("loop_async.py", 2)])
@@ -153,12 +202,77 @@ def test_resuming_at_another_layout(undisturbed, stopped, tmp_path):
     assert rows[7]["lr"] == metrics_of(undisturbed)[7]["lr"] and rows[7]["logprob_shift"] == 0 and rows[7]["mismatch_abs"] < 0.1
 
 
-def find(folder, monkeypatch, loop="sync", **changes):
+def find(folder, monkeypatch, loop="sync", read=None, reward="exact", **changes):
     monkeypatch.chdir(folder.parent.parent)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     settings = loop_async.Settings if loop == "async" else Settings
-    return checkpoint.find(settings(run=RunSettings(name=folder.name, **changes)), loop)
+    parts = dict(run=RunSettings(name=folder.name, **changes), rollout=RolloutSettings(samples_per_prompt=8), reward=RewardSettings(reward=reward))
+    return checkpoint.find(settings(**parts), loop, read or {})
+
+
+def test_a_checkpoint_is_a_folder_named_by_its_step_and_steps_count_as_numbers(tmp_path):
+    names = ["step-000001-hf", "step-999999", "step-1000000", "step-000002.part", "step-x", "step-000003"]
+    for name in names:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-2000000").write_text("a file")
+    assert [path.name for path in checkpoint.checkpoints_of(tmp_path)] == ["step-000003", "step-999999", "step-1000000"]
+
+
+@pytest.mark.parametrize("steps", [1, 5, 6])
+def test_steps_that_are_done_are_refused_before_a_file_is_opened(stopped, monkeypatch, steps):
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    with pytest.raises(BadInput, match=f"--steps {steps} counts all steps of the run, and .*step-000006 is of step 6: nothing is left to do"):
+        find(stopped, monkeypatch, steps=steps)
+    assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*")} == before
+
+
+def test_a_record_that_is_shorter_than_the_checkpoint_says_is_refused(stopped, monkeypatch):
+    (stopped / "metrics.jsonl").write_text("")
+    with pytest.raises(BadInput, match="metrics.jsonl is shorter than it was"):
+        find(stopped, monkeypatch)
+
+
+def what_was_read(folder, monkeypatch, *, prompts=("toy:3", "more.jsonl"), model=str(ROOT / "toy"), **changes) -> dict:
+    monkeypatch.chdir(folder)
+    settings = RolloutSettings(prompts=prompts, eval_samples_per_prompt=2, **changes)
+    data = load_data(model, settings, read_config(model), seed=1)
+    return checkpoint.what_was_read(Settings(run=RunSettings(model=model), rollout=settings), data)
+
+
+def test_a_resumed_run_reads_what_it_had_read(stopped, tmp_path, monkeypatch):
+    """The file is compared by its rows, wherever it lies now; the model's folder by its contents."""
+    assert find(stopped, monkeypatch, read=what_was_read(tmp_path, monkeypatch)).step == 6
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "more.jsonl").rename(tmp_path / "moved" / "more.jsonl")
+    shutil.copytree(ROOT / "toy", tmp_path / "model", ignore=shutil.ignore_patterns("__pycache__"))
+    moved = what_was_read(tmp_path, monkeypatch, prompts=("toy:3", "moved/more.jsonl"), model=str(tmp_path / "model"))
+    assert find(stopped, monkeypatch, read=moved).step == 6
+
+
+def test_a_resumed_run_with_other_rows_is_refused(stopped, tmp_path, monkeypatch):
+    rows = (tmp_path / "more.jsonl").read_text().splitlines()
+    (tmp_path / "more.jsonl").write_text("\n".join(rows[::-1]))
+    with pytest.raises(BadInput, match="what --prompts names is not what it was when .*step-000006 was written: give the same rows"):
+        find(stopped, monkeypatch, read=what_was_read(tmp_path, monkeypatch))
+
+
+def test_a_resumed_run_with_another_model_folder_is_refused(stopped, tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "toy", tmp_path / "model", ignore=shutil.ignore_patterns("__pycache__"))
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    with pytest.raises(BadInput, match="what --model names is not what it was when .*step-000006 was written: give the same folder"):
+        find(stopped, monkeypatch, read=what_was_read(tmp_path, monkeypatch, model=str(tmp_path / "model")))
+
+
+def test_changed_weights_change_the_digest_of_a_folder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    weights = bytearray(10_000_000)  # more than 64 parts of 64 KiB
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    digest = checkpoint.folder_digest(tmp_path)
+    weights[5 * (10_000_000 // 64)] = 1
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    assert checkpoint.folder_digest(tmp_path) != digest
 
 
 def change_byte(path):
@@ -190,8 +304,8 @@ def test_a_checkpoint_of_another_run_is_refused(stopped, monkeypatch):
         find(stopped, monkeypatch, loop="async")
     with pytest.raises(BadInput, match="--seed was 1 when .* and is 2: it must stay the same"):
         find(stopped, monkeypatch, seed=2)
-    with pytest.raises(BadInput, match=r"--prompts was \['toy:3', 'more.jsonl'\] when .* and is \['toy'\]: it must stay the same"):
-        find(stopped, monkeypatch)
+    with pytest.raises(BadInput, match="--reward was 'exact' when .* and is 'math': it must stay the same"):
+        find(stopped, monkeypatch, reward="math")
 
 
 def test_an_asynchronous_run_goes_on_with_the_same_engines_and_bound(stopped, monkeypatch):

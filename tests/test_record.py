@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import record as record_module
+from checkpoint import Checkpoint
 from loop_sync import Settings
 from record import Record
-from run import BadInput, RunSettings, check_run_settings
+from run import BadInput, RunSettings, check_run_settings, new_run_folder
 
 
 @pytest.fixture
@@ -37,23 +39,29 @@ def boards(monkeypatch):
             told.append(("wandb", metrics, step))
 
     tensorboard.SummaryWriter = SummaryWriter
-    wandb.init = lambda **about: told.append(("init", about["project"], about["name"])) or WandbRun()
+    wandb.init = lambda **about: told.append(("init", about["project"], about["name"], about["id"])) or WandbRun()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     wandb.teardown = lambda exit_code: told.append(("end", exit_code))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     return told
 
 
-def record_of(monkeypatch, tmp_path, **changes) -> Record:
+def record_of(monkeypatch, tmp_path, name="a", resumed=None, **changes) -> Record:
     monkeypatch.chdir(tmp_path)
-    return Record(Settings(run=RunSettings(name="a", steps=3, **changes)), "sync", dist.group.WORLD)
+    return Record(Settings(run=RunSettings(name=name, steps=3, **changes)), "sync", dist.group.WORLD, resumed=resumed)
+
+
+def resumed_at(record: Record, step: int) -> Checkpoint:
+    """The checkpoint that would be written now."""
+    return Checkpoint(record.folder / "checkpoints" / f"step-{step:06d}", step, {"record": record.positions()})
 
 
 def test_metrics_reach_the_boards(one_rank, monkeypatch, tmp_path, boards):
     with record_of(monkeypatch, tmp_path, tensorboard=True, wandb="project") as record:
         record.log({"step": 1, "loss": 0.5, "staleness": [3, 1]})
+    assert boards.pop(1)[:3] == ("init", "project", "a")
     assert boards == [
-        ("open", "runs/a/tensorboard", None), ("init", "project", "a"),
+        ("open", "runs/a/tensorboard", None),
         ("scalar", "step", 1, 1), ("scalar", "loss", 0.5, 1), ("flush",), ("wandb", {"step": 1, "loss": 0.5}, 1), ("end", 0),
     ]  # fmt: skip
     assert json.loads((tmp_path / "runs/a/metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5, "staleness": [3, 1]}
@@ -62,7 +70,7 @@ def test_metrics_reach_the_boards(one_rank, monkeypatch, tmp_path, boards):
 def test_wandb_is_told_that_a_run_failed(one_rank, monkeypatch, tmp_path, boards):
     with pytest.raises(KeyboardInterrupt), record_of(monkeypatch, tmp_path, wandb="project"):
         raise KeyboardInterrupt
-    assert boards == [("init", "project", "a"), ("end", 1)]
+    assert [told[0] for told in boards] == ["init", "end"] and boards[-1] == ("end", 1)
 
 
 @pytest.mark.parametrize("changes, line", [(dict(tensorboard=True), "pip install tensorboard=="), (dict(wandb="p"), "pip install wandb==")])
@@ -90,3 +98,133 @@ def test_chosen_steps_are_profiled(one_rank, monkeypatch, tmp_path):
     (profile,) = (tmp_path / "runs/a/profile").iterdir()
     assert profile.name == "step-2-rank-0.json"
     assert any(event.get("name") == "aten::cumsum" for event in json.loads(profile.read_text())["traceEvents"])
+
+
+# --- a run's name -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a", "lr1/seed1", "2026-11-25_x.y", "_", "A/b/C"])
+def test_plain_names_are_taken(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    check_run_settings(RunSettings(name=name))
+    assert new_run_folder(name, "sync").is_dir()
+
+
+@pytest.mark.parametrize("name", [
+    "/tmp/runs/a", "../a", "a/../b", "a/..", ".", "./a", "a/", "a//b", "-a", "a/-b", ".hidden", "a:b", "a#1", "a?", "a%20", "a b", "a\\b", "a\n", "é", "x" * 129,
+])  # fmt: skip
+def test_other_names_are_refused(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="--name .* must be at most 128 letters"):
+        check_run_settings(RunSettings(name=name))
+
+
+def test_a_name_that_is_taken_is_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "exp" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "exp" / "a" / "settings.json").write_text("{}")
+    for name in ("exp", "exp/a"):
+        with pytest.raises(BadInput, match=f"runs/{name} already exists: choose another --name"):
+            check_run_settings(RunSettings(name=name))
+    with pytest.raises(BadInput, match="--name exp/a/checkpoints lies inside the run exp/a"):
+        check_run_settings(RunSettings(name="exp/a/checkpoints"))
+
+
+def test_two_runs_of_one_name_do_not_share_a_folder(monkeypatch, tmp_path):
+    """Both may have passed the check before one of them begins: the second to create the folder is refused."""
+    monkeypatch.chdir(tmp_path)
+    new_run_folder("a", "sync")
+    with pytest.raises(BadInput, match="runs/a already exists"):
+        new_run_folder("a", "sync")
+
+
+def test_unnamed_runs_of_one_second_have_folders_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("run.time.strftime", lambda _: "20261125-120000")
+    folders = [new_run_folder("", "sync").name for _ in range(3)]
+    assert folders == ["sync-20261125-120000", "sync-20261125-120000-2", "sync-20261125-120000-3"]
+
+
+def test_a_folder_that_cannot_be_created_is_named(one_rank, monkeypatch, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(BadInput, match="a folder below runs/ cannot be created"):
+        record_of(monkeypatch, tmp_path)
+
+
+def test_runs_of_one_last_name_are_two_runs_to_wandb(one_rank, monkeypatch, tmp_path, boards):
+    for name in ("lr1/seed1", "lr2/seed1"):
+        record_of(monkeypatch, tmp_path, name=name, wandb="project")
+    (_, _, first, first_id), (_, _, second, second_id) = boards
+    assert (first, second) == ("lr1/seed1", "lr2/seed1") and first_id != second_id
+    assert not {*first_id, *second_id} & set("/\\#?%:")  # what W&B refuses in an id
+
+
+def test_a_resumed_run_is_the_same_run_to_wandb(one_rank, monkeypatch, tmp_path, boards):
+    record = record_of(monkeypatch, tmp_path, wandb="project")
+    record_of(monkeypatch, tmp_path, wandb="project", resumed=resumed_at(record, 1))
+    assert boards[0] == boards[1]
+
+
+def test_a_name_that_comes_again_is_a_new_run_to_wandb(one_rank, monkeypatch, tmp_path, boards):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        record_of(monkeypatch, tmp_path / folder, wandb="project")
+    assert boards[0][2] == boards[1][2] and boards[0][3] != boards[1][3]
+
+
+def test_a_stopped_run_says_the_whole_name_to_go_on_with(one_rank, monkeypatch, tmp_path, capsys):
+    record = record_of(monkeypatch, tmp_path, name="exp/a")
+    record.stopping = True
+    record.finish()
+    assert "go on with --name exp/a --resume" in capsys.readouterr().out
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_hours_between_do_not_count(one_rank, monkeypatch, tmp_path, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(record_module.time, "time", lambda: now[0])
+    record = record_of(monkeypatch, tmp_path)
+    now[0] += 60
+    saved = resumed_at(record, 1)
+    now[0] += 1e6
+    record = record_of(monkeypatch, tmp_path, resumed=saved)
+    now[0] += 5
+    record.finish()
+    assert "in 3 steps, 65 s;" in capsys.readouterr().out
+
+
+def test_rows_behind_the_checkpoint_are_dropped_and_announced(one_rank, monkeypatch, tmp_path, capfd):
+    record = record_of(monkeypatch, tmp_path)
+    record.log({"step": 1})
+    saved = resumed_at(record, 1)
+    record.log({"step": 2})
+    record.log({"step": 3})
+    record_of(monkeypatch, tmp_path, resumed=saved)
+    assert (tmp_path / "runs/a/metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert "going on from runs/a/checkpoints/step-000001; the 2 rows of metrics.jsonl that followed it are dropped" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("save_every, resumed, due", [(0, False, []), (2, False, [2, 3]), (0, True, [3]), (5, False, [3]), (1, True, [1, 2, 3])])
+def test_a_run_that_has_checkpoints_writes_its_last_one(one_rank, monkeypatch, tmp_path, save_every, resumed, due):
+    record = record_of(monkeypatch, tmp_path, save_every=save_every)
+    if resumed:
+        record = record_of(monkeypatch, tmp_path, save_every=save_every, resumed=resumed_at(record, 0))
+    assert [step for step in (1, 2, 3) if record.checkpoint_due(step)] == due
+
+
+# --- a first step that teaches nothing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step, zero_std_groups, said", [(1, 1.0, True), (1, 0.9, False), (2, 1.0, False)])
+def test_a_first_step_without_a_difference_of_rewards_is_said(one_rank, monkeypatch, tmp_path, capfd, step, zero_std_groups, said):
+    record = record_of(monkeypatch, tmp_path)
+    record.log({"step": step, "reward": 0.0, "zero_std_groups": zero_std_groups, "truncated": 0.5})
+    line = "step 1: the rewards of each prompt's answers are all equal (mean 0.000), so nothing was learned"
+    assert (line in capfd.readouterr().err) == said
+
+
+def test_a_profile_of_a_step_that_never_comes_is_refused():
+    with pytest.raises(BadInput, match="--profile 90 is no step of the run, which has steps 1 to 80"):
+        check_run_settings(RunSettings(profile=(3, 90)))

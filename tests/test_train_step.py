@@ -77,6 +77,11 @@ def test_fewer_samples_than_ranks_leaves_an_empty_bin():
     (dict(clip_grad=0.0), "--clip-grad 0.0"),
     (dict(megatron=("recompute_granulariti=full",)), "nearest is recompute_granularity"),
     (dict(megatron=("hidden_size=8",)), "is not a field"),
+    (dict(megatron=("optimizer=sgd",)), "optimizer is not a field that can be set there"),
+    (dict(megatron=("calculate_per_token_loss=false",)), "is not a field"),
+    (dict(megatron=("adam_eps=small",)), "--megatron adam_eps='small' is of the wrong type: the field is a float"),
+    (dict(megatron=("fp32_residual_connection=1",)), "wrong type: the field is a bool"),
+    (dict(megatron=("recompute_granularity=full",)), "megatron-core refuses it"),
 ])  # fmt: skip
 def test_settings_that_cannot_work(models, changes, message):
     with pytest.raises(BadInput, match=message):
