@@ -1,10 +1,12 @@
-"""Judges mathematical answers in worker processes, under a limit of CPU time. The rules themselves are in math_rules.py.
+"""Judges mathematical answers in worker processes, under a limit of CPU time.
 
-SymPy can compute for ever on what a model writes, and a thread cannot be stopped. So every answer is judged in a process. The
-limit counts the CPU time of that process only: waiting for a worker and the load of other processes change no verdict.
+math_rules/ says which answers are right. SymPy can compute for ever on what a model writes, and a
+thread cannot be stopped, so a process judges. The limit counts the CPU time of that process only:
+waiting for a worker, and the load of other processes, change no verdict.
 
-An answer passes the limit in one of two ways. A timer raises TooHard in the worker's Python code, and the worker goes on with
-the next answer. Where a computation in C delays that, the kernel ends the process (RLIMIT_CPU), and a new one takes its place.
+An answer passes the limit in one of two ways. A timer raises TooHard in the worker's Python code, and
+the worker goes on with the next answer. Where one call of C delays that, the kernel ends the process
+(RLIMIT_CPU), and a new one takes its place.
 """
 
 import multiprocessing
@@ -30,7 +32,7 @@ WORKERS = max(1, (os.cpu_count() or 1) // 4)
 
 
 class TooHard(BaseException):
-    """An answer passed the limit. Not an Exception, because math-verify catches those and goes on."""
+    """An answer passed the limit. math-verify catches every Exception, so this is none."""
 
 
 class WorkerLost(Exception):
@@ -38,9 +40,10 @@ class WorkerLost(Exception):
 
 
 def judged_in_worker(response: str, label: str) -> tuple[bool, str, bool]:
-    """Return math_rules.judged() of both, and whether the answer was too hard: it is then wrong. From any thread.
+    """Return math_rules.judged() of both, and whether the answer was too hard, and wrong for that.
 
-    Raises ValueError for a label that is no mathematics, WorkerLost if two workers were killed by others over this answer.
+    Any thread may call it. Raises ValueError for a label that is no mathematics, and WorkerLost where
+    two workers were killed from outside.
     """
     try:
         return *call_in_worker(math_rules.judged, response, label), False
@@ -106,7 +109,11 @@ def _parse_problem(label: str) -> str:
 
 
 def call_in_worker(function: Callable, *arguments):
-    """Return function(*arguments), computed in a worker. Raises TooHard after LIMIT_S CPU seconds, else what it raises."""
+    """Return function(*arguments), computed in a worker, or raise what it raises.
+
+    Raises TooHard after LIMIT_S CPU seconds. A worker that was killed from outside is replaced, and
+    the call is made once more.
+    """
     worker = _free.get()
     try:
         for attempt in range(2):
@@ -191,7 +198,10 @@ class _Worker:
 
 
 def _work(pipe: Connection) -> None:
-    """Compute what comes through the pipe, until its other end closes: the process that started this one is then gone."""
+    """Compute what comes through the pipe, until its other end closes.
+
+    That end closes when the parent is gone. A computation then ends at its limit at the latest.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent.
     signal.signal(signal.SIGPROF, _raise_too_hard)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

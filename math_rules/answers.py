@@ -97,7 +97,7 @@ def _chosen(text: str) -> str:
 
 
 def _last_value(text: str) -> str:
-    """Return what follows the last "=" of a text's last line, else the formula or number that ends last."""
+    """Return what follows the last "=" of the last line, else the last formula or number."""
     found = [
         (match.end(), _inside(match))
         for match in _FORMULA.finditer(text)

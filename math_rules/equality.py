@@ -23,7 +23,7 @@ def _words_key(text: str) -> str:
 
 
 def number_of(text: str) -> tuple[Fraction, bool, bool] | None:
-    """Return (value, has a percent sign, is written as a decimal) of a normalized text that is one number, else None."""
+    """Return (value, has a percent sign, is a decimal) of a normalized text; None if it is no number."""
     text = re.sub(
         r"\s*(?:\\times|\\cdot|\*|×|x)\s*10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+))",
         r"e\1\2",
@@ -80,7 +80,7 @@ def value_of_chain(answer: str, label: str) -> str:
     if "=" in label or re.search(r"[<>!:]=", answer):
         return answer
     if r"\pmod" not in label:
-        answer = re.sub(r"\s*\(?\\pmod\s*(?:\{[^{}]*\}|\d+)\)?$|\s*\(\s*\\?mod\s+\d+\s*\)$", "", answer)
+        answer = _MODULUS.sub("", answer)
     parts = [re.fullmatch(r"\s*([A-Za-z])\s*=([^=]+)", part) for part in _OR.split(answer)]
     if len(parts) > 1 and all(parts) and len({part[1] for part in parts}) == 1:  # x = 3 or x = 5
         return ", ".join(part[2].strip() for part in parts)
@@ -95,6 +95,7 @@ def value_of_chain(answer: str, label: str) -> str:
     return sides[-1]
 
 
+_MODULUS = re.compile(r"\s*\(?\\pmod\s*(?:\{[^{}]*\}|\d+)\)?$|\s*\(\s*\\?mod\s+\d+\s*\)$")
 _OR = re.compile(r",|\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b|;")
 
 
@@ -121,7 +122,7 @@ _CHOICE = re.compile(r"\(?([A-J])[).:]\s*\S")  # "(B) 12"
 
 
 def same(answer: str, label: str) -> bool:
-    """Whether an answer equals a label, both normalized or not, by the rules above. A chain of equations is not split here."""
+    """Return whether an answer equals a label. value_of_chain() has split equations before."""
     answer, label = normalized(answer), normalized(label)
     if match := _WORD_NAME.match(label):
         answer, label = _WORD_NAME.sub("", answer), label[match.end() :]
@@ -162,20 +163,20 @@ def same(answer: str, label: str) -> bool:
 
 
 def _as_set(expression):
-    """Return the union of the intervals that inequalities joined by "or" are; anything else as it is."""
+    """Return the set that inequalities joined by "or" describe; anything else as it is."""
     from sympy import FiniteSet, Union
     from sympy.core.relational import Relational
 
     parts = expression.args if isinstance(expression, FiniteSet) else ()
     symbols = set().union(*(part.free_symbols for part in parts))
-    if len(parts) < 2 or len(symbols) != 1 or not all(isinstance(part, Relational) for part in parts):
+    if len(symbols) != 1 or not all(isinstance(part, Relational) for part in parts):
         return expression
     return Union(*(part.as_set() for part in parts))
 
 
 @lru_cache(256)
 def parsed(text: str):
-    """Return what math-verify reads in a normalized text, a SymPy object; None if it is no mathematics."""
+    """Return what math-verify reads in a normalized text; None if it is no mathematics."""
     from latex2sympy2_extended.math_normalization import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 

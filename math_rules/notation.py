@@ -1,14 +1,17 @@
-r"""Notation: what an answer or a label is once everything is removed that does not change its meaning."""
+r"""Notation: removes from answers and labels what does not change their meaning."""
 
 import re
 import unicodedata
 
 _SYMBOLS = {
-    **dict.fromkeys("−–—", "-"), "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
-    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ",
-    "≈": r"\approx ", "⁄": "/", "°": r"^\circ ", "θ": r"\theta ", **dict.fromkeys("“”‘€£¥₹", ""), "’": "'", "\u2061": "", "\u200b": "",
+    **dict.fromkeys("−–—", "-"), **dict.fromkeys("\u00a0\u2009\u202f", " "),
+    **dict.fromkeys("“”‘€£¥₹\u2061\u200b", ""),
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/",
+    "±": r"\pm ", "°": r"^\circ ", "’": "'",
+    "π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
+    "≠": r"\ne ", "≈": r"\approx ",
+    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
     "：": ":", "。": ".", "，": ",",
-    **dict.fromkeys("\u00a0\u2009\u202f", " "),
 }  # fmt: skip
 _SYMBOLS |= {
     c: " " + unicodedata.normalize("NFKC", c).replace("⁄", "/") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅐⅑⅒"
@@ -17,14 +20,19 @@ UNICODE = str.maketrans(_SYMBOLS)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 FUNCTIONS = "sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|arcsin|arccos|arctan|log|ln|exp|pi|infty"
-_UNITS = "cm|mm|km|dm|m|ft|in|inches|kg|mg|g|lb|lbs|oz|s|h|hr|hrs|min|ms|mL|ml|L|l|mph|USD|EUR|units?|deg|pm|am"
-PLAIN_TEXT = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|operatorname|boldsymbol|bm|underline|emph)\s*\{([^{}]*)\}"
+_UNITS = (
+    "cm|mm|km|dm|m|ft|in|inches|kg|mg|g|lb|lbs|oz|s|h|hr|hrs|min|ms|mL|ml|L|l|mph|USD|EUR|units?|deg|pm|am"
 )
+PLAIN_TEXT = re.compile(  # commands that change the looks of a text and not its meaning
+    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|operatorname|boldsymbol|bm"
+    r"|underline|emph)\s*\{([^{}]*)\}"
+)
+_LOOKS = r"\\(?:bf|it|rm|large|Large|huge|Huge|small|quad|qquad)(?![a-zA-Z])|\\(?:text)?color\s*\{[^{}]*\}"
+_ANNOUNCED = r"\\text\s*\{[^{}]*(?:\bis|:)\s*\}|(?i:(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*[:=]))"
 _REWRITES = [(re.compile(pattern), by) for pattern, by in (
-    (r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\!|\\?\$|\*\*|`|\\\\$|\\\[|\\\]|\\\(|\\\)", ""),
-    (r"\\(?:bf|it|rm|large|Large|huge|Huge|small|quad|qquad)(?![a-zA-Z])|\\(?:text)?color\s*\{[^{}]*\}", " "),
-    (r"^\s*(?:\\text\s*\{[^{}]*(?:\bis|:)\s*\}|(?i:(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*[:=])))", ""),
+    (r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\!|\\?\$|\*\*|`|\\\\$|\\[\[\]()]", ""),
+    (_LOOKS, " "),
+    (rf"^\s*(?:{_ANNOUNCED})", ""),
     (r"^\s*(?:\\approx|\\sim(?![a-z])|~|(?:about|approximately|roughly)\b)", ""),
     (r"\\varnothing|\\\{\s*\\\}|\\O(?![a-zA-Z])", r"\\emptyset "),
     (r"(?<=\d)(?:\\[,;: ]|~|\{,\}|\s|\\thinspace)+(?=\d{3}(?!\d))", ""),  # 14\,916
@@ -67,10 +75,11 @@ def normalized(text: str) -> str:
 
 
 def _without_unit(text: str) -> str:
-    r"""Remove the unit behind a number or closing brace: \text{cm}^2, a word, a currency; algebra such as 3c stays."""
+    r"""Remove the unit behind a number: \text{cm}^2, cm, a word. Algebra such as 3c stays."""
     power = r"(?:\s*\^\s*(?:\d|\{-?\d\}))?"
     text = re.sub(
-        rf"(?<=.)\s*\\(?:text|textrm|textnormal|mathrm|mbox)\s*\{{(?!\s*(?:and|or)\b)[^{{}}]*\}}{power}\s*\.?$",
+        rf"(?<=.)\s*\\(?:text|textrm|textnormal|mathrm|mbox)\s*\{{(?!\s*(?:and|or)\b)[^{{}}]*\}}"
+        rf"{power}\s*\.?$",
         "",
         text,
     )
@@ -81,7 +90,7 @@ def _without_unit(text: str) -> str:
 
 
 def is_words(text: str) -> bool:
-    """Whether a normalized text is letters, or a code such as H2O, or holds words; commands and products are none."""
+    """Return whether a normalized text is letters, a code such as H2O, or a text with words."""
     if re.fullmatch(r"[^\W\d_][^\W\d_\s]*(?:\s+[^\W\d_]+)*|(?=\w*[A-Za-z]\d)[A-Za-z0-9]{2,}", text):
         return True
     prose = re.fullmatch(r"[^\W\d_](?:[^\W_]|[\s'’!?.;:&/()-])*", text)
@@ -93,13 +102,17 @@ def is_words(text: str) -> bool:
 
 
 _PROSE = re.compile(
-    rf"(?<![\\a-zA-Z])(?:(?!(?:{FUNCTIONS}|sqrt|and|or|mod)\b)[A-Za-z]{{3,}}|(?i:is|it|so|we|to|of|at|by|he|an|as|on|be|no)\b)"
+    rf"(?<![\\a-zA-Z])(?:(?!(?:{FUNCTIONS}|sqrt|and|or|mod)\b)[A-Za-z]{{3,}}"
+    r"|(?i:is|it|so|we|to|of|at|by|he|an|as|on|be|no)\b)"
     r"|(?:and|or)$"
 )
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text is more than an answer: it has words, and is neither a number with a unit nor one short name."""
+    """Return whether a text is more than an answer.
+
+    It then has words, and is neither a number with a unit nor a short name.
+    """
     text = normalized(text)
     words = _PROSE.search(PLAIN_TEXT.sub("", text))
     return bool(words) and (

@@ -233,9 +233,14 @@ def test_a_judge_that_fails_on_everything_masks_all_samples():
     assert [sample.reward for sample in samples] == [None, None] and [sample.loss_mask for sample in samples] == [[0, 0]] * 2
 
 
-def test_a_long_response_is_not_printed_whole(capsys):
-    compute_rewards([sample := answer("9" * 100_000)], Judge(lambda sample: int(sample.response)))
-    assert len(capsys.readouterr().out) < 10_000 and "100002 characters" in capsys.readouterr().out or len(sample.error) < 2000
+def test_a_long_response_is_not_printed_or_kept_whole(capsys):
+    def quotes_it(sample):
+        raise ValueError(f"no verdict on {sample.response}")
+
+    compute_rewards([sample := answer("9" * 100_000)], Judge(quotes_it))
+    printed = capsys.readouterr().out
+    assert len(printed) < 10_000 and "ValueError: no verdict on 999" in printed and "100002 characters" in printed
+    assert len(sample.error) < 2000
 
 
 def test_waiting_for_a_place_does_not_count_towards_the_timeout():
