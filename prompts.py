@@ -5,147 +5,36 @@
     reasoning-gym:TASK             the problems of a task of that package, endless; see reasoning_gym_tasks.py
     any of these with :WEIGHT      in a mixture: how often it is drawn, over the sum of the weights; 1 unless given
 
-A row holds a prompt (text, or a list of chat messages), a label (null if the reward uses none), and optionally an object "metadata". The order of prompts and
-what is drawn from a mixture follow from the seed, the same on every rank. rollout.py must be imported first: it prepares transformers' import.
+The order of prompts and what is drawn from a mixture follow from the seed, the same on every rank. prompt_files.py says what a row holds. rollout.py must be
+imported first: it prepares transformers' import.
 """
 
-import json
+import hashlib
 import math
-import os
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
 
 import orjson
 from transformers import PreTrainedTokenizerBase
 
 import reasoning_gym_tasks
+from chat import check_template_kwargs
 from problems import BadInput, Problems, all_problems
+from prompt_files import LabelProblems, read_prompts
 from sample import DataSettings, Sample, encode, end_tokens, load_tokenizer
 from toy.task import problems
 
 GYM = "reasoning-gym:"
 MOST_EVAL_SAMPLES = 100_000  # generated held-out prompts never end
 ENGINE_KEEPS = 2  # positions of a model's context that SGLang does not use: it would cut such an answer short
-SHOWN_ROWS = 5  # of a file's bad rows; a wrong file has thousands
+SMALLEST_SHARE = 1e-9  # of a mixture; a source with less would never be drawn
 PROBE = 64  # so many problems of a generated source are looked at before the start, for their lengths
 
 
-# --- files ------------------------------------------------------------------------------------------------------------------------------------
-
-
-@all_problems
-def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase | None, settings: DataSettings, *, name: str, max_prompt_tokens: float) -> list[Sample]:
-    """All rows of a file as samples without a response. Raises BadInput naming the first rows that cannot be used.
-
-    tokenizer: None where it could not be read; what needs it is then not looked at.
-    """
-    samples, bad = [], []
-    for where, row in read_rows(path):
-        try:
-            samples.append(sample_of(row, tokenizer, settings, where=where, name=name, max_prompt_tokens=max_prompt_tokens))
-        except BadInput as error:
-            bad += error.problems
-    yield from bad[:SHOWN_ROWS]
-    if len(bad) > SHOWN_ROWS:
-        yield f"{path}: {len(bad) - SHOWN_ROWS} more rows cannot be used"
-    if not samples and not bad:
-        yield f"{path} holds no prompts"
-    if settings.label_after and not bad:
-        cut_labels(samples, settings.label_after, path=path)
-    return samples
-
-
-def sample_of(row: dict | str, tokenizer: PreTrainedTokenizerBase | None, settings: DataSettings, *, where: str, name: str, max_prompt_tokens: float) -> Sample:
-    """A row of a file, or its line, as a sample without a response. Raises BadInput."""
-    row = _parsed(row, where=where) if isinstance(row, str) else row
-    prompt = value_at(row, settings.prompt_key, where=where, flag="--prompt-key")
-    label = value_at(row, settings.label_key, where=where, flag="--label-key")
-    metadata = row.get("metadata")
-    if not prompt:
-        raise BadInput(f"{where} has no prompt: it needs a non-empty one, text or a list of chat messages")
-    if not isinstance(metadata, dict | None):
-        raise BadInput(f'{where}: "metadata" is a {type(metadata).__name__}; if given, it must be an object')
-    try:
-        orjson.dumps([prompt, label, metadata])
-    except TypeError as error:
-        raise BadInput(f"{where}: prompt, label and metadata must fit in a line of JSON ({error}): convert the field to text") from error
-    text, ids = ("", [0]) if tokenizer is None else encode(prompt, tokenizer, settings, where=where)
-    if not ids or len(ids) > max_prompt_tokens:
-        raise BadInput(
-            f"{where}: the prompt has {len(ids)} tokens; it must have 1 to {max_prompt_tokens} "
-            "(the model's context less --max-response-tokens, and 2 positions that SGLang keeps): shorten it or lower that flag"
-        )
-    return Sample(ids, text, label, metadata=metadata or {}, source=name)
-
-
-def read_rows(path: str) -> Iterator[tuple[str, dict | str]]:
-    """(file and row as an error names them, the row or its line) of a Parquet or JSONL file, one after the other. Raises BadInput."""
-    if not os.path.isfile(path):  # False also for what cannot be a path, at which Path.is_file() raises
-        raise BadInput(f"prompts file {path} does not exist: give a JSONL or Parquet file, or leave the flag out for the toy task")
-    if path.endswith(".parquet"):
-        yield from _parquet_rows(path)
-        return
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path} line {number}", line
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"prompts file {path} cannot be read as UTF-8 text: {error}; a Parquet file's name must end in .parquet") from error
-
-
-def _parsed(line: str, *, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise BadInput(f"{where} is not JSON ({reason}): every line must be one object") from error
-    if not isinstance(row, dict):
-        raise BadInput(f"{where} is no object: every line must be one, with a prompt and a label")
-    return row
-
-
-def _parquet_rows(path: str) -> Iterator[tuple[str, dict]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"prompts file {path} cannot be read as Parquet after row {number}: {error}") from error
-
-
-def value_at(row: dict, keys: tuple[str, ...], *, where: str, flag: str) -> Any:
-    """The row's value at the first of these dotted keys that it has: "reward_model.ground_truth" is row["reward_model"]["ground_truth"]. Raises BadInput."""
-    for key in keys:
-        value, found = row, True
-        for part in [key] if key in row else key.split("."):
-            found = found and isinstance(value, dict) and part in value
-            value = value[part] if found else None
-        if found:
-            return value
-    null = " (null if the reward uses none)" if flag == "--label-key" else ""
-    raise BadInput(f"{where} has no {' or '.join(keys)}{null}; its fields are {', '.join(row)}: name the right one with {flag}, nested ones with dots")
-
-
-def cut_labels(samples: list[Sample], after: str, *, path: str) -> None:
-    """Make each label what stands after the last `after` in it, in a file whose labels hold that; raises BadInput if only some of them do."""
-    whole = [sample.label for sample in samples if after not in str(sample.label)]
-    if len(whole) == len(samples):
-        return
-    if whole:
-        raise BadInput(f"{path}: {len(whole)} of {len(samples)} labels do not hold --label-after {after!r}, the first is {whole[0]!r}: mend or remove them")
-    for sample in samples:
-        sample.label = str(sample.label).rpartition(after)[2].strip()
+# --- sources --------------------------------------------------------------------------------------------------------------------------------
 
 
 def shuffled(samples: list[Sample], *, seed: int) -> Iterator[Sample]:
@@ -160,9 +49,17 @@ def shuffled(samples: list[Sample], *, seed: int) -> Iterator[Sample]:
 
 
 def generated(rows: Iterator[dict], tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, name: str) -> Iterator[Sample]:
-    """Endless problems, rows with a prompt, a label and perhaps notes, as samples without a response."""
+    """Endless problems, rows with a prompt, a label and perhaps notes, as samples without a response.
+
+    Raises BadInput if one of the first PROBE cannot be a prompt; a later one is passed over.
+    """
     for group, row in enumerate(rows):
-        text, ids = encode(row["prompt"], tokenizer, settings, where=name)
+        try:
+            text, ids = encode(row["prompt"], tokenizer, settings, where=name)
+        except BadInput:
+            if group < PROBE:
+                raise
+            continue
         yield Sample(ids, text, row["label"], group, source=name, notes=row.get("notes", {}))
 
 
@@ -197,48 +94,87 @@ class Data:
     longest: int
     """Prompt and response tokens of the longest possible sample."""
     seed: int
+    digest: dict[str, str] = field(default_factory=dict)
+    """Checksum of what was read from each source of --prompts, by its place there: "1", "2", …; wherever the file is."""
 
 
 @all_problems
-def load_data(model_folder: str, settings: DataSettings, config: dict | None, *, seed: int) -> Data:
-    """Tokenizer and prompts, all checked. Raises BadInput. config: None where it could not be read; the form of files is checked all the same."""
+def load_data(
+    model_folder: str,
+    settings: DataSettings,
+    config: dict | None,
+    *,
+    seed: int,
+    label_problems: LabelProblems | None = None,
+) -> Data:
+    """Load tokenizer and prompts, all checked. Raises BadInput.
+
+    config: None where it could not be read; the form of files is checked all the same.
+    label_problems: for each of a file's labels "", or a phrase such as "is null, and --reward math needs one".
+    """
     found = Problems()
     tokenizer = None if config is None else found.of(load_tokenizer, model_folder)
+    if tokenizer is not None:
+        found.of(check_template_kwargs, tokenizer, settings.chat_template_kwargs)
+        if found.found:  # said once, not for every row
+            settings = replace(settings, chat_template_kwargs=())
     if tokenizer is not None and len(tokenizer) > config["vocab_size"]:
         yield f"{model_folder}: the tokenizer has {len(tokenizer)} tokens, the model {config['vocab_size']}: they do not belong together"
     room = math.inf if config is None else config["max_position_embeddings"] - ENGINE_KEEPS - settings.max_response_tokens
     eval_samples = min(max(settings.eval_samples, 0), MOST_EVAL_SAMPLES)
-    streams, held_out, longest = [], [], 0
+    streams, held_out, longest, digest, marked = [], [], 0, {}, set()
 
-    def opened(given: str, name: str, *, is_eval: bool) -> tuple[Iterator[Sample], int]:
-        """Prompts and the length of the longest: endless ones, or for evaluation those of a file in its order."""
-        if given != "toy" and not given.startswith(GYM):
-            samples = read_prompts(given, tokenizer, settings, name=name, max_prompt_tokens=room)
-            return iter(samples) if is_eval else shuffled(samples, seed=seed), max(len(sample.prompt_ids) for sample in samples)
+    def opened(given: str, name: str, *, is_eval: bool) -> tuple[Iterator[Sample], int, list]:
+        """Prompts, the length of the longest, and what to tell them by: endless ones, or for evaluation those of a file in its order."""
+        if not is_generated(given):
+            labels = dict(label_problems=label_problems, marked=marked)
+            samples = read_prompts(given, tokenizer, settings, name=name, max_prompt_tokens=room, **labels)
+            stream = iter(samples) if is_eval else shuffled(samples, seed=seed)
+            return stream, max(len(sample.prompt_ids) for sample in samples), samples
         if tokenizer is None:
-            return iter(()), 0
+            return iter(()), 0, []
         if given == "toy":
             stream = toy_prompts(tokenizer, settings, seed=0 if is_eval else seed, held_out=is_eval)
         else:
             rows = reasoning_gym_tasks.problems(given.removeprefix(GYM), seed="held-out" if is_eval else seed)
             stream = generated(rows, tokenizer, settings, name=name)
-        return fitting(stream, name=name, max_prompt_tokens=room)
+        stream, length = fitting(stream, name=name, max_prompt_tokens=room)
+        first = list(islice(stream, PROBE))
+        return chain(first, stream), length, [given, *first]
 
     sources = found.of(weighted, settings.prompts) or {}
     for given, name in (found.of(names, list(sources), flag="--prompts") or {}).items():
-        stream, length = found.of(opened, given, name, is_eval=False) or (iter(()), 0)
+        stream, length, read = found.of(opened, given, name, is_eval=False) or (iter(()), 0, [])
         streams, longest = [*streams, stream], max(longest, length)
+        digest[str(len(streams))] = checksum(sources[given], read)
     for given in settings.eval_prompts:
         if given.rpartition(":")[0] and given not in (found.of(weighted, (given,), flag="--eval-prompts") or {}):
             yield f"--eval-prompts {given}: a held-out set has no weight, each is evaluated whole: leave the number out"
-    own = [given for given in sources if given == "toy" or given.startswith(GYM)]
+    own = [given for given in sources if is_generated(given)]
     for given, name in (found.of(names, list(settings.eval_prompts) or own, flag="--eval-prompts") or {}).items():
-        prompts, length = found.of(opened, given, name, is_eval=True) or (iter(()), 0)
+        prompts, length, _ = found.of(opened, given, name, is_eval=True) or (iter(()), 0, [])
         held_out, longest = [*held_out, *islice(prompts, eval_samples)], max(longest, length)
+    if settings.label_after and not marked and not found.found:
+        yield f"--label-after {settings.label_after!r}: no label of any file holds it, so nothing would be cut: mend it or leave it out"
     held_out = [replace(sample, group=group) for group, sample in enumerate(held_out)]
     end_ids = None if tokenizer is None else found.of(end_tokens, model_folder, tokenizer, settings.stop)
     yield from found.found
-    return Data(tokenizer, mixture(streams, list(sources.values()), seed=seed), held_out, end_ids, longest + settings.max_response_tokens, seed)
+    stream = mixture(streams, list(sources.values()), seed=seed)
+    return Data(tokenizer, stream, held_out, end_ids, longest + settings.max_response_tokens, seed, digest)
+
+
+def is_generated(given: str) -> bool:
+    """Tell whether a source of --prompts makes its problems; others are files."""
+    return given == "toy" or given.startswith(GYM)
+
+
+def checksum(weight: float, read: Iterable[str | Sample]) -> str:
+    """Return a short checksum of a source: its weight, and all that was read from it but its place."""
+    digest = hashlib.blake2b(repr(weight).encode(), digest_size=8)
+    for part in read:
+        plain = part if isinstance(part, str) else [part.prompt_ids, part.prompt, part.label, part.metadata]
+        digest.update(orjson.dumps(plain) + b"\n")
+    return digest.hexdigest()
 
 
 def weighted(prompts: tuple[str, ...], *, flag: str = "--prompts") -> dict[str, float]:
@@ -255,6 +191,12 @@ def weighted(prompts: tuple[str, ...], *, flag: str = "--prompts") -> dict[str, 
         if source in weights:
             raise BadInput(f"{flag} {source} is given twice: give it once, with the sum of the weights")
         weights[source] = weight
+    total = sum(weights.values())
+    for source, weight in weights.items():
+        if not math.isfinite(total) or weight / total < SMALLEST_SHARE:
+            largest = max(weights, key=weights.get)
+            rule = f"share of the prompts must be at least {SMALLEST_SHARE:g}, or it is never drawn"
+            raise BadInput(f"{flag} {source}:{weight:g} beside {largest}:{weights[largest]:g}: each source's {rule}: give weights that are nearer")
     if not weights:
         raise BadInput(f"{flag} names nothing to learn from: give a file, or leave the flag out for the toy task")
     return weights

@@ -140,11 +140,16 @@ def copies(prompt: Sample, n: int) -> list[Sample]:
 
 
 def fill(samples: list[Sample], outputs: list[dict], data: Data) -> None:
-    """Write the engine's outputs into the samples they answer."""
+    """Write the engine's outputs into the samples they answer.
+
+    The token that ended a response stays in response_ids; the text does not show it.
+    """
     for sample, output in zip(samples, outputs):
         sample.finish_reason = output["meta_info"]["finish_reason"]["type"]
         sample.response_ids = output["output_ids"]
-        sample.response = data.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
+        has_end = sample.finish_reason == "stop" and sample.response_ids[-1:] and sample.response_ids[-1] in data.end_ids
+        said = sample.response_ids[:-1] if has_end else sample.response_ids
+        sample.response = data.tokenizer.decode(said, skip_special_tokens=True)
         sample.rollout_logprobs = [logprob for logprob, *_ in output["meta_info"]["output_token_logprobs"]]
         sample.loss_mask = [1] * len(sample.response_ids)
         sample.weight_versions = output["weight_versions"]

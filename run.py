@@ -167,17 +167,17 @@ def rollouts_file(folder: str | Path, step: int) -> Path:
 
 
 @all_problems
-def parse_overrides(pairs: tuple[str, ...], *, flag: str, fields: list[str]) -> dict:
+def parse_overrides(pairs: tuple[str, ...], *, flag: str, fields: list[str] | None) -> dict:
     """("key=value", …) -> {key: value}; values are read as JSON where they are JSON (true, 4, 0.1, null), else as text.
 
-    fields: the names that may be set. Raises BadInput for others, naming the nearest of each.
+    fields: the names that may be set; None: any. Raises BadInput for others, naming the nearest of each.
     """
     overrides = {}
     for pair in pairs:
         key, separator, text = pair.partition("=")
         if not separator:
             yield f"{flag} {pair!r} is not of the form key=value"
-        elif key not in fields:
+        elif fields is not None and key not in fields:
             nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
             yield f"{flag} {key} is not a field that can be set there; the nearest is {nearest}"
         else:

@@ -155,14 +155,15 @@ def say_result(sample: Sample, call: str, data: Data, *, max_response_tokens: in
 
 def end_turn(sample: Sample, turn: Sample, data: Data, *, max_turns: int, max_response_tokens: int) -> None:
     """Append a turn of the policy, and the result if it is a call. finish_reason is set where the conversation ends: with the answer, or at a limit."""
-    say(sample, turn.response_ids, turn.response, logprobs=turn.rollout_logprobs, versions=turn.weight_versions, mask=1)
     is_call = turn.finish_reason == "stop" and turn.response_ids[-1] == data.tokenizer.convert_tokens_to_ids(CALL_END)
+    text = turn.response + CALL_END if is_call else turn.response  # a response's text does not show the token that ended it
+    say(sample, turn.response_ids, text, logprobs=turn.rollout_logprobs, versions=turn.weight_versions, mask=1)
     if not is_call:
         sample.finish_reason, sample.answer = turn.finish_reason, turn.response
     elif sample.notes["calls"] == max_turns - 1:
         sample.finish_reason = "length"
     else:
-        say_result(sample, turn.response, data, max_response_tokens=max_response_tokens)
+        say_result(sample, text, data, max_response_tokens=max_response_tokens)
         if len(sample.response_ids) == max_response_tokens:
             sample.finish_reason = "length"
 
