@@ -201,11 +201,12 @@ class Record:
         for board in self.boards:
             board({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
         self.files["metrics"].write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in metrics.items()}) + "\n")
-        if metrics["step"] == self.first_step and metrics.get("zero_std_groups") == 1:
+        if metrics["step"] == self.first_step and metrics.get("zero_std_groups") == 1 and "reward" in metrics:
             self.say(NOTHING_TO_LEARN.format(**metrics))
-        if "reward" in metrics:
+        if "reward" in metrics or "reward_errors" in metrics:  # a step, and no evaluation
+            reward = f"reward {metrics['reward']:.2f}" if "reward" in metrics else "no reward"
             stages = "  ".join(f"{stage} {metrics[f'{stage}_s']:.2f} s" for stage in ("rollout", "wait", "train", "sync") if f"{stage}_s" in metrics)
-            self.bar.set_postfix_str(f"reward {metrics['reward']:.2f}  {stages}", refresh=False)
+            self.bar.set_postfix_str(f"{reward}  {stages}", refresh=False)
             self.bar.update()
 
     def trace(self, watch: Stopwatch, engine, judge) -> dict[str, float]:
@@ -239,11 +240,17 @@ class Record:
         """An evaluation's metrics on the console and as metrics of the step, the first answers from each held-out set in samples.jsonl."""
         if not samples:
             return {"step": step}
-        self.accuracy.append(metrics["held_out"])
         prompts, n = len({sample.group for sample in samples}), 1 + max(sample.index for sample in samples)
         shown = [key for key in metrics if key.startswith("held_out/") or n > 1 and key in (f"pass@{n}", f"majority@{n}")]
         more = "".join(f"  {key.removeprefix('held_out/')} {metrics[key]:.3f}" for key in shown)
-        self.say(f"step {step:4d}  held-out accuracy {self.accuracy[-1]:.3f} on {prompts} prompts{more}")
+        if errors := metrics.get("held_out_errors"):
+            error = next(sample.error for sample in samples if sample.reward is None)
+            more += f"  {errors} of {len(samples)} answers could not be judged, the first: {error[:200]}"
+        if "held_out" in metrics:
+            self.accuracy.append(metrics["held_out"])
+            self.say(f"step {step:4d}  held-out accuracy {metrics['held_out']:.3f} on {prompts} prompts{more}")
+        else:
+            self.say(f"step {step:4d}  no held-out accuracy{more}")
         written = collections.Counter()
         for sample in samples if self.is_writer else ():
             source = sample.source

@@ -5,11 +5,16 @@ A reward is a function of one finished sample, plain or a coroutine; a fork writ
     def my_reward(sample: Sample) -> float:
         return float(len(sample.response) < 100)
 
-A reward function that raises, or returns something that is not a finite number, is a fault of the judge and not of the answer. Such a sample is not
-scored 0 in silence: its tokens are masked, it does not count in its group's mean, and the metric reward_errors shows it.
+A reward function that raises, or returns something that is not a finite number, is a fault of the
+judge and not of the answer. Such a sample is not scored 0 in silence: its tokens are masked, it does
+not count in its group's mean, and the metric reward_errors shows it. The run goes on.
+
+A reward function may carry an attribute at_a_time: how many answers it can judge at once. Others wait
+their turn, and their waiting does not count towards --judge-timeout-s.
 """
 
 import asyncio
+import functools
 import math
 import threading
 import traceback
@@ -42,7 +47,7 @@ class RewardSettings:
     """How answers are judged."""
 
     reward: Literal["exact", "math", "reasoning_gym"] = "exact"
-    """exact: the response equals the label and ended by itself. math: the last \\boxed{} or final number has the label's value (math-verify).
+    """exact: the response equals the label and ended by itself. math: its answer has the label's value; see math_rules/.
     reasoning_gym: the task's own scorer for problems of reasoning-gym, math for all other prompts."""
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline"] = "grpo"
     """How rewards become advantages; see advantages.py."""
@@ -57,22 +62,45 @@ class RewardSettings:
 
 
 def exact_match(sample: Sample) -> float:
-    """1 if the response is the label, character for character, and was not cut off."""
-    return float(sample.finish_reason == "stop" and sample.response.strip() == str(sample.label))
+    """Return 1 if the response is the label, character for character, and was not cut off.
+
+    Blanks around them do not count. A number is compared by its text. Raises ValueError for a label
+    that is neither text nor a number.
+    """
+    label = math_judge.label_text(sample.label)
+    return float(sample.finish_reason == "stop" and sample.response.strip() == label)
 
 
 def math_reward(sample: Sample) -> float:
-    """1 if the last \\boxed{} of the response, or else its last number, equals the label in value: 0.5, 1/2 and \\frac{1}{2} are one answer."""
-    is_right, sample.answer = math_judge.judged_in_worker(sample.response, str(sample.label))
+    """Return 1 if the response's answer equals the label by the rules of math_rules/.
+
+    0.5, 1/2 and \\frac{1}{2} are one answer. One that is too hard to judge is wrong, and
+    notes["too_hard"] says so. Raises ValueError for a label that is no mathematics.
+    """
+    label = math_judge.label_text(sample.label)
+    is_right, sample.answer, too_hard = math_judge.judged_in_worker(sample.response, label)
+    if too_hard:
+        sample.notes["too_hard"] = True
     return float(is_right)
 
 
 def reasoning_gym_reward(sample: Sample) -> float:
-    """The score of reasoning-gym's own scorer for its problems; math_reward for prompts from elsewhere."""
+    """Return the score of reasoning-gym's scorer for its problems, math_reward for other prompts."""
     if "reasoning_gym" not in sample.notes:
         return math_reward(sample)
     score, sample.answer = reasoning_gym_tasks.score(sample.response, *sample.notes["reasoning_gym"])
     return score
+
+
+math_reward.at_a_time = reasoning_gym_reward.at_a_time = math_judge.WORKERS
+
+
+def label_problems(settings: RewardSettings) -> Callable[[list], list[str]]:
+    """Return a function that says for each label why this reward cannot judge it; "" where it can.
+
+    Each text goes on behind "the label ...": "is blank, and --reward math needs text or a number".
+    """
+    return functools.partial(math_judge.label_problems, reward=settings.reward)
 
 
 @all_problems
@@ -100,7 +128,8 @@ class Judge:
 
     def __init__(self, reward: Reward, judges: int = 32, timeout_s: float = 120.0):
         self.reward, self.timeout_s, self.row, self._busy, self._failed = reward, timeout_s, Row(), 0, False
-        self._places, self._loop = asyncio.Semaphore(judges), asyncio.new_event_loop()
+        places = min(judges, getattr(reward, "at_a_time", judges))  # what waits here is in front of the clock
+        self._places, self._loop = asyncio.Semaphore(places), asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="judge-loop", daemon=True).start()
 
     def submit(self, samples: list[Sample]) -> Future:
@@ -121,9 +150,12 @@ class Judge:
                 if not math.isfinite(sample.reward):
                     raise ValueError(f"the reward function returned {sample.reward}")
             except Exception as error:  # whatever a user's reward function may raise: counted, shown, and the sample set aside
-                sample.reward, sample.loss_mask, sample.error = None, [0] * len(sample.response_ids), repr(error)
+                sample.reward, sample.loss_mask = None, [0] * len(sample.response_ids)
+                sample.error = _cut(repr(error))
                 if not self._failed:
-                    print(f"reward error, the first on this rank, on the response {sample.response!r}:\n{traceback.format_exc()}", flush=True)
+                    trace = "\n".join(map(_cut, traceback.format_exc().splitlines()))
+                    shown = _cut(repr(sample.response))
+                    print(f"reward error, the first on this rank, on {shown}:\n{trace}", flush=True)
                 self._failed = True
             finally:
                 self._count(-1)
@@ -148,11 +180,14 @@ class Judge:
         self.row.mark("reward" if self._busy else "wait")
 
 
+def _cut(text: str) -> str:
+    """Return a text, without its end where it is long: an answer can have 100,000 characters."""
+    return text if len(text) <= 1000 else f"{text[:1000]} ... [{len(text)} characters]"
+
+
 def compute_rewards(samples: list[Sample], judge: Judge) -> None:
-    """Judge all samples and wait for the last. Raises RuntimeError if the reward function fails on all of them."""
+    """Judge all samples and wait for the last. Where the reward function fails, reward is None."""
     judge.submit(samples).result()
-    if samples and all(sample.reward is None for sample in samples):
-        raise RuntimeError(f"the reward function failed on all {len(samples)} samples; the first error is printed above")
 
 
 def is_uninformative(samples: list[Sample]) -> bool:
@@ -174,7 +209,7 @@ def refill(
         if not dull:
             break
         fresh = generate(engine, prompts.take(len(dull)), data, settings, n=settings.samples_per_prompt)
-        judge.submit(fresh).result()  # not compute_rewards: few as they are, all may fail without the judge being broken
+        compute_rewards(fresh, judge)
         replaced += [mark for group in dull for mark in marks(group, REPLACED)]
         samples = [sample for group in groups if not is_uninformative(group) for sample in group] + fresh
     return samples + replaced
@@ -230,28 +265,41 @@ def evaluate(
 
 
 def eval_metrics(samples: list[Sample]) -> dict[str, float]:
-    """held_out, the mean reward; with N > 1 answers to a prompt pass@k, k = 1, 2, 4, … and N, and majority@N. An answer is right if its reward is 1 or more.
+    """Return held_out, the mean reward. With N > 1 answers to a prompt also pass@k and majority@N.
 
-    With several held-out sets KEY/SET is that of each set, and KEY the mean of the sets, however many prompts each has.
+    k is 1, 2, 4, ... and N. An answer is right if its reward is 1 or more. Answers that the reward
+    function failed on count in held_out_errors only: held_out is the mean of the others, and pass@k
+    that of the prompts with at least k others. A metric is missing where nothing is left of it. With
+    several held-out sets KEY/SET is that of a set, and KEY the mean of the sets.
     """
     sets = defaultdict(list)
     for group in by_group(samples):
         sets[group[0].source].append(group)
     of_set = {name: _set_metrics(groups) for name, groups in sets.items()}
-    means = {key: sum(row[key] for row in of_set.values()) / len(of_set) for row in [*of_set.values()][:1] for key in row}
-    return means | {f"{key}/{name}": value for name, row in of_set.items() for key, value in row.items() if len(of_set) > 1}
+    keys = dict.fromkeys(key for row in of_set.values() for key in row)
+    rows = {key: [row[key] for row in of_set.values() if key in row] for key in keys}
+    metrics = {key: sum(values) / len(values) for key, values in rows.items()}
+    if errors := sum(sample.reward is None for sample in samples):
+        metrics["held_out_errors"] = errors
+    if len(of_set) > 1:
+        metrics |= {f"{key}/{name}": x for name, row in of_set.items() for key, x in row.items()}
+    return metrics
 
 
 def _set_metrics(groups: list[list[Sample]]) -> dict[str, float]:
-    rewards = [sample.reward or 0.0 for group in groups for sample in group]
-    metrics, n = {"held_out": sum(rewards) / len(rewards)}, len(groups[0])
+    n = max(map(len, groups))
+    scored = [[sample for sample in group if sample.reward is not None] for group in groups]
+    rewards = [sample.reward for group in scored for sample in group]
+    metrics = {"held_out": sum(rewards) / len(rewards)} if rewards else {}
     if n == 1:
         return metrics
-    is_right = [[(sample.reward or 0.0) >= 1 for sample in group] for group in groups]
+    is_right = [[sample.reward >= 1 for sample in group] for group in scored]
     for k in sorted({n, *(2**i for i in range(n.bit_length()))}):
-        metrics[f"pass@{k}"] = sum(pass_at_k(n, sum(right), k) for right in is_right) / len(groups)
-    answers = [[sample.response.strip() if sample.answer is None else sample.answer for sample in group] for group in groups]
-    metrics[f"majority@{n}"] = sum(map(majority_is_right, answers, is_right)) / len(groups)
+        if of_k := [pass_at_k(len(right), sum(right), k) for right in is_right if len(right) >= k]:
+            metrics[f"pass@{k}"] = sum(of_k) / len(of_k)
+    answers = [[s.response.strip() if s.answer is None else s.answer for s in g] for g in scored]
+    if votes := [majority_is_right(*group) for group in zip(answers, is_right) if group[1]]:
+        metrics[f"majority@{n}"] = sum(votes) / len(votes)
     return metrics
 
 
@@ -272,20 +320,31 @@ def majority_is_right(answers: list[str], is_right: list[bool]) -> bool:
 
 
 def batch_metrics(samples: list[Sample], *, version: int) -> dict[str, float]:
-    """What a step's samples looked like; of each source alone, where they have several. version: of the weights that the step trains."""
-    scored = [sample.reward for sample in samples if sample.reward is not None]
-    groups = by_group(samples)
-    ages = [version - token_version for sample in samples for token_version in sample.weight_versions]
+    """Return what a step's samples looked like; the reward of each source where there are several.
+
+    version: of the weights that the step trains. A metric is missing where nothing is left of it:
+    reward where no sample was scored, staleness where all responses are empty. too_hard counts the
+    answers that passed the limit of the mathematical reward; it is missing where none did.
+    """
     rewards = defaultdict(list)
     for sample in samples:
         rewards[sample.source] += [] if sample.reward is None else [sample.reward]
-    of_source = {f"reward/{name}": sum(mine) / len(mine) for name, mine in sorted(rewards.items()) if mine} if len(rewards) > 1 else {}
-    return of_source | {
-        "reward": sum(scored) / len(scored),
-        "reward_errors": len(samples) - len(scored),
-        "zero_std_groups": sum(map(is_uninformative, groups)) / len(groups),
-        "response_tokens": sum(len(sample.response_ids) for sample in samples) / len(samples),
-        "truncated": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
-        "staleness_max": max(ages),
-        "staleness": [ages.count(age) for age in range(max(ages) + 1)],
-    }
+    scored, groups = [reward for mine in rewards.values() for reward in mine], by_group(samples)
+    metrics = {}
+    if len(rewards) > 1:
+        of_source = sorted((name, mine) for name, mine in rewards.items() if mine)
+        metrics = {f"reward/{name}": sum(mine) / len(mine) for name, mine in of_source}
+    if scored:
+        metrics["reward"] = sum(scored) / len(scored)
+    metrics["reward_errors"] = len(samples) - len(scored)
+    if too_hard := sum("too_hard" in sample.notes for sample in samples):
+        metrics["too_hard"] = too_hard
+    if samples:
+        metrics["zero_std_groups"] = sum(map(is_uninformative, groups)) / len(groups)
+        metrics["response_tokens"] = sum(len(s.response_ids) for s in samples) / len(samples)
+        metrics["truncated"] = sum(s.finish_reason == "length" for s in samples) / len(samples)
+    ages = [version - sampled_by for sample in samples for sampled_by in sample.weight_versions]
+    if ages:
+        metrics["staleness_max"] = max(ages)
+        metrics["staleness"] = [ages.count(age) for age in range(max(ages) + 1)]
+    return metrics

@@ -15,7 +15,9 @@ import record as record_module
 from checkpoint import Checkpoint
 from loop_sync import Settings
 from record import Record
+from reward import eval_metrics
 from run import BadInput, RunSettings, check_run_settings, new_run_folder
+from sample import Sample
 
 
 @pytest.fixture
@@ -228,3 +230,18 @@ def test_a_first_step_without_a_difference_of_rewards_is_said(one_rank, monkeypa
 def test_a_profile_of_a_step_that_never_comes_is_refused():
     with pytest.raises(BadInput, match="--profile 90 is no step of the run, which has steps 1 to 80"):
         check_run_settings(RunSettings(profile=(3, 90)))
+
+
+@pytest.mark.parametrize("reward, said", [(None, "no held-out accuracy  2 of 2 answers"), (1.0, "held-out accuracy 1.000")])
+def test_an_evaluation_in_which_answers_could_not_be_judged_says_so(one_rank, monkeypatch, tmp_path, capfd, reward, said):
+    samples = [Sample([1], group=0, reward=reward), Sample([1], group=1, error="ValueError('the label')")]
+    samples[0].error = "" if reward else "ValueError('the label')"
+    with record_of(monkeypatch, tmp_path) as record:
+        row = record.log_eval(1, samples, eval_metrics(samples))
+    assert said in (text := capfd.readouterr().err) and "could not be judged, the first: ValueError('the label')" in text
+    assert ("held_out" in row) == bool(reward) and row["held_out_errors"] == 2 - bool(reward)
+
+
+def test_a_first_step_in_which_nothing_was_judged_is_recorded(one_rank, monkeypatch, tmp_path, capfd):
+    record_of(monkeypatch, tmp_path).log({"step": 1, "reward_errors": 4, "zero_std_groups": 1.0, "truncated": 0.5})
+    assert "nothing was learned" not in capfd.readouterr().err

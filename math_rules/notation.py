@@ -1,0 +1,120 @@
+r"""Notation: removes from answers and labels what does not change their meaning."""
+
+import re
+import unicodedata
+
+_SYMBOLS = {
+    **dict.fromkeys("−–—", "-"), **dict.fromkeys("\u00a0\u2009\u202f", " "),
+    **dict.fromkeys("“”‘€£¥₹\u2061\u200b", ""),
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/",
+    "±": r"\pm ", "°": r"^\circ ", "’": "'",
+    "π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
+    "≠": r"\ne ", "≈": r"\approx ",
+    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
+    "：": ":", "。": ".", "，": ",",
+}  # fmt: skip
+_SYMBOLS |= {
+    c: " " + unicodedata.normalize("NFKC", c).replace("⁄", "/") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅐⅑⅒"
+}
+UNICODE = str.maketrans(_SYMBOLS)
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
+FUNCTIONS = "sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|arcsin|arccos|arctan|log|ln|exp|pi|infty"
+_UNITS = (
+    "cm|mm|km|dm|m|ft|in|inches|kg|mg|g|lb|lbs|oz|s|h|hr|hrs|min|ms|mL|ml|L|l|mph|USD|EUR|units?|deg|pm|am"
+)
+PLAIN_TEXT = re.compile(  # commands that change the looks of a text and not its meaning
+    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|operatorname|boldsymbol|bm"
+    r"|underline|emph)\s*\{([^{}]*)\}"
+)
+_LOOKS = r"\\(?:bf|it|rm|large|Large|huge|Huge|small|quad|qquad)(?![a-zA-Z])|\\(?:text)?color\s*\{[^{}]*\}"
+_ANNOUNCED = r"\\text\s*\{[^{}]*(?:\bis|:)\s*\}|(?i:(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*[:=]))"
+_REWRITES = [(re.compile(pattern), by) for pattern, by in (
+    (r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\!|\\?\$|\*\*|`|\\\\$|\\[\[\]()]", ""),
+    (_LOOKS, " "),
+    (rf"^\s*(?:{_ANNOUNCED})", ""),
+    (r"^\s*(?:\\approx|\\sim(?![a-z])|~|(?:about|approximately|roughly)\b)", ""),
+    (r"\\varnothing|\\\{\s*\\\}|\\O(?![a-zA-Z])", r"\\emptyset "),
+    (r"(?<=\d)(?:\\[,;: ]|~|\{,\}|\s|\\thinspace)+(?=\d{3}(?!\d))", ""),  # 14\,916
+    (r"(?<=\d)\s*\\[,;: ]\s*", " "),
+    (r"(?<![\w.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\w.])", r"\1\\frac{\2}{\3}"),  # 3 1/2
+    (r"√\s*\(([^()]*)\)|√\s*(\w+)|(?<![a-zA-Z\\])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1\2\3}"),
+    (rf"(?<![a-zA-Z\\])({FUNCTIONS})(?![a-zA-Z])", r"\\\1 "),
+    (r"(?<![a-zA-Z\\])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty "),
+    (r"\\%|\b[Pp]ercent(?:age)?\b|\bpct\b", "%"),
+)]  # fmt: skip
+_REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\overline|\\bar|\\dot)\s*(?:\{(\d+)\}|(\d))")
+
+
+def _fraction_of_repeating(match: re.Match) -> str:
+    whole, fixed, cycle = match[1] or "0", match[2], match[3] or match[4]
+    bottom = 10 ** len(fixed) * (10 ** len(cycle) - 1)
+    return rf"\frac{{{int(whole + fixed + cycle) - int(whole + fixed)}}}{{{bottom}}}"
+
+
+def normalized(text: str) -> str:
+    """Return the text of an answer or label without what does not change its meaning."""
+    text = re.sub(
+        r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+",
+        lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}",
+        text.translate(UNICODE),
+    )
+    text = _REPEATING.sub(_fraction_of_repeating, text)
+    for pattern, by in _REWRITES:
+        text = pattern.sub(by, text)
+    while True:
+        before, text = text, text.strip(" \t\r\n\"'*").rstrip(".,;:?").strip()
+        if match := PLAIN_TEXT.fullmatch(text):
+            text = match[1]
+        elif match := re.fullmatch(
+            rf"\(([-+]?{NUMBER})\)|\[([-+]?{NUMBER})\]|\(?([A-Za-z])\)|\{{([^{{}}]*)\}}", text
+        ):
+            text = next(part for part in match.groups() if part is not None)
+        if text == before:
+            return _without_unit(text)
+
+
+def _without_unit(text: str) -> str:
+    r"""Remove the unit behind a number: \text{cm}^2, cm, a word. Algebra such as 3c stays."""
+    power = r"(?:\s*\^\s*(?:\d|\{-?\d\}))?"
+    text = re.sub(
+        rf"(?<=.)\s*\\(?:text|textrm|textnormal|mathrm|mbox)\s*\{{(?!\s*(?:and|or)\b)[^{{}}]*\}}"
+        rf"{power}\s*\.?$",
+        "",
+        text,
+    )
+    text = re.sub(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)\s*[CF]?$", "", text)
+    unit = rf"(?:(?:{_UNITS})(?![a-zA-Z])|(?!(?:and|or|mod|sqrt)\b)[A-Za-z]{{3,}})"
+    more = rf"(?:(?:\s*/\s*|\s+(?:per\s+|of\s+)?){unit}{power})*"
+    return re.sub(rf"(?<=[\d.}}])\s+{unit}{power}{more}$", "", text) or text
+
+
+def is_words(text: str) -> bool:
+    """Return whether a normalized text is letters, a code such as H2O, or a text with words."""
+    if re.fullmatch(r"[^\W\d_][^\W\d_\s]*(?:\s+[^\W\d_]+)*|(?=\w*[A-Za-z]\d)[A-Za-z0-9]{2,}", text):
+        return True
+    prose = re.fullmatch(r"[^\W\d_](?:[^\W_]|[\s'’!?.;:&/()-])*", text)
+    return bool(
+        prose
+        and re.search(r"(?<!\\)[^\W\d_]{4,}", text)
+        and not re.search(r"sqrt|\d\s*[-/]|\\", text)
+    )
+
+
+_PROSE = re.compile(
+    rf"(?<![\\a-zA-Z])(?:(?!(?:{FUNCTIONS}|sqrt|and|or|mod)\b)[A-Za-z]{{3,}}"
+    r"|(?i:is|it|so|we|to|of|at|by|he|an|as|on|be|no)\b)"
+    r"|(?:and|or)$"
+)
+
+
+def is_prose(text: str) -> bool:
+    """Return whether a text is more than an answer.
+
+    It then has words, and is neither a number with a unit nor a short name.
+    """
+    text = normalized(text)
+    words = _PROSE.search(PLAIN_TEXT.sub("", text))
+    return bool(words) and (
+        bool(re.search(r"\d", text)) or not is_words(text) or len(text.split()) > 3
+    )

@@ -1,0 +1,162 @@
+r"""math_rules and math_judge.py: which answers are right, and that a hard answer costs nobody but itself.
+
+The pairs are in math_pairs.py. Not covered: how long SymPy takes for what people write.
+"""
+
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+
+import math_judge
+import math_rules
+from math_judge import TooHard, call_in_worker, judged_in_worker
+from math_pairs import PAIRS
+from reward import Judge, RewardSettings, compute_rewards, label_problems, math_reward
+from sample import Sample
+
+CASES = [pytest.param(*pair, id=f"{kind}: {pair[0]} | {pair[1]}") for kind, pairs in PAIRS.items() for pair in pairs]
+HARD = r"\boxed{9^{9^{9}}}"  # SymPy computes all of its 369,693,100 digits.
+
+
+def answer(response: str, label: object) -> Sample:
+    return Sample([1], label=label, response=response, response_ids=[5], loss_mask=[1], finish_reason="stop")
+
+
+@pytest.fixture
+def short_limit(monkeypatch):
+    monkeypatch.setattr(math_judge, "LIMIT_S", 0.3)
+
+
+@pytest.mark.parametrize("response, label, is_right", CASES)
+def test_pairs(response, label, is_right):
+    assert math_rules.judged(response, label)[0] is bool(is_right)
+
+
+@pytest.mark.parametrize("label", [r"\frac{1}{", "3x +", "[1, 2", "It is 5, I think, since 2 and 3 make that", "", "."])
+def test_a_label_that_is_no_mathematics_is_an_error(label):
+    with pytest.raises(ValueError, match="is not a mathematical expression"):
+        math_rules.judged(r"\boxed{12}", label)
+
+
+def test_an_absurdly_long_answer_is_wrong_without_being_parsed():
+    assert math_rules.judged(rf"\boxed{{{'1+' * 50_000}1}}", "50001") == (False, ("1+" * 1000))
+
+
+def test_a_response_without_a_box_is_read_at_its_end_only():
+    assert math_rules.judged("the answer is 7" + " bla" * 10_000 + " 12", "12")[0]
+
+
+# --- the reward function ------------------------------------------------------------------------------------------------------
+
+
+def test_the_reward_says_what_it_took_for_the_answer():
+    responses = r"\boxed{3}, no: \boxed{0.50}", "half of 4 is 2", "I have no idea at all", r"\boxed{"
+    samples = [answer(response, "1/2") for response in responses]
+    assert [math_reward(sample) for sample in samples] == [1, 0, 0, 0]
+    assert [sample.answer for sample in samples] == ["0.50", "2", "", ""]
+
+
+@pytest.mark.parametrize("response, label, expected", [
+    (r"\boxed{0.00001}", 1e-05, 1),
+    (r"\boxed{1e-5}", 1e-05, 1),
+    (r"\boxed{42}", 42, 1),
+    (r"\boxed{42}", 42.0, 1),
+    (r"\boxed{42}", "42\n", 1),
+    (r"\boxed{1000000000000000000000000}", 1e24, 1),
+])  # fmt: skip
+def test_a_label_may_be_a_number_of_json(response, label, expected):
+    assert math_reward(answer(response, label)) == expected
+
+
+@pytest.mark.parametrize("label, problem", [
+    (None, "is null, and --reward math needs text or a number"),
+    (float("nan"), "is NaN"),
+    (["42"], "is a list"),
+    ({"a": 1}, "is a dict"),
+    (True, "is a bool"),
+    ("", "is blank"),
+    ("It is 5, I think, since 2 and 3 make that", "is no number, expression or short text"),
+    ("\n", "is blank"),
+    ("2 + 3 = 5\n#### 5", 'holds ####: add --label-after "####"'),
+    (r"\frac{1}{", "is no number, expression or short text"),
+])  # fmt: skip
+def test_labels_that_cannot_be_judged_against_are_found_before_the_start(label, problem):
+    good = [42, 1e-05, "42", "-3.5", "1,234", r"\frac{1}{2}", "x^2 + 1", "Evelyn", "(1, 2)", r"x \in [0, 7)", "50%", "A, C", "Area = 5", "5 apples, 3 pears"]
+    problems = label_problems(RewardSettings(reward="math"))([*good, label])
+    assert problems[:-1] == [""] * len(good) and problems[-1].startswith(problem)
+
+
+def test_exact_takes_any_text_as_a_label():
+    problems = label_problems(RewardSettings(reward="exact"))(["3x +", 42, None, "a\n#### 5"])
+    assert [bool(problem) for problem in problems] == [False, False, True, True] and "--reward exact needs" in problems[2]
+
+
+def test_a_label_that_takes_for_ever_to_parse_is_found_before_the_start(short_limit, monkeypatch):
+    monkeypatch.setattr(math_rules, "is_judgeable", exec)
+    monkeypatch.setattr(math_judge, "call_in_worker", lambda function, label: call_in_worker(function, "while True: pass"))
+    assert label_problems(RewardSettings(reward="math"))(["x + 1", "7"]) == ["takes longer than 0.3 s to parse", ""]
+
+
+# --- the workers --------------------------------------------------------------------------------------------------------------
+
+
+def test_hard_answers_are_wrong_and_delay_the_right_ones_behind_them_by_their_limit_only(short_limit):
+    samples = [answer(HARD, "5") for _ in range(16)] + [answer(r"\boxed{5}", "5") for _ in range(16)]
+    compute_rewards(samples, Judge(math_reward, 32, timeout_s=30))
+    assert [sample.reward for sample in samples] == [0.0] * 16 + [1.0] * 16
+    assert ["too_hard" in sample.notes for sample in samples] == [True] * 16 + [False] * 16
+    assert samples[0].answer == "9^{9^{9}}" and not any(sample.error for sample in samples)
+
+
+def test_a_computation_in_python_is_ended_and_its_worker_kept(short_limit):
+    before = call_in_worker(os.getpid)
+    with pytest.raises(TooHard):
+        call_in_worker(exec, "while True: pass")
+    assert call_in_worker(os.getpid) == before
+
+
+def test_a_computation_in_c_is_killed_and_its_worker_replaced(short_limit):
+    before = call_in_worker(os.getpid)
+    with pytest.raises(TooHard):
+        call_in_worker(sum, range(10**12))  # one call of C, which looks at no signals
+    assert call_in_worker(os.getpid) != before and not psutil.pid_exists(before)
+    assert judged_in_worker(r"so \boxed{42}", "42") == (True, "42", False)
+
+
+def test_a_limit_ends_with_the_answer_that_it_is_for(short_limit):
+    worker = call_in_worker(os.getpid)
+    for _ in range(8):
+        call_in_worker(eval, "sum(i for i in range(3 * 10**6))")
+    assert call_in_worker(os.getpid) == worker
+
+
+def test_an_answer_that_needs_too_much_memory_is_too_hard():
+    with pytest.raises(TooHard):
+        call_in_worker(bytes, 2 * math_judge.MOST_BYTES)
+
+
+def test_the_limit_counts_work_and_not_time(short_limit):
+    call_in_worker(time.sleep, 1)
+
+
+def test_an_answer_whose_worker_was_killed_is_judged_by_another():
+    worker = call_in_worker(os.getpid)
+    threading.Timer(0.3, os.kill, (worker, signal.SIGKILL)).start()
+    assert call_in_worker(eval, "__import__('time').sleep(1) or __import__('os').getpid()") != worker
+
+
+def test_an_answer_whose_worker_sleeps_is_judged_by_another(monkeypatch):
+    worker = call_in_worker(os.getpid)
+    monkeypatch.setattr(math_judge, "STUCK_S", 1)
+    os.kill(worker, signal.SIGSTOP)
+    assert call_in_worker(os.getpid) != worker
+
+
+def test_what_a_worker_raises_arrives_short():
+    with pytest.raises(ValueError) as caught:
+        judged_in_worker("5", "3x + " * 20_000 + "=")
+    assert len(str(caught.value)) < 1500
