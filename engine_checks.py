@@ -117,7 +117,7 @@ SOCKET_PATH_BYTES = 107  # of sockaddr_un.sun_path, without the zero at its end
 # (multiprocessing.util.get_temp_dir, connection.arbitrary_address). SGLang's zmq sockets are shorter.
 SOCKET_NAME_BYTES = len("/pymp-xxxxxxxx/listener-xxxxxxxx")
 BUCKETS_SHARED = 2  # at a time: one that the engine loads, and one before whose memory it gives back
-FILES_OF_A_RANK = 256  # open files and sockets of a rank or of its engine, without those of a bucket
+FILES_OF_A_RANK = 256  # an allowance: open files and sockets of a rank or of its engine, without those of a bucket
 
 
 @all_problems
