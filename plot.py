@@ -180,6 +180,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a console that is not UTF-8 lacks letters, of folder names for instance
     try:
         main()
     except BadInput as error:

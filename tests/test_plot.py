@@ -1,6 +1,7 @@
 """plot.py: a picture of what a run has measured so far, or one line that says what is wrong. What the picture looks like is not tested."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -117,6 +118,13 @@ def test_what_cannot_be_drawn_or_written_is_refused(monkeypatch, tmp_path, argum
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     assert message in refused(monkeypatch, write_run(tmp_path / "run", [row(1)]), *arguments)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_console_that_is_not_utf_8_shows_the_help(tmp_path, encoding):
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, ROOT / "plot.py", "--help"], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0 and b"timeline-steps" in done.stdout, done.stderr[-2000:]
 
 
 def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):
