@@ -70,7 +70,7 @@ def checkpoints_of(run_folder: Path) -> list[Path]:
 def damage(folder: Path, *, share: int = 0, of: int = 1) -> str:
     """What is wrong with a checkpoint's files, "" if nothing. Every file's size is looked at, and the contents of each of-th file."""
     try:
-        files = json.loads((folder / "files.json").read_text())
+        files = json.loads((folder / "files.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         return f"files.json cannot be read ({error})"
     for i, (name, (size, crc)) in enumerate(files.items()):
@@ -113,7 +113,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             _MetadataUnpickler(file).load()
     except Exception as error:  # an unpickler may raise anything, and all of it is about this file
         raise BadInput(f"the checkpoint {folder} is not safe to read: model/.metadata: {error}. Use one that this program has written") from error
-    state = json.loads((folder / "state.json").read_text())
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return Checkpoint(folder, state["step"], state)
 
 
@@ -159,10 +159,10 @@ def save(record, settings, trainer, *, step: int, rank_state: dict) -> None:
         ranks = [json.loads(state) for state in all_gather_bytes(json.dumps(rank_state).encode(), record.group)]
         if record.is_writer:
             state = {"step": step, "loop": record.loop, "settings": dataclasses.asdict(settings), "record": record.positions(), "ranks": ranks}
-            (part / "state.json").write_text(json.dumps(state) + "\n")
+            (part / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
             files = sorted(path for path in part.rglob("*") if path.is_file())
             listed = {str(path.relative_to(part)): (path.stat().st_size, _crc(path)) for path in files}
-            (part / "files.json").write_text(json.dumps(listed, indent=2) + "\n")
+            (part / "files.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
             shutil.rmtree(final, ignore_errors=True)
             part.rename(final)
             for old in checkpoints_of(record.folder)[: -settings.run.keep]:

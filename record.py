@@ -99,12 +99,12 @@ class Record:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.files = {name: open(self.folder / file, "a" if resumed else "w", buffering=1) for name, file in FILES.items()}
+            self.files = {name: open(self.folder / file, "a" if resumed else "w", buffering=1, encoding="utf-8") for name, file in FILES.items()}
             if resumed:
                 self.started = resumed.state["record"]["started"]
                 for name, file in self.files.items():
                     file.truncate(resumed.state["record"][name])
-                rows = map(json.loads, (self.folder / FILES["metrics"]).read_text().splitlines())
+                rows = map(json.loads, (self.folder / FILES["metrics"]).read_text(encoding="utf-8").splitlines())
                 self.accuracy = [row["held_out"] for row in rows if "held_out" in row]
             else:
                 names = [{"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}} for rank in range(group.size())]
@@ -114,7 +114,7 @@ class Record:
                 (self.folder / "rollouts").mkdir(exist_ok=True)
             versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "sglang", "transformers")}
             record = {"command": sys.argv, "world_size": group.size(), "versions": versions, **dataclasses.asdict(settings)}
-            (self.folder / "settings.json").write_text(json.dumps(record, indent=2) + "\n")
+            (self.folder / "settings.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise BadInput(f"the run folder {self.folder} cannot be written ({error.strerror}): run where you may write, or choose --name") from error
         if settings.run.tensorboard:

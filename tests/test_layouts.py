@@ -33,7 +33,7 @@ def reports(models, tmp_path_factory):
         out = tmp_path_factory.mktemp("layout")
         folders = [f"{family}={models[family]}" for family in FAMILIES if (layout, family) in CASES]
         torchrun("tests/workers/layout.py", out, *splits, *folders, ranks=ranks)
-        found[layout] = json.loads((out / "report.json").read_text()), out
+        found[layout] = json.loads((out / "report.json").read_text(encoding="utf-8")), out
     return found
 
 
@@ -51,7 +51,7 @@ class TestEachLayout:
         source, exported = load_file(models[family] / "model.safetensors"), load_file(reports[layout][1] / family / "model.safetensors")
         assert source.keys() == exported.keys()
         assert all(torch.equal(source[name].to(exported[name].dtype), exported[name]) for name in source)
-        assert json.loads((reports[layout][1] / family / "config.json").read_text())["dtype"] == "bfloat16"
+        assert json.loads((reports[layout][1] / family / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
         transformers.AutoModelForCausalLM.from_pretrained(reports[layout][1] / family)
 
     @pytest.mark.parametrize("microbatch_tokens", [4096, 64])
@@ -79,7 +79,7 @@ def test_four_tensor_parallel_ranks(tmp_path):
     (tmp_path / "out").mkdir()
     folders = {family: write_model(tmp_path / family, family, num_attention_heads=8, num_key_value_heads=4) for family in FAMILIES}
     torchrun("tests/workers/layout.py", tmp_path / "out", 4, 1, 1, 1, *(f"{family}={folder}" for family, folder in folders.items()), ranks=4)
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     for ranks in report.values():
         assert max(rank["errors"]["logits"] for rank in ranks) < 1e-5 and [rank["hand_off_errors"] for rank in ranks] == [[]] * 4
 

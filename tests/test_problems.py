@@ -71,7 +71,7 @@ def test_mistakes_of_every_stage_are_said_at_once(monkeypatch, tmp_path):
     weights = load_file(model / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "1+1=", "label": 2}\nno json\n')
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "1+1=", "label": 2}\nno json\n', encoding="utf-8")
     flags = ["--model", model, "--prompts", "p.jsonl", "--steps", "0", "--temperature", "0", "--sglang", "mem_fraction_sttic=1", "log_level"]
     flags += ["--judges", "0", "--clip-low", "2", "--minibatches", "0", "--lr", "-1", "--tp", "3", "--ep", "7", "--megatron", "num_layer=3"]
     expected = ["--steps 0", "do not belong together", "line 1 has no label", "line 3 is not JSON", "--temperature 0.0"]
@@ -84,7 +84,7 @@ def test_mistakes_of_every_stage_are_said_at_once(monkeypatch, tmp_path):
 
 def test_without_a_model_the_flags_and_the_prompts_form_are_checked_all_the_same(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "p.jsonl").write_text("no json\n")
+    (tmp_path / "p.jsonl").write_text("no json\n", encoding="utf-8")
     flags = ["--model", "absent", "--prompts", "p.jsonl", "--eval-prompts", "absent.jsonl", "--temperature", "-1", "--lr", "-1"]
     flags += ["--rollout-ranks", "2", "--max-staleness", "-1", "--resume"]
     expected = ["absent has no config.json", "line 1 is not JSON", "absent.jsonl does not exist", "--temperature -1.0", "--lr -1.0"]
@@ -93,7 +93,7 @@ def test_without_a_model_the_flags_and_the_prompts_form_are_checked_all_the_same
 
 
 def test_of_many_bad_lines_the_first_are_named(tmp_path):
-    (tmp_path / "p.jsonl").write_text("bad\n" * 40)
+    (tmp_path / "p.jsonl").write_text("bad\n" * 40, encoding="utf-8")
     with pytest.raises(BadInput) as refused:
         read_prompts(str(tmp_path / "p.jsonl"), load_tokenizer(str(ROOT / "toy")), DataSettings(), name="p", max_prompt_tokens=9)
     assert len(refused.value.problems) == 6 and "line 5" in refused.value.problems[4] and "35 more rows" in refused.value.problems[5]
@@ -109,8 +109,8 @@ def test_of_many_bad_lines_the_first_are_named(tmp_path):
 ])  # fmt: skip
 def test_what_does_not_agree_in_a_model_folder(tmp_path, name, changes, message):
     model = write_model(tmp_path, "qwen3")
-    before = json.loads((model / name).read_text()) if (model / name).exists() else {}
-    (model / name).write_text(json.dumps(before | changes))
+    before = json.loads((model / name).read_text(encoding="utf-8")) if (model / name).exists() else {}
+    (model / name).write_text(json.dumps(before | changes), encoding="utf-8")
     with pytest.raises(BadInput) as refused:
         check_model_folder(model, read_config(model), load_tokenizer(str(model)), stop=())
     assert all(part in str(refused.value) for part in message), refused.value
@@ -192,7 +192,7 @@ def test_glm_turns_half_of_each_head_unless_it_says_otherwise(tmp_path):
 ])  # fmt: skip
 def test_good_end_tokens_are_not_refused(tmp_path, config_eos, generation_eos, stop):
     model = write_model(tmp_path, "qwen3", eos_token_id=config_eos)
-    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_eos}))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_eos}), encoding="utf-8")
     check_model_folder(model, read_config(model), load_tokenizer(str(model)), stop=stop)
 
 

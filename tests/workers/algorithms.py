@@ -98,7 +98,7 @@ def main() -> None:
         moved = {n: (before[n] - t) / LR for bucket in weight_sync.trainer_buckets(weights, quantize=False) for n, t in bucket}
         gradients[name] = {n: m / (1 - m.abs()) for n, m in moved.items()}
     if dist.get_rank() == 0:
-        (out / "losses.json").write_text(json.dumps(losses))
+        (out / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
         torch.save(gradients, out / "gradients.pt")
 
 
