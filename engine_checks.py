@@ -48,7 +48,12 @@ DECIDED_BY = {
     "enable_memory_saver": "the kind of machine", "skip_tokenizer_init": "--model, whose tokenizer runs outside the engine",
     "chat_template": "the model's tokenizer, outside the engine", "custom_sigquit_handler": "this program",
 }  # fmt: skip
-CPU_KERNELS = ("attention_backend", "sampling_backend", "disable_cuda_graph", "disable_overlap_schedule")  # cpu.py is written for these values
+# Without a GPU: cpu.py is written for one value of each.
+CPU_KERNELS = (
+    "attention_backend", "prefill_attention_backend", "decode_attention_backend", "sampling_backend", "kv_cache_dtype", "fp8_gemm_runner_backend",
+    "bf16_gemm_backend", "moe_runner_backend", "moe_a2a_backend", "disable_cuda_graph", "disable_overlap_schedule", "enable_torch_compile",
+    "enable_deterministic_inference",
+)  # fmt: skip
 CHOICES = {"log_level": ("debug", "info", "warning", "error", "critical")}  # beside those that ServerArgs names
 # Environment variables by which SGLang changes every request without a word.
 ENGINE_VARIABLES = {

@@ -67,6 +67,8 @@ def test_temperatures_that_hold_are_not_refused(models, temperature):
     ("tokenizer_path=x", "--model"),
     ("nnodes=2", "torchrun"),
     ("attention_backend=flashinfer", "cpu.py"),
+    ("kv_cache_dtype=fp8_e5m2", "cpu.py"),
+    ("enable_deterministic_inference=true", "cpu.py"),
 ])  # fmt: skip
 def test_what_something_else_decides_is_refused_by_its_name(pair, decided_by):
     with pytest.raises(BadInput, match=f"--sglang {pair.partition('=')[0]} is decided by .*{decided_by}"):
