@@ -58,16 +58,21 @@ def main() -> None:
     train = TrainSettings(train_dtype=saved.state["settings"]["train"]["train_dtype"], tp=settings.tp, pp=settings.pp, ep=settings.ep)
     train_step.check_train_settings(train, LossSettings(), config, world_size=int(os.environ["WORLD_SIZE"]), steps=1, longest=None)
     out = Path(settings.out or saved.folder.parent.parent / saved.folder.name)
+    above = next(path for path in out.absolute().parents if os.path.exists(path))
+    if out.name in ("", "..") or not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
+        raise BadInput(f"--out {out} must be the name of folders that can be made; {above} is where they would be")
+    targets = {dtype: out.with_name(f"{out.name}-{dtype}") for dtype in dict.fromkeys(settings.dtype)}
+    for target in targets.values():
+        hf_folder.check_export_target(target, model)
 
     run.init_distributed()
     megatron_model.init_parallel(train, seed=1)
     gpt, layout, _ = megatron_model.load_model(model, train, config)
     checkpoint.restore_weights(saved, gpt)
     weights = Weights(SimpleNamespace(gpt=gpt, layout=layout), config, frozenset(), BUCKET_BYTES)
-    for dtype in settings.dtype:
-        target = out.with_name(f"{out.name}-{dtype}")
-        hf_folder.export_hf(weights, target, source=model, dtype=dtype)
-        if dist.get_rank() == 0:
+    hf_folder.export_all(weights, targets, source=model)
+    if dist.get_rank() == 0:
+        for dtype, target in targets.items():
             print(f"step {saved.step} in {dtype}: {target}", flush=True)
 
 

@@ -1,10 +1,13 @@
 """config.json -> what it says, checked, and the arguments of Megatron's TransformerConfig and GPTModel.
 
 A config field that is in none of the lists below is refused by name: an ignored rope or activation setting would train a different model in silence.
+A field that is left out has the value that transformers gives it, because the engine reads the file through transformers.
+The dtype of the stored weights does not matter: --train-dtype and --rollout-dtype decide it, and exports are BF16 or FP8.
 """
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -39,6 +42,12 @@ IGNORED = {
     "output_router_logits", "router_aux_loss_coef",
     "chunk_size_feed_forward", "is_encoder_decoder", "unk_token_id", "_model_name_or_path", "id2label", "label2id", "problem_type", "use_mrope",
 }  # fmt: skip
+# Fields whose default differs between families: where they are left out, transformers says what they are.
+FILLED_IN = (
+    "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "partial_rotary_factor", "attention_bias", "use_qk_norm", "norm_topk_prob",
+    "n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "routed_scaling_factor",
+)  # fmt: skip
+NUMBERS = ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "routed_scaling_factor")
 
 
 @all_problems
@@ -48,18 +57,22 @@ def read_config(folder: str | Path) -> dict:
     if not os.path.isfile(path):  # unlike Path.is_file, it raises for no name
         raise BadInput(f"--model {folder} has no config.json: give a Hugging Face model folder on this machine (hub names are not resolved)")
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:  # also of bytes that are no text
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # also of bytes that are no text
         raise BadInput(f"{path} is not JSON ({error})") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise BadInput(f"{path} must be an object with a model_type, one of {', '.join(FAMILIES)}")
     if config["model_type"] not in FAMILIES:
         raise BadInput(f"{path}: model_type {config['model_type']!r} is not supported; supported are {', '.join(FAMILIES)}")
     try:
-        AutoConfig.for_model(**config)  # transformers knows the type of every field
+        known = AutoConfig.for_model(**config)  # transformers knows the type of every field
     except Exception as error:  # it raises many kinds, and all are about this file
         raise BadInput(f"{path} is no {config['model_type']} config: {error}") from error
-    found = Problems()
+    found, family = Problems(), FAMILIES[config["model_type"]]
+    if config.get("architectures") != [family]:
+        given = f"architectures is {config['architectures']!r}" if "architectures" in config else "there is no architectures"
+        fix = f'the engine chooses its model class by it: write "architectures": ["{family}"]'
+        yield f"{path}: {given}; {fix} if this is a causal language model, and use another model if it is not"
     for field, value in config.items():
         if field == "layer_types":
             if set(value or ()) - {"full_attention"}:
@@ -70,6 +83,9 @@ def read_config(folder: str | Path) -> dict:
         elif field not in MAPPED | IGNORED | (MAPPED_MOE if config["model_type"] in ("qwen3_moe", "glm4_moe") else set()):
             yield f"{path}: field {field!r} is unknown to the mapping in hf_config.py; if it does not change the model, add it to IGNORED there"
     config["num_experts"] = next((config[field] for field in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(field)), 0)
+    for field in FILLED_IN:
+        if config.get(field) is None and getattr(known, field, None) is not None:
+            config[field] = getattr(known, field)
     found.of(_check_sizes, config, path)
     if config["num_experts"] and not config.get("norm_topk_prob"):
         yield f"{path}: norm_topk_prob is {config.get('norm_topk_prob')!r}; only True is implemented: expert weights that sum to one"
@@ -80,17 +96,29 @@ def read_config(folder: str | Path) -> dict:
         if config["num_attention_heads"] % config["num_key_value_heads"]:
             heads = f"num_attention_heads {config['num_attention_heads']} is not divisible by num_key_value_heads {config['num_key_value_heads']}"
             yield f"{path}: {heads}"
-        rope_of(config)
+        yield from _rope_problems(config, known.rope_parameters, path)
     return config
+
+
+def _rope_problems(config: dict, known: dict, path: Path) -> Iterator[str]:
+    """Yield where the rope settings contradict one another. known: what transformers makes of them, and so the engine."""
+    rope, inside = rope_of(config), config.get("rope_parameters") or config.get("rope_scaling") or {}
+    twice = ("rope_theta", "partial_rotary_factor")
+    differ = [name for name in twice if inside.get(name, config.get(name)) != config.get(name, inside.get(name))]
+    if differ or rope != rope_of({"rope_parameters": known}):
+        given = {name: config[name] for name in (*twice, "rope_scaling", "rope_parameters") if config.get(name) is not None}
+        yield f"{path}: the rope settings {given} contradict one another: keep rope_parameters alone, or rope_theta and rope_scaling"
+    if (dimensions := int(config["head_dim"] * rope.get("rotary_percent", 1.0))) % 2 or not dimensions:
+        yield f"{path}: rope would turn {dimensions} of head_dim {config['head_dim']} dimensions; it turns pairs, so this must be even and above 0"
 
 
 @all_problems
 def _check_sizes(config: dict, path: Path):
-    """Fill in what may be left out; a size, a number or a switch that is none is a problem."""
-    optional = {"num_key_value_heads": config.get("num_attention_heads"), "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-    config |= {name: default for name, default in optional.items() if config.get(name) is None}
+    """Fill in head_dim, which may be left out; a size, a number or a switch that is none is a problem."""
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "max_position_embeddings")
-    sizes += ("moe_intermediate_size", "num_experts_per_tok") if config["num_experts"] else ()
+    is_moe = config["model_type"] in ("qwen3_moe", "glm4_moe")
+    sizes += ("moe_intermediate_size", "num_experts_per_tok", "num_experts") if is_moe else ()
+    sizes += ("n_group", "topk_group") if config["model_type"] == "glm4_moe" else ()
     wrong = [field for field in sizes if type(config.get(field)) is not int or config[field] < 1]
     if config.get("head_dim") is None and not wrong:
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
@@ -98,11 +126,13 @@ def _check_sizes(config: dict, path: Path):
         wrong.append("head_dim")
     for field in wrong:
         yield f"{path}: {field} is {config.get(field)!r}; it must be a positive integer"
+    if is_moe and not wrong:
+        yield from _expert_problems(config, path)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         yield f"{path}: the rope settings are {rope!r}; they must be an object"
         rope = {}
-    numbers = {name: config.get(name) for name in ("rms_norm_eps", "rope_theta", "partial_rotary_factor")} | {f"rope {name}": rope.get(name) for name in rope}
+    numbers = {name: config.get(name) for name in NUMBERS} | {f"rope {name}": rope.get(name) for name in rope}
     for field, value in numbers.items():
         if field not in ("rope rope_type", "rope type") and value is not None and (type(value) not in (int, float) or not 0 < value < 1e12):
             yield f"{path}: {field} is {value!r}; it must be a positive number"
@@ -110,11 +140,23 @@ def _check_sizes(config: dict, path: Path):
         yield f"{path}: tie_word_embeddings is {config['tie_word_embeddings']!r}; it must be true or false"
 
 
+def _expert_problems(config: dict, path: Path) -> Iterator[str]:
+    """Yield what of a mixture of experts' sizes does not fit together."""
+    experts, groups = config["num_experts"], config.get("n_group", 1)
+    if config["num_experts_per_tok"] > experts:
+        yield f"{path}: num_experts_per_tok {config['num_experts_per_tok']} must be at most the model's {experts} experts"
+    if experts % groups or config.get("topk_group", 1) > groups:
+        yield f"{path}: n_group {groups} must divide the {experts} experts, and topk_group {config.get('topk_group', 1)} be at most n_group"
+    for field, most in {"first_k_dense_replace": config["num_hidden_layers"], "n_shared_experts": 2**16, "num_nextn_predict_layers": 2**16}.items():
+        if (value := config.get(field)) is not None and (type(value) is not int or not 0 <= value <= most):
+            yield f"{path}: {field} is {value!r}; it must be an integer from 0 to {most}"
+
+
 def generation_eos(folder: str | Path) -> list:
     """The tokens that end a response by generation_config.json, as they stand there; [] without that file."""
     path = Path(folder) / "generation_config.json"
     try:
-        eos = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
     except (OSError, ValueError, AttributeError) as error:
         raise BadInput(f"{path} is no JSON object ({error}): copy it again, or remove it") from error
     return eos if isinstance(eos, list) else [] if eos is None else [eos]

@@ -4,7 +4,10 @@ Reading needs no communication: every rank reads its own slices. Writing gathers
 writes; no rank ever holds the whole model.
 """
 
+import contextlib
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -19,37 +22,108 @@ from problems import BadInput, Problems, all_problems
 from weight_sync import Layout, Weights, fp8_weights, quantize_named, trainer_buckets
 
 
+INDEX = "model.safetensors.index.json"
+READ_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them; a copy into the model rounds these and distorts none
+SHOWN = 6  # of many problems of one kind
+
+
 class HFWeights:
-    """The tensors of a folder of safetensors files, read slice by slice."""
+    """The tensors of a folder of safetensors files, read slice by slice.
+
+    Where there is model.safetensors.index.json, its weight_map says which file holds a tensor, and nothing else counts.
+    Without it each tensor must stand in one *.safetensors file. Raises BadInput otherwise.
+    Weights that are NaN or infinite are not looked for: that would read every byte on every rank.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            raise BadInput(f"{folder} has no *.safetensors file: weights in other formats are not read; save the model with safetensors")
-        self.file_of = {}
-        for file in files:
-            try:
-                opened = safe_open(file, "pt")
-            except SafetensorError as error:
-                raise BadInput(f"{file} is not a complete safetensors file ({error}): copy it again") from error
-            self.file_of.update((name, opened) for name in opened.keys())
+        self.file_of = _indexed_tensors(self.folder) if os.path.lexists(self.folder / INDEX) else _tensors_of_all_files(self.folder)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.file_of[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Return the dtype by its safetensors name, such as BF16 or F8_E4M3."""
+        return self.file_of[name].get_slice(name).get_dtype()
 
     def slice(self, name: str, dim: int | None, start: int, stop: int) -> torch.Tensor:
         view = self.file_of[name].get_slice(name)
         return view[:] if dim is None else view[start:stop] if dim == 0 else view[:, start:stop]
 
 
+def _opened(file: Path):
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{file} is not a complete safetensors file ({error}): copy it again") from error
+
+
+@all_problems
+def _tensors_of_all_files(folder: Path) -> dict:
+    """Return {tensor: its opened file} of a folder without an index."""
+    files, file_of, path_of = sorted(folder.glob("*.safetensors")), {}, {}
+    if not files:
+        raise BadInput(f"{folder} has no *.safetensors file: weights in other formats are not read; save the model with safetensors")
+    for file in files:
+        opened = _opened(file)
+        twice = [name for name in opened.keys() if name in file_of]
+        if twice:
+            which = f"{file.name} and {path_of[twice[0]].name} both hold {len(twice)} tensors, such as {twice[0]}"
+            yield f"{folder}: {which}: remove the older file, or add the {INDEX} that says which one counts"
+        file_of.update((name, opened) for name in opened.keys())
+        path_of.update((name, file) for name in opened.keys())
+    return file_of
+
+
+@all_problems
+def _indexed_tensors(folder: Path) -> dict:
+    """Return {tensor: its opened file} as the folder's index says."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is not JSON ({error}): copy it again") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise BadInput(f"{path} has no weight_map from tensor names to file names: copy it again")
+    file_of = {}
+    for shard in sorted(set(weight_map.values())):
+        names = [name for name, where in weight_map.items() if where == shard]
+        about = f"{path} names {shard!r} for {names[0]}" + f" and {len(names) - 1} more tensors" * (len(names) > 1)
+        if shard in ("", ".", "..") or set(shard) & set("/\\\0"):
+            yield f"{about}: a shard must be the plain name of a file in this folder"
+        elif not (folder / shard).is_file():
+            yield f"{about}, but there is no such file: copy it, or the whole folder, again"
+        else:
+            opened = _opened(folder / shard)
+            if absent := sorted(set(names) - set(opened.keys())):
+                yield f"{path} says that {shard} holds {absent[0]}, but it does not; {len(absent)} such tensors: copy index and shards of one save"
+            file_of.update(dict.fromkeys(names, opened))
+    return file_of
+
+
 def check_shapes(weights: HFWeights, config: dict) -> None:
-    """Raise BadInput listing the tensors that are missing, or have another shape than config.json implies."""
+    """Raise BadInput listing the tensors that are missing, too many, of another shape than config.json implies, or of numbers that would be misread."""
+    implied = hf_shapes(config)
     shapes = {name: weights.shape(name) for name in weights.file_of}
     wrong = [f"{name} is missing" if name not in shapes else f"{name} has shape {shapes[name]}, config.json implies {shape}"
-             for name, shape in hf_shapes(config).items() if shapes.get(name) != shape]  # fmt: skip
+             for name, shape in implied.items() if shapes.get(name) != shape]  # fmt: skip
+    wrong += [f"{name} is not of the model that config.json describes, and would be lost" for name in shapes
+              if name not in implied and not _may_be_left_out(name, config)]  # fmt: skip
     if wrong:
-        raise BadInput(f"the weights in {weights.folder} do not fit its config.json: {'; '.join(wrong[:6])}; {len(wrong)} problems in all")
+        raise BadInput(f"the weights in {weights.folder} do not fit its config.json: {'; '.join(wrong[:SHOWN])}; {len(wrong)} problems in all")
+    odd = [f"{name} is {dtype}" for name in implied if (dtype := weights.dtype(name)) not in READ_DTYPES]
+    if odd:
+        fix = f"only {', '.join(READ_DTYPES)} are read: use the unquantized model"
+        raise BadInput(f"{weights.folder} holds quantized weights: {'; '.join(odd[:SHOWN])}; {len(odd)} in all; {fix}")
+
+
+def _may_be_left_out(name: str, config: dict) -> bool:
+    """Whether a stored tensor is none of the trained model's: a tied head, tables of rope, layers of multi-token prediction."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    after = int(layer[1]) - config["num_hidden_layers"] if layer else -1
+    is_tied_head = name == "lm_head.weight" and config["tie_word_embeddings"]
+    return is_tied_head or name.endswith("rotary_emb.inv_freq") or 0 <= after < (config.get("num_nextn_predict_layers") or 0)
 
 
 @all_problems
@@ -60,9 +134,17 @@ def check_model_folder(folder: str | Path, config: dict | None, tokenizer, *, st
     """
     if config is None:
         return
+    for name in QUANTIZED_BY:
+        if os.path.lexists(Path(folder) / name):
+            yield f"{folder} has {name}: the engine would quantize its own way by it; remove the file, or use the unquantized model"
+    for file in files_to_export(folder):
+        if not os.path.isfile(file) or not os.access(file, os.R_OK):
+            yield f"{file} cannot be read, and every export needs a copy of it: copy it again, or remove it"
     weights, found = HFWeights(folder), Problems()
     found.of(check_shapes, weights, config)
     yield from found.found
+    if found.found:
+        return  # slices of what is not there, or has another shape, cannot be compared
     if config["tie_word_embeddings"] and "lm_head.weight" in weights.file_of:  # Qwen3-0.6B has both, equal
         rows = range(0, min(weights.shape("lm_head.weight")[0], config["vocab_size"]), 1009)
         ours, theirs = ([weights.slice(name, 0, row, row + 1) for row in rows] for name in ("lm_head.weight", "model.embed_tokens.weight"))
@@ -100,53 +182,147 @@ def load_hf(model: torch.nn.Module, folder: str | Path, config: dict, *, layout:
         parameter.copy_(stack_parts(parts, groups=config["num_key_value_heads"] // tp))
 
 
-EXPORTED_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+# Copied as they are, with the folder in which transformers keeps further chat templates.
+EXPORTED_FILES = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+    "additional_chat_templates/*",
+)  # fmt: skip
+QUANTIZED_BY = ("hf_quant_config.json", "quant_model_description.json")  # SGLang's ModelConfig looks for them beside config.json
 MAX_FILE_BYTES = 4 * 2**30
+
+
+class ExportError(Exception):
+    """What of an export could not be written. The rest of it is there."""
+
+
+def files_to_export(folder: str | Path) -> list[Path]:
+    """Return what an export copies from a model folder: files, also links that lead nowhere, but no folders."""
+    return sorted(file for pattern in EXPORTED_FILES for file in Path(folder).glob(pattern) if not file.is_dir())
+
+
+def check_export_target(target: Path, source: str | Path) -> None:
+    """Raise BadInput if an export would overwrite the model that it is made from."""
+    if os.path.realpath(target) == os.path.realpath(source):
+        raise BadInput(f"the export would overwrite {source}, which it copies config and tokenizer from: choose another folder")
+
+
+def export_all(weights: Weights, targets: dict[str, Path], *, source: str | Path) -> None:
+    """Call export_hf for each {dtype: folder}. Collective. A failure in one leaves the others whole; raises one ExportError at the end."""
+    failures = []
+    for dtype, target in targets.items():
+        try:
+            export_hf(weights, target, source=source, dtype=dtype)
+        except ExportError as error:
+            failures.append(str(error))
+    if failures:
+        raise ExportError("; ".join(failures))
 
 
 def export_hf(weights: Weights, target: Path, *, source: str | Path, dtype: str) -> None:
     """Write the weights as a Hugging Face folder that transformers (bf16) or SGLang (bf16, fp8) loads. Collective; the first rank writes.
 
     dtype: "bf16", or "fp8" for block-scaled e4m3 with quantization_config in config.json. Config, tokenizer and templates are copied from source.
-    The weights of a model being written stand in files named *.part until all are there.
+    The weights stand in files named *.part until all are there; until then an older export in target stays whole.
+    config.json comes last: a folder without it is no whole export.
+    A file that cannot be copied does not keep the others from being written; raises ExportError at the end, on the first rank.
     """
-    is_writer = dist.get_rank() == 0
+    check_export_target(target, source)
     fp8 = fp8_weights(weights.config, rollout_dtype=dtype, engine_tp=1)
-    if is_writer:
-        target.mkdir(parents=True, exist_ok=True)
-    files, pending, pending_bytes = [], {}, 0
-
-    def flush():
-        nonlocal pending, pending_bytes
-        path = target / f"{len(files) + 1:05d}.part"
-        save_file(pending, path, metadata={"format": "pt"})
-        files.append((path, list(pending), pending_bytes))
-        pending, pending_bytes = {}, 0
-
+    writer = _Writer(Path(target)) if dist.get_rank() == 0 else None
     for name, tensor in (pair for bucket in trainer_buckets(weights, quantize=False) for pair in bucket):
-        if not is_writer:
-            continue
+        if writer is None:
+            continue  # the walk is collective: every rank goes to its end
         tensor = tensor if name.endswith("e_score_correction_bias") else tensor.to(torch.bfloat16)  # the router's choice is made in fp32
         for named, value in quantize_named(name, tensor) if name in fp8 else [(name, tensor)]:
-            pending[named] = value.cpu().contiguous()
-            pending_bytes += value.nbytes
-        if pending_bytes > MAX_FILE_BYTES:
-            flush()
-    if not is_writer:
+            writer.add(named, value)
+    if writer is None:
         return
-    if pending:
-        flush()
-    index = {"metadata": {"total_size": sum(size for *_, size in files)}, "weight_map": {}}
-    for i, (path, names, _) in enumerate(files):
-        final = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
-        path.rename(target / final)
-        index["weight_map"].update(dict.fromkeys(names, final))
-    if len(files) > 1:
-        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for pattern in EXPORTED_FILES:
-        for file in Path(source).glob(pattern):
-            shutil.copy(file, target / file.name)
-    exported_config = json.loads((Path(source) / "config.json").read_text()) | {"dtype": "bfloat16"}
+    config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+    for field in ("torch_dtype", "quantization_config"):  # the older name of dtype; null in some unquantized models
+        config.pop(field, None)
+    config["dtype"] = "bfloat16"
     if dtype == "fp8":
-        exported_config["quantization_config"] = fp8_config(weights.config, engine_tp=1)
-    (target / "config.json").write_text(json.dumps(exported_config, indent=2) + "\n")
+        config["quantization_config"] = fp8_config(weights.config, engine_tp=1)
+    writer.finish(config, Path(source))
+
+
+class _Writer:
+    """The folder of one export. After a failure to write weights it takes no more of them, so that the other ranks' walk can end; finish() raises it."""
+
+    def __init__(self, target: Path):
+        self.target, self.files, self.failure = target, [], None
+        self.pending, self.pending_bytes = {}, 0
+        with self._failing():
+            target.mkdir(parents=True, exist_ok=True)
+            for part in target.glob("*.part"):  # of an export that was killed
+                part.unlink()
+
+    @contextlib.contextmanager
+    def _failing(self):
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            self.failure = ExportError(f"the export {self.target} could not be written: {error}")
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        if self.failure is None:
+            self.pending[name] = tensor.cpu().contiguous()
+            self.pending_bytes += tensor.nbytes
+            if self.pending_bytes > MAX_FILE_BYTES:
+                self._flush()
+
+    def _flush(self) -> None:
+        path = self.target / f"{len(self.files) + 1:05d}.part"
+        with self._failing():
+            save_file(self.pending, path, metadata={"format": "pt"})
+        self.files.append((path, list(self.pending), self.pending_bytes))
+        self.pending, self.pending_bytes = {}, 0
+
+    def finish(self, config: dict, source: Path) -> None:
+        """Put the new files in place of an older export's. Raises ExportError."""
+        if self.pending:
+            self._flush()
+        if self.failure is None:
+            with self._failing():
+                self._place_weights()
+        if self.failure is not None:
+            raise self.failure
+        uncopied = self._copy_files(source)
+        with self._failing():
+            _write_json(self.target / "config.json", config)
+        if self.failure is not None:
+            raise self.failure
+        if uncopied:
+            raise ExportError(f"the export {self.target} has its weights, but of {source} could not be copied: {'; '.join(uncopied)}")
+
+    def _place_weights(self) -> None:
+        """Remove what an older export left, its config.json first, and give the new files their names."""
+        stale = [self.target / "config.json", self.target / INDEX, *self.target.glob("model*.safetensors"), *files_to_export(self.target)]
+        for path in stale:
+            path.unlink(missing_ok=True)
+        index = {"metadata": {"total_size": sum(size for *_, size in self.files)}, "weight_map": {}}
+        for i, (path, names, _) in enumerate(self.files):
+            final = f"model-{i + 1:05d}-of-{len(self.files):05d}.safetensors" if len(self.files) > 1 else "model.safetensors"
+            path.rename(self.target / final)
+            index["weight_map"].update(dict.fromkeys(names, final))
+        if len(self.files) > 1:
+            _write_json(self.target / INDEX, index)
+
+    def _copy_files(self, source: Path) -> list[str]:
+        """Copy what belongs to every export; return what could not be copied, and why."""
+        uncopied = []
+        for file in files_to_export(source):
+            copy = self.target / file.relative_to(source)
+            try:
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)  # without permissions: a read-only copy would stop the next export
+            except OSError as error:
+                uncopied.append(f"{file.relative_to(source)} ({error})")
+        return uncopied
+
+
+def _write_json(path: Path, content: dict) -> None:
+    """Write a file that is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part.rename(path)

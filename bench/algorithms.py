@@ -58,7 +58,7 @@ def measure(flags: str, seed: int, *, steps: int, every: int) -> list[dict]:
         done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-5000:]}")
-        return [json.loads(line) for line in (Path(folder) / "runs/run/metrics.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (Path(folder) / "runs/run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def all_runs(variants: dict[str, str], *, seeds: int, steps: int, every: int):

@@ -31,7 +31,7 @@ def run(loop: str, steps: int, flags: list[str], folder: Path) -> tuple[dict, li
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / f"loop_{loop}.py"), "--name", "run"]
     command += ["--steps", str(steps), "--eval-every", "50", "--export", *flags]
     seen, metrics = defaultdict(list), folder / "runs" / "run" / "metrics.jsonl"
-    with open(folder / "output", "w") as output:
+    with open(folder / "output", "w", encoding="utf-8") as output:
         process = subprocess.Popen(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
         while process.poll() is None:
             time.sleep(1)
@@ -43,8 +43,8 @@ def run(loop: str, steps: int, flags: list[str], folder: Path) -> tuple[dict, li
                         seen[f"{name_of(p)}, process {one}"].append((done, p.memory_info().rss, p.num_fds(), p.num_threads()))
                 except psutil.Error:
                     continue  # it has just ended
-    assert process.returncode == 0, (folder / "output").read_text()[-3000:]
-    return seen, [json.loads(line) for line in metrics.read_text().splitlines()][1:]
+    assert process.returncode == 0, (folder / "output").read_text(encoding="utf-8")[-3000:]
+    return seen, [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()][1:]
 
 
 def main() -> None:

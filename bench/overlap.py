@@ -77,7 +77,7 @@ def measure(loop: str, workload: str, *, steps: int | None, ranks: int = 2, stag
         done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{loop} {workload} {stage} ended with {done.returncode}:\n{done.stderr[-5000:]}")
-        return [json.loads(line) for line in (Path(folder) / "runs/run/metrics.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (Path(folder) / "runs/run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def mean(rows: list[dict], key: str) -> float:

@@ -54,7 +54,7 @@ def peak_of(command: list[str], folder: Path, threads: int) -> float:
     """Run a command to its end; the largest sum of the PSS of its processes, in GB. What it prints is in folder/log."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     peak = 0
-    with open(folder / "log", "w") as log:
+    with open(folder / "log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             while process.poll() is None:
@@ -69,7 +69,7 @@ def peak_of(command: list[str], folder: Path, threads: int) -> float:
         finally:
             process.terminate()
     if process.returncode:
-        sys.exit(f"{' '.join(command)[:300]} ended with {process.returncode}:\n{(folder / 'log').read_text()[-5000:]}")
+        sys.exit(f"{' '.join(command)[:300]} ended with {process.returncode}:\n{(folder / 'log').read_text(encoding='utf-8')[-5000:]}")
     return peak / 1e9
 
 
@@ -82,8 +82,8 @@ def run_ours(loop: str, workload: str, more: list[str]) -> tuple[list[dict], flo
     with tempfile.TemporaryDirectory() as folder:
         command = [*torchrun(sys.executable, 2), str(ROOT / "bench/our_side.py"), loop, workload, *WORKLOADS[workload], *COMMON, *more]
         peak, record = peak_of(command, Path(folder), threads=1), Path(folder) / "runs/run"
-        rows = [json.loads(line) for line in (record / "metrics.jsonl").read_text().splitlines()]
-        return rows, peak, json.loads((record / "settings.json").read_text())
+        rows = [json.loads(line) for line in (record / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        return rows, peak, json.loads((record / "settings.json").read_text(encoding="utf-8"))
 
 
 def run_trl(python: str, workload: str, settings: dict, how: dict) -> tuple[list[dict], float]:
@@ -92,19 +92,19 @@ def run_trl(python: str, workload: str, settings: dict, how: dict) -> tuple[list
         rows, launch = Path(folder) / "rows.jsonl", torchrun(python, how["ranks"]) if how["ranks"] > 1 else [python]
         work = json.dumps({"settings": settings, "workload": workload, **how})
         peak = peak_of([*launch, str(ROOT / "bench/trl_side.py"), work, str(rows)], Path(folder), how["threads"])
-        return [json.loads(line) for line in rows.read_text().splitlines()], peak
+        return [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()], peak
 
 
 def python_with_trl(venv: Path) -> str:
     """The interpreter of TRL's virtual environment, which is made if it is not there or has other versions."""
     python, installed = venv / "bin/python", venv / "installed"
-    if not installed.exists() or installed.read_text() != " ".join(PACKAGES):
+    if not installed.exists() or installed.read_text(encoding="utf-8") != " ".join(PACKAGES):
         print(f"installing {' '.join(PACKAGES)} in {venv}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
         done = subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PACKAGES], capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"pip ended with {done.returncode}:\n{done.stderr[-5000:]}")
-        installed.write_text(" ".join(PACKAGES))
+        installed.write_text(" ".join(PACKAGES), encoding="utf-8")
     return str(python)
 
 
@@ -186,7 +186,7 @@ def bare(workload: str, rounds: int) -> None:
     flags = ["--steps", str(3 * rounds + 1), "--lr", "0", *LENGTHS[workload]]
     with tempfile.TemporaryDirectory() as folder:
         peak_of([*torchrun(sys.executable, 1), str(ROOT / "bench/our_side.py"), "bare", workload, *flags], Path(folder), threads=1)
-        s = json.loads(next(line for line in reversed((Path(folder) / "log").read_text().splitlines()) if line.startswith("{")))
+        s = json.loads(next(line for line in reversed((Path(folder) / "log").read_text(encoding="utf-8").splitlines()) if line.startswith("{")))
     train, hand_off = s["score"] + s["advantages"] + s["train"], s["hand-off"] + s["settled"]
     step, least = s["rollout"] + s["reward"] + train + hand_off, s["bare engine"] + s["bare Megatron"] + s["memcpy"]
     lines = [
@@ -210,7 +210,7 @@ def main() -> None:
     flags = parser.parse_args()
     if unknown := set(flags.what) - set(everything):
         parser.error(f"{' '.join(unknown)} is none of: {', '.join(everything)}")
-    cpu = next((line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "unknown")
+    cpu = next((line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith("model name")), "unknown")
     load = f"load {os.getloadavg()[0]:.1f} before the first run"
     print(f"{cpu}, {len(os.sched_getaffinity(0))} cores, {time.strftime('%d %B %Y')}, {load}, torch {importlib.metadata.version('torch')}", flush=True)
     for what in flags.what or everything:

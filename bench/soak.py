@@ -50,7 +50,7 @@ def worker(plan: dict) -> None:
             ranks = psutil.Process(os.getppid()).children()
             engines = [p for rank in ranks for p in rank.children(recursive=True) if p.cmdline() and p.cmdline()[0].startswith("sglang::scheduler")]
             victim = {"rank": ranks[-1], "engine": engines[0], "torchrun": psutil.Process(os.getppid())}[plan["victim"]]
-            Path("killed").write_text("")
+            Path("killed").write_text("", encoding="utf-8")
             victim.kill()
 
         def until_killed(*args, **kwargs):
@@ -68,7 +68,7 @@ def start(folder: Path, settings: SoakSettings, plan: dict | None, *flags: str) 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(settings.ranks), __file__]
     command += ["--steps", str(settings.steps), "--save-every", "1", "--eval-every", "4", "--eval-samples", "64", "--name", "run", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SOAK_PLAN": json.dumps(plan)}
-    with open(folder / "output", "a") as output:
+    with open(folder / "output", "a", encoding="utf-8") as output:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True)
         code, end = process.wait(900), time.time() + 60
     while any(p.pid != os.getpid() and belongs(p, folder) for p in psutil.process_iter()):
@@ -86,9 +86,9 @@ def belongs(process: psutil.Process, folder: Path) -> bool:
 
 def result(folder: Path) -> tuple[list[dict], str, dict[str, bytes]]:
     run = folder / "runs" / "run"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [{key: value for key, value in row.items() if not key.endswith(("_s", "_wait"))} for row in rows]
-    return rows, (run / "samples.jsonl").read_text(), {path.name: path.read_bytes() for path in (run / "model-bf16").iterdir()}
+    return rows, (run / "samples.jsonl").read_text(encoding="utf-8"), {path.name: path.read_bytes() for path in (run / "model-bf16").iterdir()}
 
 
 def main() -> None:
@@ -97,7 +97,7 @@ def main() -> None:
     undisturbed, disturbed = where / "undisturbed", where / "disturbed"
     undisturbed.mkdir()
     disturbed.mkdir()
-    assert start(undisturbed, settings, None) == 0, (undisturbed / "output").read_text()[-3000:]
+    assert start(undisturbed, settings, None) == 0, (undisturbed / "output").read_text(encoding="utf-8")[-3000:]
     kills = 0
     checkpoints = disturbed / "runs" / "run" / "checkpoints"
     while kills < settings.kills:
@@ -117,7 +117,7 @@ def main() -> None:
         after = sorted(path.name for path in checkpoints.glob("step-??????"))[-1:]
         print(f"{kills:3d}  {victim:8s} killed in {stage:8s} exit code {code:4d}; whole then: {*after, *parts}", flush=True)
     assert kills == settings.kills, f"the run ended after {kills} kills: give more --steps"
-    assert start(disturbed, settings, None, "--resume") == 0, (disturbed / "output").read_text()[-3000:]
+    assert start(disturbed, settings, None, "--resume") == 0, (disturbed / "output").read_text(encoding="utf-8")[-3000:]
     ours, theirs = result(disturbed), result(undisturbed)
     if settings.ranks == 1:
         assert ours == theirs, f"another end than undisturbed; see {where}"

@@ -123,7 +123,7 @@ def main(work: dict, out: Path) -> None:
 
         def log(self, row: dict) -> None:
             if trainer.is_world_process_zero():
-                with open(out, "a") as file:
+                with open(out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
             self.last = time.perf_counter()
 

@@ -59,12 +59,12 @@ def usual(weights) -> Iterator[list]:
 def reset_peak() -> None:
     """Give freed memory back to the system, and let the peak of the resident set start from there (Linux: proc(5), clear_refs)."""
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_bytes() -> int:
     """Largest resident set since it was last reset."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 

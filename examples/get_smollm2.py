@@ -45,7 +45,7 @@ def main() -> None:
         AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16).save_pretrained(folder)
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     rng = random.Random(0)
-    with open(folder / "word_problems.jsonl", "w") as file:
+    with open(folder / "word_problems.jsonl", "w", encoding="utf-8") as file:
         for _ in range(64):
             text, answer = rng.choice(QUESTIONS)
             a, b = rng.randrange(2, 20), rng.randrange(2, 20)

@@ -76,7 +76,7 @@ def torchrun(*arguments, ranks: int, timeout: int = 600, cwd: Path = ROOT, check
 
 
 def metrics_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 class Started:
@@ -88,11 +88,11 @@ class Started:
     def __init__(self, folder: Path, script: str, *flags: str, rows: int):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / script)]
         command += ["--steps", "5000", "--name", "long", *flags]
-        self.output = open(folder / "output", "w+")
+        self.output = open(folder / "output", "w+", encoding="utf-8")
         self.process = subprocess.Popen(command, cwd=folder, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True)
         self.metrics = folder / "runs" / "long" / "metrics.jsonl"
         self.family = []
-        self.wait_for(lambda: self.metrics.exists() and len(self.metrics.read_text().splitlines()) >= rows, 240)
+        self.wait_for(lambda: self.metrics.exists() and len(self.metrics.read_text(encoding="utf-8").splitlines()) >= rows, 240)
         self.family = psutil.Process(self.process.pid).children(recursive=True)
 
     def wait_for(self, condition, seconds):

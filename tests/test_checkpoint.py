@@ -37,7 +37,7 @@ QUICK += ["--prompts", "toy:3", "more.jsonl", "--eval-samples-per-prompt", "2"]
 
 def write_more(folder):
     """The other half of the mixture: a prompts file where the run is started."""
-    (folder / "more.jsonl").write_text("".join(json.dumps({"prompt": f"{i:03d}+111=", "label": str(i + 111)[::-1]}) + "\n" for i in range(7)))
+    (folder / "more.jsonl").write_text("".join(json.dumps({"prompt": f"{i:03d}+111=", "label": str(i + 111)[::-1]}) + "\n" for i in range(7)), encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +72,8 @@ def test_a_resumed_run_writes_the_same_metrics_digit_for_digit(undisturbed, stop
     done = torchrun(ROOT / "loop_sync.py", *QUICK, "--steps", "9", "--name", "run", "--resume", ranks=1, cwd=tmp_path)
     assert "going on from runs/run/checkpoints/step-000006; the 3 rows of metrics.jsonl that followed it are dropped" in done.stderr
     assert without_times(metrics_of(stopped)) == without_times(metrics_of(undisturbed))
-    assert (stopped / "samples.jsonl").read_text() == (undisturbed / "samples.jsonl").read_text()
-    json.loads((stopped / "trace.json").read_text())
+    assert (stopped / "samples.jsonl").read_text(encoding="utf-8") == (undisturbed / "samples.jsonl").read_text(encoding="utf-8")
+    json.loads((stopped / "trace.json").read_text(encoding="utf-8"))
 
 
 def test_a_finished_run_given_more_steps_learns_as_it_is_asked_to(undisturbed, tmp_path):
@@ -140,7 +140,7 @@ def test_the_asynchronous_loop_loses_and_repeats_no_prompt(tmp_path):
     def steps(part: str, *more: str) -> list[dict]:
         (tmp_path / part).mkdir()
         torchrun(ROOT / "tests/workers/async_run.py", tmp_path / part, "none", *flags, *more, ranks=2, cwd=tmp_path)
-        return json.loads((tmp_path / part / "rank-0.json").read_text())["steps"]
+        return json.loads((tmp_path / part / "rank-0.json").read_text(encoding="utf-8"))["steps"]
 
     before = steps("before", "--save-every", "5")[:5]
     rows = metrics_of(tmp_path / "runs" / "run")[:6]
@@ -169,9 +169,9 @@ def test_a_hostile_checkpoint_runs_no_code(stopped, tmp_path, monkeypatch):
         path.write_bytes(pickle.dumps(Runs(trap)) if name == ".metadata" else b"")
         if name == "common.pt":
             torch.save({"x": Runs(trap)}, path)
-        files = json.loads((saved / "files.json").read_text())
+        files = json.loads((saved / "files.json").read_text(encoding="utf-8"))
         files[f"model/{name}"] = (path.stat().st_size, checkpoint._crc(path))
-        (saved / "files.json").write_text(json.dumps(files))
+        (saved / "files.json").write_text(json.dumps(files), encoding="utf-8")
 
     plant("common.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
@@ -286,7 +286,7 @@ def change_byte(path):
     (lambda folder: (folder / "model" / "common.pt").unlink(), "common.pt is missing"),
     (lambda folder: change_byte(folder / "model" / "__0_0.distcp"), "__0_0.distcp has other contents than were written"),
     (lambda folder: change_byte(folder / "state.json"), "state.json has other contents"),
-    (lambda folder: (folder / "files.json").write_text("{"), "files.json cannot be read"),
+    (lambda folder: (folder / "files.json").write_text("{", encoding="utf-8"), "files.json cannot be read"),
 ])  # fmt: skip
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(stopped, monkeypatch, damage, message):
     monkeypatch.setattr(checkpoint, "MUST_AGREE", ())
@@ -360,4 +360,4 @@ def test_told_to_stop_it_saves_and_ends_well(start_loop, tmp_path, script, flags
     rows = metrics_of(run)
     assert [row["step"] for row in rows] == list(range(last + 5)) and max(row.get("staleness_max", 0) for row in rows) <= 2
     if script == "loop_async.py":
-        assert len(json.loads((saved / "state.json").read_text())["ranks"][1]["in_flight"]) == 2 * 4
+        assert len(json.loads((saved / "state.json").read_text(encoding="utf-8"))["ranks"][1]["in_flight"]) == 2 * 4

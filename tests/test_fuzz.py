@@ -129,16 +129,16 @@ def test_sources_and_fields(outcome, tmp_path):
 def test_model_configs(outcome, tmp_path):
     model, refused = tmp_path / "model", 0
     shutil.copytree(ROOT / "toy", model, ignore=shutil.ignore_patterns("__pycache__"))
-    config = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     assert outcome("--model", str(model)) == "started"
     for field in sorted(config):
         for value in VALUES:
-            (model / "config.json").write_text(json.dumps({**config, field: value}))
+            (model / "config.json").write_text(json.dumps({**config, field: value}), encoding="utf-8")
             refused += outcome("--model", str(model)) == "refused"
-        (model / "config.json").write_text(json.dumps({name: kept for name, kept in config.items() if name != field}))
+        (model / "config.json").write_text(json.dumps({name: kept for name, kept in config.items() if name != field}), encoding="utf-8")
         outcome("--model", str(model))
     for text in ("", "{", "[]", "3", '"x"', "null", '{"model_type": []}', "\x00"):
-        (model / "config.json").write_text(text)
+        (model / "config.json").write_text(text, encoding="utf-8")
         assert outcome("--model", str(model)) == "refused", text
     assert refused > 200
 
@@ -152,7 +152,7 @@ def test_bytes_of_checkpoints(outcome, tmp_path):
     settings = json.loads(json.dumps(dataclasses.asdict(loop_sync.Settings())))
     (saved / "state.json").write_text(json.dumps({"step": 4, "loop": "sync", "settings": settings, "read": {}, "record": {}, "ranks": [{"prompts": 64}]}))
     listed = {str(path.relative_to(saved)): (path.stat().st_size, checkpoint._crc(path)) for path in saved.rglob("*") if path.is_file()}
-    (saved / "files.json").write_text(json.dumps(listed))
+    (saved / "files.json").write_text(json.dumps(listed), encoding="utf-8")
     assert outcome("--name", "old", "--resume") == "started"
     whole = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
     for _ in range(60):

@@ -45,8 +45,8 @@ def test_stacking_commutes_with_sharding(tp):
     ("hidden_size", "large", "hidden_size"),
 ])  # fmt: skip
 def test_a_config_that_is_not_covered_is_refused_by_field(models, tmp_path, field, value, named):
-    config = json.loads((models["qwen3"] / "config.json").read_text()) | {field: value}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    config = json.loads((models["qwen3"] / "config.json").read_text(encoding="utf-8")) | {field: value}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(BadInput, match=named):
         read_config(tmp_path)
 

@@ -63,7 +63,7 @@ def expected(config: dict) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("model", MODELS)
 def test_every_tensor_is_delivered_once_and_whole(model, tmp_path):
     tp, config = MODELS[model]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     command = [sys.executable, ROOT / "tests" / "workers" / "large_model.py", tmp_path, tp, EP, PP]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

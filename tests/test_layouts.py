@@ -68,7 +68,7 @@ class TestEachLayout:
         source, exported = load_file(models[family] / "model.safetensors"), load_file(reports[layout][1] / family / "model.safetensors")
         assert source.keys() == exported.keys()
         assert all(torch.equal(source[name].to(exported[name].dtype), exported[name]) for name in source)
-        assert json.loads((reports[layout][1] / family / "config.json").read_text())["dtype"] == "bfloat16"
+        assert json.loads((reports[layout][1] / family / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
         transformers.AutoModelForCausalLM.from_pretrained(reports[layout][1] / family)
 
     @pytest.mark.parametrize("microbatch_tokens", [4096, 64])

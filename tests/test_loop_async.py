@@ -25,10 +25,10 @@ class Done:
 
     def __init__(self, folder: Path, *flags, slow: str = "none", ranks: int = 2):
         torchrun(TESTS / "workers" / "async_run.py", folder, slow, *QUICK, "--name", "a", *flags, ranks=ranks, cwd=folder)
-        self.ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+        self.ranks = [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
         self.evaluation, *self.metrics = metrics_of(folder / "runs" / "a")
         self.steps = self.ranks[0]["steps"]
-        self.trace = json.loads((folder / "runs" / "a" / "trace.json").read_text())
+        self.trace = json.loads((folder / "runs" / "a" / "trace.json").read_text(encoding="utf-8"))
 
     def check(self, *, bound: int, samples_per_prompt: int = 4) -> None:
         """What must hold of every run."""
@@ -115,7 +115,7 @@ def test_the_timeline_has_a_row_for_every_rank(two_and_two):
 
 
 def test_every_metric_is_explained_in_the_readme(two_and_two):
-    glossary = (ROOT / "README.md").read_text()
+    glossary = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [key for row in two_and_two.metrics for key in row if f"`{key}`" not in glossary] == []
     assert all(0 <= row["trainer_wait"] <= 1 and 0 <= row["engine_wait"] <= 1 and row["step_s"] > 0 for row in two_and_two.metrics)
 
@@ -132,7 +132,7 @@ def test_one_rank_is_an_error_that_names_the_command(monkeypatch, tmp_path):
 def test_the_two_loops_read_beside_each_other():
     import difflib
 
-    sync, asynchronous = ((ROOT / f"loop_{name}.py").read_text().splitlines() for name in ("sync", "async"))
+    sync, asynchronous = ((ROOT / f"loop_{name}.py").read_text(encoding="utf-8").splitlines() for name in ("sync", "async"))
     differing = [line for line in difflib.ndiff(sync, asynchronous) if line[0] in "+-"]
     assert len(differing) < 60
 

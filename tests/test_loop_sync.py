@@ -43,14 +43,14 @@ def test_the_record_of_a_run(tp2):
         assert row["logprob_shift"] == 0.0 and row["ratio"] == 1.0 and row["staleness_max"] == 0
         assert 0 < row["mismatch_abs"] < 0.1 and 0 <= row["reward"] <= 1 and row["grad_norm"] > 0
         assert all(math.isfinite(value) for value in row.values() if not isinstance(value, list)) and row["staleness"] == [row["tokens"]]
-    settings = json.loads((folder / "settings.json").read_text())
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     assert settings["train"]["tp"] == 2 and settings["world_size"] == 2 and settings["versions"]["sglang"]
-    sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
+    sample = json.loads((folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert sample["prompt"] == next(problems(seed=0, held_out=True))["prompt"]
 
 
 def test_every_metric_is_explained_in_the_readme(tp2):
-    glossary = (ROOT / "README.md").read_text()
+    glossary = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [key for row in metrics_of(tp2[1]) for key in row if f"`{key}`" not in glossary] == []
 
 
@@ -174,11 +174,11 @@ LONG = ["--eval-samples", "16", "--prompts-per-step", "4"]
 
 def test_a_dying_engine_ends_the_run_with_its_error(start_loop):
     started = start_loop("loop_sync.py", *LONG, rows=4)
-    before = started.metrics.read_text()
+    before = started.metrics.read_text(encoding="utf-8")
     started.engine().kill()
     assert started.end(60) != 0
     assert "a process of the SGLang engine died" in started.text()
-    rows = started.metrics.read_text()
+    rows = started.metrics.read_text(encoding="utf-8")
     assert rows.startswith(before) and [json.loads(line)["step"] for line in rows.splitlines()] == list(range(len(rows.splitlines())))
 
 
@@ -203,4 +203,4 @@ def test_ctrl_c_ends_every_process(start_loop):
     os.killpg(started.process.pid, signal.SIGINT)
     assert started.end(60) != 0
     assert "interrupted" in started.text()
-    assert all(json.loads(line) for line in started.metrics.read_text().splitlines())
+    assert all(json.loads(line) for line in started.metrics.read_text(encoding="utf-8").splitlines())

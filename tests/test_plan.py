@@ -69,7 +69,7 @@ def held(tmp_path_factory):
     folder = tmp_path_factory.mktemp("held")
     models = [str(write_model(folder / family, family, num_hidden_layers=4)) for family in ("qwen3", "glm4_moe")]
     torchrun(ROOT / "tests" / "workers" / "held_bytes.py", folder / "out.json", *models, ranks=4)
-    return models, json.loads((folder / "out.json").read_text())
+    return models, json.loads((folder / "out.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -221,7 +221,7 @@ def test_room_on_the_disk(monkeypatch, tmp_path):
 
 
 def test_a_run_folder_that_cannot_be_written(monkeypatch, tmp_path):
-    (tmp_path / "runs").write_text("a file")
+    (tmp_path / "runs").write_text("a file", encoding="utf-8")
     assert f"because of {tmp_path / 'runs'}" in check(monkeypatch, tmp_path, "--name", "x")
     (tmp_path / "runs").unlink()
     assert "cannot be the name of a folder" in check(monkeypatch, tmp_path, "--name", "é" * 300)
@@ -233,7 +233,7 @@ def test_a_run_folder_that_cannot_be_written(monkeypatch, tmp_path):
 
 def recipes() -> list[tuple[str, str]]:
     """(torchrun command, lines of its plan) of README.md's recipes."""
-    section = (ROOT / "README.md").read_text().partition("## Recipes")[2].partition("\n## ")[0]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Recipes")[2].partition("\n## ")[0]
     return re.findall(r"```bash\n(torchrun.*?)```\n+```\n(.*?)```", section, re.DOTALL)
 
 

@@ -9,10 +9,11 @@ import json
 import loop_async
 import loop_sync
 import pytest
-from conftest import ROOT, write_model
+from conftest import FAMILIES, ROOT, SMALL, write_model
 from safetensors.torch import load_file, save_file
 
 import run
+from hf_config import FAMILIES as ARCHITECTURES
 from hf_config import read_config, rope_of
 from hf_folder import check_model_folder
 from problems import BadInput, Problems, all_problems
@@ -70,7 +71,7 @@ def test_mistakes_of_every_stage_are_said_at_once(monkeypatch, tmp_path):
     weights = load_file(model / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "1+1=", "label": 2}\nno json\n')
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "1+1=", "label": 2}\nno json\n', encoding="utf-8")
     flags = ["--model", model, "--prompts", "p.jsonl", "--steps", "0", "--temperature", "0", "--sglang", "mem_fraction_sttic=1", "log_level"]
     flags += ["--judges", "0", "--clip-low", "2", "--minibatches", "0", "--lr", "-1", "--tp", "3", "--ep", "7", "--megatron", "num_layer=3"]
     expected = ["--steps 0", "do not belong together", "line 1 has no label", "line 3 is not JSON", "--temperature 0.0"]
@@ -83,7 +84,7 @@ def test_mistakes_of_every_stage_are_said_at_once(monkeypatch, tmp_path):
 
 def test_without_a_model_the_flags_and_the_prompts_form_are_checked_all_the_same(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "p.jsonl").write_text("no json\n")
+    (tmp_path / "p.jsonl").write_text("no json\n", encoding="utf-8")
     flags = ["--model", "absent", "--prompts", "p.jsonl", "--eval-prompts", "absent.jsonl", "--temperature", "-1", "--lr", "-1"]
     flags += ["--rollout-ranks", "2", "--max-staleness", "-1", "--resume"]
     expected = ["absent has no config.json", "line 1 is not JSON", "absent.jsonl does not exist", "--temperature -1.0", "--lr -1.0"]
@@ -92,7 +93,7 @@ def test_without_a_model_the_flags_and_the_prompts_form_are_checked_all_the_same
 
 
 def test_of_many_bad_lines_the_first_are_named(tmp_path):
-    (tmp_path / "p.jsonl").write_text("bad\n" * 40)
+    (tmp_path / "p.jsonl").write_text("bad\n" * 40, encoding="utf-8")
     with pytest.raises(BadInput) as refused:
         read_prompts(str(tmp_path / "p.jsonl"), load_tokenizer(str(ROOT / "toy")), DataSettings(), name="p", max_prompt_tokens=9)
     assert len(refused.value.problems) == 6 and "line 5" in refused.value.problems[4] and "35 more rows" in refused.value.problems[5]
@@ -108,11 +109,78 @@ def test_of_many_bad_lines_the_first_are_named(tmp_path):
 ])  # fmt: skip
 def test_what_does_not_agree_in_a_model_folder(tmp_path, name, changes, message):
     model = write_model(tmp_path, "qwen3")
-    before = json.loads((model / name).read_text()) if (model / name).exists() else {}
-    (model / name).write_text(json.dumps(before | changes))
+    before = json.loads((model / name).read_text(encoding="utf-8")) if (model / name).exists() else {}
+    (model / name).write_text(json.dumps(before | changes), encoding="utf-8")
     with pytest.raises(BadInput) as refused:
         check_model_folder(model, read_config(model), load_tokenizer(str(model)), stop=())
     assert all(part in str(refused.value) for part in message), refused.value
+
+
+def changed_config(folder, family: str, *, without=(), **changes):
+    """A model folder with config.json alone, as transformers writes it, changed."""
+    config_class, fields = FAMILIES[family]
+    fields = fields | {"num_local_experts": 0}  # transformers' name of num_experts
+    architecture = {"architectures": [ARCHITECTURES[family]]}
+    config = json.loads(config_class(**{**SMALL, **FAMILIES[family][1]}).to_json_string(use_diff=False)) | architecture | changes
+    known = json.loads((ROOT / "toy" / "config.json").read_text(encoding="utf-8")).keys()
+    kept = {name: value for name, value in config.items() if name not in without and (name in known | fields.keys() | changes.keys() | set(SMALL))}
+    (folder / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("architectures", [
+    "absent", None, [], ["Qwen3Model"], ["Qwen3ForSequenceClassification"], ["Qwen3ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM"],
+])  # fmt: skip
+def test_a_model_of_another_architecture_is_refused(tmp_path, family, architectures):
+    folder = changed_config(tmp_path, family, **({} if architectures == "absent" else {"architectures": architectures}))
+    if architectures == "absent":
+        changed_config(tmp_path, family, without=("architectures",))
+    with pytest.raises(BadInput, match=f'write "architectures": ."{ARCHITECTURES[family]}"') as refused:
+        read_config(folder)
+    assert len(refused.value.problems) == 1
+
+
+@pytest.mark.parametrize("family, changes, message", [
+    ("qwen3", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6), rope_theta=5e5), "contradict one another"),
+    ("qwen3", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6), rope_scaling=dict(rope_type="yarn", factor=4.0)), "yarn"),
+    ("qwen3", dict(rope_theta=1e6, rope_scaling=dict(rope_type="yarn", factor=4.0), rope_parameters=None), "yarn"),
+    ("qwen3", dict(head_dim=33), "rope would turn 33"),
+    ("glm4_moe", dict(head_dim=66, partial_rotary_factor=0.5), "rope would turn 33"),
+    ("qwen3", dict(use_sliding_window=True), "use_sliding_window is True"),
+    ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "only full_attention"),
+    ("qwen3", dict(quantization_config=dict(quant_method="fp8")), "quantization_config"),
+    ("qwen3", dict(auto_map=dict(AutoModelForCausalLM="model.Mine")), "auto_map"),
+    ("qwen3", dict(num_labels=3), "num_labels"),
+    ("qwen3_moe", dict(num_experts_per_tok=5), "num_experts_per_tok 5 must be at most"),
+    ("glm4_moe", dict(n_group=3), "n_group 3 must divide the 4 experts"),
+    ("glm4_moe", dict(topk_group=2), "topk_group 2 be at most n_group"),
+    ("glm4_moe", dict(first_k_dense_replace=3), "first_k_dense_replace is 3"),
+    ("glm4_moe", dict(n_shared_experts=-1), "n_shared_experts is -1"),
+    ("glm4_moe", dict(routed_scaling_factor=0.0), "routed_scaling_factor is 0.0"),
+])  # fmt: skip
+def test_a_config_that_trainer_and_engine_would_read_otherwise_is_refused(tmp_path, family, changes, message):
+    with pytest.raises(BadInput, match=message):
+        read_config(changed_config(tmp_path, family, **changes))
+
+
+@pytest.mark.parametrize("family, field, value", [
+    ("qwen3", "head_dim", 128), ("qwen2", "num_key_value_heads", 32), ("glm4_moe", "rms_norm_eps", 1e-5), ("glm4_moe", "first_k_dense_replace", 1),
+    ("glm4_moe", "n_shared_experts", 1), ("glm4_moe", "routed_scaling_factor", 1.0), ("llama", "num_key_value_heads", 4), ("llama", "head_dim", 32),
+])  # fmt: skip
+def test_a_field_that_is_left_out_has_transformers_value(tmp_path, family, field, value):
+    wide = dict(num_attention_heads=32) if value == 32 and field == "num_key_value_heads" else {}
+    assert read_config(changed_config(tmp_path, family, without=(field,), **wide))[field] == value
+
+
+def test_a_mixture_of_experts_without_their_number_is_no_dense_model(tmp_path):
+    with pytest.raises(BadInput, match="num_experts is 0; it must be a positive integer"):
+        read_config(changed_config(tmp_path, "qwen3_moe", without=("num_experts", "num_local_experts")))
+
+
+def test_glm_turns_half_of_each_head_unless_it_says_otherwise(tmp_path):
+    folder = changed_config(tmp_path, "glm4_moe", without=("rope_parameters", "partial_rotary_factor"), rope_theta=1e6)
+    assert rope_of(read_config(folder)) == {"rotary_base": 1e6, "rotary_percent": 0.5}
 
 
 @pytest.mark.parametrize("config_eos, generation_eos, stop", [
@@ -124,7 +192,7 @@ def test_what_does_not_agree_in_a_model_folder(tmp_path, name, changes, message)
 ])  # fmt: skip
 def test_good_end_tokens_are_not_refused(tmp_path, config_eos, generation_eos, stop):
     model = write_model(tmp_path, "qwen3", eos_token_id=config_eos)
-    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_eos}))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_eos}), encoding="utf-8")
     check_model_folder(model, read_config(model), load_tokenizer(str(model)), stop=stop)
 
 

@@ -100,7 +100,7 @@ def test_by_default_a_run_gets_the_toy_as_it_comes():
 
 def test_end_tokens(models, tokenizer, tmp_path):
     assert end_tokens(str(models["qwen3"]), tokenizer, ("=",)) == [2, 14]
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}', encoding="utf-8")
     assert end_tokens(str(tmp_path), tokenizer, ()) == [2, 7, 8]
     with pytest.raises(BadInput, match="not one token"):
         end_tokens(str(tmp_path), tokenizer, ("==",))

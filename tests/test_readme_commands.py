@@ -23,7 +23,7 @@ import plot
 import run
 from test_prompts import gym  # noqa: F401  the stand-in for reasoning-gym
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = [line.partition("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.replace("\\\n", " ").splitlines()]
 INLINE = re.findall(r"`((?:torchrun|python) [^`]*)`", README)
 SHORT = ["--steps", "1", "--eval-samples", "2", "--prompts-per-step", "4", "--samples-per-prompt", "2", "--export"]
@@ -55,12 +55,12 @@ def reader(tmp_path, monkeypatch):
     names = {word for line in ELSEWHERE for word in re.findall(r"--model (\S+)", line)}
     for name in names:
         shutil.copytree(ROOT / "toy", tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        config = json.loads((tmp_path / name / "config.json").read_text())
-        (tmp_path / name / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}))
-        tokenizer = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        config = json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}), encoding="utf-8")
+        tokenizer = json.loads((tmp_path / name / "tokenizer_config.json").read_text(encoding="utf-8"))
         tokenizer["chat_template"] = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    (tmp_path / "FILE.jsonl").write_text(json.dumps({"prompt": "1+1=", "label": "2"}) + "\n")
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    (tmp_path / "FILE.jsonl").write_text(json.dumps({"prompt": "1+1=", "label": "2"}) + "\n", encoding="utf-8")
     (tmp_path / "gsm8k").mkdir()
     for part in ("train", "test"):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"question": "1+1=", "answer": "one and one\n#### 2"}]), f"gsm8k/{part}.parquet")
@@ -101,10 +101,10 @@ def test_one_picture_of_two_runs(tmp_path):
         folder.mkdir(parents=True)
         row = {"step": 1, "reward": 0.5, "held_out": 0.5, "mismatch_abs": 0.1, "mismatch_k3": 0.01, "rollout_s": 1.0, "train_s": 1.0, "sync_s": 0.1}
         row |= {"staleness": [3, 1], "staleness_max": 1, "response_tokens": 4.0, "truncated": 0.0, "step_s": 2.0}
-        (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "held_out": 0.4}) + "\n" + json.dumps(row) + "\n")
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "held_out": 0.4}) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
         names = [{"name": "thread_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": "trainer"}}]
         events = [*names, {"name": "train", "ph": "X", "ts": 0, "dur": 1_000_000, "pid": 0, "tid": 0}]
-        (folder / "trace.json").write_text("[" + ",\n".join(map(json.dumps, events)) + ("]" if name == "A" else ""))  # B has not ended
+        (folder / "trace.json").write_text("[" + ",\n".join(map(json.dumps, events)) + ("]" if name == "A" else ""), encoding="utf-8")  # B has not ended
     assert plot.spans(tmp_path / "runs/A") == plot.spans(tmp_path / "runs/B") == [("rank 0 trainer", "train", 0.0, 1.0)]
     (line,) = [line for line in LINES if line.startswith("python plot.py")]
     words = shlex.split(line)

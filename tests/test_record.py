@@ -66,7 +66,7 @@ def test_metrics_reach_the_boards(one_rank, monkeypatch, tmp_path, boards):
         ("open", "runs/a/tensorboard", None),
         ("scalar", "step", 1, 1), ("scalar", "loss", 0.5, 1), ("flush",), ("wandb", {"step": 1, "loss": 0.5}, 1), ("end", 0),
     ]  # fmt: skip
-    assert json.loads((tmp_path / "runs/a/metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5, "staleness": [3, 1]}
+    assert json.loads((tmp_path / "runs/a/metrics.jsonl").read_text(encoding="utf-8")) == {"step": 1, "loss": 0.5, "staleness": [3, 1]}
 
 
 def test_wandb_is_told_that_a_run_failed(one_rank, monkeypatch, tmp_path, boards):
@@ -83,7 +83,7 @@ def test_a_board_that_is_not_installed_is_named_before_the_start(monkeypatch, ch
 
 
 def test_rollouts_that_are_not_there_are_named_before_the_start(tmp_path):
-    (tmp_path / "step-000001.jsonl").write_text("")
+    (tmp_path / "step-000001.jsonl").write_text("", encoding="utf-8")
     check_run_settings(RunSettings(load_rollouts=str(tmp_path), steps=1))
     with pytest.raises(BadInput, match="has no step-000002.jsonl"):
         check_run_settings(RunSettings(load_rollouts=str(tmp_path), steps=2))

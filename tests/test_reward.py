@@ -99,7 +99,7 @@ def test_several_sets_and_answers_by_hand():
     assert metrics["reward/a"] == 0.5 and metrics["reward/b"] == 0.25  # without the one that could not be judged
     assert not [key for key in batch_metrics(samples[:6], version=3) if "/" in key]
     names = {re.sub(r"/[ab]$", "/NAME", re.sub(r"pass@\d", "pass@k", re.sub(r"majority@\d", "majority@N", key))) for key in metrics}
-    assert sorted(name for name in names if f"`{name}`" not in (ROOT / "README.md").read_text()) == []
+    assert sorted(name for name in names if f"`{name}`" not in (ROOT / "README.md").read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize("samples, expected", [

@@ -1,14 +1,38 @@
-"""rollout.py without an engine: settings that cannot work. Prompt data is tested in test_prompts.py, generation in test_engine.py."""
+"""rollout.py and engine_checks.py without an engine: settings that cannot work, and machines on which no engine could start.
+
+Prompt data is tested in test_prompts.py, generation in test_engine.py. Not covered: settings that need a GPU.
+"""
+
+import os
+import resource
+import shutil
+import socket
+import tempfile
+from multiprocessing.connection import Listener
+from types import SimpleNamespace
 
 import pytest
+import torch
+from conftest import ROOT
 
+import engine_checks
+import rollout
+from engine_checks import check_environment, server_overrides
 from hf_config import read_config
 from rollout import RolloutSettings, check_rollout_settings
 from run import BadInput
 
+TOY = ROOT / "toy"
+
 
 @pytest.mark.parametrize("changes, message", [
     (dict(temperature=0.0), "--temperature 0.0 must be above 0"),
+    (dict(temperature=-1.0), "--temperature -1.0 must be above 0"),
+    (dict(temperature=1e-7), "--temperature 1e-07 must lie between 0.01 and 100"),
+    (dict(temperature=0.0099), "--temperature 0.0099 must lie between"),
+    (dict(temperature=float("inf")), "--temperature inf must lie between"),
+    (dict(temperature=float("nan")), "--temperature nan must lie between"),
+    (dict(temperature=101.0), "--temperature 101.0 must lie between"),
     (dict(prompts_per_step=3), "not divisible by the 2 engines"),
     (dict(engine_tp=3), "--engine-tp 3 does not divide the 2 ranks"),
     (dict(samples_per_prompt=1), "at least 2"),
@@ -17,9 +41,234 @@ from run import BadInput
     (dict(eval_samples=10**20), "--eval-samples 100000000000000000000 must lie between 1 and 100,000"),
     (dict(eval_samples_per_prompt=0), "--eval-samples-per-prompt 0"),
     (dict(sglang=("mem_fraction_sttic=0.5",)), "nearest is mem_fraction_static"),
-    (dict(sglang=("dtype=half",)), "is not a field"),
     (dict(sglang=("log_level",)), "key=value"),
 ])  # fmt: skip
 def test_settings_that_cannot_work(models, changes, message):
     with pytest.raises(BadInput, match=message):
         check_rollout_settings(RolloutSettings(**changes), read_config(models["qwen3"]), world_size=2)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.6, 1, 100.0])
+def test_temperatures_that_hold_are_not_refused(models, temperature):
+    check_rollout_settings(RolloutSettings(temperature=temperature), read_config(models["qwen3"]), world_size=2)
+
+
+# --- --sglang ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair, decided_by", [
+    ("dtype=half", "--rollout-dtype"),
+    ("json_model_override_args={}", "config.json and --rollout-dtype"),
+    ("context_length=12", "max_position_embeddings"),
+    ('preferred_sampling_params={"top_k": 1}', "--temperature"),
+    ("sampling_defaults=model", "--temperature"),
+    ("random_seed=3", "--seed"),
+    ("weight_version=x", "the hand-off"),
+    ("tokenizer_path=x", "--model"),
+    ("nnodes=2", "torchrun"),
+    ("attention_backend=flashinfer", "cpu.py"),
+    ("kv_cache_dtype=fp8_e5m2", "cpu.py"),
+    ("enable_deterministic_inference=true", "cpu.py"),
+])  # fmt: skip
+def test_what_something_else_decides_is_refused_by_its_name(pair, decided_by):
+    with pytest.raises(BadInput, match=f"--sglang {pair.partition('=')[0]} is decided by .*{decided_by}"):
+        server_overrides((pair,), on_gpu=False)
+
+
+@pytest.mark.parametrize("name", [
+    "allow_auto_truncate", "speculative_algorithm", "speculative_num_steps", "enable_lora", "lora_paths", "enable_custom_logit_processor", "forward_hooks",
+    "dist_init_addr", "pp_size", "dp_size", "enable_dp_attention", "model_impl", "trust_remote_code", "is_embedding", "revision", "quantization_param_path",
+    "cpu_offload_gb", "disaggregation_mode", "dllm_algorithm", "rl_on_policy_target", "tokenizer_mode", "stream_interval", "enable_eplb", "max_queued_requests",
+    "ep_num_redundant_experts", "debug_tensor_dump_input_file", "enable_tf32_matmul", "reasoning_parser", "host", "port", "enable_hierarchical_cache",
+])  # fmt: skip
+def test_what_could_change_samples_in_silence_is_refused(name):
+    with pytest.raises(BadInput, match=f"--sglang {name} cannot be set"):
+        server_overrides((f"{name}=1",), on_gpu=True)
+
+
+@pytest.mark.parametrize("pair", [
+    "max_total_tokens=many", "max_total_tokens=5.5", "max_total_tokens=true", "max_total_tokens=-5", "max_total_tokens=0", "mem_fraction_static=2",
+    "mem_fraction_static=0", "mem_fraction_static=null", "mem_fraction_static=NaN", "mem_fraction_static=half", "log_level=7", "log_level=loud",
+    "schedule_policy=best", "disable_radix_cache=1", "disable_radix_cache=True", "chunked_prefill_size=-2", "watchdog_timeout=Infinity", "numa_node=0",
+    "cuda_graph_bs_decode=[1, -2]",
+])  # fmt: skip
+def test_a_value_of_another_type_or_size_is_refused(pair):
+    with pytest.raises(BadInput) as refused:
+        server_overrides((pair,), on_gpu=True)
+    assert len(refused.value.problems) == 1 and str(refused.value).startswith(f"--sglang {pair.partition('=')[0]}=")
+
+
+def test_good_values_are_taken_as_they_are():
+    pairs = ("mem_fraction_static=0.8", "enable_deterministic_inference=true", "attention_backend=fa3", "numa_node=[0]", "chunked_prefill_size=-1")
+    expected = dict(mem_fraction_static=0.8, enable_deterministic_inference=True, attention_backend="fa3", numa_node=[0], chunked_prefill_size=-1)
+    assert server_overrides(pairs, on_gpu=True) == expected
+
+
+def test_a_field_given_twice_is_refused():
+    with pytest.raises(BadInput, match="max_total_tokens is given twice"):
+        server_overrides(("max_total_tokens=90000", "max_total_tokens=80000"), on_gpu=False)
+
+
+def test_all_bad_fields_are_said_at_once():
+    with pytest.raises(BadInput) as refused:
+        server_overrides(("dtype=half", "lora_paths=x", "log_level", "max_totl_tokens=5"), on_gpu=True)
+    assert len(refused.value.problems) == 4
+
+
+# --- limits of the engine ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields, longest, is_cut", [
+    ((), 65534, False), ((), 65535, True), (("max_total_tokens=100",), 98, False), (("max_total_tokens=100",), 99, True),
+    (("max_total_tokens=100", "page_size=16"), 64, False), (("max_total_tokens=100", "page_size=16"), 65, True),
+])  # fmt: skip
+def test_a_cache_that_would_cut_the_longest_answer_is_refused(fields, longest, is_cut):
+    config = read_config(TOY) | {"max_position_embeddings": 10**6}
+    settings = RolloutSettings(max_response_tokens=40, sglang=fields)
+    if not is_cut:
+        return check_rollout_settings(settings, config, world_size=1, longest=longest, on_gpu=False)
+    with pytest.raises(BadInput, match=f"have {longest} tokens, but the engine keeps"):
+        check_rollout_settings(settings, config, world_size=1, longest=longest, on_gpu=False)
+
+
+def test_a_cache_smaller_than_an_answer_is_refused_before_prompts_are_known():
+    with pytest.raises(BadInput, match="an answer alone, by --max-response-tokens, can have 41 tokens"):
+        check_rollout_settings(RolloutSettings(max_response_tokens=40, sglang=("max_total_tokens=42",)), None, world_size=1, on_gpu=False)
+
+
+def test_a_plan_for_gpus_has_not_the_cpu_engine_s_cache():
+    config = read_config(TOY) | {"max_position_embeddings": 10**6}
+    check_rollout_settings(RolloutSettings(max_response_tokens=100_000), config, world_size=1, longest=200_000, on_gpu=True)
+
+
+def test_a_prompt_that_the_engine_would_refuse_is_refused_before():
+    """SGLang takes prompts of less than the context less 6, however short the answer."""
+    settings = RolloutSettings(max_response_tokens=2)
+    check_rollout_settings(settings, read_config(TOY), world_size=1, longest=512 - 7 + 2)
+    with pytest.raises(BadInput, match="longest prompt has 506 tokens; the engine takes at most 505"):
+        check_rollout_settings(settings, read_config(TOY), world_size=1, longest=512 - 6 + 2)
+
+
+@pytest.mark.parametrize("longest, is_cut", [(None, False), (95, False), (96, True)])
+def test_an_engine_that_found_too_little_memory_is_ended(monkeypatch, longest, is_cut):
+    ended = []
+    engine = SimpleNamespace(tokenizer_manager=SimpleNamespace(max_req_input_len=91), shutdown=lambda: ended.append(True))
+    monkeypatch.setattr(rollout, "Engine", lambda *_, **__: engine)
+    monkeypatch.setattr(rollout.dist, "get_rank", lambda: 0)
+    start = lambda: rollout.start_engine(str(TOY), RolloutSettings(), read_config(TOY), seed=1, longest=longest)  # noqa: E731
+    if not is_cut:
+        assert start() is engine and not ended
+        return
+    with pytest.raises(BadInput, match="has 96 tokens, but the engine has memory for 95"):
+        start()
+    assert ended
+
+
+# --- the machine ------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_folder():
+    """tempfile remembers the folder that it has found."""
+    yield
+    tempfile.tempdir = None
+
+
+def check(config=True, *, bucket_bytes=2**28, engines=1) -> None:
+    check_environment(read_config(TOY) if config else None, bucket_bytes=bucket_bytes, element_bytes=2, engines_here=engines)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, buckets do not travel through shared memory")
+def test_this_machine_is_not_refused(monkeypatch):
+    for name in ("TMPDIR", "TEMP", "TMP", *engine_checks.ENGINE_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    check(engines=2)
+
+
+@pytest.fixture
+def folder_of_length():
+    """A function that makes a temporary folder whose path has so many bytes."""
+    base = tempfile.mkdtemp(dir="/tmp")
+
+    def make(length: int) -> str:
+        path = os.path.join(base, "x" * (length - len(base) - 1))
+        os.makedirs(path, exist_ok=True)
+        return path
+
+    yield make
+    shutil.rmtree(base)
+
+
+@pytest.mark.parametrize("length, fits", [(75, True), (76, False), (95, False), (125, False)])
+def test_a_temporary_folder_is_refused_where_multiprocessing_s_socket_does_not_fit(monkeypatch, folder_of_length, length, fits):
+    folder = folder_of_length(length)
+    monkeypatch.setenv("TMPDIR", folder)
+    address = os.path.join(folder, "pymp-xxxxxxxx", "listener-xxxxxxxx")
+    os.makedirs(os.path.dirname(address), exist_ok=True)
+    if fits:
+        check()
+        Listener(address, family="AF_UNIX").close()
+        return
+    with pytest.raises(BadInput, match=f"has {length} bytes; sockets below it allow at most 75"):
+        check()
+    with pytest.raises(OSError, match="too long"), socket.socket(socket.AF_UNIX) as unbound:
+        unbound.bind(address)
+
+
+def test_a_temporary_folder_that_is_not_there_is_refused_and_not_replaced(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
+    with pytest.raises(BadInput, match="TMPDIR '.*absent' cannot be written"):
+        check(config=False)
+
+
+def test_a_temporary_folder_that_is_a_file_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "file"))
+    with pytest.raises(BadInput, match="cannot be written"):
+        check(config=False)
+
+
+def with_shared_memory(monkeypatch, free: int) -> None:
+    monkeypatch.setattr(engine_checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+
+
+def test_shared_memory_must_hold_two_buckets_of_every_engine(monkeypatch):
+    """A bucket is at most --bucket-bytes and the largest tensor: of the toy, up_proj of 512 x 128 in BF16."""
+    needed = 2 * (100_000 + 512 * 128 * 2) * 3
+    with_shared_memory(monkeypatch, needed)
+    check(bucket_bytes=100_000, engines=3)
+    with_shared_memory(monkeypatch, needed - 1)
+    with pytest.raises(BadInput, match="/dev/shm has 1.4 MB free, but the hand-off of weights needs 1.4 MB: .* 3 engines"):
+        check(bucket_bytes=100_000, engines=3)
+
+
+def test_a_bucket_is_never_more_than_the_model(monkeypatch):
+    with_shared_memory(monkeypatch, 5_000_000)  # twice the toy's 1.2 million parameters in BF16, and some more
+    check(bucket_bytes=2**40)
+
+
+def test_absent_shared_memory_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(engine_checks, "SHARED_MEMORY", str(tmp_path / "shm"))
+    with pytest.raises(BadInput, match="shm cannot be written"):
+        check()
+
+
+def test_a_limit_of_open_files_below_what_a_bucket_s_tensors_need_is_refused(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 300))
+    with pytest.raises(BadInput, match="a process may open 300 files"):
+        check()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 1024))
+    check()
+
+
+@pytest.mark.parametrize("name, effect", [("SGLANG_RETURN_ORIGINAL_LOGPROB", "temperature 1"), ("SGLANG_MAX_NEW_TOKENS_LIMIT", "cuts answers short")])
+def test_a_variable_by_which_the_engine_changes_every_request_is_refused(monkeypatch, name, effect):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(BadInput, match=f"{name}=1 must not be set: by it SGLang .*{effect}"):
+        check(config=False)
+
+
+def test_a_run_without_an_engine_needs_none_of_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
+    with_shared_memory(monkeypatch, 0)
+    check(engines=0)

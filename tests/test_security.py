@@ -17,7 +17,7 @@ OPENS_UP = {"trust_remote_code", "shell", "allow_pickle", "weights_only"}
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_no_source_runs_what_it_was_given(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             assert ast.unparse(node.func) not in RUNS_CODE, f"line {node.lineno}"
             assert not {keyword.arg for keyword in node.keywords} & OPENS_UP, f"line {node.lineno}"
@@ -27,7 +27,7 @@ def test_no_source_runs_what_it_was_given(path):
 
 def test_the_tool_reaches_neither_files_nor_network():
     """All that the example imports beside this project and the arithmetic of its calculator."""
-    tree = ast.parse((ROOT / "examples" / "tool_use.py").read_text())
+    tree = ast.parse((ROOT / "examples" / "tool_use.py").read_text(encoding="utf-8"))
     (calculator,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "calculator"]
     called = {ast.unparse(node.func) for node in ast.walk(calculator) if isinstance(node, ast.Call)}
     assert called <= {"CALL.fullmatch", "call[1:-1].split", "sum", "int"}

@@ -209,7 +209,7 @@ def test_at_ratio_1_and_advantage_1_the_policy_loss_is_supervised():
     (["--prompts", "PROMPTS"], "--prompts and --eval-prompts"),
 ])  # fmt: skip
 def test_flags_that_cannot_work(monkeypatch, tmp_path, flags, message):
-    (tmp_path / "PROMPTS").write_text('{"prompt": "1+1=", "label": "2"}')
+    (tmp_path / "PROMPTS").write_text('{"prompt": "1+1=", "label": "2"}', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["tool_use.py", *flags])
     for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():

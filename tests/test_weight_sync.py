@@ -33,7 +33,7 @@ EMBEDDING = "model.embed_tokens.weight"
 def faults(tmp_path_factory):
     out = tmp_path_factory.mktemp("faults") / "report.json"
     done = torchrun("tests/workers/hand_off_faults.py", out, ranks=2, check=False)  # the last fault kills the engine under it
-    return json.loads(out.read_text()) | {"output": done.stderr}
+    return json.loads(out.read_text(encoding="utf-8")) | {"output": done.stderr}
 
 
 @pytest.mark.parametrize("phase, error, tensors", [

@@ -130,7 +130,7 @@ def main() -> None:
         gradients[name] = {n: m / (1 - m.abs()) for n, m in moved.items()}
     losses["no token counts"] = without_a_token(trainer, weights)
     if dist.get_rank() == 0:
-        (out / "losses.json").write_text(json.dumps(losses))
+        (out / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
         torch.save(gradients, out / "gradients.pt")
 
 

@@ -70,4 +70,4 @@ if __name__ == "__main__":
     train_step.train_step, rollout.without_marks, in_flight.check_staleness = slow_train, recorded_step, recorded_version
     sys.argv = ["loop_async.py", *sys.argv[3:]]
     run.run_main(loop_async.main)
-    (OUT / f"rank-{os.environ['RANK']}.json").write_text(json.dumps({"started": started, "steps": steps, "versions": versions}))
+    (OUT / f"rank-{os.environ['RANK']}.json").write_text(json.dumps({"started": started, "steps": steps, "versions": versions}), encoding="utf-8")

@@ -122,7 +122,7 @@ def main() -> None:
         weight_sync.hand_over(weights, engine, version=version)
         report[fault]["answers_when_mended"] = engine is None or answers(engine)
     if engine:
-        Path(sys.argv[1]).write_text(json.dumps(report))
+        Path(sys.argv[1]).write_text(json.dumps(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

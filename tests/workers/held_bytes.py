@@ -63,7 +63,7 @@ def main() -> None:
         found[name] = [json.loads(row) for row in run.all_gather_bytes(json.dumps(mine).encode(), everyone)]
         del trainer
     if torch.distributed.get_rank() == 0:
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def main() -> None:
             dist.all_gather_object(reports, mine)
             report[layout][family] = reports
     if dist.get_rank() == 0:
-        (out / "report.json").write_text(json.dumps(report))
+        (out / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 if __name__ == "__main__":
