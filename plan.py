@@ -28,6 +28,7 @@ from memory import checkpoint_bytes, embedding_parameters, engine_bytes, hand_of
 from problems import BadInput, all_problems
 from rollout import MEM_FRACTION_STATIC
 from run import name_problem, rollouts_file
+from sample import read_dump
 
 RUNTIME_BYTES = 3e9  # on a GPU and process: CUDA context and libraries, NCCL's buffers, what the allocators waste
 CPU_PROCESS_BYTES = 0.5e9  # of a trainer, or of an engine's scheduler, without a GPU: Python, torch, megatron-core or SGLang

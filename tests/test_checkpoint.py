@@ -85,7 +85,7 @@ def test_a_finished_run_given_more_steps_learns_as_it_is_asked_to(undisturbed, t
     rows = metrics_of(run)
     assert rows[:10] == metrics_of(undisturbed)
     assert [row["lr"] for row in rows[10:]] == pytest.approx([1e-3 * left / 12 for left in (3, 2, 1)])
-    assert json.loads((run / "settings.json").read_text())["train"]["lr"] == 1e-3
+    assert json.loads((run / "settings.json").read_text(encoding="utf-8"))["train"]["lr"] == 1e-3
     assert checkpoint.checkpoints_of(run)[-1].name == "step-000012"  # without --save-every: the next --resume loses nothing
 
 
@@ -105,7 +105,7 @@ def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_m
     checkpoint.save(record, Settings(), before, step=1, read={}, rank_state={})
     after = trainer_of(lr=1e-4, lr_schedule="constant", weight_decay=0.3, adam_beta2=0.9, megatron=("adam_eps=1e-3",))
     saved = tmp_path / "checkpoints" / "step-000001"
-    checkpoint.restore(checkpoint.Checkpoint(saved, 1, json.loads((saved / "state.json").read_text())), after)
+    checkpoint.restore(checkpoint.Checkpoint(saved, 1, json.loads((saved / "state.json").read_text(encoding="utf-8"))), after)
     for group in after.optimizer.param_groups:
         assert group["lr"] == 1e-4 and group["weight_decay"] == 0.3 * group["wd_mult"]
         assert group["betas"] == (0.9, 0.9) and group["eps"] == 1e-3
@@ -215,7 +215,7 @@ def test_a_checkpoint_is_a_folder_named_by_its_step_and_steps_count_as_numbers(t
     names = ["step-000001-hf", "step-999999", "step-1000000", "step-000002.part", "step-x", "step-000003"]
     for name in names:
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    (tmp_path / "checkpoints" / "step-2000000").write_text("a file")
+    (tmp_path / "checkpoints" / "step-2000000").write_text("a file", encoding="utf-8")
     assert [path.name for path in checkpoint.checkpoints_of(tmp_path)] == ["step-000003", "step-999999", "step-1000000"]
 
 
@@ -228,7 +228,7 @@ def test_steps_that_are_done_are_refused_before_a_file_is_opened(stopped, monkey
 
 
 def test_a_record_that_is_shorter_than_the_checkpoint_says_is_refused(stopped, monkeypatch):
-    (stopped / "metrics.jsonl").write_text("")
+    (stopped / "metrics.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(BadInput, match="metrics.jsonl is shorter than it was"):
         find(stopped, monkeypatch)
 
@@ -251,22 +251,22 @@ def test_a_resumed_run_reads_what_it_had_read(stopped, tmp_path, monkeypatch):
 
 
 def test_a_resumed_run_with_other_rows_is_refused(stopped, tmp_path, monkeypatch):
-    rows = (tmp_path / "more.jsonl").read_text().splitlines()
-    (tmp_path / "more.jsonl").write_text("\n".join(rows[::-1]))
+    rows = (tmp_path / "more.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "more.jsonl").write_text("\n".join(rows[::-1]), encoding="utf-8")
     with pytest.raises(BadInput, match="what --prompts names is not what it was when .*step-000006 was written: give the same rows"):
         find(stopped, monkeypatch, read=what_was_read(tmp_path, monkeypatch))
 
 
 def test_a_resumed_run_with_another_model_folder_is_refused(stopped, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "toy", tmp_path / "model", ignore=shutil.ignore_patterns("__pycache__"))
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}), encoding="utf-8")
     with pytest.raises(BadInput, match="what --model names is not what it was when .*step-000006 was written: give the same folder"):
         find(stopped, monkeypatch, read=what_was_read(tmp_path, monkeypatch, model=str(tmp_path / "model")))
 
 
 def test_changed_weights_change_the_digest_of_a_folder(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     weights = bytearray(10_000_000)  # more than 64 parts of 64 KiB
     (tmp_path / "model.safetensors").write_bytes(weights)
     digest = checkpoint.folder_digest(tmp_path)

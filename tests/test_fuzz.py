@@ -150,7 +150,8 @@ def test_bytes_of_checkpoints(outcome, tmp_path):
     (saved / "model" / "weights").write_bytes(rng.randbytes(3000))
     (saved / "model" / ".metadata").write_bytes(pickle.dumps({"weights": 3000}))
     settings = json.loads(json.dumps(dataclasses.asdict(loop_sync.Settings())))
-    (saved / "state.json").write_text(json.dumps({"step": 4, "loop": "sync", "settings": settings, "read": {}, "record": {}, "ranks": [{"prompts": 64}]}))
+    state = {"step": 4, "loop": "sync", "settings": settings, "read": {}, "record": {}, "ranks": [{"prompts": 64}]}
+    (saved / "state.json").write_text(json.dumps(state), encoding="utf-8")
     listed = {str(path.relative_to(saved)): (path.stat().st_size, checkpoint._crc(path)) for path in saved.rglob("*") if path.is_file()}
     (saved / "files.json").write_text(json.dumps(listed), encoding="utf-8")
     assert outcome("--name", "old", "--resume") == "started"

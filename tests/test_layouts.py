@@ -47,9 +47,9 @@ def reports(models, tmp_path_factory):
     found = {}
     for ranks, layouts in cases.items():
         out = tmp_path_factory.mktemp("layouts")
-        (out / "cases.json").write_text(json.dumps(layouts))
+        (out / "cases.json").write_text(json.dumps(layouts), encoding="utf-8")
         torchrun("tests/workers/layout.py", out, out / "cases.json", ranks=ranks, timeout=1800)
-        measured = json.loads((out / "report.json").read_text())
+        measured = json.loads((out / "report.json").read_text(encoding="utf-8"))
         found |= {layout: (report, out / layout) for layout, report in measured.items()}
     return found
 
@@ -105,7 +105,7 @@ def test_a_padded_vocabulary_goes_through_a_checkpoint(models, tmp_path, family,
     qwen2's embeddings are tied.
     """
     torchrun("tests/workers/padded_checkpoint.py", tmp_path, models[family], tp, other_tp, ranks=2)
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["differ"] == []
     assert report["rows"] == 97
     assert report["got"] == pytest.approx(report["expected"], rel=1e-5, abs=1e-6)

@@ -128,7 +128,7 @@ def test_a_batch_that_does_not_divide(start):
 
 def test_a_used_run_name_is_refused(start, tmp_path):
     (tmp_path / "runs" / "old").mkdir(parents=True)
-    (tmp_path / "runs" / "old" / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "runs" / "old" / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
     with pytest.raises(run.BadInput, match="already exists: choose another --name"):
         start("--name", "old")
 

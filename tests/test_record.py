@@ -99,7 +99,7 @@ def test_chosen_steps_are_profiled(one_rank, monkeypatch, tmp_path):
         record.log({"step": step})
     (profile,) = (tmp_path / "runs/a/profile").iterdir()
     assert profile.name == "step-2-rank-0.json"
-    assert any(event.get("name") == "aten::cumsum" for event in json.loads(profile.read_text())["traceEvents"])
+    assert any(event.get("name") == "aten::cumsum" for event in json.loads(profile.read_text(encoding="utf-8"))["traceEvents"])
 
 
 # --- a run's name -----------------------------------------------------------------------------------------------------------------------------
@@ -113,7 +113,8 @@ def test_plain_names_are_taken(monkeypatch, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [
-    "/tmp/runs/a", "../a", "a/../b", "a/..", ".", "./a", "a/", "a//b", "-a", "a/-b", ".hidden", "a:b", "a#1", "a?", "a%20", "a b", "a\\b", "a\n", "é", "x" * 129,
+    "/tmp/runs/a", "../a", "a/../b", "a/..", ".", "./a", "a/", "a//b", "-a", "a/-b", ".hidden", "a:b", "a#1", "a?", "a%20", "a b", "a\\b",
+    "a\n", "é", "x" * 129,
 ])  # fmt: skip
 def test_other_names_are_refused(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
@@ -124,7 +125,7 @@ def test_other_names_are_refused(monkeypatch, tmp_path, name):
 def test_a_name_that_is_taken_is_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "exp" / "a").mkdir(parents=True)
-    (tmp_path / "runs" / "exp" / "a" / "settings.json").write_text("{}")
+    (tmp_path / "runs" / "exp" / "a" / "settings.json").write_text("{}", encoding="utf-8")
     for name in ("exp", "exp/a"):
         with pytest.raises(BadInput, match=f"runs/{name} already exists: choose another --name"):
             check_run_settings(RunSettings(name=name))
@@ -148,7 +149,7 @@ def test_unnamed_runs_of_one_second_have_folders_of_their_own(monkeypatch, tmp_p
 
 
 def test_a_folder_that_cannot_be_created_is_named(one_rank, monkeypatch, tmp_path):
-    (tmp_path / "runs").write_text("a file")
+    (tmp_path / "runs").write_text("a file", encoding="utf-8")
     with pytest.raises(BadInput, match="a folder below runs/ cannot be created"):
         record_of(monkeypatch, tmp_path)
 
@@ -204,7 +205,7 @@ def test_rows_behind_the_checkpoint_are_dropped_and_announced(one_rank, monkeypa
     record.log({"step": 2})
     record.log({"step": 3})
     record_of(monkeypatch, tmp_path, resumed=saved)
-    assert (tmp_path / "runs/a/metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert (tmp_path / "runs/a/metrics.jsonl").read_text(encoding="utf-8") == '{"step": 1}\n'
     assert "going on from runs/a/checkpoints/step-000001; the 2 rows of metrics.jsonl that followed it are dropped" in capfd.readouterr().err
 
 

@@ -22,7 +22,7 @@ SPLITS = {
 def measure(folder, model, ranks, *rest) -> dict:
     *sizes, order = rest
     torchrun("tests/workers/algorithms.py", folder, *sizes, order, model, ranks=ranks)
-    losses, gradients = json.loads((folder / "losses.json").read_text()), torch.load(folder / "gradients.pt", weights_only=True)
+    losses, gradients = json.loads((folder / "losses.json").read_text(encoding="utf-8")), torch.load(folder / "gradients.pt", weights_only=True)
     assert losses["no token counts"] == [True, True, True]
     return {name: (losses[name], gradients[name]) for name in ALGORITHMS}
 

@@ -131,7 +131,7 @@ def report_of(folder: str, splits: list[int], out: Path, *, trains: bool) -> dic
 
 
 def main() -> None:
-    out, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    out, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
     run.init_distributed()
     report = {}
     for layout, case in cases.items():

@@ -61,7 +61,7 @@ def main() -> None:
     rows = len(read["model.embed_tokens.weight"])
     report = {"differ": differ, "rows": rows, "expected": expected, "got": got}
     if is_writer:
-        (out / "report.json").write_text(json.dumps(report))
+        (out / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 if __name__ == "__main__":
