@@ -61,11 +61,13 @@ def main() -> None:
     world_size = plan.world_size(settings.plan)
     trainer_ranks, rollout_ranks = world_size - settings.in_flight.rollout_ranks, settings.in_flight.rollout_ranks
     problems.of(in_flight.check_in_flight_settings, settings.in_flight, settings.rollout, world_size=world_size)
-    problems.of(rollout.check_rollout_settings, settings.rollout, config, world_size=rollout_ranks)
     problems.of(reward.check_reward_settings, settings.reward, settings.rollout)
+    problems.of(weight_sync.check_sync_settings, settings.sync)
     label_problems = reward.label_problems(settings.reward)
     data = None if settings.plan.plan else problems.of(load_data, model, settings.rollout, config, seed=seed, label_problems=label_problems)
     longest = problems.of(plan.longest_sample, settings, config, data)
+    sizes = dict(world_size=rollout_ranks, longest=longest, on_gpu=settings.plan.plan or None)
+    problems.of(rollout.check_rollout_settings, settings.rollout, config, **sizes)
     problems.of(train_step.check_train_settings, settings.train, settings.loss, config, world_size=trainer_ranks, steps=steps, longest=longest)
     load = dict(world_size=world_size, trainer_ranks=trainer_ranks, rollout_ranks=rollout_ranks, longest=longest)
     if settings.plan.plan:
@@ -90,7 +92,7 @@ def main() -> None:
     checkpoint.restore(resumed, trainer)
     learner = None if settings.run.debug_rollout_only else trainer
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes, broadcast_group=everyone)
-    engine = None if trains or settings.run.load_rollouts else rollout.start_engine(model, settings.rollout, config, seed=seed)
+    engine = None if trains or settings.run.load_rollouts else rollout.start_engine(model, settings.rollout, config, seed=seed, longest=longest)
     judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges, settings.reward.judge_timeout_s)
     with engine or contextlib.nullcontext(), record:
         weight_sync.sync_weights(weights, engine, version=start, check=True)

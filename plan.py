@@ -23,9 +23,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from engine_checks import check_environment
 from hf_config import check_layout
 from memory import checkpoint_bytes, embedding_parameters, engine_bytes, hand_off_bytes, parameters, state_bytes, trainer_bytes
-from problems import BadInput, all_problems
+from problems import BadInput, Problems, all_problems
 from rollout import MEM_FRACTION_STATIC
 from run import name_problem, rollouts_file
 from sample import read_dump
@@ -233,7 +234,7 @@ def longest_sample(settings, config: dict | None, data) -> int | None:
     if not settings.run.load_rollouts or data is None:
         return data.longest if data else None
     files = [rollouts_file(settings.run.load_rollouts, step) for step in range(1, settings.run.steps + 1)]
-    dumps = (read_dump(file, vocab_size=config["vocab_size"]) for file in files if file.is_file())  # check_run_settings names a missing one
+    dumps = (read_dump(file, vocab_size=config and config["vocab_size"]) for file in files if file.is_file())  # check_run_settings names a missing one
     return max([data.longest, *(len(sample.prompt_ids) + len(sample.response_ids) for dump in dumps for sample in dump)])
 
 
@@ -301,6 +302,10 @@ def check_machine(settings, config: dict | None, **load) -> None:
     existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
         yield f"the run folder {folder} cannot be written, because of {existing.resolve()}: run where you may write, or choose --name"
+    engines = 0 if settings.run.load_rollouts else min(load["rollout_ranks"], int(os.environ.get("LOCAL_WORLD_SIZE", 1))) // max(settings.rollout.engine_tp, 1)
+    found, element_bytes = Problems(), 4 if settings.rollout.rollout_dtype == "fp32" else 2
+    found.of(check_environment, config, bucket_bytes=settings.sync.bucket_bytes, element_bytes=element_bytes, engines_here=engines)
+    yield from found.found
     if config is None:
         return
     total, _ = parameters(config)

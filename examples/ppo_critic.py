@@ -245,10 +245,11 @@ def main() -> None:
     trainer_ranks = rollout_ranks = int(os.environ["WORLD_SIZE"])
     problems.of(check_critic_settings, settings)
     policy_steps = steps - settings.critic.critic_warmup_steps
-    problems.of(rollout.check_rollout_settings, settings.rollout, config, world_size=rollout_ranks)
+    problems.of(weight_sync.check_sync_settings, settings.sync)
     data = problems.of(load_data, model, settings.rollout, config, seed=seed, label_problems=reward.label_problems(settings.reward))
     problems.of(hf_folder.check_model_folder, model, config, data and data.tokenizer, stop=settings.rollout.stop)
     problems.of(reward.check_reward_settings, settings.reward, settings.rollout)
+    problems.of(rollout.check_rollout_settings, settings.rollout, config, world_size=rollout_ranks, longest=data and data.longest)
     sizes = dict(world_size=trainer_ranks, steps=policy_steps, longest=data and data.longest)
     problems.of(train_step.check_train_settings, settings.train, settings.loss, config, **sizes)
     problems.refuse()
@@ -264,7 +265,7 @@ def main() -> None:
     critic_train = dataclasses.replace(settings.train, lr=settings.critic.critic_lr, lr_schedule="constant", lr_warmup_steps=0, min_lr=0.0)
     critic = train_step.build_trainer(model, critic_train, config, steps=steps, seed=seed, head=ValueHead)
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
-    engine = rollout.start_engine(model, settings.rollout, config, seed=seed)
+    engine = rollout.start_engine(model, settings.rollout, config, seed=seed, longest=data.longest)
     judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges, settings.reward.judge_timeout_s)
     with engine or contextlib.nullcontext(), record:
         weight_sync.sync_weights(weights, engine, version=0, check=True)

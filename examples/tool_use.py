@@ -265,10 +265,11 @@ def main() -> None:
     config = problems.of(read_config, model)
     trainer_ranks = rollout_ranks = int(os.environ["WORLD_SIZE"])
     problems.of(check_tool_settings, settings)
-    problems.of(rollout.check_rollout_settings, settings.rollout, config, world_size=rollout_ranks)
+    problems.of(weight_sync.check_sync_settings, settings.sync)
     data = problems.of(load_data, model, replace(settings.rollout, stop=(*settings.rollout.stop, CALL_END)), config, seed=seed)
     problems.of(hf_folder.check_model_folder, model, config, data and data.tokenizer, stop=settings.rollout.stop)
     problems.of(reward.check_reward_settings, settings.reward, settings.rollout)
+    problems.of(rollout.check_rollout_settings, settings.rollout, config, world_size=rollout_ranks, longest=data and data.longest)
     sizes = dict(world_size=trainer_ranks, steps=steps, longest=data and data.longest)
     problems.of(train_step.check_train_settings, settings.train, settings.loss, config, **sizes)
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
@@ -288,7 +289,7 @@ def main() -> None:
     trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed, with_reference=with_reference)
     checkpoint.restore(resumed, trainer)
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
-    engine = rollout.start_engine(model, settings.rollout, config, seed=seed)
+    engine = rollout.start_engine(model, settings.rollout, config, seed=seed, longest=data.longest)
     judge = reward.Judge(right_answer, settings.reward.judges, settings.reward.judge_timeout_s)
     with engine or contextlib.nullcontext(), record:
         weight_sync.sync_weights(weights, engine, version=start, check=True)
