@@ -105,7 +105,7 @@ def test_of_many_bad_lines_the_first_are_named(tmp_path):
     ("config.json", dict(tie_word_embeddings=True), ["lm_head.weight is not the embedding and would be lost"]),
     ("config.json", dict(intermediate_size=384), ["mlp.gate_proj.weight has shape (512, 128), config.json implies (384, 128)"]),
     ("config.json", dict(eos_token_id=7), ["end at token 7 ('4') by config.json and generation_config.json, at 2 ('</s>') by the tokenizer"]),
-    ("generation_config.json", dict(eos_token_id=[2, 96]), ["eos_token_id 96", "model's 96"]),
+    ("generation_config.json", dict(eos_token_id=[2, 97]), ["eos_token_id 97", "model's 97"]),
 ])  # fmt: skip
 def test_what_does_not_agree_in_a_model_folder(tmp_path, name, changes, message):
     model = write_model(tmp_path, "qwen3")
