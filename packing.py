@@ -35,8 +35,8 @@ def plan_microbatches(lengths: list[int], *, microbatch_tokens: int, dp: int) ->
     if (longest := max(lengths, default=0)) > microbatch_tokens:
         found = f"a sample has {longest} tokens, a micro-batch at most {microbatch_tokens}"
         raise ValueError(f"{found}, --microbatch-tokens times --cp: raise --microbatch-tokens")
-    bins = dp * max(1, -(-sum(lengths) // (dp * microbatch_tokens)))
-    while True:
+    fewest = dp * max(1, -(-sum(lengths) // (dp * microbatch_tokens)))
+    for bins in range(fewest, fewest + len(lengths) + dp, dp):  # at the end each sample has its own
         loads, members = [0] * bins, [[] for _ in range(bins)]
         for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
             lightest = loads.index(min(loads))
@@ -44,7 +44,6 @@ def plan_microbatches(lengths: list[int], *, microbatch_tokens: int, dp: int) ->
             members[lightest].append(i)
         if max(loads) <= microbatch_tokens:
             break
-        bins += dp
     by_load = sorted(range(bins), key=lambda b: -loads[b])
     return [[members[b] for b in by_load[rank::dp]] for rank in range(dp)]
 
