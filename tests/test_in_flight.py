@@ -87,21 +87,21 @@ def new_queue(
 
 
 def stopped_after(steps: int, seconds, *, wait_s: float = 0.1, **settings) -> list[dict]:
-    """The states of all ranks, here of one, in a checkpoint after so many steps of wait_s."""
+    """The states of a trainer and of this rank, in a checkpoint after so many steps of wait_s."""
     engine = StandIn(seconds)
     groups = new_queue(engine, **settings)
     for version in range(steps):
         groups.next_step(version)
         engine.call(asyncio.sleep(wait_s))
         engine.version = version + 1
-    return [groups.state()]
+    return [{}, groups.state()]
 
 
 def in_flight(ranks: list[dict]) -> list[tuple[int, int, bool]]:
     """(prompt's number, version, whether finished) of each group of the checkpoint."""
     return [
         (group["prompt"]["group"], group["version"], bool(group["answers"]))
-        for group in ranks[0]["in_flight"]
+        for group in ranks[-1]["in_flight"]
     ]
 
 
@@ -262,7 +262,7 @@ def test_a_resumed_run_trains_finished_groups_at_their_true_age(one_rank):
 
 
 def test_a_group_that_failed_is_not_finished(one_rank):
-    """The step that would have raised it never came. The checkpoint holds the prompt, and no answers."""
+    """The step that would have raised it never came: the checkpoint holds no answers."""
 
     def seconds(group):
         if group == 7:

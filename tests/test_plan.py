@@ -166,8 +166,9 @@ def test_a_tied_embedding_is_on_both_ends_of_a_pipeline(models):
 def test_a_stage_holds_no_more_micro_batches_than_there_are(models, microbatches, held):
     """At pp 2 the first stage starts two before the first comes back, if there are two."""
     config = read_config(models["qwen3"])
+    split = dict(ranks=2, tp=1, pp=2, ep=1, microbatches=microbatches)
     load = dict(element_bytes=2, tokens=10_000, recompute=False, reference=False)
-    counted = memory.trainer_bytes(config, ranks=2, tp=1, pp=2, ep=1, microbatches=microbatches, **load)
+    counted = memory.trainer_bytes(config, **split, **load)
     kept = memory.activation_bytes(config, sparse=False, tokens=10_000, tp=1, ep=1, element_bytes=2)
     assert counted["activations"] == held * kept
 
