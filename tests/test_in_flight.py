@@ -31,7 +31,7 @@ class StandIn:
         self.loop, self.version, self.seconds, self.started, self.aborted, self.row = asyncio.new_event_loop(), 0, seconds, [], [], Row()
 
     def call(self, coroutine):
-        return self.loop.run_until_complete(coroutine)
+        return self.loop.run_until_complete(asyncio.wait_for(coroutine, 60))  # fail, do not hang
 
     async def generate(self, prompts_ids, sampling, *, request_ids):
         group, first = int(request_ids[0].split("-")[1]), self.version
@@ -87,21 +87,21 @@ def new_queue(
 
 
 def stopped_after(steps: int, seconds, *, wait_s: float = 0.1, **settings) -> list[dict]:
-    """The states of all ranks, here of one, in a checkpoint after so many steps of wait_s."""
+    """The states of a trainer and of this rank, in a checkpoint after so many steps of wait_s."""
     engine = StandIn(seconds)
     groups = new_queue(engine, **settings)
     for version in range(steps):
         groups.next_step(version)
         engine.call(asyncio.sleep(wait_s))
         engine.version = version + 1
-    return [groups.state()]
+    return [{}, groups.state()]
 
 
 def in_flight(ranks: list[dict]) -> list[tuple[int, int, bool]]:
     """(prompt's number, version, whether finished) of each group of the checkpoint."""
     return [
         (group["prompt"]["group"], group["version"], bool(group["answers"]))
-        for group in ranks[0]["in_flight"]
+        for group in ranks[-1]["in_flight"]
     ]
 
 
@@ -222,6 +222,20 @@ def test_what_fails_in_the_background_is_raised_in_the_loop(data):
         run_steps(data, seconds)
 
 
+def test_an_answer_that_the_engine_aborted_ends_the_run(one_rank):
+    """Nobody asked for it: the engine gave up, and says why."""
+
+    class Aborting(StandIn):
+        async def generate(self, prompts_ids, sampling, *, request_ids):
+            outputs = await super().generate(prompts_ids, sampling, request_ids=request_ids)
+            for output in outputs:
+                output["meta_info"]["finish_reason"] = {"type": "abort", "message": "no memory"}
+            return outputs
+
+    with pytest.raises(EngineDied, match="aborted sample 0 of group 0: no memory"):
+        new_queue(Aborting(lambda group: 0), max_staleness=0).next_step(0)
+
+
 def test_a_failing_judge_masks_its_samples(data, capsys):
     given, _ = run_steps(data, lambda group: 0, judge=lambda sample: 1 / sample.group, steps=2)
     broken = [sample for sample in given[0] if sample.group == 0]
@@ -245,6 +259,18 @@ def test_a_resumed_run_trains_finished_groups_at_their_true_age(one_rank):
     assert engine.started == [7, 9, 10, 11]  # no finished group is asked again, no prompt left out
     check_staleness(samples, version=2, max_staleness=1)
     assert {group.prompt.group: group.version for group in groups.queue} == {9: 2, 10: 2, 11: 2}
+
+
+def test_a_group_that_failed_is_not_finished(one_rank):
+    """The step that would have raised it never came: the checkpoint holds no answers."""
+
+    def seconds(group):
+        if group == 7:
+            raise EngineDied("the engine gave up")
+        return 0
+
+    ranks = stopped_after(2, seconds, max_staleness=1)
+    assert in_flight(ranks) == [(6, 1, True), (7, 1, False), (8, 1, True)]
 
 
 def test_finished_groups_that_a_resumed_run_cannot_train_in_time_are_dropped(one_rank):

@@ -133,6 +133,62 @@ def test_the_bytes_that_runs_of_the_toy_log():
     assert memory.checkpoint_bytes(memory.parameters(config)[0], train_dtype="bf16") == pytest.approx(8458045 + 8461199, rel=0.02)
 
 
+def test_an_fp32_checkpoint_has_four_numbers_a_parameter():
+    """The model's weights, main weights, and two moments; in BF16 the first has half the bytes."""
+    assert memory.checkpoint_bytes(10, train_dtype="fp32") == 10 * 16
+    assert memory.checkpoint_bytes(10, train_dtype="bf16") == 10 * 14
+
+
+def test_a_block_that_is_begun_has_a_scale_too(tmp_path):
+    """SmolLM2's proportions: 192 columns are two blocks, and 192 rows of q stay BF16."""
+    sizes = dict(hidden_size=192, num_attention_heads=3, num_key_value_heads=1, head_dim=64)
+    config = read_config(write_model(tmp_path, "llama", **sizes))
+    fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
+    sent = 0
+    for name, shape in hf_shapes(config).items():
+        scales = 4 * math.prod(-(-size // 128) for size in shape)
+        sent += math.prod(shape) + scales if name in fp8 else 2 * math.prod(shape)
+    assert "model.layers.0.self_attn.o_proj.weight" in fp8
+    assert sum(memory.hand_off_bytes(config, dtype="fp8").values()) == sent
+
+
+def test_a_tied_embedding_is_on_both_ends_of_a_pipeline(models):
+    """qwen2, 2 layers at pp 2: the last stage holds a layer, the embedding once more, the norm."""
+    config = read_config(models["qwen2"])
+    load = dict(element_bytes=2, tokens=10, microbatches=1, recompute=False, reference=False)
+    _, layer = memory.layer_parameters(config, sparse=False, tp=1, ep=1)
+    one, two = (memory.trainer_bytes(config, ranks=2, tp=1, pp=pp, ep=1, **load) for pp in (1, 2))
+    assert one["weights"] == 2 * (2 * layer + 97 * 128 + 128)
+    assert two["weights"] == 2 * (layer + 97 * 128 + 128)
+
+
+@pytest.mark.parametrize("microbatches, held", [(1, 1), (2, 2), (8, 2)])
+def test_a_stage_holds_no_more_micro_batches_than_there_are(models, microbatches, held):
+    """At pp 2 the first stage starts two before the first comes back, if there are two."""
+    config = read_config(models["qwen3"])
+    split = dict(ranks=2, tp=1, pp=2, ep=1, microbatches=microbatches)
+    load = dict(element_bytes=2, tokens=10_000, recompute=False, reference=False)
+    counted = memory.trainer_bytes(config, **split, **load)
+    kept = memory.activation_bytes(config, sparse=False, tokens=10_000, tp=1, ep=1, element_bytes=2)
+    assert counted["activations"] == held * kept
+
+
+def test_a_token_of_the_cache_has_the_size_of_the_rollout_dtype():
+    """The toy: 4 layers, a key and a value of 2 heads of 64 each."""
+    config, sent = read_config(ROOT / "toy"), dict(experts=0, split=0, whole=0)
+    for dtype, nbytes in (("fp32", 4), ("bf16", 2), ("fp8", 2)):
+        token = memory.engine_bytes(config, sent, dtype=dtype, engine_tp=1)["token"]
+        assert token == 4 * 2 * 2 * 64 * nbytes
+
+
+def test_split_experts_see_the_tokens_of_all_their_ranks(models):
+    """At tp 2, 2 experts a token: each keeps its input and output, 128 wide, of both ranks."""
+    load = dict(sparse=True, tokens=100, tp=2, element_bytes=2)
+    config = read_config(models["qwen3_moe"])
+    split, whole = (memory.activation_bytes(config, ep=ep, **load) for ep in (1, 2))
+    assert split - whole == 50 * 2 * 2 * (2 * 128)
+
+
 def test_whole_experts_stay_fp8_where_split_ones_cannot():
     """1,536 rows over 8 ranks are 192, no multiple of 128: the experts of GLM-4.5 stay BF16, unless whole ones are spread over the ranks."""
     config = read_config(CONFIGS / "GLM-4.5")

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, torchrun
 
 import weight_sync
-from buckets import compare_loader, load_bucket, pack, unpack
+from buckets import compare_loader, load_bucket, pack, phase, unpack, where
 from fp8_quant import quantize_blockwise
 from hf_config import read_config
 from hf_names import hf_shapes
@@ -62,6 +62,13 @@ def test_a_tensor_the_engine_refuses_ends_the_engine(faults):
     assert "EngineDied" in fault["error"] and "phase 'load': model.layers" in fault["notes"][0]
     assert "Attempted to load weight (torch.Size([127])) into parameter (torch.Size([128]))" in faults["output"]
     assert "The engine failed to load model.layers.1.input_layernorm.weight." in faults["output"]
+
+
+def test_the_innermost_phase_tells():
+    with pytest.raises(ValueError) as raised:
+        with phase("send", ["a", "b"]), phase("quantize", ["c"]):
+            raise ValueError("a weight")
+    assert raised.value.__notes__ == [where("quantize", ["c"])]
 
 
 def test_memory_is_that_of_buckets_not_of_the_model():
