@@ -96,7 +96,10 @@ def _problem(label: Any, reward: str) -> str | None:
         return f"{error}, and --reward {reward} needs text or a number"
     if "####" in text:
         return 'holds ####: add --label-after "####"'
-    return "" if reward == "exact" or re.fullmatch(r"[-+]?\d{1,300}(\.\d{1,300})?", text) else None
+    if reward == "exact" or re.fullmatch(r"[-+]?\d{1,300}(\.\d{1,300})?", text):
+        return ""
+    is_number = len(text) < 300 and math_rules.number_of(math_rules.normalized(text)) is not None
+    return "" if is_number else None
 
 
 def _parse_problem(label: str) -> str:
@@ -129,9 +132,7 @@ def call_in_worker(function: Callable, *arguments):
         _free.put(worker)
 
 
-_free: queue.SimpleQueue = (
-    queue.SimpleQueue()
-)  # workers that have nothing to do; None: one that is still to be started
+_free = queue.SimpleQueue()  # workers that have nothing to do; None: one that is to be started
 for _ in range(WORKERS):
     _free.put(None)
 _starting = threading.Lock()
@@ -205,9 +206,8 @@ def _work(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent.
     signal.signal(signal.SIGPROF, _raise_too_hard)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(
-        resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES)
-    )  # else a large number ends another process of the machine
+    # Without this limit a very large number takes the memory of the machine's other processes.
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     import math_verify  # noqa: F401  now, so that no answer pays for it
 
     try:
@@ -234,8 +234,6 @@ def _limited(limit_s: float, function: Callable, arguments: tuple) -> tuple:
         return None, ValueError(str(error)[:1000])
     except Exception as error:  # Not every exception can be pickled.
         return None, RuntimeError(repr(error)[:1000])
-    finally:
-        resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
 
 
 def _raise_too_hard(signum, frame) -> None:
