@@ -1,8 +1,9 @@
 """config.json -> what it says, checked, and the arguments of Megatron's TransformerConfig and GPTModel.
 
 A config field that is in none of the lists below is refused by name: an ignored rope or activation setting would train a different model in silence.
-A field that is left out has the value that transformers gives it, because the engine reads the file through transformers.
-The dtype of the stored weights does not matter: --train-dtype and --rollout-dtype decide it, and exports are BF16 or FP8.
+A field that is left out has the value that transformers gives it: the engine reads the file so.
+The dtype of the stored weights does not matter: --train-dtype and --rollout-dtype decide what is
+computed with, and exports are BF16 or FP8.
 """
 
 import json
@@ -42,9 +43,10 @@ IGNORED = {
     "output_router_logits", "router_aux_loss_coef",
     "chunk_size_feed_forward", "is_encoder_decoder", "unk_token_id", "_model_name_or_path", "id2label", "label2id", "problem_type", "use_mrope",
 }  # fmt: skip
-# Fields whose default differs between families: where they are left out, transformers says what they are.
+# Fields whose default differs between families: transformers says what a config without them has.
 FILLED_IN = (
-    "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "partial_rotary_factor", "attention_bias", "use_qk_norm", "norm_topk_prob",
+    "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings",
+    "partial_rotary_factor", "attention_bias", "use_qk_norm", "norm_topk_prob",
     "n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "routed_scaling_factor",
 )  # fmt: skip
 NUMBERS = ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "routed_scaling_factor")
@@ -70,9 +72,12 @@ def read_config(folder: str | Path) -> dict:
         raise BadInput(f"{path} is no {config['model_type']} config: {error}") from error
     found, family = Problems(), FAMILIES[config["model_type"]]
     if config.get("architectures") != [family]:
-        given = f"architectures is {config['architectures']!r}" if "architectures" in config else "there is no architectures"
+        given = f"architectures is {config.get('architectures')!r}"  # None: also if it is not there
         fix = f'the engine chooses its model class by it: write "architectures": ["{family}"]'
-        yield f"{path}: {given}; {fix} if this is a causal language model, and use another model if it is not"
+        yield (
+            f"{path}: {given}; {fix} if this is a causal language model, and use another model if "
+            "it is not"
+        )
     for field, value in config.items():
         if field == "layer_types":
             if set(value or ()) - {"full_attention"}:
@@ -101,20 +106,32 @@ def read_config(folder: str | Path) -> dict:
 
 
 def _rope_problems(config: dict, known: dict, path: Path) -> Iterator[str]:
-    """Yield where the rope settings contradict one another. known: what transformers makes of them, and so the engine."""
+    """Yield where the rope settings contradict one another.
+
+    known: what transformers makes of them, and so the engine.
+    """
     rope, inside = rope_of(config), config.get("rope_parameters") or config.get("rope_scaling") or {}
     twice = ("rope_theta", "partial_rotary_factor")
-    differ = [name for name in twice if inside.get(name, config.get(name)) != config.get(name, inside.get(name))]
-    if differ or rope != rope_of({"rope_parameters": known}):
-        given = {name: config[name] for name in (*twice, "rope_scaling", "rope_parameters") if config.get(name) is not None}
-        yield f"{path}: the rope settings {given} contradict one another: keep rope_parameters alone, or rope_theta and rope_scaling"
-    if (dimensions := int(config["head_dim"] * rope.get("rotary_percent", 1.0))) % 2 or not dimensions:
-        yield f"{path}: rope would turn {dimensions} of head_dim {config['head_dim']} dimensions; it turns pairs, so this must be even and above 0"
+    both = [name for name in twice if None not in (inside.get(name), config.get(name))]
+    theirs = rope_of({"rope_parameters": known})
+    if any(inside[name] != config[name] for name in both) or rope != theirs:
+        names = (*twice, "rope_scaling", "rope_parameters")
+        given = {name: config[name] for name in names if config.get(name) is not None}
+        yield (
+            f"{path}: the rope settings {given} contradict one another: keep rope_parameters alone, "
+            "or rope_theta and rope_scaling"
+        )
+    dimensions = int(config["head_dim"] * rope.get("rotary_percent", 1.0))
+    if dimensions % 2 or not dimensions:
+        yield (
+            f"{path}: rope would turn {dimensions} of head_dim {config['head_dim']} dimensions; it "
+            "turns pairs, so this must be even and above 0"
+        )
 
 
 @all_problems
 def _check_sizes(config: dict, path: Path):
-    """Fill in head_dim, which may be left out; a size, a number or a switch that is none is a problem."""
+    """Fill in head_dim, which may be left out; yield a size, number or switch that is none."""
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "max_position_embeddings")
     is_moe = config["model_type"] in ("qwen3_moe", "glm4_moe")
     sizes += ("moe_intermediate_size", "num_experts_per_tok", "num_experts") if is_moe else ()
@@ -144,11 +161,20 @@ def _expert_problems(config: dict, path: Path) -> Iterator[str]:
     """Yield what of a mixture of experts' sizes does not fit together."""
     experts, groups = config["num_experts"], config.get("n_group", 1)
     if config["num_experts_per_tok"] > experts:
-        yield f"{path}: num_experts_per_tok {config['num_experts_per_tok']} must be at most the model's {experts} experts"
+        yield (
+            f"{path}: num_experts_per_tok {config['num_experts_per_tok']} must be at most the "
+            f"model's {experts} experts"
+        )
     if experts % groups or config.get("topk_group", 1) > groups:
-        yield f"{path}: n_group {groups} must divide the {experts} experts, and topk_group {config.get('topk_group', 1)} be at most n_group"
-    for field, most in {"first_k_dense_replace": config["num_hidden_layers"], "n_shared_experts": 2**16, "num_nextn_predict_layers": 2**16}.items():
-        if (value := config.get(field)) is not None and (type(value) is not int or not 0 <= value <= most):
+        yield (
+            f"{path}: n_group {groups} must divide the {experts} experts, and topk_group "
+            f"{config.get('topk_group', 1)} be at most n_group"
+        )
+    largest = {"first_k_dense_replace": config["num_hidden_layers"]}
+    largest |= {"n_shared_experts": 2**16, "num_nextn_predict_layers": 2**16}
+    for field, most in largest.items():
+        value = config.get(field)
+        if value is not None and (type(value) is not int or not 0 <= value <= most):
             yield f"{path}: {field} is {value!r}; it must be an integer from 0 to {most}"
 
 

@@ -23,21 +23,22 @@ from weight_sync import Layout, Weights, fp8_weights, quantize_named, trainer_bu
 
 
 INDEX = "model.safetensors.index.json"
-READ_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them; a copy into the model rounds these and distorts none
+READ_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; the model rounds what it copies
 SHOWN = 6  # of many problems of one kind
 
 
 class HFWeights:
     """The tensors of a folder of safetensors files, read slice by slice.
 
-    Where there is model.safetensors.index.json, its weight_map says which file holds a tensor, and nothing else counts.
-    Without it each tensor must stand in one *.safetensors file. Raises BadInput otherwise.
-    Weights that are NaN or infinite are not looked for: that would read every byte on every rank.
+    Where there is model.safetensors.index.json, its weight_map says which file holds a tensor.
+    Nothing else counts then. Without it each tensor must stand in one *.safetensors file.
+    NaN and infinite weights are not looked for: that would read every byte on every rank.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.file_of = _indexed_tensors(self.folder) if os.path.lexists(self.folder / INDEX) else _tensors_of_all_files(self.folder)
+        has_index = os.path.lexists(self.folder / INDEX)
+        self.file_of = (_indexed_tensors if has_index else _tensors_of_all_files)(self.folder)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.file_of[name].get_slice(name).get_shape())
@@ -68,8 +69,9 @@ def _tensors_of_all_files(folder: Path) -> dict:
         opened = _opened(file)
         twice = [name for name in opened.keys() if name in file_of]
         if twice:
-            which = f"{file.name} and {path_of[twice[0]].name} both hold {len(twice)} tensors, such as {twice[0]}"
-            yield f"{folder}: {which}: remove the older file, or add the {INDEX} that says which one counts"
+            which = f"{file.name} and {path_of[twice[0]].name} both hold {len(twice)} tensors"
+            fix = f"remove the older file, or add the {INDEX} that says which one counts"
+            yield f"{folder}: {which}, such as {twice[0]}: {fix}"
         file_of.update((name, opened) for name in opened.keys())
         path_of.update((name, file) for name in opened.keys())
     return file_of
@@ -84,12 +86,14 @@ def _indexed_tensors(folder: Path) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON ({error}): copy it again") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+    is_map = isinstance(weight_map, dict) and len(weight_map) > 0
+    if not is_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise BadInput(f"{path} has no weight_map from tensor names to file names: copy it again")
     file_of = {}
     for shard in sorted(set(weight_map.values())):
         names = [name for name, where in weight_map.items() if where == shard]
-        about = f"{path} names {shard!r} for {names[0]}" + f" and {len(names) - 1} more tensors" * (len(names) > 1)
+        more = f" and {len(names) - 1} more tensors" * (len(names) > 1)
+        about = f"{path} names {shard!r} for {names[0]}{more}"
         if shard in ("", ".", "..") or set(shard) & set("/\\\0"):
             yield f"{about}: a shard must be the plain name of a file in this folder"
         elif not (folder / shard).is_file():
@@ -97,13 +101,17 @@ def _indexed_tensors(folder: Path) -> dict:
         else:
             opened = _opened(folder / shard)
             if absent := sorted(set(names) - set(opened.keys())):
-                yield f"{path} says that {shard} holds {absent[0]}, but it does not; {len(absent)} such tensors: copy index and shards of one save"
+                count = f"{len(absent)} such tensors: copy index and shards of one save"
+                yield f"{path} says that {shard} holds {absent[0]}, but it does not; {count}"
             file_of.update(dict.fromkeys(names, opened))
     return file_of
 
 
 def check_shapes(weights: HFWeights, config: dict) -> None:
-    """Raise BadInput listing the tensors that are missing, too many, of another shape than config.json implies, or of numbers that would be misread."""
+    """Raise BadInput listing what of the tensors does not fit config.json.
+
+    That is what is missing or too many, has another shape, or is of numbers that are not read.
+    """
     implied = hf_shapes(config)
     shapes = {name: weights.shape(name) for name in weights.file_of}
     wrong = [f"{name} is missing" if name not in shapes else f"{name} has shape {shapes[name]}, config.json implies {shape}"
@@ -115,11 +123,12 @@ def check_shapes(weights: HFWeights, config: dict) -> None:
     odd = [f"{name} is {dtype}" for name in implied if (dtype := weights.dtype(name)) not in READ_DTYPES]
     if odd:
         fix = f"only {', '.join(READ_DTYPES)} are read: use the unquantized model"
-        raise BadInput(f"{weights.folder} holds quantized weights: {'; '.join(odd[:SHOWN])}; {len(odd)} in all; {fix}")
+        some = f"{'; '.join(odd[:SHOWN])}; {len(odd)} in all"
+        raise BadInput(f"{weights.folder} holds quantized weights: {some}; {fix}")
 
 
 def _may_be_left_out(name: str, config: dict) -> bool:
-    """Whether a stored tensor is none of the trained model's: a tied head, tables of rope, layers of multi-token prediction."""
+    """Whether a stored tensor is a tied head, a table of rope, or of multi-token prediction."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     after = int(layer[1]) - config["num_hidden_layers"] if layer else -1
     is_tied_head = name == "lm_head.weight" and config["tie_word_embeddings"]
@@ -136,10 +145,11 @@ def check_model_folder(folder: str | Path, config: dict | None, tokenizer, *, st
         return
     for name in QUANTIZED_BY:
         if os.path.lexists(Path(folder) / name):
-            yield f"{folder} has {name}: the engine would quantize its own way by it; remove the file, or use the unquantized model"
+            fix = "remove the file, or use the unquantized model"
+            yield f"{folder} has {name}: the engine would quantize its own way by it; {fix}"
     for file in files_to_export(folder):
         if not os.path.isfile(file) or not os.access(file, os.R_OK):
-            yield f"{file} cannot be read, and every export needs a copy of it: copy it again, or remove it"
+            yield f"{file} cannot be read, and exports need a copy: copy it again, or remove it"
     weights, found = HFWeights(folder), Problems()
     found.of(check_shapes, weights, config)
     yield from found.found
@@ -184,10 +194,11 @@ def load_hf(model: torch.nn.Module, folder: str | Path, config: dict, *, layout:
 
 # Copied as they are, with the folder in which transformers keeps further chat templates.
 EXPORTED_FILES = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
-    "additional_chat_templates/*",
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.*", "merges.txt", "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
-QUANTIZED_BY = ("hf_quant_config.json", "quant_model_description.json")  # SGLang's ModelConfig looks for them beside config.json
+# SGLang's ModelConfig looks for these beside config.json.
+QUANTIZED_BY = ("hf_quant_config.json", "quant_model_description.json")
 MAX_FILE_BYTES = 4 * 2**30
 
 
@@ -196,18 +207,21 @@ class ExportError(Exception):
 
 
 def files_to_export(folder: str | Path) -> list[Path]:
-    """Return what an export copies from a model folder: files, also links that lead nowhere, but no folders."""
+    """Return what an export copies from a model folder: files and broken links, no folders."""
     return sorted(file for pattern in EXPORTED_FILES for file in Path(folder).glob(pattern) if not file.is_dir())
 
 
 def check_export_target(target: Path, source: str | Path) -> None:
     """Raise BadInput if an export would overwrite the model that it is made from."""
     if os.path.realpath(target) == os.path.realpath(source):
-        raise BadInput(f"the export would overwrite {source}, which it copies config and tokenizer from: choose another folder")
+        raise BadInput(f"the export would overwrite its own model, {source}: choose another folder")
 
 
 def export_all(weights: Weights, targets: dict[str, Path], *, source: str | Path) -> None:
-    """Call export_hf for each {dtype: folder}. Collective. A failure in one leaves the others whole; raises one ExportError at the end."""
+    """Call export_hf for each {dtype: folder}. Collective.
+
+    A failure in one leaves the others whole; raises one ExportError at the end, on the first rank.
+    """
     failures = []
     for dtype, target in targets.items():
         try:
@@ -222,9 +236,10 @@ def export_hf(weights: Weights, target: Path, *, source: str | Path, dtype: str)
     """Write the weights as a Hugging Face folder that transformers (bf16) or SGLang (bf16, fp8) loads. Collective; the first rank writes.
 
     dtype: "bf16", or "fp8" for block-scaled e4m3 with quantization_config in config.json. Config, tokenizer and templates are copied from source.
-    The weights stand in files named *.part until all are there; until then an older export in target stays whole.
-    config.json comes last: a folder without it is no whole export.
-    A file that cannot be copied does not keep the others from being written; raises ExportError at the end, on the first rank.
+    The weights stand in files named *.part until all are there.
+    Until then an older export in target stays whole. config.json comes last and marks a whole one.
+    A file that cannot be copied does not keep the others from being written.
+    Raises ExportError at the end, on the first rank.
     """
     check_export_target(target, source)
     fp8 = fp8_weights(weights.config, rollout_dtype=dtype, engine_tp=1)
@@ -238,7 +253,7 @@ def export_hf(weights: Weights, target: Path, *, source: str | Path, dtype: str)
     if writer is None:
         return
     config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
-    for field in ("torch_dtype", "quantization_config"):  # the older name of dtype; null in some unquantized models
+    for field in ("torch_dtype", "quantization_config"):  # an older name of dtype; may be null
         config.pop(field, None)
     config["dtype"] = "bfloat16"
     if dtype == "fp8":
@@ -247,7 +262,11 @@ def export_hf(weights: Weights, target: Path, *, source: str | Path, dtype: str)
 
 
 class _Writer:
-    """The folder of one export. After a failure to write weights it takes no more of them, so that the other ranks' walk can end; finish() raises it."""
+    """The folder of one export.
+
+    After a failure to write it takes no more weights, so that the other ranks' walk can end.
+    finish() raises the failure.
+    """
 
     def __init__(self, target: Path):
         self.target, self.files, self.failure = target, [], None
@@ -293,11 +312,13 @@ class _Writer:
         if self.failure is not None:
             raise self.failure
         if uncopied:
-            raise ExportError(f"the export {self.target} has its weights, but of {source} could not be copied: {'; '.join(uncopied)}")
+            rest = f"of {source} could not be copied: {'; '.join(uncopied)}"
+            raise ExportError(f"the export {self.target} has its weights, but {rest}")
 
     def _place_weights(self) -> None:
-        """Remove what an older export left, its config.json first, and give the new files their names."""
-        stale = [self.target / "config.json", self.target / INDEX, *self.target.glob("model*.safetensors"), *files_to_export(self.target)]
+        """Remove what an older export left, its config.json first; name the new files."""
+        stale = [self.target / "config.json", self.target / INDEX]
+        stale += [*self.target.glob("model*.safetensors"), *files_to_export(self.target)]
         for path in stale:
             path.unlink(missing_ok=True)
         index = {"metadata": {"total_size": sum(size for *_, size in self.files)}, "weight_map": {}}
@@ -315,7 +336,7 @@ class _Writer:
             copy = self.target / file.relative_to(source)
             try:
                 copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)  # without permissions: a read-only copy would stop the next export
+                shutil.copyfile(file, copy)  # without permissions: the next export overwrites it
             except OSError as error:
                 uncopied.append(f"{file.relative_to(source)} ({error})")
         return uncopied

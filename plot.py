@@ -37,12 +37,17 @@ class PlotSettings:
 
 @all_problems
 def read(folder: Path) -> tuple[list[dict], list[dict]]:
-    """Return (rows of training steps, rows with an evaluation) of a run's metrics.jsonl. A last line that is still being written is left out."""
+    """Return (rows of training steps, rows with an evaluation) of a run's metrics.jsonl.
+
+    A last line that is still being written is left out.
+    """
     path = folder / "metrics.jsonl"
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
-        raise BadInput(f"{folder} is no run that can be read ({error}): give folders such as runs/NAME") from error
+        raise BadInput(
+            f"{folder} is no run that can be read ({error}): give folders such as runs/NAME"
+        ) from error
     rows = []
     for at, line in enumerate(lines, start=1):
         try:
@@ -62,22 +67,43 @@ def read(folder: Path) -> tuple[list[dict], list[dict]]:
 
 
 def spans(folder: Path) -> list[tuple[str, str, float, float]]:
-    """Return (row, activity, from, to), in seconds, of a run's trace.json. One that is still written, or was killed, may end anywhere: whole lines count."""
+    """Return (row, activity, from, to), in seconds, of a run's trace.json.
+
+    The trace of a run that goes on, or was killed, may end anywhere: its whole lines count.
+    """
     path = folder / "trace.json"
     try:
         text = path.read_text(encoding="utf-8").rstrip().removesuffix("]").rstrip(",\n")
     except (OSError, ValueError) as error:
-        raise BadInput(f"{folder} has no trace of its stages ({error}): give a run whose trace.json is there as the last") from error
+        raise BadInput(
+            f"{folder} has no trace of its stages ({error}): give a run whose trace.json is there "
+            "as the last"
+        ) from error
     try:
         events = json.loads(text + "]")
     except ValueError:
         events = _whole_events(path, text)
     try:
-        names = {(event["pid"], event["tid"]): f"rank {event['pid']} {event['args']['name']}" for event in events if event["name"] == "thread_name"}
+        names = {
+            (event["pid"], event["tid"]): f"rank {event['pid']} {event['args']['name']}"
+            for event in events
+            if event["name"] == "thread_name"
+        }
         bars = [event for event in events if event["ph"] == "X"]
-        return [(names[bar["pid"], bar["tid"]], bar["name"], bar["ts"] / 1e6, (bar["ts"] + bar["dur"]) / 1e6) for bar in bars]
+        return [
+            (
+                names[bar["pid"], bar["tid"]],
+                bar["name"],
+                bar["ts"] / 1e6,
+                (bar["ts"] + bar["dur"]) / 1e6,
+            )
+            for bar in bars
+        ]
     except (KeyError, TypeError) as error:
-        raise BadInput(f"{path} is no trace of a run ({error!r} is amiss): give a folder that a run has written") from error
+        raise BadInput(
+            f"{path} is no trace of a run ({error!r} is amiss): give a folder that a run has "
+            "written"
+        ) from error
 
 
 def _whole_events(path: Path, text: str) -> list[dict]:
@@ -85,7 +111,9 @@ def _whole_events(path: Path, text: str) -> list[dict]:
     try:
         return json.loads(text.rpartition("\n")[0].rstrip(",\n") + "]")
     except ValueError as error:
-        raise BadInput(f"{path} is no JSON ({error}): give a folder that a run has written") from error
+        raise BadInput(
+            f"{path} is no JSON ({error}): give a folder that a run has written"
+        ) from error
 
 
 def number(row: dict, key: str) -> float:
@@ -100,17 +128,32 @@ def mean_age(row: dict) -> float:
     return sum(age * n for age, n in enumerate(counts)) / sum(counts) if sum(counts) else math.nan
 
 
-def draw_timeline(axis, folder: Path, bars: list[tuple[str, str, float, float]], steps: list[dict], shown: int) -> None:
+def draw_timeline(
+    axis, folder: Path, bars: list[tuple[str, str, float, float]], steps: list[dict], shown: int
+) -> None:
     end = max((stop for *_, stop in bars), default=0.0)
     seconds = [number(row, "step_s") for row in steps[-shown:]]
     start = end - sum(s for s in seconds if not math.isnan(s))
     rows = sorted({row for row, *_ in bars}, reverse=True)
     for row, activity, begin, stop in bars:
         if activity in COLORS and stop > start:
-            axis.barh(rows.index(row), stop - max(begin, start), left=max(begin, start) - start, color=COLORS[activity], edgecolor="white", linewidth=0.3)
+            axis.barh(
+                rows.index(row),
+                stop - max(begin, start),
+                left=max(begin, start) - start,
+                color=COLORS[activity],
+                edgecolor="white",
+                linewidth=0.3,
+            )
     for activity, color in COLORS.items():
         axis.barh(0, 0, color=color, label=activity)
-    axis.set(title=f"the last {shown} steps of {folder.name}", xlabel="seconds", yticks=range(len(rows)), yticklabels=rows, xlim=(0, max(end - start, 1e-9)))
+    axis.set(
+        title=f"the last {shown} steps of {folder.name}",
+        xlabel="seconds",
+        yticks=range(len(rows)),
+        yticklabels=rows,
+        xlim=(0, max(end - start, 1e-9)),
+    )
 
 
 @all_problems
@@ -122,7 +165,10 @@ def check_plot_settings(settings: PlotSettings) -> None:
         yield f"--timeline-steps {settings.timeline_steps} must be at least 1"
     suffixes = sorted(Figure().canvas.get_supported_filetypes())
     if settings.out.suffix.removeprefix(".").lower() not in suffixes:
-        yield f"--out {settings.out} must end in one of: {', '.join('.' + suffix for suffix in suffixes)}"
+        yield (
+            f"--out {settings.out} must end in one of: "
+            f"{', '.join('.' + suffix for suffix in suffixes)}"
+        )
     if not settings.out.parent.is_dir():
         yield f"--out {settings.out} is in a folder that does not exist: make {settings.out.parent}"
     elif settings.out.is_dir():
@@ -135,15 +181,28 @@ def draw(axes, i: int, folder: Path, steps: list[dict], evaluations: list[dict])
     x, color, name = [row["step"] for row in steps], f"C{i}", folder.resolve().name
 
     def line(axis, key: str, style: str, label: str, **options) -> None:
-        axis.plot(x, [number(row, key) for row in steps], style, color=color, label=f"{name}: {label}", **options)
+        axis.plot(
+            x,
+            [number(row, key) for row in steps],
+            style,
+            color=color,
+            label=f"{name}: {label}",
+            **options,
+        )
 
     line(learning, "reward", "-", "training reward", alpha=0.35)
     held_out = [number(row, "held_out") for row in evaluations]
-    learning.plot([row["step"] for row in evaluations], held_out, "o-", color=color, label=f"{name}: held-out")
+    learning.plot(
+        [row["step"] for row in evaluations], held_out, "o-", color=color, label=f"{name}: held-out"
+    )
     if any("mismatch_abs" in row for row in steps):
         line(mismatch, "mismatch_abs", "-", "mean |difference|")
         line(mismatch, "mismatch_k3", ":", "k3")
-    stages = [stage for stage in ("rollout_s", "wait_s", "train_s", "sync_s") if any(stage in row for row in steps)]
+    stages = [
+        stage
+        for stage in ("rollout_s", "wait_s", "train_s", "sync_s")
+        if any(stage in row for row in steps)
+    ]
     for stage, style in zip(stages, ("-", "--", ":", "-.")):
         line(times, stage, style, stage)
     staleness.plot(x, [mean_age(row) for row in steps], color=color, label=f"{name}: mean")
@@ -166,7 +225,9 @@ def main() -> None:
     learning.set(title="learning", xlabel="step", ylim=(0, 1))
     mismatch.set(title="log-probs: trainer against engine", xlabel="step", yscale="log")
     times.set(title="seconds per stage", xlabel="step", ylim=(0, None))
-    staleness.set(title="age of trained tokens, in weight versions", xlabel="step", ylim=(-0.1, None))
+    staleness.set(
+        title="age of trained tokens, in weight versions", xlabel="step", ylim=(-0.1, None)
+    )
     lengths.set(title="responses", xlabel="step", ylim=(0, None))
     for axis in axes.flat:
         if axis.get_legend_handles_labels()[0]:
@@ -175,12 +236,16 @@ def main() -> None:
     try:
         figure.savefig(settings.out, dpi=80)
     except OSError as error:
-        raise BadInput(f"--out {settings.out} cannot be written ({error}): choose another place") from error
+        raise BadInput(
+            f"--out {settings.out} cannot be written ({error}): choose another place"
+        ) from error
     print(settings.out)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a console that is not UTF-8 lacks letters, of folder names for instance
+    sys.stdout.reconfigure(
+        errors="backslashreplace"
+    )  # a console that is not UTF-8 lacks letters, of folder names for instance
     try:
         main()
     except BadInput as error:

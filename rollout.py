@@ -32,8 +32,9 @@ from prompts import ENGINE_KEEPS, MOST_EVAL_SAMPLES, Data
 from sample import DataSettings, Sample
 
 MEM_FRACTION_STATIC = 0.5  # of the GPU memory that is free when an engine starts, what it takes for weights and cache, unless --sglang says otherwise
-# Below 1e-6 SGLang samples greedily and reports log-probs of temperature 1 (SamplingParams). Well above that bound, log-probs are
-# differences of BF16 logits divided by the temperature: below 0.01 the engine's and the trainer's differ by more than they mean.
+# Below 1e-6 SGLang samples greedily and reports log-probs of temperature 1 (SamplingParams).
+# Above it, errors of BF16 logits are divided by the temperature: below 0.01 they exceed what the
+# engine's and the trainer's log-probs have to say.
 TEMPERATURES = 0.01, 100.0
 DROPPED, REPLACED = "dropped", "replaced"  # finish reasons of samples that are not trained: too old; in a group whose rewards are all equal
 
@@ -65,19 +66,31 @@ class RolloutSettings(DataSettings):
 
 @all_problems
 def check_rollout_settings(
-    settings: RolloutSettings, config: dict | None, *, world_size: int, longest: int | None = None, on_gpu: bool | None = None
+    settings: RolloutSettings,
+    config: dict | None,
+    *,
+    world_size: int,
+    longest: int | None = None,
+    on_gpu: bool | None = None,
 ) -> None:
-    """What cannot work, before anything is started. world_size: of the ranks that generate. config: None where it could not be read.
+    """What cannot work, before anything is started. world_size: of the ranks that generate.
 
+    config: None where it could not be read.
     longest: prompt and response tokens of the longest possible sample, where they are known.
-    on_gpu: whether the engines will have GPUs, as those of a plan have; None: whether this machine has one.
+    on_gpu: whether the engines will have GPUs, as in a plan; None: whether this machine has one.
     """
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     if settings.temperature <= 0:
         yield f"--temperature {settings.temperature} must be above 0: a greedy rollout has no log-probs to learn from"
     elif not TEMPERATURES[0] <= settings.temperature <= TEMPERATURES[1]:  # also nan
-        reason = "further down the engine's log-probs mean nothing, and below 1e-6 SGLang is greedy; further up all answers are noise"
-        yield f"--temperature {settings.temperature} must lie between {TEMPERATURES[0]} and {TEMPERATURES[1]:g}: {reason}"
+        reason = (
+            "further down the engine's log-probs mean nothing, and below 1e-6 SGLang is greedy; "
+            "further up all answers are noise"
+        )
+        yield (
+            f"--temperature {settings.temperature} must lie between {TEMPERATURES[0]} and "
+            f"{TEMPERATURES[1]:g}: {reason}"
+        )
     if settings.samples_per_prompt < 2:
         yield f"--samples-per-prompt {settings.samples_per_prompt}: GRPO compares answers to one prompt and needs at least 2"
     if not 1 <= settings.eval_samples <= MOST_EVAL_SAMPLES:
@@ -102,27 +115,45 @@ def check_rollout_settings(
             yield f"--max-response-tokens {settings.max_response_tokens} must lie below {context}"
     overrides = server_overrides(settings.sglang, on_gpu=on_gpu)
     most = None if on_gpu else cpu.SERVER_ARGS["max_total_tokens"]
-    yield from _length_problems(settings, config, {"max_total_tokens": most, **overrides}, longest=longest)
+    server_args = {"max_total_tokens": most, **overrides}
+    yield from _length_problems(settings, config, server_args, longest=longest)
 
 
-def _length_problems(settings: RolloutSettings, config: dict | None, server_args: dict, *, longest: int | None) -> Iterator[str]:
-    """Yield where the engine would refuse a prompt or cut an answer (SGLang's Scheduler.init_req_max_new_tokens, validate_input_length)."""
+def _length_problems(
+    settings: RolloutSettings, config: dict | None, server_args: dict, *, longest: int | None
+) -> Iterator[str]:
+    """Yield where the engine would refuse a prompt or cut an answer.
+
+    SGLang does the first in validate_input_length, the second in Scheduler.init_req_max_new_tokens.
+    """
     page, cached = server_args.get("page_size") or 1, server_args["max_total_tokens"]
     needed = longest or settings.max_response_tokens + 1
     if cached is not None and needed > (room := cached // page * page - 2 * page):
-        what = "prompt and answer of the longest sample have" if longest else "an answer alone, by --max-response-tokens, can have"
+        alone = "an answer alone, by --max-response-tokens, can have"
+        what = "prompt and answer of the longest sample have" if longest else alone
         fix = f"raise --sglang max_total_tokens={cached}, or lower --max-response-tokens"
-        yield f"{what} {needed} tokens, but the engine keeps {max(room, 0)} and would cut the answer: {fix}"
+        yield (
+            f"{what} {needed} tokens, but the engine keeps {max(room, 0)} and would cut the answer: "
+            f"{fix}"
+        )
     elif config is not None and longest is not None:
-        prompt, most = longest - settings.max_response_tokens, min(config["max_position_embeddings"], cached or math.inf) - 7
+        prompt = longest - settings.max_response_tokens
+        most = min(config["max_position_embeddings"], cached or math.inf) - 7
         if prompt > most:
-            yield f"the longest prompt has {prompt} tokens; the engine takes at most {most}: leave longer prompts out"
+            yield (
+                f"the longest prompt has {prompt} tokens; the engine takes at most {most}: leave "
+                "longer prompts out"
+            )
 
 
-def start_engine(model_folder: str, settings: RolloutSettings, config: dict, *, seed: int, longest: int | None = None) -> Engine | None:
-    """The engine of this rank's group of --engine-tp ranks, on the group's first rank; None on the others. It has shapes, but no weights yet.
+def start_engine(
+    model_folder: str, settings: RolloutSettings, config: dict, *, seed: int, longest: int | None = None
+) -> Engine | None:
+    """Start the engine of this rank's group of --engine-tp ranks, on the group's first rank.
 
-    longest: prompt and response tokens of the longest possible sample; raises BadInput if the engine has found no memory for so many.
+    Returns None on the others. The engine has shapes, but no weights yet.
+    longest: prompt and response tokens of the longest possible sample.
+    Raises BadInput if the engine has found no memory for so many.
     """
     rank = dist.get_rank()
     if rank % settings.engine_tp:
@@ -146,12 +177,17 @@ def start_engine(model_folder: str, settings: RolloutSettings, config: dict, *, 
     if settings.rollout_dtype == "fp8":
         quantization = fp8_config(config, engine_tp=settings.engine_tp, engine_ep=settings.engine_ep)
         arguments["json_model_override_args"] = json.dumps({"quantization_config": quantization})
-    engine = Engine(settings.answer_timeout_s, **{**arguments, **server_overrides(settings.sglang, on_gpu=torch.cuda.is_available())})
-    room = engine.tokenizer_manager.max_req_input_len + 4  # SGLang's TpModelWorker takes off 5 for a prompt; the last position stays free
+    arguments |= server_overrides(settings.sglang, on_gpu=torch.cuda.is_available())
+    engine = Engine(settings.answer_timeout_s, **arguments)
+    # SGLang's TpModelWorker takes off 5 for a prompt; of these the last position stays free.
+    room = engine.tokenizer_manager.max_req_input_len + 4
     if longest is not None and longest > room:
         engine.shutdown()
         fix = "raise --sglang mem_fraction_static, or lower --max-response-tokens"
-        raise BadInput(f"the longest sample has {longest} tokens, but the engine has memory for {room}, and would cut the answer: {fix}")
+        raise BadInput(
+            f"the longest sample has {longest} tokens, but the engine has memory for {room}, and "
+            f"would cut the answer: {fix}"
+        )
     return engine
 
 

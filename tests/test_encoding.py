@@ -9,7 +9,14 @@ import ast
 import pytest
 from conftest import ROOT
 
-SOURCES = [path for pattern in ("*.py", *(f"{folder}/**/*.py" for folder in ("examples", "toy", "bench", "tests"))) for path in ROOT.glob(pattern)]
+SOURCES = [
+    path
+    for pattern in (
+        "*.py",
+        *(f"{folder}/**/*.py" for folder in ("examples", "toy", "bench", "tests")),
+    )
+    for path in ROOT.glob(pattern)
+]
 OTHER_OPENS = {"os.open", "zipfile.ZipFile.open", "Image.open", "webbrowser.open"}
 
 
@@ -20,14 +27,30 @@ def opens_text(call: ast.Call) -> bool:
         return True
     if name not in ("open", "fdopen") or ast.unparse(call.func) in OTHER_OPENS:
         return False
-    place = 0 if isinstance(call.func, ast.Attribute) and name == "open" and ast.unparse(call.func) != "io.open" else 1
-    modes = [keyword.value for keyword in call.keywords if keyword.arg == "mode"] or call.args[place : place + 1]
+    place = (
+        0
+        if isinstance(call.func, ast.Attribute)
+        and name == "open"
+        and ast.unparse(call.func) != "io.open"
+        else 1
+    )
+    modes = [keyword.value for keyword in call.keywords if keyword.arg == "mode"] or call.args[
+        place : place + 1
+    ]
     return not (modes and isinstance(modes[0], ast.Constant) and "b" in str(modes[0].value))
 
 
 def without_encoding(source: str) -> list[str]:
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and opens_text(node)]
-    return [f"line {call.lineno}: {ast.unparse(call)}" for call in calls if "encoding" not in {keyword.arg for keyword in call.keywords}]
+    calls = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and opens_text(node)
+    ]
+    return [
+        f"line {call.lineno}: {ast.unparse(call)}"
+        for call in calls
+        if "encoding" not in {keyword.arg for keyword in call.keywords}
+    ]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

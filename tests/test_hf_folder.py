@@ -15,7 +15,15 @@ from safetensors.torch import load_file, save_file
 
 import hf_folder
 from hf_config import read_config
-from hf_folder import INDEX, ExportError, HFWeights, check_model_folder, check_shapes, export_all, export_hf
+from hf_folder import (
+    INDEX,
+    ExportError,
+    HFWeights,
+    check_model_folder,
+    check_shapes,
+    export_all,
+    export_hf,
+)
 from problems import BadInput
 
 
@@ -37,7 +45,9 @@ def split(tmp_path, models):
 
 
 def write_index(folder, weight_map) -> None:
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8"
+    )
 
 
 def weight_map_of(folder) -> dict:
@@ -58,7 +68,9 @@ def test_shards_of_an_older_save_beside_the_indexed_ones_do_not_count(split, mod
     for stale in ("model.safetensors", "model-00003-of-00003.safetensors", "zzz.safetensors"):
         save_file(zeros, split / stale, metadata={"format": "pt"})
     read = tensors_of(split)
-    assert read.keys() == right.keys() and all(torch.equal(read[name], right[name]) for name in right)
+    assert read.keys() == right.keys() and all(
+        torch.equal(read[name], right[name]) for name in right
+    )
 
 
 def test_a_file_that_the_index_does_not_name_is_not_opened(split):
@@ -75,7 +87,19 @@ def test_a_tensor_that_the_index_does_not_name_is_not_there(split):
         check_shapes(HFWeights(split), read_config(split))
 
 
-@pytest.mark.parametrize("shard", ["../model.safetensors", "/model.safetensors", "..", ".", "", "sub/model.safetensors", "sub\\model.safetensors", "a\0b"])
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../model.safetensors",
+        "/model.safetensors",
+        "..",
+        ".",
+        "",
+        "sub/model.safetensors",
+        "sub\\model.safetensors",
+        "a\0b",
+    ],
+)
 def test_a_shard_name_that_leaves_the_folder_is_refused(split, shard):
     shutil.copy(split / "model-00001-of-00002.safetensors", split.parent / "model.safetensors")
     write_index(split, weight_map_of(split) | {"model.norm.weight": shard})
@@ -92,12 +116,33 @@ def test_a_missing_shard_is_refused_by_name(split):
 
 def test_a_tensor_that_its_shard_does_not_hold_is_refused_by_name(split):
     weight_map = weight_map_of(split)
-    write_index(split, weight_map | {"model.norm.weight": next(s for s in weight_map.values() if s != weight_map["model.norm.weight"])})
+    write_index(
+        split,
+        weight_map
+        | {
+            "model.norm.weight": next(
+                s for s in weight_map.values() if s != weight_map["model.norm.weight"]
+            )
+        },
+    )
     with pytest.raises(BadInput, match="holds model.norm.weight, but it does not"):
         HFWeights(split)
 
 
-@pytest.mark.parametrize("text", ["", "no json", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[" * 100_000, "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no json",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 1}}',
+        "[" * 100_000,
+        "\xff",
+    ],
+)
 def test_an_index_that_is_none_is_refused(split, text):
     (split / INDEX).write_bytes(text.encode("latin-1"))
     with pytest.raises(BadInput, match=INDEX):
@@ -113,8 +158,15 @@ def test_an_index_that_is_a_link_to_nowhere_is_refused(split):
 
 def test_without_an_index_a_tensor_in_two_files_is_refused_naming_both(tmp_path, models):
     shutil.copytree(models["qwen3"], tmp_path, dirs_exist_ok=True)
-    save_file({"model.norm.weight": torch.zeros(128)}, tmp_path / "old.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BadInput, match="old.safetensors and model.safetensors both hold 1 tensors, such as model.norm.weight"):
+    save_file(
+        {"model.norm.weight": torch.zeros(128)},
+        tmp_path / "old.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(
+        BadInput,
+        match="old.safetensors and model.safetensors both hold 1 tensors, such as model.norm.weight",
+    ):
         HFWeights(tmp_path)
 
 
@@ -126,17 +178,30 @@ def test_without_an_index_a_tensor_in_two_files_is_refused_naming_both(tmp_path,
 ])  # fmt: skip
 def test_weights_that_would_be_lost_or_misread_are_refused(tmp_path, models, name, tensor, message):
     shutil.copytree(models["qwen3"], tmp_path, dirs_exist_ok=True)
-    save_file(load_file(tmp_path / "model.safetensors") | {name: tensor}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        load_file(tmp_path / "model.safetensors") | {name: tensor},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(BadInput, match=message):
         check_model_folder(tmp_path, read_config(tmp_path), None, stop=())
 
 
 def test_tables_of_rope_and_layers_of_multi_token_prediction_may_be_left_out(tmp_path):
     model = write_model(tmp_path, "glm4_moe")
-    config = json.loads((model / "config.json").read_text(encoding="utf-8")) | {"num_nextn_predict_layers": 1}
+    config = json.loads((model / "config.json").read_text(encoding="utf-8")) | {
+        "num_nextn_predict_layers": 1
+    }
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    more = {f"model.layers.{config['num_hidden_layers']}.eh_proj.weight": torch.zeros(1), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(1)}
-    save_file(load_file(model / "model.safetensors") | more, model / "model.safetensors", metadata={"format": "pt"})
+    more = {
+        f"model.layers.{config['num_hidden_layers']}.eh_proj.weight": torch.zeros(1),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(1),
+    }
+    save_file(
+        load_file(model / "model.safetensors") | more,
+        model / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     check_shapes(HFWeights(model), read_config(model))
 
 
@@ -165,7 +230,11 @@ def export(monkeypatch, tmp_path, models):
     shutil.copytree(models["qwen3"], source)
     weights = SimpleNamespace(config=read_config(source))
     monkeypatch.setattr(hf_folder.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(hf_folder, "trainer_buckets", lambda *_, **__: ([pair] for pair in load_file(source / "model.safetensors").items()))
+    monkeypatch.setattr(
+        hf_folder,
+        "trainer_buckets",
+        lambda *_, **__: ([pair] for pair in load_file(source / "model.safetensors").items()),
+    )
 
     def call(target, *, max_file_bytes=2**30, dtype="bf16"):
         monkeypatch.setattr(hf_folder, "MAX_FILE_BYTES", max_file_bytes)
@@ -178,12 +247,16 @@ def export(monkeypatch, tmp_path, models):
 def assert_whole(folder, source) -> None:
     right = load_file(source / "model.safetensors")
     read = tensors_of(folder)
-    assert read.keys() == right.keys() and all(torch.equal(read[name], right[name].bfloat16()) for name in right)
+    assert read.keys() == right.keys() and all(
+        torch.equal(read[name], right[name].bfloat16()) for name in right
+    )
     check_model_folder(folder, read_config(folder), None, stop=())
 
 
 @pytest.mark.parametrize("before, after", [(50_000, 2**30), (2**30, 50_000), (50_000, 500_000)])
-def test_an_export_over_one_that_was_split_otherwise_leaves_nothing_of_it(export, tmp_path, before, after):
+def test_an_export_over_one_that_was_split_otherwise_leaves_nothing_of_it(
+    export, tmp_path, before, after
+):
     target = tmp_path / "out"
     export(target, max_file_bytes=before)
     (target / "vocab.json").write_text("{}", encoding="utf-8")  # of another tokenizer
@@ -194,7 +267,9 @@ def test_an_export_over_one_that_was_split_otherwise_leaves_nothing_of_it(export
     (target / "00099.part").write_bytes(b"")
     export(target, max_file_bytes=after)
     assert_whole(target, export.source)
-    named = set(weight_map_of(target).values()) if (target / INDEX).exists() else {"model.safetensors"}
+    named = (
+        set(weight_map_of(target).values()) if (target / INDEX).exists() else {"model.safetensors"}
+    )
     assert {file.name for file in target.glob("*.safetensors")} == named
     assert not list(target.glob("*.part")) and not (target / "vocab.json").exists()
 
@@ -204,13 +279,23 @@ def test_folders_named_like_tokenizer_files_do_not_end_an_export(export, tmp_pat
         (export.source / name).mkdir()
         (export.source / name / "file").write_text("x", encoding="utf-8")
     (export.source / "additional_chat_templates" / "deeper").mkdir(parents=True)
-    (export.source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ é }}", encoding="utf-8")
+    (export.source / "additional_chat_templates" / "tool_use.jinja").write_text(
+        "{{ é }}", encoding="utf-8"
+    )
     export(tmp_path / "out")
     assert_whole(tmp_path / "out", export.source)
-    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text(encoding="utf-8") == "{{ é }}"
-    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == ["additional_chat_templates"]
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text(
+        encoding="utf-8"
+    ) == "{{ é }}"
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == [
+        "additional_chat_templates"
+    ]
     copied = {file.name for file in (tmp_path / "out").glob("tokenizer*")}
-    assert copied == {file.name for file in export.source.glob("tokenizer*") if file.is_file()} != set()
+    assert (
+        copied
+        == {file.name for file in export.source.glob("tokenizer*") if file.is_file()}
+        != set()
+    )
 
 
 def test_a_file_that_cannot_be_copied_is_named_and_the_rest_is_whole(export, tmp_path):
@@ -224,14 +309,28 @@ def test_a_file_that_cannot_be_copied_is_named_and_the_rest_is_whole(export, tmp
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize("given", [{"torch_dtype": "float32"}, {"dtype": "float32"}, {"torch_dtype": "float16", "dtype": "float16"}, {}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"torch_dtype": "float32"},
+        {"dtype": "float32"},
+        {"torch_dtype": "float16", "dtype": "float16"},
+        {},
+    ],
+)
 def test_an_export_says_its_dtype_once(export, tmp_path, given):
     config = json.loads((export.source / "config.json").read_text(encoding="utf-8"))
     config.pop("dtype", None)
-    (export.source / "config.json").write_text(json.dumps(config | given | {"quantization_config": None}), encoding="utf-8")
+    (export.source / "config.json").write_text(
+        json.dumps(config | given | {"quantization_config": None}), encoding="utf-8"
+    )
     export(tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
-    assert written["dtype"] == "bfloat16" and "torch_dtype" not in written and "quantization_config" not in written
+    assert (
+        written["dtype"] == "bfloat16"
+        and "torch_dtype" not in written
+        and "quantization_config" not in written
+    )
 
 
 @pytest.mark.parametrize("cut", ["_place_weights", "_copy_files"])
@@ -265,13 +364,21 @@ def test_a_failure_to_write_weights_leaves_the_older_export_whole(export, tmp_pa
 def test_a_failure_in_one_export_leaves_the_others_whole(export, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ExportError, match="file/bf16") as failed:
-        export_all(export.weights, {"bf16": tmp_path / "file" / "bf16", "fp8": tmp_path / "fp8"}, source=export.source)
+        export_all(
+            export.weights,
+            {"bf16": tmp_path / "file" / "bf16", "fp8": tmp_path / "fp8"},
+            source=export.source,
+        )
     assert "fp8/" not in str(failed.value)
-    assert read_quantization(tmp_path / "fp8") == "fp8" and len(HFWeights(tmp_path / "fp8").file_of) > len(load_file(export.source / "model.safetensors"))
+    assert read_quantization(tmp_path / "fp8") == "fp8" and len(
+        HFWeights(tmp_path / "fp8").file_of
+    ) > len(load_file(export.source / "model.safetensors"))
 
 
 def read_quantization(folder) -> str:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"][
+        "quant_method"
+    ]
 
 
 def test_an_export_never_overwrites_the_model_it_is_made_from(export, tmp_path):

@@ -21,8 +21,14 @@ def row(step: int, **changes) -> dict:
 
 
 def events(steps: int = 3) -> list[dict]:
-    names = [{"name": "thread_name", "ph": "M", "pid": 0, "tid": tid, "args": {"name": name}} for tid, name in enumerate(("trainer", "engine"))]
-    bars = [{"name": "train", "ph": "X", "pid": 0, "tid": 0, "ts": step * 600_000, "dur": 200_000} for step in range(steps)]
+    names = [
+        {"name": "thread_name", "ph": "M", "pid": 0, "tid": tid, "args": {"name": name}}
+        for tid, name in enumerate(("trainer", "engine"))
+    ]
+    bars = [
+        {"name": "train", "ph": "X", "pid": 0, "tid": 0, "ts": step * 600_000, "dur": 200_000}
+        for step in range(steps)
+    ]
     return names + bars
 
 
@@ -32,9 +38,13 @@ def trace(steps: int = 3) -> str:
 
 def write_run(folder, rows, trace_text: str | None = None):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8"
+    )
     if trace_text != "":
-        (folder / "trace.json").write_text(trace() if trace_text is None else trace_text, encoding="utf-8")
+        (folder / "trace.json").write_text(
+            trace() if trace_text is None else trace_text, encoding="utf-8"
+        )
     return folder
 
 
@@ -57,7 +67,11 @@ ROWS = {
     "nothing trained": [row(1), EMPTY_STEP | {"step_s": 0.6, "staleness": []}, row(3)],
     "nothing trained first": [EMPTY_STEP, row(3)],
     "nothing but rewards": [EMPTY_STEP],
-    "not a number": [row(1), row(2, mismatch_abs=None, reward=float("nan"), staleness=None), row(3)],
+    "not a number": [
+        row(1),
+        row(2, mismatch_abs=None, reward=float("nan"), staleness=None),
+        row(3),
+    ],
     "ages all nought": [row(1, staleness=[0, 0])],
     "an evaluation alone": [{"step": 0, "held_out": 0.1}, row(1)],
 }
@@ -68,9 +82,21 @@ def test_rows_without_some_measures_are_drawn(monkeypatch, tmp_path, rows):
     draw(monkeypatch, tmp_path, write_run(tmp_path / "run", rows), "--out", tmp_path / "p.png")
 
 
-@pytest.mark.parametrize("text", [trace()[:-30], trace()[:-3], trace().removesuffix("]\n"), trace() * 0 + "[\n"], ids=["cut", "no end", "running", "empty"])
+@pytest.mark.parametrize(
+    "text",
+    [trace()[:-30], trace()[:-3], trace().removesuffix("]\n"), trace() * 0 + "[\n"],
+    ids=["cut", "no end", "running", "empty"],
+)
 def test_a_trace_that_is_still_written_is_drawn(monkeypatch, tmp_path, text):
-    draw(monkeypatch, tmp_path, write_run(tmp_path / "run", [row(1)], text), "--out", tmp_path / "p.png", "--timeline-steps", 9)
+    draw(
+        monkeypatch,
+        tmp_path,
+        write_run(tmp_path / "run", [row(1)], text),
+        "--out",
+        tmp_path / "p.png",
+        "--timeline-steps",
+        9,
+    )
 
 
 def test_a_last_line_cut_in_the_middle_is_left_out(tmp_path):
@@ -80,13 +106,18 @@ def test_a_last_line_cut_in_the_middle_is_left_out(tmp_path):
 
 
 def test_what_was_not_measured_is_a_gap():
-    assert plot.number({}, NAN_AT) != plot.number({}, NAN_AT) and plot.mean_age({"staleness": [0]}) != 0
+    assert (
+        plot.number({}, NAN_AT) != plot.number({}, NAN_AT)
+        and plot.mean_age({"staleness": [0]}) != 0
+    )
     assert plot.number(row(1), NAN_AT) == 0.01 and plot.mean_age(row(1)) == pytest.approx(0.2)
 
 
 def test_a_line_that_is_cut_in_the_middle_of_the_file_is_refused(monkeypatch, tmp_path):
     folder = write_run(tmp_path / "run", [row(1), row(2)])
-    (folder / "metrics.jsonl").write_text('{"step": 1, "rew\n' + json.dumps(row(2)) + "\n", encoding="utf-8")
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 1, "rew\n' + json.dumps(row(2)) + "\n", encoding="utf-8"
+    )
     assert "line 1 is not JSON" in refused(monkeypatch, folder, "--out", tmp_path / "p.png")
 
 
@@ -100,9 +131,19 @@ def test_metrics_that_are_none_are_refused(monkeypatch, tmp_path, text, message)
     assert message in refused(monkeypatch, folder, "--out", tmp_path / "p.png")
 
 
-@pytest.mark.parametrize("text, message", [("", "has no trace of its stages"), ("{", "is no JSON"), ('[{"a": 1}]', "is no trace"), ("[1]", "is no trace")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "has no trace of its stages"),
+        ("{", "is no JSON"),
+        ('[{"a": 1}]', "is no trace"),
+        ("[1]", "is no trace"),
+    ],
+)
 def test_a_trace_that_is_none_is_refused(monkeypatch, tmp_path, text, message):
-    assert message in refused(monkeypatch, write_run(tmp_path / "run", [row(1)], text), "--out", tmp_path / "p.png")
+    assert message in refused(
+        monkeypatch, write_run(tmp_path / "run", [row(1)], text), "--out", tmp_path / "p.png"
+    )
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -123,12 +164,22 @@ def test_what_cannot_be_drawn_or_written_is_refused(monkeypatch, tmp_path, argum
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_console_that_is_not_utf_8_shows_the_help(tmp_path, encoding):
     environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
-    done = subprocess.run([sys.executable, ROOT / "plot.py", "--help"], cwd=tmp_path, env=environment, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "plot.py", "--help"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+    )
     assert done.returncode == 0 and b"timeline-steps" in done.stdout, done.stderr[-2000:]
 
 
 def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "plot.py", "--timeline-steps", "0"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "plot.py", "--timeline-steps", "0"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: no run is given") and "--timeline-steps 0" in line

@@ -45,12 +45,16 @@ TOY = ROOT / "toy"
 ])  # fmt: skip
 def test_settings_that_cannot_work(models, changes, message):
     with pytest.raises(BadInput, match=message):
-        check_rollout_settings(RolloutSettings(**changes), read_config(models["qwen3"]), world_size=2)
+        check_rollout_settings(
+            RolloutSettings(**changes), read_config(models["qwen3"]), world_size=2
+        )
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.6, 1, 100.0])
 def test_temperatures_that_hold_are_not_refused(models, temperature):
-    check_rollout_settings(RolloutSettings(temperature=temperature), read_config(models["qwen3"]), world_size=2)
+    check_rollout_settings(
+        RolloutSettings(temperature=temperature), read_config(models["qwen3"]), world_size=2
+    )
 
 
 # --- --sglang ---------------------------------------------------------------------------------
@@ -71,7 +75,9 @@ def test_temperatures_that_hold_are_not_refused(models, temperature):
     ("enable_deterministic_inference=true", "cpu.py"),
 ])  # fmt: skip
 def test_what_something_else_decides_is_refused_by_its_name(pair, decided_by):
-    with pytest.raises(BadInput, match=f"--sglang {pair.partition('=')[0]} is decided by .*{decided_by}"):
+    with pytest.raises(
+        BadInput, match=f"--sglang {pair.partition('=')[0]} is decided by .*{decided_by}"
+    ):
         server_overrides((pair,), on_gpu=False)
 
 
@@ -95,12 +101,26 @@ def test_what_could_change_samples_in_silence_is_refused(name):
 def test_a_value_of_another_type_or_size_is_refused(pair):
     with pytest.raises(BadInput) as refused:
         server_overrides((pair,), on_gpu=True)
-    assert len(refused.value.problems) == 1 and str(refused.value).startswith(f"--sglang {pair.partition('=')[0]}=")
+    assert len(refused.value.problems) == 1 and str(refused.value).startswith(
+        f"--sglang {pair.partition('=')[0]}="
+    )
 
 
 def test_good_values_are_taken_as_they_are():
-    pairs = ("mem_fraction_static=0.8", "enable_deterministic_inference=true", "attention_backend=fa3", "numa_node=[0]", "chunked_prefill_size=-1")
-    expected = dict(mem_fraction_static=0.8, enable_deterministic_inference=True, attention_backend="fa3", numa_node=[0], chunked_prefill_size=-1)
+    pairs = (
+        "mem_fraction_static=0.8",
+        "enable_deterministic_inference=true",
+        "attention_backend=fa3",
+        "numa_node=[0]",
+        "chunked_prefill_size=-1",
+    )
+    expected = dict(
+        mem_fraction_static=0.8,
+        enable_deterministic_inference=True,
+        attention_backend="fa3",
+        numa_node=[0],
+        chunked_prefill_size=-1,
+    )
     assert server_overrides(pairs, on_gpu=True) == expected
 
 
@@ -111,7 +131,9 @@ def test_a_field_given_twice_is_refused():
 
 def test_all_bad_fields_are_said_at_once():
     with pytest.raises(BadInput) as refused:
-        server_overrides(("dtype=half", "lora_paths=x", "log_level", "max_totl_tokens=5"), on_gpu=True)
+        server_overrides(
+            ("dtype=half", "lora_paths=x", "log_level", "max_totl_tokens=5"), on_gpu=True
+        )
     assert len(refused.value.problems) == 4
 
 
@@ -132,30 +154,51 @@ def test_a_cache_that_would_cut_the_longest_answer_is_refused(fields, longest, i
 
 
 def test_a_cache_smaller_than_an_answer_is_refused_before_prompts_are_known():
-    with pytest.raises(BadInput, match="an answer alone, by --max-response-tokens, can have 41 tokens"):
-        check_rollout_settings(RolloutSettings(max_response_tokens=40, sglang=("max_total_tokens=42",)), None, world_size=1, on_gpu=False)
+    with pytest.raises(
+        BadInput, match="an answer alone, by --max-response-tokens, can have 41 tokens"
+    ):
+        check_rollout_settings(
+            RolloutSettings(max_response_tokens=40, sglang=("max_total_tokens=42",)),
+            None,
+            world_size=1,
+            on_gpu=False,
+        )
 
 
 def test_a_plan_for_gpus_has_not_the_cpu_engine_s_cache():
     config = read_config(TOY) | {"max_position_embeddings": 10**6}
-    check_rollout_settings(RolloutSettings(max_response_tokens=100_000), config, world_size=1, longest=200_000, on_gpu=True)
+    check_rollout_settings(
+        RolloutSettings(max_response_tokens=100_000),
+        config,
+        world_size=1,
+        longest=200_000,
+        on_gpu=True,
+    )
 
 
 def test_a_prompt_that_the_engine_would_refuse_is_refused_before():
     """SGLang takes prompts of less than the context less 6, however short the answer."""
     settings = RolloutSettings(max_response_tokens=2)
     check_rollout_settings(settings, read_config(TOY), world_size=1, longest=512 - 7 + 2)
-    with pytest.raises(BadInput, match="longest prompt has 506 tokens; the engine takes at most 505"):
+    with pytest.raises(
+        BadInput, match="longest prompt has 506 tokens; the engine takes at most 505"
+    ):
         check_rollout_settings(settings, read_config(TOY), world_size=1, longest=512 - 6 + 2)
 
 
 @pytest.mark.parametrize("longest, is_cut", [(None, False), (95, False), (96, True)])
 def test_an_engine_that_found_too_little_memory_is_ended(monkeypatch, longest, is_cut):
     ended = []
-    engine = SimpleNamespace(tokenizer_manager=SimpleNamespace(max_req_input_len=91), shutdown=lambda: ended.append(True))
+    engine = SimpleNamespace(
+        tokenizer_manager=SimpleNamespace(max_req_input_len=91), shutdown=lambda: ended.append(True)
+    )
     monkeypatch.setattr(rollout, "Engine", lambda *_, **__: engine)
     monkeypatch.setattr(rollout.dist, "get_rank", lambda: 0)
-    start = lambda: rollout.start_engine(str(TOY), RolloutSettings(), read_config(TOY), seed=1, longest=longest)  # noqa: E731
+
+    def start():
+        settings, config = RolloutSettings(), read_config(TOY)
+        return rollout.start_engine(str(TOY), settings, config, seed=1, longest=longest)
+
     if not is_cut:
         assert start() is engine and not ended
         return
@@ -175,10 +218,17 @@ def own_temporary_folder():
 
 
 def check(config=True, *, bucket_bytes=2**28, engines=1) -> None:
-    check_environment(read_config(TOY) if config else None, bucket_bytes=bucket_bytes, element_bytes=2, engines_here=engines)
+    check_environment(
+        read_config(TOY) if config else None,
+        bucket_bytes=bucket_bytes,
+        element_bytes=2,
+        engines_here=engines,
+    )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, buckets do not travel through shared memory")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU, buckets do not travel through shared memory"
+)
 def test_this_machine_is_not_refused(monkeypatch):
     for name in ("TMPDIR", "TEMP", "TMP", *engine_checks.ENGINE_VARIABLES):
         monkeypatch.delenv(name, raising=False)
@@ -200,7 +250,9 @@ def folder_of_length():
 
 
 @pytest.mark.parametrize("length, fits", [(75, True), (76, False), (95, False), (125, False)])
-def test_a_temporary_folder_is_refused_where_multiprocessing_s_socket_does_not_fit(monkeypatch, folder_of_length, length, fits):
+def test_a_temporary_folder_is_refused_where_multiprocessing_s_socket_does_not_fit(
+    monkeypatch, folder_of_length, length, fits
+):
     folder = folder_of_length(length)
     monkeypatch.setenv("TMPDIR", folder)
     address = os.path.join(folder, "pymp-xxxxxxxx", "listener-xxxxxxxx")
@@ -238,12 +290,17 @@ def test_shared_memory_must_hold_two_buckets_of_every_engine(monkeypatch):
     with_shared_memory(monkeypatch, needed)
     check(bucket_bytes=100_000, engines=3)
     with_shared_memory(monkeypatch, needed - 1)
-    with pytest.raises(BadInput, match="/dev/shm has 1.4 MB free, but the hand-off of weights needs 1.4 MB: .* 3 engines"):
+    with pytest.raises(
+        BadInput,
+        match="/dev/shm has 1.4 MB free, but the hand-off of weights needs 1.4 MB: .* 3 engines",
+    ):
         check(bucket_bytes=100_000, engines=3)
 
 
 def test_a_bucket_is_never_more_than_the_model(monkeypatch):
-    with_shared_memory(monkeypatch, 5_000_000)  # twice the toy's 1.2 million parameters in BF16, and some more
+    with_shared_memory(
+        monkeypatch, 5_000_000
+    )  # twice the toy's 1.2 million parameters in BF16, and some more
     check(bucket_bytes=2**40)
 
 
@@ -261,7 +318,13 @@ def test_a_limit_of_open_files_below_what_a_bucket_s_tensors_need_is_refused(mon
     check()
 
 
-@pytest.mark.parametrize("name, effect", [("SGLANG_RETURN_ORIGINAL_LOGPROB", "temperature 1"), ("SGLANG_MAX_NEW_TOKENS_LIMIT", "cuts answers short")])
+@pytest.mark.parametrize(
+    "name, effect",
+    [
+        ("SGLANG_RETURN_ORIGINAL_LOGPROB", "temperature 1"),
+        ("SGLANG_MAX_NEW_TOKENS_LIMIT", "cuts answers short"),
+    ],
+)
 def test_a_variable_by_which_the_engine_changes_every_request_is_refused(monkeypatch, name, effect):
     monkeypatch.setenv(name, "1")
     with pytest.raises(BadInput, match=f"{name}=1 must not be set: by it SGLang .*{effect}"):
