@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_table_of_files_is_the_repository():
     listed = set(re.findall(r"^\| `([^`]+)` \| [^|]+ \|$", README, re.MULTILINE))
     files = {path.name for path in ROOT.glob("*.py")}
-    folders = {f"{name}/" for name in ("toy", "examples", "bench", "tests")}
+    folders = {f"{name}/" for name in ("toy", "examples", "bench", "tests", "math_rules")}
     assert files | folders <= listed and all((ROOT / name).exists() for name in listed if "." in name or "/" in name)
 
 
