@@ -232,6 +232,14 @@ def test_kl_estimator(name, batch):
     assert_same_gradients(got_T, x, kl_of, defined_T=np.full(len(x), True))
 
 
+def test_k3_beyond_its_bound():
+    """At d = -30 nothing is left of the gradient, not a push the wrong way; at d = 30 it is 1."""
+    x = tensor([-30.0, 30.0], requires_grad=True)
+    kl_T = losses.KL_ESTIMATORS["k3"](x, tensor([0.0, 0.0]), tensor([0.0, 0.0]))
+    assert kl_T.tolist() == pytest.approx([math.exp(20) - 21, 29])
+    assert torch.autograd.grad(kl_T.sum(), x)[0].tolist() == [0, 1]
+
+
 def log_softmax(logits_V: np.ndarray) -> np.ndarray:
     return logits_V - np.log(sum(np.exp(x) for x in logits_V))
 
