@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from hf_config import generation_eos
 from hf_names import fp8_config, hf_shapes, parameters_of, rule_of, split_stacked, stack_parts
 from problems import BadInput, Problems, all_problems
+from run import ExportError
 from weight_sync import Layout, Weights, fp8_weights, quantize_named, trainer_buckets
-
 
 INDEX = "model.safetensors.index.json"
 READ_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; the model rounds what it copies
@@ -200,10 +200,6 @@ EXPORTED_FILES = (
 # SGLang's ModelConfig looks for these beside config.json.
 QUANTIZED_BY = ("hf_quant_config.json", "quant_model_description.json")
 MAX_FILE_BYTES = 4 * 2**30
-
-
-class ExportError(Exception):
-    """What of an export could not be written. The rest of it is there."""
 
 
 def files_to_export(folder: str | Path) -> list[Path]:

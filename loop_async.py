@@ -126,8 +126,8 @@ def main() -> None:
                 checkpoint.save(record, settings, trainer, step=step, read=read, rank_state=groups.state())
             if record.stopping:
                 return record.finish()
-    for dtype in settings.run.export if trains else ():
-        hf_folder.export_hf(weights, record.folder / f"model-{dtype}", source=model, dtype=dtype)
+    if trains:
+        hf_folder.export_all(weights, {dtype: record.folder / f"model-{dtype}" for dtype in settings.run.export}, source=model)
     record.finish()
 
 

@@ -13,7 +13,6 @@ A GB is 1e9 bytes. Assumed, not measured: RUNTIME_BYTES; that experts get equall
 import contextlib
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from engine_checks import check_environment
+from engine_checks import check_environment, server_overrides
 from hf_config import check_layout
 from memory import checkpoint_bytes, embedding_parameters, engine_bytes, hand_off_bytes, parameters, state_bytes, trainer_bytes
 from problems import BadInput, Problems, all_problems
@@ -96,15 +95,13 @@ class Plan:
 
 
 def plan_of(settings, config: dict, *, world_size: int, trainer_ranks: int, rollout_ranks: int, longest: int) -> Plan:
-    """The plan of a loop's settings. Raises BadInput for a mem_fraction_static that is no fraction."""
-    static = dict(pair.partition("=")[::2] for pair in settings.rollout.sglang).get("mem_fraction_static", str(MEM_FRACTION_STATIC))
-    if not re.fullmatch(r"0?\.\d*[1-9]\d*", static):
-        raise BadInput(f"--sglang mem_fraction_static={static} must be a number between 0 and 1")
+    """The plan of a loop's settings. Raises BadInput for an --sglang that cannot be."""
+    static = server_overrides(settings.rollout.sglang, on_gpu=True).get("mem_fraction_static", MEM_FRACTION_STATIC)
     return Plan(
         config, settings.train, settings.rollout, trainer_ranks, rollout_ranks, trainer_ranks + rollout_ranks > world_size, longest,
         steps_in_flight=settings.in_flight.max_staleness + 1 if hasattr(settings, "in_flight") else 1,
         reference=settings.loss.kl_coef > 0 and not settings.train.offload_reference, bucket_bytes=settings.sync.bucket_bytes,
-        static=float(static), recompute="recompute_granularity=full" in settings.train.megatron,
+        static=static, recompute="recompute_granularity=full" in settings.train.megatron,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ imported first: it prepares transformers' import.
 
 import hashlib
 import math
+import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -216,16 +217,20 @@ def weighted(prompts: tuple[str, ...], *, flag: str = "--prompts") -> dict[str, 
 
 
 def names(sources: list[str], *, flag: str) -> dict[str, str]:
-    """{"toy": "toy", "a/gsm8k/train.parquet": "gsm8k/train", "a/math/train.parquet": "math/train"}: short names that tell the sources apart."""
+    """{"toy": "toy", "a/gsm8k/train.parquet": "gsm8k/train", "a/math/train.parquet": "math/train"}: short names that tell the sources apart.
+
+    Bytes of a path that are no UTF-8 are written out, as a sample's source must fit in JSON.
+    """
     if len(set(sources)) < len(sources):
         raise BadInput(f"{flag} {' '.join(sources)}: a source is given twice: give each once")
-    paths = {source: Path(source.replace(GYM, "reasoning-gym/")) for source in sources}
+    printable = {source: os.fsencode(source).decode("utf-8", "backslashreplace") for source in sources}
+    paths = {source: Path(text.replace(GYM, "reasoning-gym/")) for source, text in printable.items()}
     parts = {source: (*path.parent.parts, path.stem) for source, path in paths.items()}
     for n in range(1, max(map(len, parts.values()), default=0) + 1):
         short = {source: "/".join(parts[source][-n:]) for source in sources}
         if len(set(short.values())) == len(sources):
             return short
-    return {source: source for source in sources}
+    return printable
 
 
 def mixture(streams: list[Iterator[Sample]], weights: list[float], *, seed: int) -> Iterator[Sample]:

@@ -42,6 +42,10 @@ class EngineDied(Exception):
     """A process of the inference engine ended while it was needed."""
 
 
+class ExportError(Exception):
+    """What of an export could not be written. The rest of it is there."""
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """What to train, for how long, and where the record goes."""
@@ -275,7 +279,7 @@ def run_main(main: Callable[[], None]) -> None:
         time.sleep(0 if os.environ.get("RANK", "0") == "0" else 3)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except EngineDied as error:
+    except (EngineDied, ExportError) as error:
         print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
         sys.exit(1)
     except RuntimeError as error:

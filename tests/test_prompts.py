@@ -7,6 +7,7 @@ version still has them, and that its tasks which are not refused evaluate nothin
 
 import gzip
 import json
+import os
 import random
 import re
 import shutil
@@ -14,6 +15,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from itertools import islice
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -813,3 +815,11 @@ def test_a_rows_own_fields_are_its_own(tokenizer, tmp_path):
     assert (sample.metadata, sample.source, sample.answer, sample.error, sample.notes) == (own, "file", None, "", {})
     sample.response, sample.finish_reason = "3", "stop"
     assert reasoning_gym_reward(sample) == 1 and sample.metadata == own and sample.answer == "3"
+
+
+def test_a_file_name_that_is_no_utf8_names_a_source(tokenizer, tmp_path):
+    """Where the locale is not UTF-8, an é in a file's name comes as a lone surrogate, which JSON cannot hold."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
+    write(Path(path), {"prompt": "1+2=", "label": "3"})
+    stream = data(prompts=(path,)).stream
+    assert next(stream).source == "caf\\xe9" and json.loads(next(stream).to_json())["source"] == "caf\\xe9"
