@@ -280,7 +280,7 @@ def test_a_run_folder_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "runs").write_text("a file", encoding="utf-8")
     assert f"because of {tmp_path / 'runs'}" in check(monkeypatch, tmp_path, "--name", "x")
     (tmp_path / "runs").unlink()
-    assert "cannot be the name of a folder" in check(monkeypatch, tmp_path, "--name", "é" * 300)
+    assert check(monkeypatch, tmp_path, "--name", "é" * 300) == ""  # check_run_settings names it, once
     assert check(monkeypatch, tmp_path, "--name", "x/y") == "" and not (tmp_path / "runs").exists()
 
 
