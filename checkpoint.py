@@ -137,7 +137,7 @@ def what_was_read(settings, data) -> dict[str, str]:
 
 def folder_digest(folder: Path) -> str:
     """Return a checksum of a model folder: of its configuration and tokenizer, and of each weights file's size, head and up to 64 parts of 64 KiB."""
-    crc = 0
+    crc, folder = 0, folder if os.path.isdir(folder) else Path(os.devnull)  # another check names a folder that is none
     for path in sorted({path for pattern in READ_FILES for path in folder.glob(pattern) if path.is_file()}):
         crc = zlib.crc32(path.name.encode(), crc)
         if path.suffix != ".safetensors":

@@ -143,6 +143,7 @@ def test_the_asynchronous_loop_loses_and_repeats_no_prompt(tmp_path):
         return json.loads((tmp_path / part / "rank-0.json").read_text(encoding="utf-8"))["steps"]
 
     before = steps("before", "--save-every", "5")[:5]
+    shutil.rmtree(tmp_path / "runs" / "run" / "checkpoints" / "step-000009")  # as if it had been killed before
     rows = metrics_of(tmp_path / "runs" / "run")[:6]
     after = steps("after", "--resume")
     assert [step["version"] for step in before + after] == list(range(9))
@@ -196,9 +197,9 @@ def test_keep_removes_the_oldest(undisturbed):
 
 def test_resuming_at_another_layout(undisturbed, stopped, tmp_path):
     """One rank -> two tensor-parallel ones: two engines share the prompts, so the samples are others, and the run goes on from the same weights."""
-    torchrun(ROOT / "loop_sync.py", *QUICK, "--steps", "7", "--name", "run", "--resume", "--tp", "2", ranks=2, cwd=tmp_path)
+    torchrun(ROOT / "loop_sync.py", *QUICK, "--steps", "9", "--name", "run", "--resume", "--tp", "2", ranks=2, cwd=tmp_path)
     rows = metrics_of(stopped)
-    assert [row["step"] for row in rows] == list(range(8)) and without_times(rows[:7]) == without_times(metrics_of(undisturbed)[:7])
+    assert [row["step"] for row in rows] == list(range(10)) and without_times(rows[:7]) == without_times(metrics_of(undisturbed)[:7])
     assert rows[7]["lr"] == metrics_of(undisturbed)[7]["lr"] and rows[7]["logprob_shift"] == 0 and rows[7]["mismatch_abs"] < 0.1
 
 
