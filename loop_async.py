@@ -126,8 +126,7 @@ def main() -> None:
                 checkpoint.save(record, settings, trainer, step=step, read=read, rank_state=groups.state())
             if record.stopping:
                 return record.finish()
-    if trains:
-        hf_folder.export_all(weights, {dtype: record.folder / f"model-{dtype}" for dtype in settings.run.export}, source=model)
+    hf_folder.export_all(weights, record.exports(), source=model)
     record.finish()
 
 

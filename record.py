@@ -178,6 +178,10 @@ class Record:
         is_last = step == self.settings.steps and (every > 0 or self.resumed)
         return self.stopping or is_last or (every > 0 and step % every == 0)
 
+    def exports(self) -> dict[str, Path]:
+        """Return {dtype: folder} of --export, of whose weights this rank holds a part: nothing on ranks that do not train."""
+        return {dtype: self.folder / f"model-{dtype}" for dtype in self.settings.export if self.trains}
+
     def say(self, text: str) -> None:
         """One line above the progress bar."""
         if self.is_writer:

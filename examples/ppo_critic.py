@@ -300,7 +300,7 @@ def main() -> None:
             record.log({"step": step, **metrics})
             if record.stopping:
                 raise KeyboardInterrupt  # SIGTERM ends this run as Ctrl-C does, at the end of the step
-    hf_folder.export_all(weights, {dtype: record.folder / f"model-{dtype}" for dtype in settings.run.export}, source=model)
+    hf_folder.export_all(weights, record.exports(), source=model)
     record.finish()
 
 

@@ -326,7 +326,7 @@ def main() -> None:
                 checkpoint.save(record, settings, trainer, step=step, read=read, rank_state={"prompts": prompts.taken} if engine else {})
             if record.stopping:
                 return record.finish()
-    hf_folder.export_all(weights, {dtype: record.folder / f"model-{dtype}" for dtype in settings.run.export}, source=model)
+    hf_folder.export_all(weights, record.exports(), source=model)
     record.finish()
 
 
