@@ -106,7 +106,7 @@ def label_problems(settings: RewardSettings) -> Callable[[list], list[str]]:
 @all_problems
 def check_reward_settings(settings: RewardSettings, rollout: RolloutSettings) -> None:
     """What cannot work, before anything is started."""
-    if settings.judges < 1 or settings.judge_timeout_s <= 0:
+    if settings.judges < 1 or not settings.judge_timeout_s > 0:
         yield f"--judges {settings.judges} must be at least 1, --judge-timeout-s {settings.judge_timeout_s} must be positive"
     if settings.dynamic_sampling < 0:
         yield f"--dynamic-sampling {settings.dynamic_sampling} must not be negative"
