@@ -39,10 +39,7 @@ def check_template_kwargs(
     taken |= set(tokenizer.special_tokens_map)
     names = sorted(read - taken - {"raise_exception", "strftime_now", "range", "namespace"})
     choice = f"it reads {', '.join(names)}" if names else "it reads none that can be set"
-    keys = [pair.partition("=")[0] for pair in template_kwargs]
     for key, value in given.items():
-        if keys.count(key) > 1:
-            yield f"{flag} {key} is given {keys.count(key)} times: give it once"
         if key in taken:
             yield f"{flag} {key} is set by the program itself: leave it out"
         elif key not in read:

@@ -28,7 +28,9 @@ import signal
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -39,14 +41,21 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from problems import BadInput
-from record import FILES
+from record import FILES, has_whole_rows
 from run import all_gather_bytes, signal_when_parent_ends
 
 # Else the prompts that follow would not be those that were to follow; samples of one run would have rewards of two kinds; weights would be rounded; and the
 # groups in flight would have no place, or be too old. All other settings may change, and what the resumed run is asked for holds.
 MUST_AGREE = (("run", "seed"), ("rollout", "samples_per_prompt"), ("reward", "reward"), ("train", "train_dtype"))
 READ_FILES = ("*.safetensors", "*.json", "tokenizer*", "chat_template*", "vocab.*", "merges.txt")
-ASYNC_MUST_AGREE = (("in_flight", "rollout_ranks"), ("in_flight", "max_staleness"), ("rollout", "engine_tp"), ("rollout", "temperature"))
+ASYNC_MUST_AGREE = (
+    ("in_flight", "rollout_ranks"), ("in_flight", "max_staleness"), ("rollout", "engine_tp"),
+    ("rollout", "temperature"), ("rollout", "max_response_tokens"), ("rollout", "stop"),
+)  # fmt: skip
+STATE = "state.json"
+_RANKS = Annotated[list[dict], msgspec.Meta(min_length=1)]
+_FIELDS = dict(step=int, loop=str, settings=dict[str, dict], read=dict, record=dict[str, float])
+_State = msgspec.defstruct("_State", [*_FIELDS.items(), ("ranks", _RANKS)])  # of state.json
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,11 @@ def step_of(folder: Path) -> int:
 def damage(folder: Path, *, share: int = 0, of: int = 1) -> str:
     """What is wrong with a checkpoint's files, "" if nothing. Every file's size is looked at, and the contents of each of-th file."""
     try:
-        files = json.loads((folder / "files.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        written = (folder / "files.json").read_bytes()
+        files = msgspec.json.decode(written, type=dict[str, tuple[int, int]])
+        if STATE not in files:
+            return f"files.json does not list {STATE}"
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return f"files.json cannot be read ({error})"
     for i, (name, (size, crc)) in enumerate(files.items()):
         path = folder / name
@@ -122,8 +134,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             _MetadataUnpickler(file).load()
     except Exception as error:  # an unpickler may raise anything, and all of it is about this file
         raise BadInput(f"the checkpoint {folder} is not safe to read: model/.metadata: {error}. Use one that this program has written") from error
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = _state_of(folder)
     return Checkpoint(folder, state["step"], state)
+
+
+def _state_of(folder: Path) -> dict:
+    """Return state.json. Raises BadInput where another version wrote it, or for another step."""
+    try:
+        text = (folder / STATE).read_bytes()
+        msgspec.json.decode(text, type=_State)
+        state = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        found = f"{folder / STATE} is not as this version writes it ({error})"
+        raise BadInput(f"{found}: resume it with the version that wrote it") from error
+    if state["step"] != step_of(folder):
+        fix = f"give the folder its name back, step-{state['step']:06d}, or remove it"
+        raise BadInput(f"{folder} holds step {state['step']}, not the step of its name: {fix}")
+    return state
 
 
 def what_was_read(settings, data) -> dict[str, str]:
@@ -170,8 +197,9 @@ def find(settings, loop: str, read: dict[str, str]) -> Checkpoint:
         then, now = (which.get(part, {}).get(name) for which in (state["settings"], settings))
         if then != now:
             raise BadInput(f"--{name.replace('_', '-')} was {then!r} when {folder} was written, and is {now!r}: it must stay the same")
-    if "read" not in state:
-        raise BadInput(f"{folder} does not say what its run had read, as checkpoints of this version do: resume it with the version that wrote it")
+    if state["settings"].get("run", {}).get("load_rollouts") and not settings["run"]["load_rollouts"]:
+        about = f"{folder} was written with --load-rollouts, and says nothing of prompts in flight"
+        raise BadInput(f"{about}: go on with --load-rollouts, or start a new run")
     for flag, now in read.items():
         if state["read"].get(flag, now) != now:
             same = "the same rows, with the same keys and chat settings" if flag == "--prompts" else "the same folder"
@@ -181,6 +209,9 @@ def find(settings, loop: str, read: dict[str, str]) -> Checkpoint:
     for name, size in state["record"].items():
         if name in FILES and (not (file := run_folder / FILES[name]).is_file() or file.stat().st_size < size):
             raise BadInput(f"{file} is shorter than it was when {folder} was written, {size} bytes: bring it back, or start a new run under another --name")
+    if not has_whole_rows(run_folder, size=state["record"].get("metrics", 0)):
+        about = f"{run_folder / FILES['metrics']} no longer begins with the rows that {folder} followed"
+        raise BadInput(f"{about}: bring them back, or start a new run under another --name")
     ep = [s["train"]["ep"] for s in (state["settings"], settings)]
     if ep[0] != ep[1]:
         raise BadInput(f"{folder} was written with --ep {ep[0]}: optimizer state of experts can only be read with the same, not with --ep {ep[1]}")
@@ -209,7 +240,7 @@ def save(record, settings, trainer, *, step: int, read: dict[str, str], rank_sta
         ranks = [json.loads(state) for state in all_gather_bytes(json.dumps(rank_state).encode(), record.group)]
         if record.is_writer:
             state = {"step": step, "loop": record.loop, "settings": dataclasses.asdict(settings), "read": read, "record": record.positions(), "ranks": ranks}
-            (part / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
+            (part / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
             files = sorted(path for path in part.rglob("*") if path.is_file())
             listed = {str(path.relative_to(part)): (path.stat().st_size, _crc(path)) for path in files}
             (part / "files.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")

@@ -101,17 +101,11 @@ def server_overrides(pairs: tuple[str, ...], *, on_gpu: bool) -> dict:
         else DECIDED_BY
         | dict.fromkeys(CPU_KERNELS, "cpu.py, which replaces the engine's kernels without a GPU")
     )
-    allowed, found, seen, rest = (
-        [name for name in SERVER_FIELDS if name in TUNABLE and name not in decided],
-        Problems(),
-        set(),
-        [],
-    )
+    allowed = [name for name in SERVER_FIELDS if name in TUNABLE and name not in decided]
+    found, rest = Problems(), []
     for pair in pairs:
         name, has_value, _ = pair.partition("=")
-        if has_value and name in seen:
-            yield f"--sglang {name} is given twice: give it once"
-        elif has_value and name in decided:
+        if has_value and name in decided:
             yield f"--sglang {name} is decided by {decided[name]}: leave it out"
         elif has_value and name in SERVER_FIELDS and name not in allowed:
             yield (
@@ -120,7 +114,6 @@ def server_overrides(pairs: tuple[str, ...], *, on_gpu: bool) -> dict:
             )
         else:
             rest.append(pair)
-        seen.add(name)
     overrides = found.of(parse_overrides, tuple(rest), flag="--sglang", fields=allowed)
     yield from found.found
     for name, value in (overrides or {}).items():

@@ -20,6 +20,7 @@ import rollout  # first: on a machine without a GPU it prepares the imports that
 import checkpoint
 import hf_folder
 import in_flight
+import packing
 import plan
 import reward
 import run
@@ -69,6 +70,9 @@ def main() -> None:
     sizes = dict(world_size=rollout_ranks, longest=longest, on_gpu=settings.plan.plan or None)
     problems.of(rollout.check_rollout_settings, settings.rollout, config, **sizes)
     problems.of(train_step.check_train_settings, settings.train, settings.loss, config, world_size=trainer_ranks, steps=steps, longest=longest)
+    if not settings.run.load_rollouts:  # plan.longest_sample looks at what is loaded
+        answers = settings.rollout.prompts_per_step * settings.rollout.samples_per_prompt
+        problems.of(packing.check_minibatches, settings.train.minibatches, answers=answers)
     load = dict(world_size=world_size, trainer_ranks=trainer_ranks, rollout_ranks=rollout_ranks, longest=longest)
     if settings.plan.plan:
         problems.refuse()

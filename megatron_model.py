@@ -4,6 +4,8 @@ Everywhere here, settings are train_step.TrainSettings and config is config.json
 """
 
 import dataclasses
+import math
+from typing import get_args, get_type_hints
 
 import torch
 
@@ -37,6 +39,8 @@ DECIDED = {
     "calculate_per_token_loss", "variable_seq_lengths", "finalize_model_grads_func", "grad_scale_func",
     "optimizer", "use_distributed_optimizer", "lr", "min_lr", "weight_decay", "adam_beta2", "clip_grad",
 }  # fmt: skip
+
+PLAIN = {bool, int, float, str, type(None)}  # types that a value of --megatron is compared with
 
 
 def has_transformer_engine() -> bool:
@@ -107,10 +111,17 @@ def check_overrides(settings, config: dict) -> None:
     """What Megatron would not take of --megatron, before anything is started. The layout must be a good one: its rules are checked elsewhere."""
     for config_class in (TransformerConfig, OptimizerConfig):
         defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+        hints = get_type_hints(config_class)
         for name, value in overrides(settings, config, config_class).items():
-            kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(type(defaults[name]))
-            if kinds and type(value) not in kinds:
-                yield f"--megatron {name}={value!r} is of the wrong type: the field is a {type(defaults[name]).__name__}, {defaults[name]!r} unless set"
+            kinds = set(get_args(hints[name]) or [hints[name]])
+            kinds |= {int} if float in kinds else set()
+            if kinds <= PLAIN and type(value) not in kinds and value != defaults[name]:
+                kind = " or ".join(sorted(kind.__name__ for kind in kinds))
+                found = f"--megatron {name}={value!r} is of the wrong type"
+                yield f"{found}: the field is {kind}, {defaults[name]!r} unless set"
+                return
+            if isinstance(value, float) and not math.isfinite(value):
+                yield f"--megatron {name}={value!r} must be finite"
                 return
     try:
         transformer_config(settings, config)

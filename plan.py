@@ -26,9 +26,8 @@ from engine_checks import check_environment, server_overrides
 from hf_config import check_layout
 from memory import checkpoint_bytes, embedding_parameters, engine_bytes, hand_off_bytes, parameters, state_bytes, trainer_bytes
 from problems import BadInput, Problems, all_problems
-from rollout import MEM_FRACTION_STATIC
-from run import name_problem, rollouts_file
-from sample import read_dump
+from rollout import MEM_FRACTION_STATIC, longest_of_dumps
+from run import name_problem
 
 RUNTIME_BYTES = 3e9  # on a GPU and process: CUDA context and libraries, NCCL's buffers, what the allocators waste
 CPU_PROCESS_BYTES = 0.5e9  # of a trainer, or of an engine's scheduler, without a GPU: Python, torch, megatron-core or SGLang
@@ -230,9 +229,7 @@ def longest_sample(settings, config: dict | None, data) -> int | None:
         return settings.plan.plan_prompt_tokens + settings.rollout.max_response_tokens
     if not settings.run.load_rollouts or data is None:
         return data.longest if data else None
-    files = [rollouts_file(settings.run.load_rollouts, step) for step in range(1, settings.run.steps + 1)]
-    dumps = (read_dump(file, vocab_size=config and config["vocab_size"]) for file in files if file.is_file())  # check_run_settings names a missing one
-    return max([data.longest, *(len(sample.prompt_ids) + len(sample.response_ids) for dump in dumps for sample in dump)])
+    return max(data.longest, longest_of_dumps(settings, config))
 
 
 @all_problems
@@ -296,9 +293,10 @@ def report(settings, config: dict, **load) -> None:
 def check_machine(settings, config: dict | None, **load) -> None:
     """Whether the run folder can be written, the disk has room, and this rank's share of the machine's memory is enough. load: as plan_of takes it."""
     folder = Path("runs") / ("" if name_problem(settings.run.name) else settings.run.name)  # another check names that problem
-    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
         yield f"the run folder {folder} cannot be written, because of {existing.resolve()}: run where you may write, or choose --name"
+        existing = Path.cwd()
     engines = 0 if settings.run.load_rollouts else min(load["rollout_ranks"], int(os.environ.get("LOCAL_WORLD_SIZE", 1))) // max(settings.rollout.engine_tp, 1)
     found, element_bytes = Problems(), 4 if settings.rollout.rollout_dtype == "fp32" else 2
     found.of(check_environment, config, bucket_bytes=settings.sync.bucket_bytes, element_bytes=element_bytes, engines_here=engines)

@@ -142,8 +142,10 @@ def load_data(
         found.of(check_template_kwargs, tokenizer, settings.chat_template_kwargs)
         if found.found:  # said once, not for every row
             settings = replace(settings, chat_template_kwargs=())
-    if tokenizer is not None and len(tokenizer) > config["vocab_size"]:
-        yield f"{model_folder}: the tokenizer has {len(tokenizer)} tokens, the model {config['vocab_size']}: they do not belong together"
+    tokens = {} if tokenizer is None else tokenizer.get_vocab()  # may have gaps
+    size = max(tokens.values(), default=-1) + 1
+    if tokenizer is not None and size > config["vocab_size"]:
+        yield f"{model_folder}: the tokenizer has {size} tokens, the model {config['vocab_size']}: they do not belong together"
     room = math.inf if config is None else config["max_position_embeddings"] - ENGINE_KEEPS - settings.max_response_tokens
     eval_samples = min(max(settings.eval_samples, 0), MOST_EVAL_SAMPLES)
     streams, held_out, longest, digest, marked = [], [], 0, {}, set()

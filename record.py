@@ -85,6 +85,17 @@ class Row:
 FILES = {"metrics": "metrics.jsonl", "samples": "samples.jsonl", "trace": "trace.json"}
 
 
+def has_whole_rows(folder: Path, *, size: int) -> bool:
+    """Tell whether the first `size` bytes of metrics.jsonl are whole rows, as a run wrote them."""
+    if size == 0:
+        return True
+    rows = (folder / FILES["metrics"]).read_bytes()[:size]
+    try:
+        return rows.endswith(b"\n") and all(type(json.loads(row)) is dict for row in rows.split(b"\n")[:-1])
+    except ValueError:
+        return False
+
+
 class Record:
     """The run folder and the progress bar. group: all ranks of the run; its rank 0, a trainer, is the one that writes. trains: whether this rank does.
 

@@ -64,11 +64,11 @@ class RewardSettings:
 def exact_match(sample: Sample) -> float:
     """Return 1 if the response is the label, character for character, and was not cut off.
 
-    Blanks around them do not count. A number is compared by its text. Raises ValueError for a label
-    that is neither text nor a number.
+    Blanks around them do not count. Numbers compare by their text; a float 3.0 is also 3.
     """
     label = math_judge.label_text(sample.label)
-    return float(sample.finish_reason == "stop" and sample.response.strip() == label)
+    labels = {label, label.removesuffix(".0")} if isinstance(sample.label, float) else {label}
+    return float(sample.finish_reason == "stop" and sample.response.strip() in labels)
 
 
 def math_reward(sample: Sample) -> float:
@@ -106,7 +106,7 @@ def label_problems(settings: RewardSettings) -> Callable[[list], list[str]]:
 @all_problems
 def check_reward_settings(settings: RewardSettings, rollout: RolloutSettings) -> None:
     """What cannot work, before anything is started."""
-    if settings.judges < 1 or settings.judge_timeout_s <= 0:
+    if settings.judges < 1 or not settings.judge_timeout_s > 0:
         yield f"--judges {settings.judges} must be at least 1, --judge-timeout-s {settings.judge_timeout_s} must be positive"
     if settings.dynamic_sampling < 0:
         yield f"--dynamic-sampling {settings.dynamic_sampling} must not be negative"

@@ -29,7 +29,7 @@ from engine import Engine
 from engine_checks import server_overrides
 from hf_names import fp8_config
 from prompts import ENGINE_KEEPS, MOST_EVAL_SAMPLES, Data
-from sample import DataSettings, Sample
+from sample import DataSettings, Sample, read_dump
 
 MEM_FRACTION_STATIC = 0.5  # of the GPU memory that is free when an engine starts, what it takes for weights and cache, unless --sglang says otherwise
 # Below 1e-6 SGLang samples greedily and reports log-probs of temperature 1 (SamplingParams).
@@ -305,10 +305,37 @@ def all_gather_samples(samples: list[Sample], group: dist.ProcessGroup) -> list[
     return [Sample.from_json(line) for lines in gathered for line in lines.split(b"\n") if line]
 
 
+@all_problems
+def longest_of_dumps(settings, config: dict | None) -> int:
+    """Return the tokens of the longest sample of --load-rollouts. settings: a loop's.
+
+    Raises BadInput for a step that cannot be trained on.
+    """
+    longest, minibatches, vocab_size = 0, settings.train.minibatches, config and config["vocab_size"]
+    for step in range(1, settings.run.steps + 1):
+        file = rollouts_file(settings.run.load_rollouts, step)
+        if not os.path.isfile(file):
+            break  # run.check_run_settings names it
+        dump, _ = without_marks(read_dump(file, vocab_size=vocab_size))
+        longest = max([longest, *(len(s.prompt_ids) + len(s.response_ids) for s in dump)])
+        if len(dump) < minibatches:
+            yield (
+                f"{file} has {len(dump)} answers to train on, --minibatches is {minibatches}: use "
+                f"at most {len(dump)}, and another folder if that is 0"
+            )
+        oldest = min((v for s in dump for v in s.weight_versions), default=step - 1)
+        if hasattr(settings, "in_flight") and step - 1 - oldest > settings.in_flight.max_staleness:
+            yield (
+                f"{file} has tokens {step - 1 - oldest} versions old, --max-staleness is "
+                f"{settings.in_flight.max_staleness}: raise it"
+            )
+    return longest
+
+
 def replay(record, step: int, samples: list[Sample]) -> list[Sample]:
     """A step's samples, of all ranks: given, and with --save-rollouts written; with --load-rollouts read in their place. record: record.Record."""
     if record.settings.load_rollouts:
-        return [Sample.from_json(line) for line in rollouts_file(record.settings.load_rollouts, step).read_bytes().splitlines()]
+        return read_dump(rollouts_file(record.settings.load_rollouts, step))
     if record.settings.save_rollouts and record.is_writer:
         rollouts_file(record.folder / "rollouts", step).write_bytes(b"".join(sample.to_json() + b"\n" for sample in samples))
     return samples

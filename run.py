@@ -84,6 +84,9 @@ class RunSettings:
     """Steps of which every rank writes PyTorch's profile; open it at ui.perfetto.dev."""
 
 
+# Numpy takes seeds below 2**32. Engine and trainer add a number to --seed on each rank.
+SEEDS = 2**31
+NOT_IN_PROJECTS = "/\\#?%:"  # W&B refuses them only when the run has begun
 EXTRAS = {"tensorboard": "tensorboard==2.21.0", "wandb": "wandb==0.31.0"}  # what a flag needs beside requirements.txt
 
 
@@ -117,6 +120,11 @@ def check_run_settings(settings: RunSettings) -> None:
     """What cannot work, before anything is started."""
     if settings.steps < 1 or settings.eval_every < 1:
         yield f"--steps {settings.steps} and --eval-every {settings.eval_every} must be at least 1"
+    if not 0 <= settings.seed < SEEDS:
+        yield f"--seed {settings.seed} must be at least 0 and below {SEEDS}"
+    if odd := set(settings.wandb) & set(NOT_IN_PROJECTS):
+        which = f"--wandb {settings.wandb!r} holds {''.join(sorted(odd))!r}"
+        yield f"{which}: the name of a project may hold none of {NOT_IN_PROJECTS}"
     if unknown := set(settings.export) - {"bf16", "fp8"}:
         yield f"--export {' '.join(sorted(unknown))} is none of: bf16, fp8"
     if settings.save_every < 0 or settings.keep < 1:
@@ -126,8 +134,8 @@ def check_run_settings(settings: RunSettings) -> None:
             yield f"--{name} needs a package that is not installed: pip install {line}"
     if settings.load_rollouts and (settings.save_rollouts or settings.debug_rollout_only):
         yield "--load-rollouts starts no engine: leave out --save-rollouts and --debug-rollout-only, which are about what an engine generates"
-    missing = (file for step in range(1, settings.steps + 1) if not os.path.isfile(file := rollouts_file(settings.load_rollouts, step)))
-    if settings.load_rollouts and (file := next(missing, None)):
+    dumps = (rollouts_file(settings.load_rollouts, step) for step in range(1, settings.steps + 1))
+    if settings.load_rollouts and (file := next((f for f in dumps if not os.path.isfile(f)), None)):
         yield f"--load-rollouts {settings.load_rollouts} has no {file.name}: give a folder that --save-rollouts wrote, or fewer --steps"
     if settings.resume and not settings.name:
         yield "--resume needs the --name of the run that is to go on"
@@ -174,13 +182,16 @@ def rollouts_file(folder: str | Path, step: int) -> Path:
 def parse_overrides(pairs: tuple[str, ...], *, flag: str, fields: list[str] | None) -> dict:
     """("key=value", …) -> {key: value}; values are read as JSON where they are JSON (true, 4, 0.1, null), else as text.
 
-    fields: the names that may be set; None: any. Raises BadInput for others, naming the nearest of each.
+    fields: the names that may be set; None: any. Raises BadInput for others, naming the nearest of each,
+    and for a name that is given twice.
     """
-    overrides = {}
+    overrides, seen = {}, set()
     for pair in pairs:
         key, separator, text = pair.partition("=")
         if not separator:
             yield f"{flag} {pair!r} is not of the form key=value"
+        elif key in seen:
+            yield f"{flag} {key} is given twice: give it once"
         elif fields is not None and key not in fields:
             nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
             yield f"{flag} {key} is not a field that can be set there; the nearest is {nearest}"
@@ -189,6 +200,7 @@ def parse_overrides(pairs: tuple[str, ...], *, flag: str, fields: list[str] | No
                 overrides[key] = json.loads(text)
             except json.JSONDecodeError:
                 overrides[key] = text
+        seen.add(key)
     return overrides
 
 

@@ -30,6 +30,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 
 from hf_config import check_layout, megatron_arguments, read_config
+from hf_folder import HFWeights, check_shapes
 from logprobs import logprobs_and_entropy
 from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES
 from losses import LossSettings, check_loss_settings, k3, mismatch
@@ -130,13 +131,14 @@ def check_train_settings(settings: TrainSettings, loss: LossSettings, config: di
         theirs, ours = ({**model, **gpt} for model, gpt in (megatron_arguments(c, tp=1) for c in (reference, config)))
         if differing := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
             yield f"--reference {settings.reference} differs from the model in {', '.join(differing)}: it must have the same architecture"
+        else:
+            found.of(lambda: check_shapes(HFWeights(settings.reference), reference))
     if config:
         found.of(check_layout, config, world_size=world_size, tp=settings.tp, pp=settings.pp, cp=settings.cp, ep=settings.ep)
         found.of(overrides, settings, config, TransformerConfig)
         if settings.megatron and not found.found:
             found.of(check_overrides, settings, config)
-    cp = settings.cp
-    if longest and cp > 0 and settings.microbatch_tokens * cp < padded_length(longest, cp):
+    if longest and (cp := settings.cp) > 0 and settings.microbatch_tokens * cp < padded_length(longest, cp):
         room = f"--microbatch-tokens {settings.microbatch_tokens} times --cp {cp}"
         yield f"{room} is less than the longest possible sample, {padded_length(longest, cp)} tokens: raise one of them"
     yield from found.found

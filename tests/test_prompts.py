@@ -514,7 +514,7 @@ def test_values_for_the_chat_template(tokenizer, tmp_path):
     (CALLS, ["tokenize=true"], "tokenize is set by the program itself"),
     (CALLS + "{{ bos_token }}", ["bos_token=1"], "bos_token is set by the program itself"),
     (CALLS, ["deep=False"], "deep=False would be text: write deep=false"),
-    (CALLS, ["deep=true", "deep=false"], "deep is given 2 times"),
+    (CALLS, ["deep=true", "deep=false"], "deep is given twice"),
     (CALLS, ["deep"], "'deep' is not of the form key=value"),
     (None, ["deep=true"], "needs a chat template, and the tokenizer has none"),
     ("{% if %}", ["deep=true"], "the tokenizer's chat template cannot be read"),

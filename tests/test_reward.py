@@ -41,6 +41,13 @@ def test_exact_match_does_not_compare_the_blanks_around_a_label(label):
     assert exact_match(answer("4 2", label)) == 0
 
 
+@pytest.mark.parametrize("label, response, right", [
+    (3.0, "3", 1), (3.0, "3.0", 1), (3.5, "3", 0), (30.0, "3", 0), ("3.0", "3", 0), (3, "3.0", 0),
+])  # fmt: skip
+def test_a_whole_number_that_parquet_made_a_float_is_matched(label, response, right):
+    assert exact_match(answer(response, label)) == right
+
+
 @pytest.mark.parametrize("label", [None, math.nan, ["None"], {"a": 1}, True, " "])
 @pytest.mark.parametrize("reward_function", [exact_match, math_reward])
 def test_a_label_that_nothing_can_equal_is_an_error_and_no_zero(reward_function, label):

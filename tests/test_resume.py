@@ -1,0 +1,126 @@
+"""Resuming: what of a checkpoint or of its run's folder does not fit is refused before the start.
+
+The checkpoint is a small stand-in. test_checkpoint.py resumes real ones.
+"""
+
+import dataclasses
+import json
+import pickle
+
+import loop_async
+import loop_sync
+import pytest
+
+import checkpoint
+import run
+from rollout import RolloutSettings
+from run import BadInput, RunSettings
+
+
+@pytest.fixture
+def write(monkeypatch, tmp_path):
+    """Write runs/old with one checkpoint, of step 4, whose state.json has these changes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+    def write(loop="sync", *, asked=None, without=(), **changes):
+        saved = tmp_path / "runs" / "old" / "checkpoints" / "step-000004"
+        (saved / "model").mkdir(parents=True)
+        (saved / "model" / ".metadata").write_bytes(pickle.dumps({}))
+        rows = b'{"step": 3}\n{"step": 4}\n'
+        (saved.parent.parent / "metrics.jsonl").write_bytes(rows + b'{"step": 5, "cut')
+        loops = dict(sync=loop_sync, **{"async": loop_async})
+        settings = dataclasses.asdict(asked or loops[loop].Settings())
+        state = dict(step=4, loop=loop, settings=settings, read={}, ranks=[{"prompts": 64}])
+        state |= {"record": {"elapsed_s": 1.5, "metrics": len(rows)}, **changes}
+        state = {name: value for name, value in state.items() if name not in without}
+        (saved / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        files = [path for path in saved.rglob("*") if path.is_file()]
+        listed = {str(p.relative_to(saved)): (p.stat().st_size, checkpoint._crc(p)) for p in files}
+        (saved / "files.json").write_text(json.dumps(listed), encoding="utf-8")
+        return saved
+
+    return write
+
+
+def resume(loop="sync", rollout=None, **changes):
+    settings = dict(sync=loop_sync, **{"async": loop_async})[loop].Settings
+    parts = dict(run=RunSettings(name="old", **changes), rollout=rollout or RolloutSettings())
+    return checkpoint.find(settings(**parts), loop, {})
+
+
+@pytest.mark.parametrize("loop", ["sync", "async"])
+def test_a_whole_checkpoint_is_found(write, loop):
+    write(loop)
+    assert resume(loop).step == 4
+
+
+@pytest.mark.parametrize("field", ["step", "loop", "settings", "read", "record", "ranks"])
+def test_a_state_without_a_field_is_of_another_version(write, field):
+    write(without=[field])
+    with pytest.raises(BadInput, match=f"state.json is not as this version writes it .*{field}"):
+        resume()
+
+
+@pytest.mark.parametrize("changes", [
+    {"step": "4"}, {"settings": None}, {"settings": {"run": 3}}, {"read": []}, {"ranks": []},
+    {"record": {"metrics": "x"}}, {"ranks": [3]},
+])  # fmt: skip
+def test_a_state_of_other_types_is_of_another_version(write, changes):
+    write(**changes)
+    with pytest.raises(BadInput, match="state.json is not as this version writes it"):
+        resume()
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"a": 3}', '{"state.json": [1]}', "{"])
+def test_a_list_of_files_that_is_none_is_damage(write, text):
+    (write() / "files.json").write_text(text, encoding="utf-8")
+    with pytest.raises(BadInput, match="step-000004 is damaged: files.json"):
+        resume()
+
+
+def test_a_checkpoint_under_another_step_s_name_is_refused(write):
+    """Else the checkpoints of the steps after it would never be the newest."""
+    saved = write()
+    saved.rename(saved.with_name("step-000009"))
+    with pytest.raises(BadInput, match="step-000009 holds step 4, not the step of its name"):
+        resume()
+
+
+@pytest.mark.parametrize("rows", [b'{"step": 33}\n{"step": 44}\n', b"x" * 23 + b"\n", b"3\n" * 12])
+def test_metrics_that_were_edited_are_refused(write, rows):
+    (write().parent.parent / "metrics.jsonl").write_bytes(rows)
+    with pytest.raises(BadInput, match="metrics.jsonl no longer begins with the rows that"):
+        resume()
+
+
+@pytest.mark.parametrize("changes", [{"max_response_tokens": 16}, {"stop": ("1",)}])
+def test_finished_groups_in_flight_were_answered_as_the_run_goes_on(write, changes):
+    write("async")
+    with pytest.raises(BadInput, match="it must stay the same"):
+        resume("async", RolloutSettings(**changes))
+
+
+def test_the_synchronous_loop_may_go_on_with_longer_answers(write):
+    write()
+    assert resume(rollout=RolloutSettings(max_response_tokens=16)).step == 4
+
+
+def test_a_run_that_loaded_its_samples_does_not_know_its_place_among_the_prompts(write):
+    write(asked=loop_sync.Settings(run=RunSettings(load_rollouts="dumps")))
+    with pytest.raises(BadInput, match="go on with --load-rollouts"):
+        resume()
+    assert resume(load_rollouts="dumps").step == 4
+
+
+@pytest.mark.parametrize("name", ["", "a"])
+def test_a_link_to_nowhere_in_the_place_of_runs_is_refused(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to("nowhere")
+    for key, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():
+        monkeypatch.setenv(key, str(value))
+    monkeypatch.setattr(run, "init_distributed", lambda *args: pytest.fail("started"))
+    monkeypatch.setattr("sys.argv", ["loop_sync.py", *(["--name", name] if name else [])])
+    with pytest.raises(BadInput, match="cannot be written, because of"):
+        loop_sync.main()
