@@ -37,7 +37,7 @@ This package imports neither torch nor an engine: those processes start fast and
 import re
 
 from math_rules.answers import answer_of
-from math_rules.equality import is_text, number_of, parsed, same, value_of_chain
+from math_rules.equality import is_text, number_of, parsed, same, time_of, value_of_chain
 from math_rules.notation import is_words, normalized
 
 MOST_CHARACTERS = 2000  # of an answer
@@ -47,7 +47,7 @@ MOST_WORDS = 6  # of a label that is text
 def is_judgeable(label: str) -> bool:
     """Return whether a label is one number, one short text, or one expression that math-verify parses."""
     text = normalized(label)
-    if number_of(text) or re.fullmatch(r"[0-9A-Fa-f]+_\{?\d+\}?", text):
+    if number_of(text) or time_of(label) or re.fullmatch(r"[0-9A-Fa-f]+_\{?\d+\}?", text):
         return True
     if is_text(text) or all(is_words(normalized(part)) for part in text.split(",")):
         return len(text.split()) <= MOST_WORDS

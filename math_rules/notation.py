@@ -51,6 +51,8 @@ _REWRITES = [(re.compile(pattern), by) for pattern, by in (
     (r"\^\s*\{?\s*\\(?:text|textrm|mathrm)\s*\{\s*o\s*\}\s*\}?", r"^\\circ "),
     (rf"(?<=\d)\s*(?:\\(?:text|mathrm|mbox)\s*\{{)?\s*({_MAGNITUDE})s?\b\s*\}}?", lambda m: f"e{MAGNITUDES[m[1]]} "),
     (r"(?<=\d)\s*~\s*(?=\\[dt]?frac)", ""),
+    (r"(\\(?:sin|cos|tan|cot|sec|csc))\s*\(?\s*(\d+)\s*\^\s*\{?\s*\\circ\s*\}?\s*\)?", r"\1(\\frac{\2\\pi}{180})"),
+    (r"^\s*\\?\{\s*[a-zA-Z]\s*(?:\\mid|\\vert|\||:)(.*)\}\s*$", r"\1"),  # {x | x > 1}
     (_LOOKS, " "),
     (rf"^\s*(?:{_ANNOUNCED})", ""),
     (r"^\s*(?:\\approx|\\sim(?![a-z])|~|(?:about|approximately|roughly)\b)", ""),
@@ -98,8 +100,6 @@ def normalized(text: str) -> str:
 
 
 _FONT = r"\\(?:text|textrm|textbf|textnormal|mathrm|mbox)"
-_DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)\s*[CF]?$")
-_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 
 
 def _without_unit(text: str) -> str:
@@ -108,8 +108,7 @@ def _without_unit(text: str) -> str:
     name = rf"{_FONT}\s*\{{(?!\s*(?:and|or)\b)[^{{}}]*\}}{power}"
     name = rf"(?:{name}|\\frac\s*\{{{name}\}}\s*\{{{name}\}})"
     text = re.sub(rf"(?<=.)\s*{name}(?:\s*/?\s*{name})*\s*\.?$", "", text)
-    if not _TRIGONOMETRIC.search(text):  # 30 degrees are not 30 radians.
-        text = _DEGREES.sub("", text)
+    text = re.sub(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)\s*[CF]?$", "", text)
     unit = rf"(?:(?:{_UNITS})(?![a-zA-Z])\.?|(?!(?:and|or|mod|sqrt)\b)[A-Za-z]{{3,}})"
     more = rf"(?:(?:\s*/\s*|\s+(?:per\s+|of\s+)?){unit}{power})*"
     text = re.sub(rf"(?<=[\d.}}])\s+{unit}{power}{more}$", "", text) or text

@@ -401,7 +401,8 @@ PAIRS = {
     "more notation": [
         (r"\boxed{\text{No solution}}", "no solution", 1),
         (r"\boxed{\text{(A) and (C)}}", "A, C", 1),
-        (r"\boxed{(A)}, \boxed{(C)}", "C", 1),
+        (r"\boxed{(A)}, \boxed{(C)}", "C", 0),
+        (r"\boxed{(A)}, \boxed{(C)}", "A, C", 1),
         (r"\boxed{42}$$ done", "42", 1),
         (r"\boxed{\dfrac{7}{2}}", "3.5", 1),
         (r"\boxed{7/2}", "3 1/2", 1),
@@ -428,7 +429,7 @@ PAIRS = {
         (r"\boxed{(2,3),(4,5)}", "(2,3), (4,5)", 1),
         (r"\boxed{(4,5),(2,3)}", "(2,3), (4,5)", 1),
         (r"\boxed{1,000,000}", "10^6", 1),
-        (r"\boxed{1 million}", "1000000", 0),
+        (r"\boxed{1 million}", "1000000", 1),
         (r"\boxed{\$1{,}234.50}", "1234.5", 1),
         (r"\boxed{5\%}", "0.05", 1),
         (r"\boxed{45 (not 46)}", "46", 0),
