@@ -37,7 +37,7 @@ _REWRITES = [(re.compile(pattern), by) for pattern, by in (
     (r"\\langle(?![a-z])", "("),
     (r"\\rangle(?![a-z])", ")"),
     (r"(?:\b(?:US|CA|AU|HK)\\?\$|^\s*(?:USD|EUR|GBP|INR|Rs\.?)\s*)(?=\d)", ""),
-    (r"(?<=[\w)}])\*\*\s*(\d+)(?!\w)", r"^{\1}"),  # x**2
+    (r"(?<=[\w)}])\*\*\s*(-?\d+)(?!\w)", r"^{\1}"),  # x**2
     (r"(?<=[\w)}])\*\*(?=[\w(-])", "^"),
     (r"(?<=\d),\s*\\!\s*(?=\d{3})", ","),
     (r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\!|\\?\$|\*\*|`|\\+\s*$|(?<!\\)\\[\[\]()]", ""),
@@ -52,7 +52,7 @@ _REWRITES = [(re.compile(pattern), by) for pattern, by in (
     (rf"(?<=\d)\s*(?:\\(?:text|mathrm|mbox)\s*\{{)?\s*({_MAGNITUDE})s?\b\s*\}}?", lambda m: f"e{MAGNITUDES[m[1]]} "),
     (r"(?<=\d)\s*~\s*(?=\\[dt]?frac)", ""),
     (r"(\\(?:sin|cos|tan|cot|sec|csc))\s*\(?\s*(\d+)\s*\^\s*\{?\s*\\circ\s*\}?\s*\)?", r"\1(\\frac{\2\\pi}{180})"),
-    (r"^\s*\\?\{\s*[a-zA-Z]\s*(?:\\mid|\\vert|\||:)(.*)\}\s*$", r"\1"),  # {x | x > 1}
+    (r"^\s*\\?\{\s*[a-zA-Z]\s*(?:\\mid|\\vert|\||:)(.*?)\\?\}\s*$", r"\1"),  # {x | x > 1}
     (_LOOKS, " "),
     (rf"^\s*(?:{_ANNOUNCED})", ""),
     (r"^\s*(?:\\approx|\\sim(?![a-z])|~|(?:about|approximately|roughly)\b)", ""),
