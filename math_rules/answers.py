@@ -53,7 +53,8 @@ _TAIL = re.compile(  # the rest of a sentence that goes on behind the answer
 
 
 _IS = re.compile(
-    rf"\b(?:is|are|equals)\s*:?\s*(?:equal\s+to\s+|exactly\s+|about\s+|approximately\s+)?(?=\$?\\?[(\[]?\$?{_VALUE})"
+    r"\b(?:is|are|equals)\s*:?\s*(?:equal\s+to\s+|exactly\s+|about\s+|approximately\s+)?"
+    rf"(?=\$?\\?[(\[]?\$?{_VALUE})"
 )
 _CHOSEN_LETTER = re.compile(r"\(?([A-J])\)?\s*(?:[.:;-]|,\s+(?!and\b|or\b)(?=[a-z]{2,}))\s")
 _BETWEEN = re.compile(rf"\s*,?{_OR}|\s*,\s*")
@@ -121,7 +122,7 @@ def _behind_mark(mark: str, rest: str) -> str:
         return _inside(formula)
     if mark == "####":
         return _chosen(line) if not below.strip() or not re.search(r"[A-Za-z]{3}", line) else ""
-    sentence = re.split(r"(?<!\d)\.(?=\s|$)|(?<=\d)\.(?=\s|$)|;\s+(?=[a-zA-Z]{2})|</|<\|", line.lstrip(" ."))[0]
+    sentence = re.split(r"\.(?=\s|$)|;\s+(?=[a-zA-Z]{2})|</|<\|", line.lstrip(" ."))[0]
     return _chosen(_TAIL.sub("", sentence))
 
 

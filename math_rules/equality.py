@@ -218,9 +218,8 @@ def parsed(text: str):
     from latex2sympy2_extended.math_normalization import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    logging.getLogger("math_verify").setLevel(
-        logging.ERROR
-    )  # It warns that its own time limit is off.
+    # math-verify warns that its own time limit is off.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     notation = NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
     )

@@ -49,7 +49,10 @@ _REWRITES = [(re.compile(pattern), by) for pattern, by in (
     (r"\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}", r"\\binom{\1}{\2}"),
     (r"(?<=[)\]])\s*U\s*(?=[\[(])", r"\\cup "),
     (r"\^\s*\{?\s*\\(?:text|textrm|mathrm)\s*\{\s*o\s*\}\s*\}?", r"^\\circ "),
-    (rf"(?<=\d)\s*(?:\\(?:text|mathrm|mbox)\s*\{{)?\s*({_MAGNITUDE})s?\b\s*\}}?", lambda m: f"e{MAGNITUDES[m[1]]} "),
+    (
+        rf"(?<=\d)\s*(?:\\(?:text|mathrm|mbox)\s*\{{)?\s*({_MAGNITUDE})s?\b\s*\}}?",
+        lambda match: f"e{MAGNITUDES[match[1]]} ",
+    ),
     (r"(?<=\d)\s*~\s*(?=\\[dt]?frac)", ""),
     (r"(\\(?:sin|cos|tan|cot|sec|csc))\s*\(?\s*(\d+)\s*\^\s*\{?\s*\\circ\s*\}?\s*\)?", r"\1(\\frac{\2\\pi}{180})"),
     (r"^\s*\\?\{\s*[a-zA-Z]\s*(?:\\mid|\\vert|\||:)(.*?)\\?\}\s*$", r"\1"),  # {x | x > 1}
