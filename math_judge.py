@@ -28,7 +28,7 @@ import math_rules
 LIMIT_S = 5.0  # CPU seconds for one answer
 STUCK_S = 30.0  # A worker that uses no CPU time for so long is replaced.
 MOST_BYTES = 4 * 2**30  # address space of a worker
-WORKERS = max(1, (os.cpu_count() or 1) // 4)
+WORKERS = max(1, len(os.sched_getaffinity(0)) // 4)  # of the processors this process may use
 
 
 class TooHard(BaseException):
@@ -50,13 +50,10 @@ def judged_in_worker(response: str, label: str) -> tuple[bool, str, bool]:
     except TooHard:
         pass
     try:
-        return (
-            False,
-            call_in_worker(math_rules.answer_of, response)[: math_rules.MOST_CHARACTERS],
-            True,
-        )
+        answer = call_in_worker(math_rules.answer_of, response)
     except TooHard:
-        return False, "", True
+        answer = ""
+    return False, answer[: math_rules.MOST_CHARACTERS], True
 
 
 def label_text(label: Any) -> str:
@@ -142,16 +139,13 @@ class _Worker:
     """A process that computes one thing at a time, seen from the process that started it."""
 
     def __init__(self):
-        from run import (
-            main_module_hidden,
-        )  # not at the top: a worker imports this file, and must not import torch
+        # A worker imports this file too, and must not import torch with it.
+        from run import main_module_hidden
 
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self.process, self.is_lost = (
-            context.Process(target=_work, args=(theirs,), daemon=True, name="math judge"),
-            False,
-        )
+        self.process = context.Process(target=_work, args=(theirs,), daemon=True, name="math judge")
+        self.is_lost = False
         with _starting, main_module_hidden():
             self.process.start()
         theirs.close()
@@ -193,9 +187,8 @@ class _Worker:
         self.is_lost = True
         self.process.kill()
         self._pipe.close()
-        return WorkerLost(
-            f"a process that judges mathematics {why}, exit code {self.process.exitcode}"
-        )
+        exit_code = self.process.exitcode
+        return WorkerLost(f"a process that judges mathematics {why}, exit code {exit_code}")
 
 
 def _work(pipe: Connection) -> None:

@@ -5,12 +5,12 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from math_rules.notation import FUNCTIONS, NUMBER, PLAIN_TEXT, is_words, normalized
+from math_rules.notation import FUNCTIONS, NUMBER, PLAIN_TEXT, is_words, normalized, without_commands
 
 
 def is_text(label: str) -> bool:
     """Return whether a label has words beside its numbers, so that it is compared as text."""
-    return bool(_WORD.search(PLAIN_TEXT.sub("", _WORD_NAME.sub("", label))))
+    return bool(_WORD.search(without_commands(_WORD_NAME.sub("", label))))
 
 
 def _without_blanks(text: str) -> str:
@@ -31,10 +31,12 @@ def number_of(text: str) -> tuple[Fraction, bool, bool] | None:
     )
     text = re.sub(r"^([-+]?)10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|(\d+))$", r"\g<1>1e\2\3", text)
     text = (
-        re.sub(r"\\[dtc]?frac\s*\{\s*([-+]?[\d.]+)\s*\}\s*\{\s*([-+]?[\d.]+)\s*\}", r" \1/\2", text)
+        re.sub(r"\\[dtc]?frac\s*\{\s*([-+]?[\d.,]+)\s*\}\s*\{\s*([-+]?[\d.,]+)\s*\}", r" \1/\2", text)
         .replace("- ", "-")
         .strip()
     )
+    if re.fullmatch(r"[-+]?\d{1,3}(?:\.\d{3})+,\d+", text):  # 1.234,5
+        text = text.replace(".", "").replace(",", ".")
     match = re.fullmatch(
         rf"([-+]?)({NUMBER})(?:[eE]([-+]?\d{{1,3}}))?(?:\s*/\s*([-+]?{NUMBER}))?\s*(%?)", text
     )
@@ -85,14 +87,30 @@ def value_of_chain(answer: str, label: str) -> str:
     if len(parts) > 1 and all(parts) and len({part[1] for part in parts}) == 1:  # x = 3 or x = 5
         return ", ".join(part[2].strip() for part in parts)
     answer = answer.replace(r"\equiv", "=")
-    if "," in answer or not re.search(r"=|\\approx", answer):
+    if _OR.search(answer) or not re.search(r"=|\\approx", answer):
         return answer
     exact, *approximate = re.split(r"\\approx", answer)
-    sides = exact.split("=") + (approximate[:1] if _has_letters(exact) else [])
+    sides = _sides(exact)
+    if len(sides) == 1 and _has_letters(exact):  # x \approx 0.3, but not x = 1/3 \approx 0.3
+        sides += approximate[:1]
     sides = [side.strip() for side in sides if side.strip()]
+    if len(sides) == 2 and re.fullmatch("[A-Za-z]", sides[1]):  # 5 = x
+        sides.reverse()
     if not sides or any(not _has_letters(side) and not same(side, label) for side in sides[:-1]):
         return ""
     return sides[-1]
+
+
+def _sides(text: str) -> list[str]:
+    """Return the sides of an equation; an "=" in brackets, as in P(X = 2), separates none."""
+    sides, depth = [""], 0
+    for character in text:
+        depth += (character in "({[") - (character in ")}]")
+        if character == "=" and depth <= 0:
+            sides.append("")
+        else:
+            sides[-1] += character
+    return sides
 
 
 _MODULUS = re.compile(r"\s*\(?\\pmod\s*(?:\{[^{}]*\}|\d+)\)?$|\s*\(\s*\\?mod\s+\d+\s*\)$")
@@ -119,30 +137,50 @@ _FIGURE = re.compile(  # \\angle ABC: its letters are no product
     r"\\(?:angle|triangle|overline|overrightarrow|widehat|odot|square)\s*\{?\s*[A-Z]{2,}"
 )
 _CHOICE = re.compile(r"\(?([A-J])[).:]\s*\S")  # "(B) 12"
+_AND = re.compile(r",?\s+and\s+|,")
+_TIME = re.compile(r"(\d{1,2}(?::\d\d)?)\s*(?:\\text\s*\{\s*)?([ap])\.?m\.?\s*\}?\.?", re.I)
+
+
+def time_of(text: str) -> tuple[str, str] | None:
+    """Return the hour with its minutes, and "a" or "p", of a time such as 3:30 pm; else None."""
+    match = _TIME.fullmatch(text.strip())
+    return match and (match[1].lstrip("0"), match[2].lower())
 
 
 def same(answer: str, label: str) -> bool:
     """Return whether an answer equals a label. value_of_chain() has split equations before."""
-    answer, label = normalized(answer), normalized(label)
+    times = time_of(answer), time_of(label)
+    if all(times):
+        return times[0] == times[1]
+    answer, label = (
+        normalized(time[0] if time else text) for time, text in zip(times, (answer, label))
+    )
     if match := _WORD_NAME.match(label):
         answer, label = _WORD_NAME.sub("", answer), label[match.end() :]
     if not answer or not label:
         return False
     numbers = number_of(answer), number_of(label)
+    if numbers[1] and numbers[1][2] and re.fullmatch(r"[-+]?\d+,\d{1,2}|[-+]?\d+,\d{4,}", answer):
+        numbers = number_of(answer.replace(",", ".")), numbers[1]  # 3,14, where 3.14 is right
     if all(numbers):
         return _same_number(*numbers)
     if _without_blanks(answer) == _without_blanks(label):
         return True
-    if re.fullmatch("[A-J]", label) and (match := _CHOICE.match(answer)):
-        return match[1] == label
+    if re.fullmatch(r"\d{4}-\d\d-\d\d|\d{1,2}/\d{1,2}/\d{4}", label):  # a date is no difference
+        return False
+    choices = [_CHOICE.match(PLAIN_TEXT.sub(r"\1", text).strip()) for text in (answer, label)]
+    if re.fullmatch("[A-J]", label) and choices[0]:
+        return choices[0][1] == label
+    if re.fullmatch("[A-J]", answer) and choices[1] and label.startswith("("):
+        return choices[1][1] == answer
     bases = [re.fullmatch(r"([0-9A-Fa-f]+)_\{?(\d+)\}?", text) for text in (answer, label)]
     if all(bases):
         return bases[0].groups() == bases[1].groups()
     if any(bases):
         return same(*(base[1] if base else text for base, text in zip(bases, (answer, label))))
-    lists = [sorted(map(_words_key, map(normalized, text.split(",")))) for text in (answer, label)]
-    if all(is_words(normalized(part)) for text in (answer, label) for part in text.split(",")):
-        return lists[0] == lists[1]
+    lists = [[normalized(part) for part in _AND.split(text)] for text in (answer, label)]
+    if all(is_words(part) for parts in lists for part in parts):
+        return sorted(map(_words_key, lists[0])) == sorted(map(_words_key, lists[1]))
     if any(map(is_words, (answer, label))) and len(label) > 1 < len(answer):
         products = [
             re.sub(r"\\cdot|\\times|\*|\s", "", PLAIN_TEXT.sub(r"\1", text))
@@ -180,9 +218,8 @@ def parsed(text: str):
     from latex2sympy2_extended.math_normalization import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    logging.getLogger("math_verify").setLevel(
-        logging.ERROR
-    )  # It warns that its own time limit is off.
+    # math-verify warns that its own time limit is off.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     notation = NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
     )

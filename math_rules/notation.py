@@ -5,13 +5,14 @@ import unicodedata
 
 _SYMBOLS = {
     **dict.fromkeys("−–—", "-"), **dict.fromkeys("\u00a0\u2009\u202f", " "),
-    **dict.fromkeys("“”‘€£¥₹\u2061\u200b", ""),
+    **dict.fromkeys("“”‘€£¥₹¢\u2061\u200b", ""),
     "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/",
     "±": r"\pm ", "°": r"^\circ ", "’": "'",
     "π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
     "≠": r"\ne ", "≈": r"\approx ",
     "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
-    "：": ":", "。": ".", "，": ",",
+    "。": ".", "，": ",",
+    **{chr(c): unicodedata.normalize("NFKC", chr(c)) for c in range(0xFF01, 0xFF5F)},  # full width
 }  # fmt: skip
 _SYMBOLS |= {
     c: " " + unicodedata.normalize("NFKC", c).replace("⁄", "/") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅐⅑⅒"
@@ -21,8 +22,11 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 FUNCTIONS = "sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|arcsin|arccos|arctan|log|ln|exp|pi|infty"
 _UNITS = (
-    "cm|mm|km|dm|m|ft|in|inches|kg|mg|g|lb|lbs|oz|s|h|hr|hrs|min|ms|mL|ml|L|l|mph|USD|EUR|units?|deg|pm|am"
+    "cm|mm|km|dm|m|ft|in|inches|kg|mg|g|lb|lbs|oz|s|h|hr|hrs|min|ms|mL|ml|L|l|mph|USD|EUR|units?|deg|sq|cu"
 )
+_JOINED_UNITS = "cm|mm|km/h|km|kg|mg|mL|ml|mph|lbs|hrs"  # no product of letters looks like these
+MAGNITUDES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_MAGNITUDE = "|".join(MAGNITUDES)
 PLAIN_TEXT = re.compile(  # commands that change the looks of a text and not its meaning
     r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|operatorname|boldsymbol|bm"
     r"|underline|emph)\s*\{([^{}]*)\}"
@@ -30,7 +34,28 @@ PLAIN_TEXT = re.compile(  # commands that change the looks of a text and not its
 _LOOKS = r"\\(?:bf|it|rm|large|Large|huge|Huge|small|quad|qquad)(?![a-zA-Z])|\\(?:text)?color\s*\{[^{}]*\}"
 _ANNOUNCED = r"\\text\s*\{[^{}]*(?:\bis|:)\s*\}|(?i:(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*[:=]))"
 _REWRITES = [(re.compile(pattern), by) for pattern, by in (
-    (r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\!|\\?\$|\*\*|`|\\\\$|\\[\[\]()]", ""),
+    (r"\\langle(?![a-z])", "("),
+    (r"\\rangle(?![a-z])", ")"),
+    (r"(?:\b(?:US|CA|AU|HK)\\?\$|^\s*(?:USD|EUR|GBP|INR|Rs\.?)\s*)(?=\d)", ""),
+    (r"(?<=[\w)}])\*\*\s*(-?\d+)(?!\w)", r"^{\1}"),  # x**2
+    (r"(?<=[\w)}])\*\*(?=[\w(-])", "^"),
+    (r"(?<=\d),\s*\\!\s*(?=\d{3})", ","),
+    (r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\!|\\?\$|\*\*|`|\\+\s*$|(?<!\\)\\[\[\]()]", ""),
+    (r"\\begin\s*\{array\}(?:\s*\{[lcr|\s]*\})?", r"\\begin{matrix}"),
+    (r"\\end\s*\{array\}", r"\\end{matrix}"),
+    (r"[(\[]\s*\\begin\{matrix\}((?s:.)*?)\\end\{matrix\}\s*[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
+    (r"\|\s*\\begin\{matrix\}((?s:.)*?)\\end\{matrix\}\s*\|", r"\\begin{vmatrix}\1\\end{vmatrix}"),
+    (r"\\(?:nice|s|x)frac(?![a-z])", r"\\frac"),
+    (r"\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}", r"\\binom{\1}{\2}"),
+    (r"(?<=[)\]])\s*U\s*(?=[\[(])", r"\\cup "),
+    (r"\^\s*\{?\s*\\(?:text|textrm|mathrm)\s*\{\s*o\s*\}\s*\}?", r"^\\circ "),
+    (
+        rf"(?<=\d)\s*(?:\\(?:text|mathrm|mbox)\s*\{{)?\s*({_MAGNITUDE})s?\b\s*\}}?",
+        lambda match: f"e{MAGNITUDES[match[1]]} ",
+    ),
+    (r"(?<=\d)\s*~\s*(?=\\[dt]?frac)", ""),
+    (r"(\\(?:sin|cos|tan|cot|sec|csc))\s*\(?\s*(\d+)\s*\^\s*\{?\s*\\circ\s*\}?\s*\)?", r"\1(\\frac{\2\\pi}{180})"),
+    (r"^\s*\\?\{\s*[a-zA-Z]\s*(?:\\mid|\\vert|\||:)(.*?)\\?\}\s*$", r"\1"),  # {x | x > 1}
     (_LOOKS, " "),
     (rf"^\s*(?:{_ANNOUNCED})", ""),
     (r"^\s*(?:\\approx|\\sim(?![a-z])|~|(?:about|approximately|roughly)\b)", ""),
@@ -59,6 +84,7 @@ def normalized(text: str) -> str:
         lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}",
         text.translate(UNICODE),
     )
+    text = re.sub(r"\d", lambda match: str(int(match[0])), text)  # digits of every script
     text = _REPEATING.sub(_fraction_of_repeating, text)
     for pattern, by in _REWRITES:
         text = pattern.sub(by, text)
@@ -70,23 +96,34 @@ def normalized(text: str) -> str:
             rf"\(([-+]?{NUMBER})\)|\[([-+]?{NUMBER})\]|\(?([A-Za-z])\)|\{{([^{{}}]*)\}}", text
         ):
             text = next(part for part in match.groups() if part is not None)
+        elif match := re.fullmatch(r"(?:[Oo]ption|[Cc]hoice)\s+(\(?[A-J]\)?)", text):
+            text = match[1]
         if text == before:
             return _without_unit(text)
+
+
+_FONT = r"\\(?:text|textrm|textbf|textnormal|mathrm|mbox)"
 
 
 def _without_unit(text: str) -> str:
     r"""Remove the unit behind a number: \text{cm}^2, cm, a word. Algebra such as 3c stays."""
     power = r"(?:\s*\^\s*(?:\d|\{-?\d\}))?"
-    text = re.sub(
-        rf"(?<=.)\s*\\(?:text|textrm|textnormal|mathrm|mbox)\s*\{{(?!\s*(?:and|or)\b)[^{{}}]*\}}"
-        rf"{power}\s*\.?$",
-        "",
-        text,
-    )
+    name = rf"{_FONT}\s*\{{(?!\s*(?:and|or)\b)[^{{}}]*\}}{power}"
+    name = rf"(?:{name}|\\frac\s*\{{{name}\}}\s*\{{{name}\}})"
+    text = re.sub(rf"(?<=.)\s*{name}(?:\s*/?\s*{name})*\s*\.?$", "", text)
     text = re.sub(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)\s*[CF]?$", "", text)
-    unit = rf"(?:(?:{_UNITS})(?![a-zA-Z])|(?!(?:and|or|mod|sqrt)\b)[A-Za-z]{{3,}})"
+    unit = rf"(?:(?:{_UNITS})(?![a-zA-Z])\.?|(?!(?:and|or|mod|sqrt)\b)[A-Za-z]{{3,}})"
     more = rf"(?:(?:\s*/\s*|\s+(?:per\s+|of\s+)?){unit}{power})*"
-    return re.sub(rf"(?<=[\d.}}])\s+{unit}{power}{more}$", "", text) or text
+    text = re.sub(rf"(?<=[\d.}}])\s+{unit}{power}{more}$", "", text) or text
+    return re.sub(rf"^([-+]?{NUMBER})(?:{_JOINED_UNITS}){power}$", r"\1", text)
+
+
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[a-zA-Z]+\*?\}")
+
+
+def without_commands(text: str) -> str:
+    """Return a text without what only looks like words: environments such as pmatrix, and fonts."""
+    return PLAIN_TEXT.sub("", _ENVIRONMENT.sub("", text))
 
 
 def is_words(text: str) -> bool:
@@ -114,7 +151,7 @@ def is_prose(text: str) -> bool:
     It then has words, and is neither a number with a unit nor a short name.
     """
     text = normalized(text)
-    words = _PROSE.search(PLAIN_TEXT.sub("", text))
+    words = _PROSE.search(without_commands(text))
     return bool(words) and (
         bool(re.search(r"\d", text)) or not is_words(text) or len(text.split()) > 3
     )

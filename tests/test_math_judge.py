@@ -5,6 +5,8 @@ The pairs are in math_pairs.py. Not covered: how long SymPy takes for what peopl
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,6 +15,7 @@ import pytest
 
 import math_judge
 import math_rules
+from conftest import ROOT
 from math_judge import TooHard, call_in_worker, judged_in_worker
 from math_pairs import PAIRS
 from reward import Judge, RewardSettings, compute_rewards, label_problems, math_reward
@@ -77,6 +80,10 @@ def test_a_label_may_be_a_number_of_json(response, label, expected):
     (float("nan"), "is NaN"),
     (["42"], "is a list"),
     ({"a": 1}, "is a dict"),
+    ([], "is a list"),
+    ({}, "is a dict"),
+    ("<p>The answer follows from what was said before: 5</p>", "is no number, expression or short text"),
+    ("First add 2 and 3.\nThen the total is known to be five.", "is no number, expression or short text"),
     (True, "is a bool"),
     ("", "is blank"),
     ("It is 5, I think, since 2 and 3 make that", "is no number, expression or short text"),
@@ -86,6 +93,7 @@ def test_a_label_may_be_a_number_of_json(response, label, expected):
 ])  # fmt: skip
 def test_labels_that_cannot_be_judged_against_are_found_before_the_start(label, problem):
     good = [42, 1e-05, "42", "-3.5", "1,234", r"\frac{1}{2}", "x^2 + 1", "Evelyn", "(1, 2)", r"x \in [0, 7)", "50%", "A, C", "Area = 5", "5 apples, 3 pears"]
+    good += [10**40, -0.0, "nan", "None", "3:30 p.m.", r"\begin{pmatrix} 1 & 0 & 0 \\ 0 & 1 & 0 \\ 0 & 0 & 1 \end{pmatrix}", r"\{x | x > 1\}"]
     problems = label_problems(RewardSettings(reward="math"))([*good, label])
     assert problems[:-1] == [""] * len(good) and problems[-1].startswith(problem)
 
@@ -148,6 +156,30 @@ def test_an_answer_whose_worker_was_killed_is_judged_by_another():
     threading.Timer(0.3, os.kill, (worker, signal.SIGKILL)).start()
     assert call_in_worker(eval, "__import__('time').sleep(1) or 'judged'") == "judged"
     assert call_in_worker(os.getpid) != worker
+
+
+def test_a_worker_that_was_killed_while_it_waited_costs_no_answer():
+    worker = psutil.Process(call_in_worker(os.getpid))
+    worker.kill()
+    psutil.wait_procs([worker], timeout=10)
+    assert judged_in_worker(r"\boxed{42}", "42") == (True, "42", False)
+
+
+def test_there_are_workers_for_the_processors_that_this_process_may_use():
+    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); import math_judge; print(math_judge.WORKERS)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout == "1\n", found.stderr
+    assert math_judge.WORKERS == max(1, len(os.sched_getaffinity(0)) // 4)
+
+
+def test_no_worker_outlives_its_parent():
+    code = "import math_judge, os; print(math_judge.call_in_worker(os.getpid), flush=True); os.kill(os.getpid(), 9)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for _ in range(200):
+        if not psutil.pid_exists(pid := int(found.stdout)) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {pid} is alive")
 
 
 def test_an_answer_whose_worker_sleeps_is_judged_by_another(monkeypatch):
