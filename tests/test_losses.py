@@ -221,6 +221,7 @@ def test_settings_that_cannot_work(changes, message):
 def test_each_policy_loss_has_bounds_of_its_own():
     assert LossSettings().clips == (0.2, 0.28) and LossSettings(policy_loss="gspo").clips == (3e-4, 4e-4)
     assert LossSettings(policy_loss="cispo", clip_high=1.5).clips == (1.0, 1.5)
+    assert LossSettings(clip_low=0.1).clips == (0.1, 0.28)
 
 
 @pytest.mark.parametrize("correction, bounds", [
