@@ -115,6 +115,27 @@ def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_m
     assert {float(state["step"]) for state in states} == {1.0}
 
 
+@pytest.mark.parametrize("rank, drawn_by", [(0, 0), (1, 1), (2, 0)])
+def test_a_rank_draws_on_as_it_did(fresh_megatron, tmp_path, monkeypatch, rank, drawn_by):
+    """The checkpoint is of two trainers, beside a rank that generates; a third draws as the first."""
+    toy = str(ROOT / "toy")
+    record = SimpleNamespace(folder=tmp_path, is_writer=True, group=torch.distributed.group.WORLD, loop="sync", positions=dict)
+    trainer = train_step.build_trainer(toy, TrainSettings(), read_config(toy), steps=10, seed=1)
+    samples = [Sample([5, 6], response_ids=[7], rollout_logprobs=[-1.0], loss_mask=[1], advantages=[1.0])]
+    train_step.train_step(trainer, samples, LossSettings(), temperature=1.0, max_response_tokens=8)
+    states, draws = [], []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        states.append(checkpoint.generators())
+        draws.append(torch.rand(4).tolist())
+    checkpoint.save(record, Settings(), trainer, step=1, read={}, rank_state={})
+    ranks = [{"generators": states[0]}, {"generators": states[1]}, {"prompts": 3}]
+    monkeypatch.setattr(checkpoint, "dist", SimpleNamespace(get_rank=lambda: rank))
+    saved = tmp_path / "checkpoints" / "step-000001"
+    checkpoint.restore(checkpoint.Checkpoint(saved, 1, {"ranks": ranks}), trainer)
+    assert torch.rand(4).tolist() == draws[drawn_by] != draws[1 - drawn_by]
+
+
 @pytest.mark.parametrize("script, ranks", [("loop_sync.py", 1), ("loop_async.py", 2)])
 def test_training_on_a_dump_of_rollouts_writes_the_same_metrics_digit_for_digit(undisturbed, tmp_path, script, ranks):
     flags = [*QUICK, "--steps", "9", "--name", "again", "--load-rollouts", str(undisturbed / "rollouts")]
