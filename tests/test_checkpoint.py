@@ -113,6 +113,9 @@ def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_m
     assert all(map(torch.equal, moments(before), moments(after))) and any(moment.any() for moment in moments(after))
     states = [state for optimizer in after.optimizer.chained_optimizers for state in optimizer.optimizer.state.values()]
     assert {float(state["step"]) for state in states} == {1.0}
+    # Each parameter counts for itself: a count that they shared would grow once for each of them.
+    train_step.train_step(after, samples, LossSettings(), temperature=1.0, max_response_tokens=8)
+    assert {float(state["step"]) for state in states} == {2.0}
 
 
 @pytest.mark.parametrize("rank, drawn_by", [(0, 0), (1, 1), (2, 0)])
