@@ -120,11 +120,14 @@ def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_m
 
 @pytest.mark.parametrize("rank, drawn_by", [(0, 0), (1, 1), (2, 0)])
 def test_a_rank_draws_on_as_it_did(fresh_megatron, tmp_path, monkeypatch, rank, drawn_by):
-    """The checkpoint is of two trainers, beside a rank that generates; a third draws as the first."""
-    toy = str(ROOT / "toy")
-    record = SimpleNamespace(folder=tmp_path, is_writer=True, group=torch.distributed.group.WORLD, loop="sync", positions=dict)
+    """The checkpoint is of two trainers and a rank that generates. A third draws as the first."""
+    toy, everyone = str(ROOT / "toy"), torch.distributed.group.WORLD
+    record = SimpleNamespace(
+        folder=tmp_path, is_writer=True, group=everyone, loop="sync", positions=dict
+    )
     trainer = train_step.build_trainer(toy, TrainSettings(), read_config(toy), steps=10, seed=1)
-    samples = [Sample([5, 6], response_ids=[7], rollout_logprobs=[-1.0], loss_mask=[1], advantages=[1.0])]
+    answer = dict(response_ids=[7], rollout_logprobs=[-1.0], loss_mask=[1], advantages=[1.0])
+    samples = [Sample([5, 6], **answer)]
     train_step.train_step(trainer, samples, LossSettings(), temperature=1.0, max_response_tokens=8)
     states, draws = [], []
     for seed in (5, 6):

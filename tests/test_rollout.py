@@ -344,7 +344,8 @@ def test_each_response_has_a_seed_of_its_own():
 
     def seeds(run_seed, samples):
         data = SimpleNamespace(seed=run_seed, end_ids=[2])
-        return [params["sampling_seed"] for params in rollout.sampling_params(data, settings, samples)]
+        params = rollout.sampling_params(data, settings, samples)
+        return [request["sampling_seed"] for request in params]
 
     samples = [
         Sample([1], prompt=prompt, group=group, index=index)
