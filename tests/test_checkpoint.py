@@ -113,6 +113,33 @@ def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_m
     assert all(map(torch.equal, moments(before), moments(after))) and any(moment.any() for moment in moments(after))
     states = [state for optimizer in after.optimizer.chained_optimizers for state in optimizer.optimizer.state.values()]
     assert {float(state["step"]) for state in states} == {1.0}
+    # Each parameter counts for itself: a count that they shared would grow once for each of them.
+    train_step.train_step(after, samples, LossSettings(), temperature=1.0, max_response_tokens=8)
+    assert {float(state["step"]) for state in states} == {2.0}
+
+
+@pytest.mark.parametrize("rank, drawn_by", [(0, 0), (1, 1), (2, 0)])
+def test_a_rank_draws_on_as_it_did(fresh_megatron, tmp_path, monkeypatch, rank, drawn_by):
+    """The checkpoint is of two trainers and a rank that generates. A third draws as the first."""
+    toy, everyone = str(ROOT / "toy"), torch.distributed.group.WORLD
+    record = SimpleNamespace(
+        folder=tmp_path, is_writer=True, group=everyone, loop="sync", positions=dict
+    )
+    trainer = train_step.build_trainer(toy, TrainSettings(), read_config(toy), steps=10, seed=1)
+    answer = dict(response_ids=[7], rollout_logprobs=[-1.0], loss_mask=[1], advantages=[1.0])
+    samples = [Sample([5, 6], **answer)]
+    train_step.train_step(trainer, samples, LossSettings(), temperature=1.0, max_response_tokens=8)
+    states, draws = [], []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        states.append(checkpoint.generators())
+        draws.append(torch.rand(4).tolist())
+    checkpoint.save(record, Settings(), trainer, step=1, read={}, rank_state={})
+    ranks = [{"generators": states[0]}, {"generators": states[1]}, {"prompts": 3}]
+    monkeypatch.setattr(checkpoint, "dist", SimpleNamespace(get_rank=lambda: rank))
+    saved = tmp_path / "checkpoints" / "step-000001"
+    checkpoint.restore(checkpoint.Checkpoint(saved, 1, {"ranks": ranks}), trainer)
+    assert torch.rand(4).tolist() == draws[drawn_by] != draws[1 - drawn_by]
 
 
 @pytest.mark.parametrize("script, ranks", [("loop_sync.py", 1), ("loop_async.py", 2)])

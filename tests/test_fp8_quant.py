@@ -67,6 +67,24 @@ def test_agrees_with_a_scalar_implementation(shape, scale_format):
                 assert codes[n + i, k + j].float().item() == round_e4m3(float(block[i, j] / scale))
 
 
+@pytest.mark.parametrize("scale_format", ["fp32", "ue8m0"])
+def test_every_code_is_that_of_the_quotient(scale_format):
+    """Times the reciprocal of the scale, about one code in ten thousand would be another."""
+    weight = torch.randn(1024, 768, generator=torch.Generator().manual_seed(9)).bfloat16()
+    codes, scale_inv = quantize_blockwise(weight, scale_format=scale_format)
+    scale_NK = np.kron(scale_inv.numpy(), np.ones((BLOCK, BLOCK), np.float32))
+    quotient = torch.from_numpy(weight.float().numpy() / scale_NK)
+    assert torch.equal(codes.float(), quotient.to(torch.float8_e4m3fn).float())
+
+
+def test_dequantizing_rounds_once():
+    """The scale is not a BF16 number: the product is rounded, not the scale."""
+    weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(10))
+    codes, scale_inv = quantize_blockwise(weight)
+    exact = dequantize_blockwise(codes, scale_inv, dtype=torch.float32)
+    assert torch.equal(dequantize_blockwise(codes, scale_inv), exact.bfloat16())
+
+
 def test_zero_block_gives_zeros_not_nan():
     codes, scale_inv = quantize_blockwise(torch.zeros(256, 128))
     assert torch.isfinite(scale_inv).all() and (scale_inv > 0).all()

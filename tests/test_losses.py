@@ -37,11 +37,13 @@ def oracle(logits: np.ndarray, labels: np.ndarray, vocab_size: int):
     return np.array(logprobs), np.array(entropies)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [1, 3, 1024])
-def test_logprobs_and_entropy(one_rank, chunk):
-    logits, labels = inputs()
+def test_logprobs_and_entropy(one_rank, chunk, dtype):
+    """Of BF16 logits too: they are exact numbers, and what is computed from them is in fp32."""
+    logits, labels = inputs(dtype)
     got = logprobs_and_entropy(logits, labels, temperature=TEMPERATURE, vocab_size=V, group=dist.group.WORLD, chunk=chunk)
-    for value, expected in zip(got, oracle(logits.numpy(), labels.numpy(), V)):
+    for value, expected in zip(got, oracle(logits.float().numpy(), labels.numpy(), V)):
         assert np.abs(value.numpy() - expected).max() < 1e-5
 
 
@@ -221,6 +223,7 @@ def test_settings_that_cannot_work(changes, message):
 def test_each_policy_loss_has_bounds_of_its_own():
     assert LossSettings().clips == (0.2, 0.28) and LossSettings(policy_loss="gspo").clips == (3e-4, 4e-4)
     assert LossSettings(policy_loss="cispo", clip_high=1.5).clips == (1.0, 1.5)
+    assert LossSettings(clip_low=0.1).clips == (0.1, 0.28)
 
 
 @pytest.mark.parametrize("correction, bounds", [

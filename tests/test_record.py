@@ -217,6 +217,16 @@ def test_a_run_that_has_checkpoints_writes_its_last_one(one_rank, monkeypatch, t
     assert [step for step in (1, 2, 3) if record.checkpoint_due(step)] == due
 
 
+@pytest.mark.parametrize("save_every", [0, 2])
+def test_a_run_that_is_told_to_stop_writes_a_checkpoint_now(
+    one_rank, monkeypatch, tmp_path, save_every
+):
+    record = record_of(monkeypatch, tmp_path, save_every=save_every)
+    assert not record.checkpoint_due(1)
+    record.stopping = True
+    assert record.checkpoint_due(1)
+
+
 # --- a first step that teaches nothing --------------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from engine_checks import check_environment, server_overrides
 from hf_config import read_config
 from rollout import RolloutSettings, check_rollout_settings
 from run import BadInput
+from sample import Sample
 
 TOY = ROOT / "toy"
 
@@ -335,3 +336,23 @@ def test_a_run_without_an_engine_needs_none_of_it(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
     with_shared_memory(monkeypatch, 0)
     check(engines=0)
+
+
+def test_each_response_has_a_seed_of_its_own():
+    """It depends on the run's seed and the response's place, and not on what else is sampled."""
+    settings = RolloutSettings()
+
+    def seeds(run_seed, samples):
+        data = SimpleNamespace(seed=run_seed, end_ids=[2])
+        params = rollout.sampling_params(data, settings, samples)
+        return [request["sampling_seed"] for request in params]
+
+    samples = [
+        Sample([1], prompt=prompt, group=group, index=index)
+        for prompt in ("a", "b")
+        for group in (0, 1)
+        for index in (0, 1)
+    ]
+    first = seeds(1, samples)
+    assert len({*first, *seeds(2, samples)}) == 16
+    assert [seed for one in reversed(samples) for seed in seeds(1, [one])] == first[::-1]

@@ -1,5 +1,8 @@
 """packing.py, and train_step.py's settings and refusals. What the packed model computes is tested in test_layouts.py and test_splits.py."""
 
+from types import SimpleNamespace
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from safetensors.torch import load_file
 import train_step
 from hf_config import read_config
 from losses import LossSettings
-from packing import collate, plan_microbatches
+from packing import collate, microbatch_plan, plan_microbatches
 from run import BadInput
 from sample import Sample
 from train_step import TrainSettings, check_train_settings
@@ -92,6 +95,20 @@ def test_a_sample_longer_than_a_micro_batch_is_refused_by_name(trainer):
         ValueError, match="sample 3 of group 5: a sample has 9002 tokens, .* at most 8192"
     ):
         step(trainer, [sample(0), long])
+
+
+def test_a_plan_has_as_few_bins_as_fit():
+    """60 + 40 and 50 + 50. Shortest first, 40 and 50 would share a bin, and a third were needed."""
+    assert plan_microbatches([40, 50, 50, 60], microbatch_tokens=100, dp=1) == [[[3, 0], [1, 2]]]
+
+
+def test_context_parallel_ranks_share_the_budget_of_a_micro_batch():
+    """With cp 2 a micro-batch has twice the tokens. A sequence of 9 counts as 12, see zigzag."""
+    dp = SimpleNamespace(size=lambda: 1)
+    settings = TrainSettings(cp=2, microbatch_tokens=12)
+    trainer = SimpleNamespace(settings=settings, dp_group=dp)
+    samples = [Sample([5], response_ids=[7] * 8) for _ in range(4)]
+    assert microbatch_plan(trainer, samples) == [[[0, 2], [1, 3]]]
 
 
 def test_bins_of_a_rank_are_not_neighbours_by_load():
@@ -297,6 +314,113 @@ def test_mini_batches_are_equal_parts_and_steps_of_their_own(fresh_megatron, mod
     metrics = step(trainer, samples)
     assert metrics["tokens"] == 10 and metrics["logprob_shift"] != 0  # the third part sees what the first has changed
     assert trainer.scheduler.num_steps == 1  # one rollout batch, one step of the schedule
+
+
+def built(models, *, steps=9, with_reference=False, **settings):
+    """A trainer of the small Llama in fp32."""
+    settings, folder = TrainSettings(train_dtype="fp32", **settings), str(models["llama"])
+    more = dict(steps=steps, seed=1, with_reference=with_reference)
+    return train_step.build_trainer(folder, settings, read_config(folder), **more)
+
+
+def test_the_metrics_of_mini_batches_are_a_mean_and_a_largest(fresh_megatron, models):
+    """lr 0: each part has the gradient that it has alone. The largest mismatch is in the first."""
+    trainer = built(models, lr=0.0, minibatches=2)
+    batch = [
+        sample(0, rollout_logprobs=[-20.0, -1.0]),
+        sample(1, advantages=[3.0, -2.0]),
+        sample(2, response_ids=[9, 4], advantages=[-0.5, 0.5]),
+        sample(3),
+    ]
+    both = step(trainer, batch, correction="none")
+    trainer = built(models, lr=0.0)
+    alone = [step(trainer, part, correction="none") for part in (batch[:2], batch[2:])]
+    norms, mismatches = ([m[k] for m in alone] for k in ("grad_norm", "mismatch_max"))
+    assert norms[0] != pytest.approx(norms[1], rel=0.1) and mismatches[0] > mismatches[1]
+    assert both["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-5)
+    assert both["mismatch_max"] == mismatches[0]
+
+
+@pytest.mark.parametrize("schedule, rates", [
+    (dict(lr_schedule="linear"), [0, 0.5, 1, 0.75, 0.5, 0.25, 0]),
+    (dict(lr_schedule="linear", min_lr=0.4), [0, 0.5, 1, 0.85, 0.7, 0.55, 0.4]),
+    (dict(lr_schedule="cosine", min_lr=0.4), [0, 0.5, 1, 0.912132, 0.7, 0.487868, 0.4]),
+    (dict(lr_schedule="constant"), [0, 0.5, 1, 1, 1, 1, 1]),
+])  # fmt: skip
+def test_the_learning_rate_follows_its_schedule(fresh_megatron, models, schedule, rates):
+    """2 steps of warm-up and 4 of decay, counted in rollout batches, whatever the mini-batches."""
+    trainer = built(models, steps=6, lr=1.0, lr_warmup_steps=2, **schedule)
+    got = []
+    for _ in range(7):
+        got.append(step(trainer, [])["lr"])
+    assert got == pytest.approx(rates, abs=1e-6)
+
+
+def test_the_optimizer_is_the_one_that_was_asked_for(fresh_megatron, models):
+    trainer = built(models, weight_decay=0.3, adam_beta2=0.9)
+    step(trainer, [sample(0)])
+    for group in trainer.optimizer.param_groups:
+        assert group["betas"] == (0.9, 0.9)
+        assert group["weight_decay"] == 0.3 * group["wd_mult"]
+    assert any(group["weight_decay"] for group in trainer.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("clip_grad", [1e-3, 1e-2])
+def test_the_gradient_is_clipped_to_its_norm(fresh_megatron, models, clip_grad):
+    """With Adam's epsilon of 1 the first step is lr g / (|g| + 1): as long as the gradient."""
+    settings = dict(lr=1.0, lr_schedule="constant", clip_grad=clip_grad, megatron=("adam_eps=1.0",))
+    trainer = built(models, **settings)
+    before = [parameter.detach().clone() for parameter in trainer.gpt.parameters()]
+    assert step(trainer, [sample(0)])["grad_norm"] > 10 * clip_grad
+    moved = zip(trainer.gpt.parameters(), before)
+    length = sum(float((now - then).square().sum()) for now, then in moved) ** 0.5
+    assert length == pytest.approx(clip_grad, rel=0.02)
+
+
+def scored(trainer, batch, temperature: float) -> list[Sample]:
+    """Copies of the samples, with what score() sets."""
+    batch = [
+        Sample(one.prompt_ids, response_ids=one.response_ids, loss_mask=[1, 1]) for one in batch
+    ]
+    return train_step.score(trainer, batch, temperature=temperature)
+
+
+def test_scores_are_the_policys_and_the_references_at_the_temperature(fresh_megatron, models):
+    """The reference is brought apart from the policy, and the policy then takes its weights."""
+    trainer, batch = built(models, lr=0.0, with_reference=True), [sample(0), sample(1)]
+    with torch.no_grad():
+        for parameter in trainer.reference.parameters():
+            parameter.mul_(0.7)
+    first = scored(trainer, batch, 0.7)
+    apart = np.abs(first[0].old_logprobs - first[0].ref_logprobs)
+    assert apart.min() > 1e-3
+    assert np.abs(first[0].old_logprobs - scored(trainer, batch, 1.0)[0].old_logprobs).min() > 1e-3
+    trainer.gpt.load_state_dict(trainer.reference.state_dict())
+    for one, now in zip(first, scored(trainer, batch, 0.7)):
+        assert one.ref_logprobs.tolist() == now.old_logprobs.tolist() == now.ref_logprobs.tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_the_first_mini_batch_starts_from_ratio_one(fresh_megatron, models, temperature):
+    """score() packs each mini-batch as its update does: its numbers are the same to the bit."""
+    trainer, rng = built(models, lr=0.0, minibatches=3), np.random.default_rng(0)
+    batch = []
+    for i in range(9):
+        n = 1 + 5 * i % 17
+        fields = dict(rollout_logprobs=[-1.0] * n, loss_mask=[1] * n, advantages=[1.0] * n)
+        batch.append(sample(i, response_ids=rng.integers(3, 90, n).tolist(), **fields))
+    train_step.score(trainer, batch, temperature=temperature)
+    limits = dict(temperature=temperature, max_response_tokens=32)
+    metrics = train_step.train_step(trainer, batch, LossSettings(), **limits)
+    assert metrics["logprob_shift"] == 0 and metrics["ratio"] == 1 and metrics["approx_kl"] == 0
+
+
+def test_an_offloaded_reference_is_on_the_device_for_its_pass_only(fresh_megatron, models):
+    trainer = built(models, with_reference=True, offload_reference=True)
+    with mock.patch.object(trainer.reference, "to", wraps=trainer.reference.to) as moved:
+        train_step.score(trainer, [sample(0)], temperature=1.0)
+    device = next(trainer.gpt.parameters()).device
+    assert [call.args[0] for call in moved.call_args_list] == [device, "cpu"]
 
 
 @pytest.mark.parametrize("changes", [

@@ -34,7 +34,7 @@ from sample import Sample
 from train_step import TrainSettings
 
 V, TEMPERATURE, MAX_RESPONSE = 32, 0.7, 8
-SEED = 2  # of the noise; test_the_batch_reaches_every_branch says what it must reach
+SEED = 55  # of the noise; test_the_batch_reaches_every_branch says what it must reach
 MASKS = [[1, 1, 1], [1, 0, 0, 1, 1], [], [0, 0], [1, 1, 1, 1], [1]]
 PROMPTS = [2, 1, 2, 1, 2, 1]  # tokens
 REWARDS, GROUPS = [1.0, 0.0, 0.25, 0.5, 1.0, -0.5], [0, 0, 0, 1, 1, 1]
@@ -270,8 +270,22 @@ def test_the_batch_reaches_every_branch(table):
         weight_T, cut_T = oracle.CORRECTIONS[correction](
             batch.old_T - batch.rollout_T, batch.packed, **algorithm.bounds
         )
-        assert 0 < clipped_T[counts].sum() < counts.sum()
-        assert correction == "none" or 0 < cut_T[counts].sum() < counts.sum()
+        inside_T = ~clipped_T & counts
+        assert inside_T.any() and (clipped_T & counts & (ratio_T < 1)).any()
+        assert (clipped_T & counts & (ratio_T > 1)).any()
+        assert correction == "none" or (cut_T & counts).any() and (~cut_T & counts).any()
+        log_weight_T = batch.old_T - batch.rollout_T
+        if correction == "sequence_mask":
+            log_weight_T = np.array(
+                [
+                    oracle.mean_log_ratio(log_weight_T, batch.packed, n)
+                    for n in batch.packed.sample_T
+                ]
+            )
+        cut_low_T = cut_T & (log_weight_T < 0)
+        low = algorithm.bounds["low"] is not None
+        assert (cut_low_T & counts).any() == low, "below the bound, for what has one"
+        assert correction == "none" or (cut_T & ~cut_low_T & counts).any()
         kinks = (
             1 - algorithm.clips["clip_low"],
             1 + algorithm.clips["clip_high"],

@@ -51,7 +51,7 @@ def main() -> None:
     record = SimpleNamespace(
         folder=out, is_writer=is_writer, group=everyone, loop="sync", positions=dict
     )
-    checkpoint.save(record, Settings(), trainer, step=1, rank_state={})
+    checkpoint.save(record, Settings(), trainer, step=1, read={}, rank_state={})
     written, expected = tensors_of(weights), next_steps(trainer)
 
     trainer, weights = build(folder, other_tp)
