@@ -105,6 +105,8 @@ def _parse_problem(label: str) -> str:
             return ""
     except TooHard:
         return f"takes longer than {LIMIT_S:g} s to parse"
+    except (ValueError, RuntimeError) as error:  # what the parser raised
+        return f"cannot be parsed ({error})"
     return "is no number, expression or short text, and the mathematical reward needs one"
 
 

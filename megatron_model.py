@@ -109,6 +109,7 @@ def transformer_config(settings, config: dict) -> TransformerConfig:
 @all_problems
 def check_overrides(settings, config: dict) -> None:
     """What Megatron would not take of --megatron, before anything is started. The layout must be a good one: its rules are checked elsewhere."""
+    wrong = []
     for config_class in (TransformerConfig, OptimizerConfig):
         defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
         hints = get_type_hints(config_class)
@@ -116,13 +117,14 @@ def check_overrides(settings, config: dict) -> None:
             kinds = set(get_args(hints[name]) or [hints[name]])
             kinds |= {int} if float in kinds else set()
             if kinds <= PLAIN and type(value) not in kinds and value != defaults[name]:
-                kind = " or ".join(sorted(kind.__name__ for kind in kinds))
+                kind = " or ".join(sorted(kind.__name__.replace("NoneType", "null") for kind in kinds))
                 found = f"--megatron {name}={value!r} is of the wrong type"
-                yield f"{found}: the field is {kind}, {defaults[name]!r} unless set"
-                return
-            if isinstance(value, float) and not math.isfinite(value):
-                yield f"--megatron {name}={value!r} must be finite"
-                return
+                wrong.append(f"{found}: the field is {kind}, {defaults[name]!r} unless set")
+            elif isinstance(value, float) and not math.isfinite(value):
+                wrong.append(f"--megatron {name}={value!r} must be finite")
+    yield from wrong
+    if wrong:
+        return
     try:
         transformer_config(settings, config)
         OptimizerConfig(**overrides(settings, config, OptimizerConfig))
