@@ -61,7 +61,8 @@ def main() -> None:
     label_problems = reward.label_problems(settings.reward)
     data = None if settings.plan.plan else problems.of(load_data, model, settings.rollout, config, seed=seed, label_problems=label_problems)
     longest = problems.of(plan.longest_sample, settings, config, data)
-    sizes = dict(world_size=rollout_ranks, longest=longest, on_gpu=settings.plan.plan or None)
+    planned = settings.plan.plan  # on GPUs; how long its prompts are is a guess
+    sizes = dict(world_size=rollout_ranks, longest=None if planned else longest, on_gpu=planned or None)
     problems.of(rollout.check_rollout_settings, settings.rollout, config, **sizes)
     problems.of(train_step.check_train_settings, settings.train, settings.loss, config, world_size=trainer_ranks, steps=steps, longest=longest)
     if not settings.run.load_rollouts:  # plan.longest_sample looks at what is loaded
