@@ -42,7 +42,9 @@ def problems(task: str, *, seed: int | str) -> Iterator[dict]:
 
 
 def score(response: str, task: str, seed: int | str, index: int) -> tuple[float, str]:
-    """(the reward, the answer that was judged), by the task's own scorer."""
+    """(the reward, the answer that was judged), by the task's own scorer. Raises ValueError for a refused task, wherever its name comes from."""
+    if task in REFUSED:
+        raise ValueError(f"reasoning-gym:{task} is refused: {REFUSED[task]}")
     from reasoning_gym.utils import extract_answer
 
     answer = extract_answer(response)

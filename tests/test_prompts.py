@@ -796,6 +796,15 @@ def test_tasks_that_cannot_be_used(gym, task, message):
         data(prompts=(f"reasoning-gym:{task}",))
 
 
+def test_a_row_cannot_name_the_task_that_judges_it(gym, tokenizer, tmp_path):
+    """Some scorers run the answer as Python. What a row brings is its own, and a refused task judges nothing."""
+    rows = {"prompt": "1+2=", "label": "3", "metadata": {"reasoning_gym": ["countdown", 1, 0]}, "notes": {"reasoning_gym": ["countdown", 1, 0]}}
+    (sample,) = read(write(tmp_path / "p.jsonl", rows), tokenizer)
+    assert sample.notes == {}
+    with pytest.raises(ValueError, match="reasoning-gym:countdown is refused"):
+        reasoning_gym_tasks.score("3", "countdown", 1, 0)
+
+
 def test_without_the_package_the_install_line_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # as if it were not installed
     with pytest.raises(BadInput, match="needs the package reasoning-gym .*: pip install reasoning-gym==0.1.25"):
