@@ -36,7 +36,7 @@ from sglang.srt.utils import MultiprocessingSerializer
 
 from buckets import pack, phase
 from record import Row
-from run import END_SIGNALS, EngineDied, end_with_parent, main_module_hidden
+from run import EngineDied, end_with_parent, main_module_hidden
 
 # 0.5.21 reports the weight versions of a response as spans. Where it does not, tokens are counted as they arrive.
 REPORTS_VERSIONS = importlib.util.find_spec("sglang.srt.utils.weight_versions") is not None
@@ -48,8 +48,7 @@ def run_scheduler(*args, **kwargs) -> None:
     """Entry point of the engine's child process, in place of SGLang's: what must happen there before SGLang starts."""
     end_with_parent()  # SGLang asks for the same, but only later, and a parent that is killed before would not be noticed
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # else the child's TCPStore waits for torchrun's agent for ever
-    for number in END_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its engine
     if not torch.cuda.is_available():
         cpu.patch_sglang()
     _listen_on_loopback()

@@ -198,8 +198,7 @@ def _work(pipe: Connection) -> None:
 
     That end closes when the parent is gone. A computation then ends at its limit at the latest.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # they reach the whole process group and are the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent.
     signal.signal(signal.SIGPROF, _raise_too_hard)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Without this limit a very large number takes the memory of the machine's other processes.

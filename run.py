@@ -36,9 +36,6 @@ CPU_SGLANG = "0.5.21"  # the version that cpu.py is written for
 
 
 told_to_stop = threading.Event()
-# Ctrl-C, the end of a job by a scheduler or by torchrun, and a closed terminal reach every process
-# of a rank's group. They are the rank's: it ends its engine, or first writes a checkpoint.
-END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class EngineDied(Exception):
@@ -283,8 +280,7 @@ def run_main(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # an answer may hold what the console's encoding has not; to print it must not end the run
     signal.signal(signal.SIGQUIT, _engine_child_died)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda signum, frame: told_to_stop.set())  # at the end of the step: a checkpoint, and exit code 0
+    signal.signal(signal.SIGTERM, lambda signum, frame: told_to_stop.set())  # at the end of the step: a checkpoint, and exit code 0
     signal_when_parent_ends(signal.SIGTERM)  # should torchrun be killed, nobody else would end this rank
     try:
         main()

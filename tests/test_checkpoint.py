@@ -370,17 +370,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(stopped, tmp_path):
     assert checkpoint.damage(stopped / "checkpoints" / "step-000006") == "" and not (stopped / "checkpoints" / "step-000007").exists()
 
 
-@pytest.mark.parametrize("script, number", [("loop_sync.py", signal.SIGTERM), ("loop_async.py", signal.SIGTERM), ("loop_sync.py", signal.SIGHUP)])
-def test_torchrun_told_to_stop_leaves_a_checkpoint(start_loop, tmp_path, script, number):
-    """torchrun hands the signal to every process of each rank, engines among them; a scheduler or a closed terminal sends it there."""
-    started = start_loop(script, *QUICK, rows=3)
-    started.process.send_signal(number)
-    assert started.end(60) != 0  # torchrun's own code for a signal
-    (saved,) = checkpoint.checkpoints_of(tmp_path / "runs" / "long")
-    assert checkpoint.damage(saved) == "" and saved.name == f"step-{metrics_of(tmp_path / 'runs' / 'long')[-1]['step']:06d}"
-    assert "a process of the SGLang engine died" not in started.text()
-
-
 @pytest.mark.parametrize("script, flags", [("loop_sync.py", []), ("loop_async.py", ["--max-staleness", "2"])])
 def test_told_to_stop_it_saves_and_ends_well(start_loop, tmp_path, script, flags):
     """SIGTERM to the ranks, as a scheduler sends it before preemption; the asynchronous loop has groups in flight then."""
