@@ -117,6 +117,7 @@ BENCHMARKS = {  # the command in README.md: what makes it short
     "bench/algorithms.py table": "RLOO --steps 1 --seeds 1",
     "bench/cpu_attention.py": "--requests 16 --rounds 1",
     "bench/long_run.py sync": "--steps 10 --prompts-per-step 4 --samples-per-prompt 8 --eval-samples 2",
+    "bench/no_bf16.py": "--rounds 1 --steps 3",
     "bench/overlap.py": "compute --steps 4 --rounds 1",
     "bench/overlap.py accuracy": "--steps 1 --rounds 1",
     "bench/peers.py": "bare-toy --rounds 1",
