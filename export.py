@@ -23,7 +23,7 @@ import train_step
 from hf_config import read_config
 from losses import LossSettings
 from problems import BadInput
-from train_step import TrainSettings
+from settings import TrainSettings
 from weight_sync import Weights
 
 BUCKET_BYTES = 2**28

@@ -22,30 +22,16 @@ The queue belongs to the engine's event loop: everything `async` below runs ther
 import asyncio
 import json
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch.distributed as dist
 
 from engine import Engine
 from problems import all_problems
 from prompts import Data
-from reward import Judge, RewardSettings, is_uninformative
-from rollout import DROPPED, REPLACED, Prompts, RolloutSettings, check_aborts, copies, fill, marks, sampling_params, step_share, taken_before
+from reward import Judge, is_uninformative
+from rollout import DROPPED, REPLACED, Prompts, check_aborts, copies, fill, marks, sampling_params, step_share, taken_before
 from sample import Sample
-
-
-@dataclass(frozen=True)
-class InFlightSettings:
-    """How far generation runs ahead of training."""
-
-    rollout_ranks: int = 1
-    """The last so many ranks generate; the others train."""
-    max_staleness: int = 1
-    """A token is trained at most so many weight versions after the one that sampled it; 0: generation waits for training."""
-    oversample: int = 0
-    """Groups that a step may leave behind, over all engines, rather than wait for their last answer."""
-    updates: Literal["in_flight", "drain"] = "in_flight"
-    """New weights reach requests in flight (paused in place, continued), or wait until none is running."""
+from settings import InFlightSettings, RewardSettings, RolloutSettings
 
 
 @all_problems

@@ -25,15 +25,10 @@ import train_step
 import weight_sync
 from hf_config import read_config
 from losses import LossSettings
-from plan import PlanSettings
 from problems import Problems
 from prompts import load_data
 from record import Record, Stopwatch
-from reward import RewardSettings
-from rollout import RolloutSettings
-from run import RunSettings
-from train_step import TrainSettings
-from weight_sync import SyncSettings
+from settings import PlanSettings, RewardSettings, RolloutSettings, RunSettings, SyncSettings, TrainSettings
 
 
 @dataclass(frozen=True)

@@ -28,32 +28,11 @@ from memory import checkpoint_bytes, embedding_parameters, engine_bytes, hand_of
 from problems import BadInput, Problems, all_problems
 from rollout import MEM_FRACTION_STATIC, longest_of_dumps
 from run import name_problem
+from settings import PlanSettings
 
 RUNTIME_BYTES = 3e9  # on a GPU and process: CUDA context and libraries, NCCL's buffers, what the allocators waste
 CPU_PROCESS_BYTES = 0.5e9  # of a trainer, or of an engine's scheduler, without a GPU: Python, torch, megatron-core or SGLang
 BUCKETS = 9, 4  # of a hand-off, at a time: on a trainer with an engine, and on a rank that receives (bench/weight_sync.py, and one that the engine loads)
-
-
-@dataclass(frozen=True)
-class PlanSettings:
-    """Arithmetic in place of a run."""
-
-    plan: bool = False
-    """Print what every GPU must hold and how long a hand-off takes, and end, without torchrun; exit code 2 and the nearest layout if it does not fit."""
-    plan_gpus: int = 8
-    """Ranks of the planned run: nodes times GPUs of a node."""
-    plan_node_gpus: int = 8
-    """GPUs of a node, which NVLink connects."""
-    plan_gpu_gb: float = 80.0
-    """Memory of a GPU in 1e9 bytes."""
-    plan_prompt_tokens: int = 1024
-    """Tokens of the longest prompt."""
-    plan_memory_gb_s: float = 2000.0
-    """1e9 bytes a second that a GPU reads or writes in its memory."""
-    plan_nvlink_gb_s: float = 300.0
-    """1e9 bytes a second between GPUs of a node, per GPU and direction."""
-    plan_network_gb_s: float = 40.0
-    """1e9 bytes a second between nodes, per GPU and direction."""
 
 
 # --- does it fit ------------------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import orjson
 from transformers import PreTrainedTokenizerBase
 
 from problems import BadInput, all_problems
-from sample import DataSettings, Sample, encode
+from sample import Sample, encode
+from settings import DataSettings
 
 SHOWN_ROWS = 5  # of a file's bad rows; a wrong file has thousands
 SHOWN_CHARACTERS = 60  # of a bad value

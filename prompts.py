@@ -25,10 +25,10 @@ import reasoning_gym_tasks
 from chat import check_template_kwargs
 from problems import BadInput, Problems, all_problems
 from prompt_files import LabelProblems, read_prompts
-from sample import DataSettings, Sample, encode, end_tokens, load_tokenizer
+from sample import Sample, encode, end_tokens, load_tokenizer
+from settings import GYM, DataSettings
 from toy.task import problems
 
-GYM = "reasoning-gym:"
 MOST_EVAL_SAMPLES = 100_000  # generated held-out prompts never end
 ENGINE_KEEPS = 2  # positions of a model's context that SGLang does not use: it would cut such an answer short
 SMALLEST_SHARE = 1e-9  # of a mixture; a source with less would never be drawn

@@ -21,8 +21,6 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -34,31 +32,13 @@ from advantages import ADVANTAGES, Scores, overlong_penalty
 from engine import Engine
 from losses import KL_ESTIMATORS, LossSettings
 from problems import all_problems
-from prompts import GYM, Data
+from prompts import Data
 from record import Row
-from rollout import REPLACED, Prompts, RolloutSettings, all_gather_samples, generate, marks, my_share
+from rollout import REPLACED, Prompts, all_gather_samples, generate, marks, my_share
 from sample import Sample
+from settings import GYM, RewardSettings, RolloutSettings
 
 Reward = Callable[[Sample], float | Awaitable[float]]
-
-
-@dataclass(frozen=True)
-class RewardSettings:
-    """How answers are judged."""
-
-    reward: Literal["exact", "math", "reasoning_gym"] = "exact"
-    """exact: the response equals the label and ended by itself. math: its answer has the label's value; see math_rules/.
-    reasoning_gym: the task's own scorer for problems of reasoning-gym, math for all other prompts."""
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline"] = "grpo"
-    """How rewards become advantages; see advantages.py."""
-    overlong_buffer: int = 0
-    """Responses lose up to 1 of their reward, linearly, in the last so many tokens before --max-response-tokens (DAPO); 0: nothing."""
-    dynamic_sampling: int = 0
-    """Replace groups whose rewards are all equal by answers to new prompts, at most so many times over in a step (DAPO); 0: train on all."""
-    judges: int = 32
-    """How many answers a rank judges at a time: a reward function that waits for a service then does not wait in line."""
-    judge_timeout_s: float = 120.0
-    """A reward function that takes longer for one answer has failed on it; the sample is masked and counted in reward_errors."""
 
 
 def exact_match(sample: Sample) -> float:

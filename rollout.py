@@ -10,9 +10,8 @@ import os
 import signal
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -29,7 +28,8 @@ from engine import Engine
 from engine_checks import server_overrides
 from hf_names import fp8_config
 from prompts import ENGINE_KEEPS, MOST_EVAL_SAMPLES, Data
-from sample import DataSettings, Sample, read_dump
+from sample import Sample, read_dump
+from settings import RolloutSettings
 
 MEM_FRACTION_STATIC = 0.5  # of the GPU memory that is free when an engine starts, what it takes for weights and cache, unless --sglang says otherwise
 # Below 1e-6 SGLang samples greedily and reports log-probs of temperature 1 (SamplingParams).
@@ -37,28 +37,6 @@ MEM_FRACTION_STATIC = 0.5  # of the GPU memory that is free when an engine start
 # engine's and the trainer's log-probs have to say.
 TEMPERATURES = 0.01, 100.0
 DROPPED, REPLACED = "dropped", "replaced"  # finish reasons of samples that are not trained: too old; in a group whose rewards are all equal
-
-
-@dataclass(frozen=True)
-class RolloutSettings(DataSettings):
-    """Prompts (those of DataSettings), sampling, and the engine."""
-
-    prompts_per_step: int = 16
-    """Prompts in a step, over all engines."""
-    samples_per_prompt: int = 16
-    """Answers sampled for each prompt: the group that GRPO compares."""
-    temperature: float = 1.0
-    """Sampling temperature, of training and of evaluation. The trainer computes its log-probs at the same."""
-    rollout_dtype: Literal["fp8", "bf16", "fp32"] = "fp8"
-    """What the engine computes with: block-scaled FP8 weights and activations, or plain BF16 or FP32."""
-    engine_tp: int = 1
-    """Ranks that share one engine (SGLang tensor parallelism)."""
-    engine_ep: int = 1
-    """Of those, ranks over which whole experts are spread (SGLang expert parallelism); the rest of --engine-tp splits each expert."""
-    answer_timeout_s: float = 3600.0
-    """An engine that takes longer for a request or for a part of a hand-off counts as dead, and the run ends."""
-    sglang: tuple[str, ...] = ()
-    """Further ServerArgs fields, key=value; for instance mem_fraction_static=0.5."""
 
 
 # --- settings and engine ---------------------------------------------------------------------------------------------------------------------

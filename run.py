@@ -16,7 +16,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 
@@ -26,12 +25,12 @@ import tyro
 from torch.distributed.rendezvous import rendezvous
 
 from problems import BadInput, all_problems
+from settings import RunSettings
 
 # The engines warn at import about what a CPU lacks; they say it in every process. Errors still show.
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 warnings.simplefilter("ignore")
 
-REPOSITORY = Path(__file__).resolve().parent
 CPU_SGLANG = "0.5.21"  # the version that cpu.py is written for
 
 
@@ -44,44 +43,6 @@ class EngineDied(Exception):
 
 class ExportError(Exception):
     """What of an export could not be written. The rest of it is there."""
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What to train, for how long, and where the record goes."""
-
-    model: str = str(REPOSITORY / "toy")
-    """Hugging Face folder (Qwen3, Qwen2.5, Llama, Qwen3-MoE or GLM-4.5; safetensors) to train and to generate with."""
-    name: str = ""
-    """The run's folder below runs/, for instance lr1/seed1; empty: the loop's name and the time."""
-    steps: int = 80
-    """Training steps in all, those before --resume included: each is one rollout, one update (of --minibatches optimizer steps), one weight hand-off."""
-    eval_every: int = 10
-    """Evaluate on the held-out prompts every so many steps, and before the first and after the last."""
-    seed: int = 1
-    """Seeds prompts, sampling and Megatron."""
-    check_sync: bool = False
-    """Read every weight back from the engine after every hand-off; always done after the first and the last."""
-    save_every: int = 0
-    """Write a checkpoint every so many steps and after the last; 0: only when the run is told to stop (SIGTERM), and after the last step of a resumed run."""
-    keep: int = 2
-    """How many checkpoints are kept; older ones are removed."""
-    resume: bool = False
-    """Go on from the newest checkpoint of the run --name."""
-    export: tuple[str, ...] = ("bf16",)
-    """Write the trained weights as Hugging Face folders at the end: any of bf16, fp8; none with an empty list."""
-    tensorboard: bool = False
-    """Write the metrics for TensorBoard as well, into the run folder."""
-    wandb: str = ""
-    """Send the metrics to this Weights & Biases project as well."""
-    save_rollouts: bool = False
-    """Write every step's samples to runs/NAME/rollouts."""
-    load_rollouts: str = ""
-    """Train on the samples of such a folder, without an engine: to look at training alone, or to repeat it exactly."""
-    debug_rollout_only: bool = False
-    """Generate and judge, but never train: to look at generation alone."""
-    profile: tuple[int, ...] = ()
-    """Steps of which every rank writes PyTorch's profile; open it at ui.perfetto.dev."""
 
 
 # Numpy takes seeds below 2**32. Engine and trainer add a number to --seed on each rank.

@@ -14,7 +14,6 @@ Shape letters: T packed tokens of a micro-batch, N its samples, V vocabulary on 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -38,47 +37,8 @@ from packing import MicroBatch, equal_parts, give_to_samples, global_sums, has_o
 from packing import local_microbatches, microbatch_plan, minibatches, padded_length
 from problems import Problems, all_problems
 from sample import Sample
+from settings import TrainSettings
 from weight_sync import Layout
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """The trainer: parallelism and optimizer."""
-
-    tp: int = 1
-    """Tensor-parallel size; the remaining factor of the world is data parallel. Sequence parallelism comes with it."""
-    pp: int = 1
-    """Pipeline-parallel size: the layers are split over so many ranks."""
-    cp: int = 1
-    """Context-parallel size: every sequence is split over so many ranks."""
-    ep: int = 1
-    """Expert-parallel size: experts are split over so many ranks of tensor, context and data parallelism. An expert itself is then not split."""
-    train_dtype: Literal["bf16", "fp32"] = "bf16"
-    """dtype of model weights and activations; main weights, gradients and Adam state are fp32 either way."""
-    microbatch_tokens: int = 8192
-    """At most this many tokens in one forward pass of one rank; with --cp C a sequence may have C times as many."""
-    lr: float = 2e-4
-    """Peak learning rate. Right for the toy; pretrained models want about 1e-6."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate goes from --lr to --min-lr over the run."""
-    lr_warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
-    min_lr: float = 0.0
-    """Learning rate at the end of a linear or cosine schedule."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    adam_beta2: float = 0.95
-    """Decay of Adam's second moment; beta1 is 0.9."""
-    clip_grad: float = 1.0
-    """Clip the global gradient norm to this."""
-    minibatches: int = 1
-    """Optimizer steps on each rollout batch, each on an equal part of its samples; old_logprobs are computed once, before the first."""
-    reference: str = ""
-    """Hugging Face folder of the frozen reference model, of the same architecture; empty: --model. Kept only with --kl-coef."""
-    offload_reference: bool = False
-    """Keep the reference in CPU memory, and bring it to the GPU only for its forward pass."""
-    megatron: tuple[str, ...] = ()
-    """Further TransformerConfig or OptimizerConfig fields, key=value; for instance recompute_granularity=full."""
 
 
 @dataclass

@@ -34,14 +34,7 @@ from hf_names import Rule, hf_shapes, merged_linears, parameters_of, rule_of, sp
 from hf_names import unquantized_linears
 from problems import all_problems
 from run import EngineDied, broadcast_bytes
-
-
-@dataclass(frozen=True)
-class SyncSettings:
-    """How weights travel from trainer to engine."""
-
-    bucket_bytes: int = 256 * 2**20
-    """Weights are gathered and handed over in buckets of about this many bytes; peak extra memory is a small multiple of it."""
+from settings import SyncSettings
 
 
 @all_problems

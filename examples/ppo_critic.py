@@ -46,12 +46,9 @@ from losses import LossSettings
 from problems import Problems, all_problems
 from prompts import load_data
 from record import Record, Stopwatch
-from reward import RewardSettings
-from rollout import RolloutSettings
-from run import RunSettings
 from sample import Sample
-from train_step import Trainer, TrainSettings
-from weight_sync import SyncSettings
+from settings import RewardSettings, RolloutSettings, RunSettings, SyncSettings, TrainSettings
+from train_step import Trainer
 
 import numpy as np
 import torch

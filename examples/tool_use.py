@@ -51,13 +51,9 @@ from losses import LossSettings
 from problems import Problems, all_problems
 from prompts import Data, load_data, toy_prompts
 from record import Record, Stopwatch
-from reward import RewardSettings
-from rollout import RolloutSettings
-from run import RunSettings
 from sample import Sample
+from settings import RewardSettings, RolloutSettings, RunSettings, SyncSettings, TrainSettings
 from toy.task import DIGITS
-from train_step import TrainSettings
-from weight_sync import SyncSettings
 
 CALL = re.compile(r"(\+[0-9]{1,9}){2,4}=")
 """Two to four numbers, each with its sign: no answer begins with one, so a turn's first token says whether it is a call."""

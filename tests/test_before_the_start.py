@@ -16,6 +16,7 @@ import run
 from rollout import replay
 from run import BadInput
 from sample import Sample
+from settings import RunSettings
 
 
 class Started(Exception):
@@ -96,7 +97,7 @@ def test_a_dump_with_fewer_answers_than_updates_is_refused(start, tmp_path):
 
 def test_a_blank_line_of_a_dump_is_no_sample(tmp_path):
     write_dumps(tmp_path / "dumps", 0)
-    settings = run.RunSettings(load_rollouts=str(tmp_path / "dumps"))
+    settings = RunSettings(load_rollouts=str(tmp_path / "dumps"))
     record = type("Record", (), {"settings": settings})
     assert len(replay(record, 1, [])) == 4
 

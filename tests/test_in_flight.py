@@ -12,13 +12,14 @@ import time
 import pytest
 
 from hf_config import read_config
-from in_flight import InFlight, InFlightSettings, check_in_flight_settings, check_staleness
+from in_flight import InFlight, check_in_flight_settings, check_staleness
 from prompts import load_data
 from record import Row
-from reward import Judge, RewardSettings
-from rollout import DROPPED, REPLACED, RolloutSettings, without_marks
+from reward import Judge
+from rollout import DROPPED, REPLACED, without_marks
 from run import REPOSITORY, BadInput, EngineDied
 from sample import Sample
+from settings import InFlightSettings, RewardSettings, RolloutSettings
 
 TOY = str(REPOSITORY / "toy")
 PER_STEP, STEPS = 3, 25

@@ -29,7 +29,7 @@ from hf_names import hf_shapes, layer_shapes
 from packing import collate
 from problems import BadInput
 from sample import Sample
-from train_step import TrainSettings
+from settings import TrainSettings
 
 CONFIGS = ROOT / "docs" / "configs"
 sys.path.append(str(ROOT / "tests" / "workers"))

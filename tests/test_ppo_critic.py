@@ -18,7 +18,8 @@ import run
 from hf_config import read_config
 from ppo_critic import CriticSettings
 from sample import Sample
-from train_step import TrainSettings, build_trainer
+from settings import TrainSettings
+from train_step import build_trainer
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from hf_config import read_config, rope_of
 from hf_folder import check_model_folder
 from problems import BadInput, Problems, all_problems
 from prompts import read_prompts
-from sample import DataSettings, load_tokenizer
+from sample import load_tokenizer
+from settings import DataSettings
 
 
 @all_problems

@@ -29,10 +29,11 @@ import reasoning_gym_tasks
 from chat import check_template_kwargs
 from hf_config import read_config
 from prompts import fitting, generated, load_data, mixture, names, read_prompts, toy_prompts, weighted
-from reward import RewardSettings, check_reward_settings, reasoning_gym_reward
-from rollout import Prompts, RolloutSettings, fill
+from reward import check_reward_settings, reasoning_gym_reward
+from rollout import Prompts, fill
 from run import REPOSITORY, BadInput
-from sample import DataSettings, Sample, encode, end_tokens, load_tokenizer, read_dump
+from sample import Sample, encode, end_tokens, load_tokenizer, read_dump
+from settings import DataSettings, RewardSettings, RolloutSettings
 from toy.task import is_held_out, problems
 
 TOY = str(REPOSITORY / "toy")

@@ -16,8 +16,9 @@ from checkpoint import Checkpoint
 from loop_sync import Settings
 from record import Record
 from reward import eval_metrics
-from run import BadInput, RunSettings, check_run_settings, new_run_folder
+from run import BadInput, check_run_settings, new_run_folder
 from sample import Sample
+from settings import RunSettings
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 
 import checkpoint
 import run
-from rollout import RolloutSettings
-from run import BadInput, RunSettings
+from run import BadInput
+from settings import RolloutSettings, RunSettings
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ import engine_checks
 import rollout
 from engine_checks import check_environment, server_overrides
 from hf_config import read_config
-from rollout import RolloutSettings, check_rollout_settings
+from rollout import check_rollout_settings
 from run import BadInput
 from sample import Sample
+from settings import RolloutSettings
 
 TOY = ROOT / "toy"
 

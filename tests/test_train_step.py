@@ -14,7 +14,8 @@ from losses import LossSettings
 from packing import collate, microbatch_plan, plan_microbatches
 from run import BadInput
 from sample import Sample
-from train_step import TrainSettings, check_train_settings
+from settings import TrainSettings
+from train_step import check_train_settings
 
 
 def test_collate_by_hand():
