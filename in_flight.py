@@ -26,26 +26,11 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 
 from engine import Engine
-from problems import all_problems
 from prompts import Data
 from reward import Judge, is_uninformative
 from rollout import DROPPED, REPLACED, Prompts, check_aborts, copies, fill, marks, sampling_params, step_share, taken_before
 from sample import Sample
 from settings import InFlightSettings, RewardSettings, RolloutSettings
-
-
-@all_problems
-def check_in_flight_settings(settings: InFlightSettings, rollout: RolloutSettings, *, world_size: int) -> None:
-    """What cannot work, before anything is started."""
-    if world_size < 2:
-        yield "the asynchronous loop needs a rank that trains and one that generates: use `torchrun --nproc-per-node 2 loop_async.py`"
-    elif not 1 <= settings.rollout_ranks < world_size:
-        yield f"--rollout-ranks {settings.rollout_ranks} must leave at least one of the {world_size} ranks to each side: use 1 to {world_size - 1}"
-    if settings.max_staleness < 0:
-        yield f"--max-staleness {settings.max_staleness} must not be negative"
-    engines = max(settings.rollout_ranks // max(rollout.engine_tp, 1), 1)
-    if settings.oversample < 0 or settings.oversample % engines:
-        yield f"--oversample {settings.oversample} must be a multiple of the {engines} engines, and not negative"
 
 
 @dataclass(eq=False)

@@ -31,12 +31,11 @@ import reasoning_gym_tasks
 from advantages import ADVANTAGES, Scores, overlong_penalty
 from engine import Engine
 from losses import KL_ESTIMATORS, LossSettings
-from problems import all_problems
 from prompts import Data
 from record import Row
 from rollout import REPLACED, Prompts, all_gather_samples, generate, marks, my_share
 from sample import Sample
-from settings import GYM, RewardSettings, RolloutSettings
+from settings import RewardSettings, RolloutSettings
 
 Reward = Callable[[Sample], float | Awaitable[float]]
 
@@ -81,19 +80,6 @@ def label_problems(settings: RewardSettings) -> Callable[[list], list[str]]:
     Each text goes on behind "the label ...": "is blank, and --reward math needs text or a number".
     """
     return functools.partial(math_judge.label_problems, reward=settings.reward)
-
-
-@all_problems
-def check_reward_settings(settings: RewardSettings, rollout: RolloutSettings) -> None:
-    """What cannot work, before anything is started."""
-    if settings.judges < 1 or not settings.judge_timeout_s > 0:
-        yield f"--judges {settings.judges} must be at least 1, --judge-timeout-s {settings.judge_timeout_s} must be positive"
-    if settings.dynamic_sampling < 0:
-        yield f"--dynamic-sampling {settings.dynamic_sampling} must not be negative"
-    if settings.reward == "reasoning_gym" and not any(source.startswith(GYM) for source in (*rollout.prompts, *rollout.eval_prompts)):
-        yield f"--reward reasoning_gym judges problems of reasoning-gym, and --prompts has none: add one such as {GYM}chain_sum, or use --reward math"
-    if not 0 <= settings.overlong_buffer <= rollout.max_response_tokens:
-        yield f"--overlong-buffer {settings.overlong_buffer} must lie between 0 and --max-response-tokens {rollout.max_response_tokens}"
 
 
 REWARDS: dict[str, Reward] = {"exact": exact_match, "math": math_reward, "reasoning_gym": reasoning_gym_reward}

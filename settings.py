@@ -5,6 +5,7 @@ The choice of a loss is in losses.py, beside the tables that it chooses from. Wh
 is in checks.py.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,9 +13,11 @@ from typing import Literal
 import tyro
 
 from advantages import ADVANTAGES
+from problems import BadInput
 
 REPOSITORY = Path(__file__).resolve().parent
 GYM = "reasoning-gym:"  # how a source of --prompts begins that a task of that package makes
+SMALLEST_SHARE = 1e-9  # of a mixture; a source with less would never be drawn
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class RolloutSettings(DataSettings):
     """Rollout: batch size, sampling, and the engine"""
 
     prompts_per_step: int = 16
-    """Prompts in a step, over all engines."""
+    """Batch size: prompts in a step, over all engines. --samples-per-prompt answers each."""
     samples_per_prompt: int = 16
     """Answers sampled for each prompt: the group that GRPO compares."""
     temperature: float = 1.0
@@ -241,3 +244,41 @@ class PlanSettings:
     """1e9 bytes a second between GPUs of a node, per GPU and direction."""
     plan_network_gb_s: float = 40.0
     """1e9 bytes a second between nodes, per GPU and direction."""
+
+
+# --- sources of prompts -----------------------------------------------------------------------
+
+
+def is_generated(source: str) -> bool:
+    """Tell whether a source of --prompts makes its problems; others are files."""
+    return source == "toy" or source.startswith(GYM)
+
+
+def weighted(prompts: tuple[str, ...], *, flag: str = "--prompts") -> dict[str, float]:
+    """("a.jsonl", "b.parquet:0.5") -> {"a.jsonl": 1.0, "b.parquet": 0.5}. Raises BadInput."""
+    weights = {}
+    for given in prompts:
+        source, _, text = given.rpartition(":")
+        try:
+            source, weight = (source, float(text)) if source else (given, 1.0)
+        except ValueError:
+            source, weight = given, 1.0
+        if not (0 < weight and math.isfinite(weight)):
+            raise BadInput(f"{flag} {given}: the weight {text} must be a positive number")
+        if source in weights:
+            fix = "give it once, with the sum of the weights"
+            raise BadInput(f"{flag} {source} is given twice: {fix}")
+        weights[source] = weight
+    total = sum(weights.values())
+    for source, weight in weights.items():
+        if not math.isfinite(total) or weight / total < SMALLEST_SHARE:
+            largest = max(weights, key=weights.get)
+            both = f"{flag} {source}:{weight:g} beside {largest}:{weights[largest]:g}"
+            raise BadInput(
+                f"{both}: each source's share of the prompts must be at least {SMALLEST_SHARE:g}, "
+                "or it is never drawn: give weights that are nearer"
+            )
+    if not weights:
+        fix = "give a file, or leave the flag out for the toy task"
+        raise BadInput(f"{flag} names nothing to learn from: {fix}")
+    return weights

@@ -10,7 +10,7 @@ import shutil
 import loop_async
 import loop_sync
 import pytest
-from conftest import ROOT
+from conftest import ROOT, start_main
 
 import run
 from rollout import replay
@@ -32,7 +32,7 @@ def start(monkeypatch, tmp_path):
         for name, value in dict(RANK=0, WORLD_SIZE=ranks, LOCAL_RANK=0).items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr("sys.argv", [f"{loop.__name__}.py", *map(str, flags)])
-        loop.main()
+        start_main(loop)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "init_distributed", started)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, metrics_of, torchrun
+from conftest import ROOT, metrics_of, start_main, torchrun
 
 sys.path.insert(0, str(ROOT / "examples"))
 import tool_use
@@ -216,7 +216,7 @@ def test_flags_that_cannot_work(monkeypatch, tmp_path, flags, message):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(run, "init_distributed", lambda: pytest.fail("a process group was started"))
     with pytest.raises(BadInput, match=message):
-        tool_use.main()
+        start_main(tool_use, tool_use.check_tool_flags)
 
 
 def test_a_run(tmp_path):

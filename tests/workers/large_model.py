@@ -22,7 +22,6 @@ import megatron_model
 import train_step
 import weight_sync
 from hf_config import read_config
-from losses import LossSettings
 from settings import TrainSettings
 
 FOLDER, (TP, EP, PP) = sys.argv[1], map(int, sys.argv[2:])
@@ -44,7 +43,7 @@ def main() -> None:
     torch.cuda.current_device = lambda: torch.device("meta")  # where Megatron puts its parameters
     config, world_size = read_config(FOLDER), max(TP, EP) * PP
     settings = TrainSettings(tp=TP, pp=PP, ep=EP)
-    train_step.check_train_settings(settings, LossSettings(), config, world_size=world_size, steps=1, longest=8192)
+    train_step.check_train_settings(settings, config, world_size=world_size, longest=8192)
     delivered = {}
     for stage in range(PP):
         gpt, layout = build_as(stage * world_size // PP, world_size, settings, config)
