@@ -1,7 +1,7 @@
 """A checkpoint -> Hugging Face folders, in BF16 or block FP8, that transformers or SGLang loads.
 
-    torchrun export.py --checkpoint runs/NAME                                               its newest checkpoint, in BF16
-    torchrun export.py --checkpoint runs/NAME/checkpoints/step-000040 --dtype bf16 fp8
+    python export.py --checkpoint runs/NAME                                                 its newest checkpoint, in BF16
+    python export.py --checkpoint runs/NAME/checkpoints/step-000040 --dtype bf16 fp8
     torchrun --nproc-per-node 8 export.py --checkpoint runs/NAME --tp 8                     a model that one rank does not hold
 
 The layout is this command's own: any layout reads what any other has written. Only weights are read, no optimizer state.
@@ -12,6 +12,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import flags
+from problems import BadInput, all_problems
+from settings import TrainSettings
+
+BUCKET_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """The export: from a checkpoint to Hugging Face folders"""
+
+    checkpoint: str = ""
+    """A checkpoint's folder, or a run's, of which the newest is taken."""
+    dtype: tuple[str, ...] = ("bf16",)
+    """bf16, fp8, or both."""
+    out: str = ""
+    """The folders are OUT-bf16 and OUT-fp8; empty: runs/NAME/step-000040-bf16 and so on."""
+    model: str = ""
+    """Hugging Face folder that config and tokenizer are copied from; empty: the run's --model."""
+    tp: int = 1
+    """Tensor-parallel size of this command."""
+    pp: int = 1
+    """Pipeline-parallel size of this command."""
+    ep: int = 1
+    """Expert-parallel size of this command."""
+
+
+@all_problems
+def check_export_flags(settings: ExportSettings) -> None:
+    """Refuse what cannot work, whatever the checkpoint holds."""
+    if not settings.dtype or set(settings.dtype) - {"bf16", "fp8"}:
+        yield f"--dtype {' '.join(settings.dtype)!r} must be bf16, fp8, or both"
+    if not os.path.isdir(settings.checkpoint):
+        fix = "give runs/NAME of a run that has written a checkpoint, or a folder of its checkpoints/"
+        yield f"--checkpoint {settings.checkpoint!r} is no folder: {fix}"
+
+
+# The imports below take half a minute: what is wrong with a flag is said before them.
+if __name__ == "__main__":
+    settings = flags.parse_or_exit(ExportSettings, check_export_flags)
+
 import rollout  # noqa: F401  first: on a machine without a GPU it prepares the imports that follow
 import torch.distributed as dist
 
@@ -21,33 +62,10 @@ import megatron_model
 import run
 import train_step
 from hf_config import read_config
-from losses import LossSettings
-from problems import BadInput
-from train_step import TrainSettings
 from weight_sync import Weights
 
-BUCKET_BYTES = 2**28
 
-
-@dataclass(frozen=True)
-class ExportSettings:
-    checkpoint: str
-    """A checkpoint's folder, or a run's, of which the newest is taken."""
-    dtype: tuple[str, ...] = ("bf16",)
-    """bf16, fp8, or both."""
-    out: str = ""
-    """The folders are OUT-bf16 and OUT-fp8; empty: runs/NAME/step-000040-bf16 and so on."""
-    model: str = ""
-    """Hugging Face folder that config and tokenizer are copied from; empty: the run's --model."""
-    tp: int = 1
-    pp: int = 1
-    ep: int = 1
-
-
-def main() -> None:
-    settings = run.parse_settings(ExportSettings)
-    if not settings.dtype or set(settings.dtype) - {"bf16", "fp8"}:
-        raise BadInput(f"--dtype {' '.join(settings.dtype)!r} must be bf16, fp8, or both")
+def main(settings: ExportSettings) -> None:
     folder = Path(settings.checkpoint)
     newest = next(reversed(checkpoint.checkpoints_of(folder)), folder)
     if not (newest / "files.json").is_file():
@@ -56,7 +74,7 @@ def main() -> None:
     model = settings.model or saved.state["settings"]["run"]["model"]
     config = read_config(model)
     train = TrainSettings(train_dtype=saved.state["settings"]["train"]["train_dtype"], tp=settings.tp, pp=settings.pp, ep=settings.ep)
-    train_step.check_train_settings(train, LossSettings(), config, world_size=int(os.environ["WORLD_SIZE"]), steps=1, longest=None)
+    train_step.check_train_settings(train, config, world_size=int(os.environ["WORLD_SIZE"]), longest=None)
     out = Path(settings.out or saved.folder.parent.parent / saved.folder.name)
     above = next(path for path in out.absolute().parents if os.path.exists(path))
     if out.name in ("", "..") or not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
@@ -77,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.run_main(main)
+    run.run_main(lambda: main(settings))

@@ -7,13 +7,13 @@ computed with, and exports are BF16 or FP8.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch.nn.functional as F
 from transformers import AutoConfig
 
+from checks import check_ranks, model_problem
 from problems import BadInput, Problems, all_problems
 
 FAMILIES = {
@@ -56,8 +56,8 @@ NUMBERS = ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "routed_scalin
 def read_config(folder: str | Path) -> dict:
     """config.json of a Hugging Face folder, checked field by field. Raises BadInput naming the field."""
     path = Path(folder) / "config.json"
-    if not os.path.isfile(path):  # unlike Path.is_file, it raises for no name
-        raise BadInput(f"--model {folder} has no config.json: give a Hugging Face model folder on this machine (hub names are not resolved)")
+    if problem := model_problem(folder):
+        raise BadInput(problem)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # also of bytes that are no text
@@ -242,18 +242,17 @@ def megatron_arguments(config: dict, *, tp: int) -> tuple[dict, dict]:
 @all_problems
 def check_layout(config: dict, *, world_size: int, tp: int, pp: int, cp: int, ep: int) -> None:
     """What keeps the model from being trained on so many ranks with these parallel sizes."""
-    if tp < 1 or world_size % tp:
-        yield f"--tp {tp} does not divide the {world_size} ranks: use a --tp that divides --nproc-per-node times the nodes"
-    elif min(pp, cp) < 1 or world_size % (tp * pp * cp):
-        yield f"--tp {tp} times --pp {pp} times --cp {cp} does not divide the {world_size} ranks: use another --pp or --cp"
+    found, sizes = Problems(), dict(tp=tp, pp=pp, cp=cp, ep=ep)
+    found.of(check_ranks, world_size, **sizes)
     if pp > 0 and (layers_in_last_stage(config, pp) or 1) < 1:
         yield f"--pp {pp} leaves the last stage without layers, of which the model has {config['num_hidden_layers']}: use a smaller --pp"
-    stage_ranks, experts = world_size // max(pp, 1), config["num_experts"]
-    if ep < 1 or stage_ranks % ep or experts % ep or (ep > 1 and not experts):
-        rule = f"must divide the {stage_ranks} ranks of a pipeline stage and the model's {experts} experts"
+    experts = config["num_experts"]
+    if ep > 0 and (experts % ep or (ep > 1 and not experts)):
+        rule = f"must divide the model's {experts} experts"
         yield f"--ep {ep} {rule}: use another --ep, and 1 for a dense model"
     if tp > 0:
-        megatron_arguments(config, tp=tp)
+        found.of(megatron_arguments, config, tp=tp)
+    yield from found.found
 
 
 def layers_in_last_stage(config: dict, pp: int) -> int | None:

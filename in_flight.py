@@ -22,44 +22,15 @@ The queue belongs to the engine's event loop: everything `async` below runs ther
 import asyncio
 import json
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch.distributed as dist
 
 from engine import Engine
-from problems import all_problems
 from prompts import Data
-from reward import Judge, RewardSettings, is_uninformative
-from rollout import DROPPED, REPLACED, Prompts, RolloutSettings, check_aborts, copies, fill, marks, sampling_params, step_share, taken_before
+from reward import Judge, is_uninformative
+from rollout import DROPPED, REPLACED, Prompts, check_aborts, copies, fill, marks, sampling_params, step_share, taken_before
 from sample import Sample
-
-
-@dataclass(frozen=True)
-class InFlightSettings:
-    """How far generation runs ahead of training."""
-
-    rollout_ranks: int = 1
-    """The last so many ranks generate; the others train."""
-    max_staleness: int = 1
-    """A token is trained at most so many weight versions after the one that sampled it; 0: generation waits for training."""
-    oversample: int = 0
-    """Groups that a step may leave behind, over all engines, rather than wait for their last answer."""
-    updates: Literal["in_flight", "drain"] = "in_flight"
-    """New weights reach requests in flight (paused in place, continued), or wait until none is running."""
-
-
-@all_problems
-def check_in_flight_settings(settings: InFlightSettings, rollout: RolloutSettings, *, world_size: int) -> None:
-    """What cannot work, before anything is started."""
-    if world_size < 2:
-        yield "the asynchronous loop needs a rank that trains and one that generates: use `torchrun --nproc-per-node 2 loop_async.py`"
-    elif not 1 <= settings.rollout_ranks < world_size:
-        yield f"--rollout-ranks {settings.rollout_ranks} must leave at least one of the {world_size} ranks to each side: use 1 to {world_size - 1}"
-    if settings.max_staleness < 0:
-        yield f"--max-staleness {settings.max_staleness} must not be negative"
-    engines = max(settings.rollout_ranks // max(rollout.engine_tp, 1), 1)
-    if settings.oversample < 0 or settings.oversample % engines:
-        yield f"--oversample {settings.oversample} must be a multiple of the {engines} engines, and not negative"
+from settings import InFlightSettings, RewardSettings, RolloutSettings
 
 
 @dataclass(eq=False)

@@ -16,28 +16,12 @@ steps all the while. Invariants: no trained token is older than --max-staleness 
 import contextlib
 from dataclasses import dataclass
 
-import rollout  # first: on a machine without a GPU it prepares the imports that follow
-import checkpoint
-import hf_folder
-import in_flight
-import packing
-import plan
-import reward
-import run
-import train_step
-import weight_sync
-from hf_config import read_config
-from in_flight import InFlightSettings
+import checks
+import flags
 from losses import LossSettings
-from plan import PlanSettings
 from problems import Problems
-from prompts import load_data
-from record import Record, Stopwatch
-from reward import RewardSettings
-from rollout import RolloutSettings
-from run import RunSettings
-from train_step import TrainSettings
-from weight_sync import SyncSettings
+from settings import InFlightSettings, PlanSettings, RewardSettings, RolloutSettings, RunSettings
+from settings import SyncSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -52,28 +36,37 @@ class Settings:
     plan: PlanSettings = PlanSettings()
 
 
-def main() -> None:
-    # Everything that can be wrong with the input is found before anything is started, and all of it is said at once.
-    settings, problems = run.parse_settings(Settings), Problems()
+# The imports below take half a minute: what is wrong with a flag is said before them.
+if __name__ == "__main__":
+    settings = flags.parse_or_exit(Settings, checks.check_flags)
+
+import rollout  # first: on a machine without a GPU it prepares the imports that follow
+import checkpoint
+import hf_folder
+import in_flight
+import plan
+import reward
+import run
+import train_step
+import weight_sync
+from hf_config import read_config
+from prompts import load_data
+from record import Record, Stopwatch
+
+
+def main(settings: Settings) -> None:
+    # What model, data and machine do not allow is found before anything is started, and said at once.
+    problems, world_size = Problems(), checks.world_size(settings)
     model, seed, steps = settings.run.model, settings.run.seed, settings.run.steps
-    problems.of(run.check_run_settings, settings.run)
-    problems.of(plan.check_plan_settings, settings.plan)
     config = problems.of(read_config, model)
-    world_size = plan.world_size(settings.plan)
     trainer_ranks, rollout_ranks = world_size - settings.in_flight.rollout_ranks, settings.in_flight.rollout_ranks
-    problems.of(in_flight.check_in_flight_settings, settings.in_flight, settings.rollout, world_size=world_size)
-    problems.of(reward.check_reward_settings, settings.reward, settings.rollout)
-    problems.of(weight_sync.check_sync_settings, settings.sync)
     label_problems = reward.label_problems(settings.reward)
     data = None if settings.plan.plan else problems.of(load_data, model, settings.rollout, config, seed=seed, label_problems=label_problems)
     longest = problems.of(plan.longest_sample, settings, config, data)
     planned = settings.plan.plan  # on GPUs; how long its prompts are is a guess
-    sizes = dict(world_size=rollout_ranks, longest=None if planned else longest, on_gpu=planned or None)
+    sizes = dict(longest=None if planned else longest, on_gpu=planned or None)
     problems.of(rollout.check_rollout_settings, settings.rollout, config, **sizes)
-    problems.of(train_step.check_train_settings, settings.train, settings.loss, config, world_size=trainer_ranks, steps=steps, longest=longest)
-    if not settings.run.load_rollouts:  # plan.longest_sample looks at what is loaded
-        answers = settings.rollout.prompts_per_step * settings.rollout.samples_per_prompt
-        problems.of(packing.check_minibatches, settings.train.minibatches, answers=answers)
+    problems.of(train_step.check_train_settings, settings.train, config, world_size=trainer_ranks, longest=longest)
     load = dict(world_size=world_size, trainer_ranks=trainer_ranks, rollout_ranks=rollout_ranks, longest=longest)
     if settings.plan.plan:
         problems.refuse()
@@ -136,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.run_main(main)
+    run.run_main(lambda: main(settings))

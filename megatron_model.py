@@ -1,6 +1,6 @@
 """Hugging Face folder -> this rank's part of Megatron's GPTModel, filled, and how the whole is split over ranks.
 
-Everywhere here, settings are train_step.TrainSettings and config is config.json, checked (hf_config.read_config).
+Everywhere here, settings are TrainSettings and config is config.json, checked (hf_config.read_config).
 """
 
 import dataclasses

@@ -15,7 +15,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from local_spec import zigzag
 from losses import Sequences
-from problems import all_problems
 from run import broadcast_bytes
 from sample import Sample
 
@@ -47,14 +46,6 @@ def plan_microbatches(lengths: list[int], *, microbatch_tokens: int, dp: int) ->
             break
     by_load = sorted(range(bins), key=lambda b: -loads[b])
     return [[members[b] for b in by_load[rank::dp]] for rank in range(dp)]
-
-
-@all_problems
-def check_minibatches(n: int, *, answers: int) -> None:
-    """Refuse --minibatches n where a step has fewer answers: some updates would have none."""
-    if 1 <= answers < n:
-        most = f"a step has {answers} answers, --prompts-per-step times --samples-per-prompt"
-        yield f"--minibatches {n}: {most}: use at most {answers}"
 
 
 def minibatches(trainer, samples: list[Sample]) -> list[list[Sample]]:

@@ -27,33 +27,10 @@ from hf_config import check_layout
 from memory import checkpoint_bytes, embedding_parameters, engine_bytes, hand_off_bytes, parameters, state_bytes, trainer_bytes
 from problems import BadInput, Problems, all_problems
 from rollout import MEM_FRACTION_STATIC, longest_of_dumps
-from run import name_problem
 
 RUNTIME_BYTES = 3e9  # on a GPU and process: CUDA context and libraries, NCCL's buffers, what the allocators waste
 CPU_PROCESS_BYTES = 0.5e9  # of a trainer, or of an engine's scheduler, without a GPU: Python, torch, megatron-core or SGLang
 BUCKETS = 9, 4  # of a hand-off, at a time: on a trainer with an engine, and on a rank that receives (bench/weight_sync.py, and one that the engine loads)
-
-
-@dataclass(frozen=True)
-class PlanSettings:
-    """Arithmetic in place of a run."""
-
-    plan: bool = False
-    """Print what every GPU must hold and how long a hand-off takes, and end, without torchrun; exit code 2 and the nearest layout if it does not fit."""
-    plan_gpus: int = 8
-    """Ranks of the planned run: nodes times GPUs of a node."""
-    plan_node_gpus: int = 8
-    """GPUs of a node, which NVLink connects."""
-    plan_gpu_gb: float = 80.0
-    """Memory of a GPU in 1e9 bytes."""
-    plan_prompt_tokens: int = 1024
-    """Tokens of the longest prompt."""
-    plan_memory_gb_s: float = 2000.0
-    """1e9 bytes a second that a GPU reads or writes in its memory."""
-    plan_nvlink_gb_s: float = 300.0
-    """1e9 bytes a second between GPUs of a node, per GPU and direction."""
-    plan_network_gb_s: float = 40.0
-    """1e9 bytes a second between nodes, per GPU and direction."""
 
 
 # --- does it fit ------------------------------------------------------------------------------------------------------------------------------
@@ -214,11 +191,6 @@ def hand_off_seconds(
 # --- said, and checked ------------------------------------------------------------------------------------------------------------------------
 
 
-def world_size(settings: PlanSettings) -> int:
-    """Ranks of the run, or of the planned one."""
-    return settings.plan_gpus if settings.plan else int(os.environ["WORLD_SIZE"])
-
-
 def longest_sample(settings, config: dict | None, data) -> int | None:
     """Return the tokens of the longest possible sample, prompt and response; None where they could not be found out.
 
@@ -230,14 +202,6 @@ def longest_sample(settings, config: dict | None, data) -> int | None:
     if not settings.run.load_rollouts or data is None:
         return data.longest if data else None
     return max(data.longest, longest_of_dumps(settings, config))
-
-
-@all_problems
-def check_plan_settings(settings: PlanSettings) -> None:
-    """What cannot work."""
-    for name in ("plan_gpus", "plan_node_gpus", "plan_prompt_tokens", "plan_gpu_gb", "plan_memory_gb_s", "plan_nvlink_gb_s", "plan_network_gb_s"):
-        if not 0 < getattr(settings, name) < 1e9:
-            yield f"--{name.replace('_', '-')} {getattr(settings, name)} must be positive, and below a billion"
 
 
 def report(settings, config: dict, **load) -> None:
@@ -292,7 +256,7 @@ def report(settings, config: dict, **load) -> None:
 @all_problems
 def check_machine(settings, config: dict | None, **load) -> None:
     """Whether the run folder can be written, the disk has room, and this rank's share of the machine's memory is enough. load: as plan_of takes it."""
-    folder = Path("runs") / ("" if name_problem(settings.run.name) else settings.run.name)  # another check names that problem
+    folder = Path("runs") / settings.run.name
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
         yield f"the run folder {folder} cannot be written, because of {existing.resolve()}: run where you may write, or choose --name"

@@ -13,7 +13,11 @@ Called, it raises one BadInput with all its texts. A loop's main() gathers those
 """
 
 import functools
+import os
+import sys
+import time
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class BadInput(Exception):
@@ -67,3 +71,14 @@ class Problems:
         """Raise BadInput if there are any."""
         if self.found:
             raise BadInput(*self.found)
+
+
+def end_refused(error: BadInput) -> NoReturn:
+    """Print what is wrong with the input, and end the program with exit code 2.
+
+    All ranks usually see the same mistake. Rank 0 says it at once; torchrun then ends the others
+    while they wait.
+    """
+    time.sleep(0 if os.environ.get("RANK", "0") == "0" else 3)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)

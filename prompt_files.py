@@ -9,15 +9,16 @@ NaN counts, so that files of several makers mix.
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import orjson
 from transformers import PreTrainedTokenizerBase
 
+from checks import file_problem
 from problems import BadInput, all_problems
-from sample import DataSettings, Sample, encode
+from sample import Sample, encode
+from settings import DataSettings
 
 SHOWN_ROWS = 5  # of a file's bad rows; a wrong file has thousands
 SHOWN_CHARACTERS = 60  # of a bad value
@@ -160,15 +161,8 @@ def _without_nulls(value: Any) -> Any:
 
 def read_rows(path: str) -> Iterator[tuple[str, dict | str]]:
     """Yield (file and row as an error names them, the row or its line). Raises BadInput."""
-    if os.path.isdir(path):
-        raise BadInput(f"prompts file {path} is a folder: name the JSONL or Parquet files in it")
-    if not os.path.isfile(
-        path
-    ):  # False also for what cannot be a path, at which Path.is_file() raises
-        raise BadInput(
-            f"prompts file {path} does not exist: give a JSONL or Parquet file, or leave the flag "
-            "out for the toy task"
-        )
+    if problem := file_problem(path):
+        raise BadInput(problem)
     if path.endswith(".parquet"):
         yield from _parquet_rows(path)
         return

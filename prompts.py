@@ -25,13 +25,11 @@ import reasoning_gym_tasks
 from chat import check_template_kwargs
 from problems import BadInput, Problems, all_problems
 from prompt_files import LabelProblems, read_prompts
-from sample import DataSettings, Sample, encode, end_tokens, load_tokenizer
+from sample import Sample, encode, end_tokens, load_tokenizer
+from settings import GYM, DataSettings, is_generated, weighted
 from toy.task import problems
 
-GYM = "reasoning-gym:"
-MOST_EVAL_SAMPLES = 100_000  # generated held-out prompts never end
 ENGINE_KEEPS = 2  # positions of a model's context that SGLang does not use: it would cut such an answer short
-SMALLEST_SHARE = 1e-9  # of a mixture; a source with less would never be drawn
 PROBE = 64  # so many problems of a generated source are looked at before the start, for their lengths
 
 
@@ -147,7 +145,6 @@ def load_data(
     if tokenizer is not None and size > config["vocab_size"]:
         yield f"{model_folder}: the tokenizer has {size} tokens, the model {config['vocab_size']}: they do not belong together"
     room = math.inf if config is None else config["max_position_embeddings"] - ENGINE_KEEPS - settings.max_response_tokens
-    eval_samples = min(max(settings.eval_samples, 0), MOST_EVAL_SAMPLES)
     streams, held_out, longest, digest, marked = [], [], 0, {}, set()
 
     def opened(given: str, name: str, *, is_eval: bool) -> tuple[Iterator[Sample], int, list]:
@@ -158,18 +155,15 @@ def load_data(
         stream = iter(samples) if is_eval else shuffled(samples, seed=seed)
         return stream, max(len(sample.prompt_ids) for sample in samples), samples
 
-    sources = found.of(weighted, settings.prompts) or {}
-    for given, name in (found.of(names, list(sources), flag="--prompts") or {}).items():
+    sources = weighted(settings.prompts)
+    for given, name in names(list(sources)).items():
         stream, length, read = found.of(opened, given, name, is_eval=False) or (iter(()), 0, [])
         streams, longest = [*streams, stream], max(longest, length)
         digest[str(len(streams))] = checksum(sources[given], read)
-    for given in settings.eval_prompts:
-        if given.rpartition(":")[0] and given not in (found.of(weighted, (given,), flag="--eval-prompts") or {}):
-            yield f"--eval-prompts {given}: a held-out set has no weight, each is evaluated whole: leave the number out"
     own = [given for given in sources if is_generated(given)]
-    for given, name in (found.of(names, list(settings.eval_prompts) or own, flag="--eval-prompts") or {}).items():
+    for given, name in names(list(settings.eval_prompts) or own).items():
         prompts, length, _ = found.of(opened, given, name, is_eval=True) or (iter(()), 0, [])
-        held_out, longest = [*held_out, *islice(prompts, eval_samples)], max(longest, length)
+        held_out, longest = [*held_out, *islice(prompts, settings.eval_samples)], max(longest, length)
     if settings.label_after and not marked and not found.found:
         yield f"--label-after {settings.label_after!r}: no label of any file holds it, so nothing would be cut: mend it or leave it out"
     held_out = [replace(sample, group=group) for group, sample in enumerate(held_out)]
@@ -177,11 +171,6 @@ def load_data(
     yield from found.found
     stream = mixture(streams, list(sources.values()), seed=seed)
     return Data(tokenizer, stream, held_out, end_ids, longest + settings.max_response_tokens, seed, digest)
-
-
-def is_generated(given: str) -> bool:
-    """Tell whether a source of --prompts makes its problems; others are files."""
-    return given == "toy" or given.startswith(GYM)
 
 
 def checksum(weight: float, read: Iterable[str | Sample]) -> str:
@@ -193,38 +182,11 @@ def checksum(weight: float, read: Iterable[str | Sample]) -> str:
     return digest.hexdigest()
 
 
-def weighted(prompts: tuple[str, ...], *, flag: str = "--prompts") -> dict[str, float]:
-    """("a.jsonl", "b.parquet:0.5") -> {"a.jsonl": 1.0, "b.parquet": 0.5}. Raises BadInput."""
-    weights = {}
-    for given in prompts:
-        source, _, text = given.rpartition(":")
-        try:
-            source, weight = (source, float(text)) if source else (given, 1.0)
-        except ValueError:
-            source, weight = given, 1.0
-        if not (0 < weight and math.isfinite(weight)):
-            raise BadInput(f"{flag} {given}: the weight {text} must be a positive number")
-        if source in weights:
-            raise BadInput(f"{flag} {source} is given twice: give it once, with the sum of the weights")
-        weights[source] = weight
-    total = sum(weights.values())
-    for source, weight in weights.items():
-        if not math.isfinite(total) or weight / total < SMALLEST_SHARE:
-            largest = max(weights, key=weights.get)
-            rule = f"share of the prompts must be at least {SMALLEST_SHARE:g}, or it is never drawn"
-            raise BadInput(f"{flag} {source}:{weight:g} beside {largest}:{weights[largest]:g}: each source's {rule}: give weights that are nearer")
-    if not weights:
-        raise BadInput(f"{flag} names nothing to learn from: give a file, or leave the flag out for the toy task")
-    return weights
-
-
-def names(sources: list[str], *, flag: str) -> dict[str, str]:
+def names(sources: list[str]) -> dict[str, str]:
     """{"toy": "toy", "a/gsm8k/train.parquet": "gsm8k/train", "a/math/train.parquet": "math/train"}: short names that tell the sources apart.
 
     Bytes of a path that are no UTF-8 are written out, as a sample's source must fit in JSON.
     """
-    if len(set(sources)) < len(sources):
-        raise BadInput(f"{flag} {' '.join(sources)}: a source is given twice: give each once")
     printable = {source: os.fsencode(source).decode("utf-8", "backslashreplace") for source in sources}
     paths = {source: Path(text.replace(GYM, "reasoning-gym/")) for source, text in printable.items()}
     parts = {source: (*path.parent.parts, path.stem) for source, path in paths.items()}

@@ -21,8 +21,6 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -33,32 +31,13 @@ import reasoning_gym_tasks
 from advantages import ADVANTAGES, Scores, overlong_penalty
 from engine import Engine
 from losses import KL_ESTIMATORS, LossSettings
-from problems import all_problems
-from prompts import GYM, Data
+from prompts import Data
 from record import Row
-from rollout import REPLACED, Prompts, RolloutSettings, all_gather_samples, generate, marks, my_share
+from rollout import REPLACED, Prompts, all_gather_samples, generate, marks, my_share
 from sample import Sample
+from settings import RewardSettings, RolloutSettings
 
 Reward = Callable[[Sample], float | Awaitable[float]]
-
-
-@dataclass(frozen=True)
-class RewardSettings:
-    """How answers are judged."""
-
-    reward: Literal["exact", "math", "reasoning_gym"] = "exact"
-    """exact: the response equals the label and ended by itself. math: its answer has the label's value; see math_rules/.
-    reasoning_gym: the task's own scorer for problems of reasoning-gym, math for all other prompts."""
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline"] = "grpo"
-    """How rewards become advantages; see advantages.py."""
-    overlong_buffer: int = 0
-    """Responses lose up to 1 of their reward, linearly, in the last so many tokens before --max-response-tokens (DAPO); 0: nothing."""
-    dynamic_sampling: int = 0
-    """Replace groups whose rewards are all equal by answers to new prompts, at most so many times over in a step (DAPO); 0: train on all."""
-    judges: int = 32
-    """How many answers a rank judges at a time: a reward function that waits for a service then does not wait in line."""
-    judge_timeout_s: float = 120.0
-    """A reward function that takes longer for one answer has failed on it; the sample is masked and counted in reward_errors."""
 
 
 def exact_match(sample: Sample) -> float:
@@ -101,19 +80,6 @@ def label_problems(settings: RewardSettings) -> Callable[[list], list[str]]:
     Each text goes on behind "the label ...": "is blank, and --reward math needs text or a number".
     """
     return functools.partial(math_judge.label_problems, reward=settings.reward)
-
-
-@all_problems
-def check_reward_settings(settings: RewardSettings, rollout: RolloutSettings) -> None:
-    """What cannot work, before anything is started."""
-    if settings.judges < 1 or not settings.judge_timeout_s > 0:
-        yield f"--judges {settings.judges} must be at least 1, --judge-timeout-s {settings.judge_timeout_s} must be positive"
-    if settings.dynamic_sampling < 0:
-        yield f"--dynamic-sampling {settings.dynamic_sampling} must not be negative"
-    if settings.reward == "reasoning_gym" and not any(source.startswith(GYM) for source in (*rollout.prompts, *rollout.eval_prompts)):
-        yield f"--reward reasoning_gym judges problems of reasoning-gym, and --prompts has none: add one such as {GYM}chain_sum, or use --reward math"
-    if not 0 <= settings.overlong_buffer <= rollout.max_response_tokens:
-        yield f"--overlong-buffer {settings.overlong_buffer} must lie between 0 and --max-response-tokens {rollout.max_response_tokens}"
 
 
 REWARDS: dict[str, Reward] = {"exact": exact_match, "math": math_reward, "reasoning_gym": reasoning_gym_reward}

@@ -10,9 +10,8 @@ import os
 import signal
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -28,37 +27,12 @@ if not torch.cuda.is_available():
 from engine import Engine
 from engine_checks import server_overrides
 from hf_names import fp8_config
-from prompts import ENGINE_KEEPS, MOST_EVAL_SAMPLES, Data
-from sample import DataSettings, Sample, read_dump
+from prompts import ENGINE_KEEPS, Data
+from sample import Sample, read_dump
+from settings import RolloutSettings
 
 MEM_FRACTION_STATIC = 0.5  # of the GPU memory that is free when an engine starts, what it takes for weights and cache, unless --sglang says otherwise
-# Below 1e-6 SGLang samples greedily and reports log-probs of temperature 1 (SamplingParams).
-# Above it, errors of BF16 logits are divided by the temperature: below 0.01 they exceed what the
-# engine's and the trainer's log-probs have to say.
-TEMPERATURES = 0.01, 100.0
 DROPPED, REPLACED = "dropped", "replaced"  # finish reasons of samples that are not trained: too old; in a group whose rewards are all equal
-
-
-@dataclass(frozen=True)
-class RolloutSettings(DataSettings):
-    """Prompts (those of DataSettings), sampling, and the engine."""
-
-    prompts_per_step: int = 16
-    """Prompts in a step, over all engines."""
-    samples_per_prompt: int = 16
-    """Answers sampled for each prompt: the group that GRPO compares."""
-    temperature: float = 1.0
-    """Sampling temperature, of training and of evaluation. The trainer computes its log-probs at the same."""
-    rollout_dtype: Literal["fp8", "bf16", "fp32"] = "fp8"
-    """What the engine computes with: block-scaled FP8 weights and activations, or plain BF16 or FP32."""
-    engine_tp: int = 1
-    """Ranks that share one engine (SGLang tensor parallelism)."""
-    engine_ep: int = 1
-    """Of those, ranks over which whole experts are spread (SGLang expert parallelism); the rest of --engine-tp splits each expert."""
-    answer_timeout_s: float = 3600.0
-    """An engine that takes longer for a request or for a part of a hand-off counts as dead, and the run ends."""
-    sglang: tuple[str, ...] = ()
-    """Further ServerArgs fields, key=value; for instance mem_fraction_static=0.5."""
 
 
 # --- settings and engine ---------------------------------------------------------------------------------------------------------------------
@@ -69,50 +43,30 @@ def check_rollout_settings(
     settings: RolloutSettings,
     config: dict | None,
     *,
-    world_size: int,
     longest: int | None = None,
     on_gpu: bool | None = None,
 ) -> None:
-    """What cannot work, before anything is started. world_size: of the ranks that generate.
+    """Refuse what the model or the engine cannot do. The flags alone are checked in checks.py.
 
     config: None where it could not be read.
     longest: prompt and response tokens of the longest possible sample, where they are known.
     on_gpu: whether the engines will have GPUs, as in a plan; None: whether this machine has one.
     """
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
-    if settings.temperature <= 0:
-        yield f"--temperature {settings.temperature} must be above 0: a greedy rollout has no log-probs to learn from"
-    elif not TEMPERATURES[0] <= settings.temperature <= TEMPERATURES[1]:  # also nan
-        reason = (
-            "further down the engine's log-probs mean nothing, and below 1e-6 SGLang is greedy; "
-            "further up all answers are noise"
-        )
-        yield (
-            f"--temperature {settings.temperature} must lie between {TEMPERATURES[0]} and "
-            f"{TEMPERATURES[1]:g}: {reason}"
-        )
-    if settings.samples_per_prompt < 2:
-        yield f"--samples-per-prompt {settings.samples_per_prompt}: GRPO compares answers to one prompt and needs at least 2"
-    if not 1 <= settings.eval_samples <= MOST_EVAL_SAMPLES:
-        yield f"--eval-samples {settings.eval_samples} must lie between 1 and {MOST_EVAL_SAMPLES:,}"
-    if not 1 <= settings.eval_samples_per_prompt <= 1024:
-        yield f"--eval-samples-per-prompt {settings.eval_samples_per_prompt} must lie between 1 and 1,024"
-    if not settings.answer_timeout_s > 0:
-        yield f"--answer-timeout-s {settings.answer_timeout_s} must be positive"
-    if settings.engine_tp < 1 or world_size % settings.engine_tp:
-        yield f"--engine-tp {settings.engine_tp} does not divide the {world_size} ranks: use a divisor"
-    elif (engines := world_size // settings.engine_tp) > 0 and (settings.prompts_per_step < 1 or settings.prompts_per_step % engines):
-        yield f"--prompts-per-step {settings.prompts_per_step} is not divisible by the {engines} engines: use a multiple of {engines}"
-    experts = config["num_experts"] if config else settings.engine_ep
-    if settings.engine_ep < 1 or settings.engine_tp % settings.engine_ep or experts % settings.engine_ep or (settings.engine_ep > 1 and not experts):
-        yield f"--engine-ep {settings.engine_ep} must divide --engine-tp {settings.engine_tp} and the model's {experts} experts; it is 1 for a dense model"
     if config is not None:
-        for field_name in ("num_attention_heads", "num_key_value_heads"):
-            if settings.engine_tp > 0 and config[field_name] % settings.engine_tp:
-                yield f"{field_name} {config[field_name]} is not divisible by --engine-tp {settings.engine_tp}: use a --engine-tp that divides it"
-        if not 1 <= settings.max_response_tokens < config["max_position_embeddings"] - ENGINE_KEEPS:
-            context = f"the model's context, {config['max_position_embeddings']}, less the {ENGINE_KEEPS} positions that SGLang keeps"
-            yield f"--max-response-tokens {settings.max_response_tokens} must lie below {context}"
+        experts, ep, tp = config["num_experts"], settings.engine_ep, settings.engine_tp
+        if experts % ep or (ep > 1 and not experts):
+            rule = f"must divide the model's {experts} experts"
+            yield f"--engine-ep {ep} {rule}; it is 1 for a dense model"
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            if config[name] % tp:
+                rule = f"is not divisible by --engine-tp {tp}"
+                yield f"{name} {config[name]} {rule}: use a --engine-tp that divides it"
+        context = config["max_position_embeddings"]
+        if settings.max_response_tokens >= context - ENGINE_KEEPS:
+            kept = f"less the {ENGINE_KEEPS} positions that SGLang keeps"
+            given = f"--max-response-tokens {settings.max_response_tokens}"
+            yield f"{given} must lie below the model's context, {context}, {kept}"
     overrides = server_overrides(settings.sglang, on_gpu=on_gpu)
     most = None if on_gpu else cpu.SERVER_ARGS["max_total_tokens"]
     server_args = {"max_total_tokens": most, **overrides}
@@ -315,7 +269,7 @@ def longest_of_dumps(settings, config: dict | None) -> int:
     for step in range(1, settings.run.steps + 1):
         file = rollouts_file(settings.run.load_rollouts, step)
         if not os.path.isfile(file):
-            break  # run.check_run_settings names it
+            break  # checks.check_run_flags names it
         dump, _ = without_marks(read_dump(file, vocab_size=vocab_size))
         longest = max([longest, *(len(s.prompt_ids) + len(s.response_ids) for s in dump)])
         if len(dump) < minibatches:

@@ -9,29 +9,25 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch.distributed.rendezvous import rendezvous
 
-from problems import BadInput, all_problems
+from problems import BadInput, all_problems, end_refused
 
 # The engines warn at import about what a CPU lacks; they say it in every process. Errors still show.
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 warnings.simplefilter("ignore")
 
-REPOSITORY = Path(__file__).resolve().parent
 CPU_SGLANG = "0.5.21"  # the version that cpu.py is written for
 
 
@@ -44,50 +40,6 @@ class EngineDied(Exception):
 
 class ExportError(Exception):
     """What of an export could not be written. The rest of it is there."""
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What to train, for how long, and where the record goes."""
-
-    model: str = str(REPOSITORY / "toy")
-    """Hugging Face folder (Qwen3, Qwen2.5, Llama, Qwen3-MoE or GLM-4.5; safetensors) to train and to generate with."""
-    name: str = ""
-    """The run's folder below runs/, for instance lr1/seed1; empty: the loop's name and the time."""
-    steps: int = 80
-    """Training steps in all, those before --resume included: each is one rollout, one update (of --minibatches optimizer steps), one weight hand-off."""
-    eval_every: int = 10
-    """Evaluate on the held-out prompts every so many steps, and before the first and after the last."""
-    seed: int = 1
-    """Seeds prompts, sampling and Megatron."""
-    check_sync: bool = False
-    """Read every weight back from the engine after every hand-off; always done after the first and the last."""
-    save_every: int = 0
-    """Write a checkpoint every so many steps and after the last; 0: only when the run is told to stop (SIGTERM), and after the last step of a resumed run."""
-    keep: int = 2
-    """How many checkpoints are kept; older ones are removed."""
-    resume: bool = False
-    """Go on from the newest checkpoint of the run --name."""
-    export: tuple[str, ...] = ("bf16",)
-    """Write the trained weights as Hugging Face folders at the end: any of bf16, fp8; none with an empty list."""
-    tensorboard: bool = False
-    """Write the metrics for TensorBoard as well, into the run folder."""
-    wandb: str = ""
-    """Send the metrics to this Weights & Biases project as well."""
-    save_rollouts: bool = False
-    """Write every step's samples to runs/NAME/rollouts."""
-    load_rollouts: str = ""
-    """Train on the samples of such a folder, without an engine: to look at training alone, or to repeat it exactly."""
-    debug_rollout_only: bool = False
-    """Generate and judge, but never train: to look at generation alone."""
-    profile: tuple[int, ...] = ()
-    """Steps of which every rank writes PyTorch's profile; open it at ui.perfetto.dev."""
-
-
-# Numpy takes seeds below 2**32. Engine and trainer add a number to --seed on each rank.
-SEEDS = 2**31
-NOT_IN_PROJECTS = "/\\#?%:"  # W&B refuses them only when the run has begun
-EXTRAS = {"tensorboard": "tensorboard==2.21.0", "wandb": "wandb==0.31.0"}  # what a flag needs beside requirements.txt
 
 
 def check_installation() -> None:
@@ -105,57 +57,6 @@ def check_installation() -> None:
         return
     print(f"error: {problem}. In a fresh virtual environment: {line}", file=sys.stderr, flush=True)
     sys.exit(2)
-
-
-def parse_settings(settings_class: type):
-    """Settings from the command line; a wrong flag ends the program with the nearest right one named (tyro), exit code 2."""
-    if "RANK" not in os.environ and "--plan" not in sys.argv:
-        script = Path(sys.argv[0]).name
-        raise BadInput(f"RANK is not set: {script} runs under torchrun. Use `torchrun {script}` or `torchrun --nproc-per-node 2 {script}`")
-    return tyro.cli(settings_class, description=sys.modules["__main__"].__doc__, config=(tyro.conf.OmitArgPrefixes,))
-
-
-@all_problems
-def check_run_settings(settings: RunSettings) -> None:
-    """What cannot work, before anything is started."""
-    if settings.steps < 1 or settings.eval_every < 1:
-        yield f"--steps {settings.steps} and --eval-every {settings.eval_every} must be at least 1"
-    if not 0 <= settings.seed < SEEDS:
-        yield f"--seed {settings.seed} must be at least 0 and below {SEEDS}"
-    if odd := set(settings.wandb) & set(NOT_IN_PROJECTS):
-        which = f"--wandb {settings.wandb!r} holds {''.join(sorted(odd))!r}"
-        yield f"{which}: the name of a project may hold none of {NOT_IN_PROJECTS}"
-    if unknown := set(settings.export) - {"bf16", "fp8"}:
-        yield f"--export {' '.join(sorted(unknown))} is none of: bf16, fp8"
-    if settings.save_every < 0 or settings.keep < 1:
-        yield f"--save-every {settings.save_every} must not be negative, --keep {settings.keep} must be at least 1"
-    for name, line in EXTRAS.items():
-        if getattr(settings, name) and importlib.util.find_spec(name) is None:
-            yield f"--{name} needs a package that is not installed: pip install {line}"
-    if settings.load_rollouts and (settings.save_rollouts or settings.debug_rollout_only):
-        yield "--load-rollouts starts no engine: leave out --save-rollouts and --debug-rollout-only, which are about what an engine generates"
-    dumps = (rollouts_file(settings.load_rollouts, step) for step in range(1, settings.steps + 1))
-    if settings.load_rollouts and (file := next((f for f in dumps if not os.path.isfile(f)), None)):
-        yield f"--load-rollouts {settings.load_rollouts} has no {file.name}: give a folder that --save-rollouts wrote, or fewer --steps"
-    if settings.resume and not settings.name:
-        yield "--resume needs the --name of the run that is to go on"
-    if problem := name_problem(settings.name):
-        yield problem
-    elif settings.name and not settings.resume and os.path.lexists(f"runs/{settings.name}"):
-        yield f"runs/{settings.name} already exists: choose another --name, remove it, or go on with its run by --resume"
-    elif inside := [parent for parent in Path(settings.name).parents if os.path.lexists(Path("runs") / parent / "settings.json")]:
-        yield f"--name {settings.name} lies inside the run {inside[0]}: choose a name beside it"
-    if late := [step for step in settings.profile if not 1 <= step <= settings.steps]:
-        yield f"--profile {late[0]} is no step of the run, which has steps 1 to {settings.steps}"
-
-
-def name_problem(name: str) -> str:
-    """Say what is wrong with a --name, "" if nothing. It names a folder, a command of --resume and a run of W&B: only what is plain in all three."""
-    part = "[A-Za-z0-9_][A-Za-z0-9_.-]*"
-    if not name or (re.fullmatch(f"{part}(/{part})*", name) and len(name) <= 128):
-        return ""
-    rule = "at most 128 letters, digits and _.-, in parts divided by /, each of which begins with a letter, a digit or _"
-    return f"--name {name!r} must be {rule}: for instance lr1/seed1"
 
 
 def new_run_folder(name: str, loop: str) -> Path:
@@ -281,16 +182,14 @@ def run_main(main: Callable[[], None]) -> None:
         stream.reconfigure(errors="backslashreplace")  # an answer may hold what the console's encoding has not; to print it must not end the run
     signal.signal(signal.SIGQUIT, _engine_child_died)
     signal.signal(signal.SIGTERM, lambda signum, frame: told_to_stop.set())  # at the end of the step: a checkpoint, and exit code 0
-    signal_when_parent_ends(signal.SIGTERM)  # should torchrun be killed, nobody else would end this rank
+    if dist.is_torchelastic_launched():  # not under a shell, which a run may outlive (nohup)
+        signal_when_parent_ends(signal.SIGTERM)  # should torchrun be killed, nobody else would end this rank
     try:
         main()
         if dist.is_initialized():  # not after --plan
             dist.destroy_process_group()
     except BadInput as error:
-        # All ranks usually see the same mistake. Rank 0 says it at once; torchrun then ends the others while they wait.
-        time.sleep(0 if os.environ.get("RANK", "0") == "0" else 3)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        end_refused(error)
     except (EngineDied, ExportError) as error:
         print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
         sys.exit(1)

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from chat import chat_text
 from hf_config import generation_eos
 from problems import BadInput, all_problems
+from settings import DataSettings
 
 
 @dataclass
@@ -137,36 +138,6 @@ def _element_problems(row: dict, name: str, kind: type | tuple, word: str) -> It
         if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
             shown = "null" if value is None else repr(value)
             yield f"{name} holds {shown} at place {at}, which is no {word}"
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """What is asked, and what ends an answer."""
-
-    prompts: tuple[str, ...] = ("toy",)
-    """Any of toy, FILE.jsonl, FILE.parquet, reasoning-gym:TASK, each with an optional :WEIGHT, its share of the prompts drawn."""
-    prompt_key: tuple[str, ...] = ("prompt",)
-    """The field of a row that holds the prompt: text, or a list of chat messages. Dots lead into nested fields; the first that is not null counts."""
-    label_key: tuple[str, ...] = ("label",)
-    """The field that holds the label, given likewise; for instance reward_model.ground_truth."""
-    label_after: str = ""
-    """In files whose labels hold this text, the label is what stands after its last occurrence; for GSM8K's solutions "####". At least one file must."""
-    chat: bool = False
-    """Make a text prompt the user's message in the tokenizer's chat template."""
-    system_prompt: str = ""
-    """A system message that goes before every prompt's chat messages."""
-    chat_template_kwargs: tuple[str, ...] = ()
-    """Values for names that the chat template reads, key=value; for instance enable_thinking=false."""
-    eval_prompts: tuple[str, ...] = ()
-    """Held-out sets, named as in --prompts. None given: the own held-out problems of toy and reasoning-gym, where --prompts has them."""
-    eval_samples: int = 512
-    """How many prompts of each held-out set an evaluation answers."""
-    eval_samples_per_prompt: int = 1
-    """Answers to each held-out prompt; with several, pass@k and majority@N are logged."""
-    max_response_tokens: int = 8
-    """A response is cut off after so many tokens."""
-    stop: tuple[str, ...] = ()
-    """Further tokens that end a response, beside the model's own end-of-sequence tokens."""
 
 
 # --- the tokenizer ----------------------------------------------------------------------------------------------------------------------------

@@ -12,9 +12,7 @@ The normaliser is global: Megatron all-reduces what it calls the number of token
 Shape letters: T packed tokens of a micro-batch, N its samples, V vocabulary on this tensor-parallel rank.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -33,52 +31,13 @@ from hf_config import check_layout, megatron_arguments, read_config
 from hf_folder import HFWeights, check_shapes
 from logprobs import logprobs_and_entropy
 from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES
-from losses import LossSettings, check_loss_settings, k3, mismatch
+from losses import LossSettings, k3, mismatch
 from packing import MicroBatch, equal_parts, give_to_samples, global_sums, has_old_logprobs
 from packing import local_microbatches, microbatch_plan, minibatches, padded_length
 from problems import Problems, all_problems
 from sample import Sample
+from settings import TrainSettings
 from weight_sync import Layout
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """The trainer: parallelism and optimizer."""
-
-    tp: int = 1
-    """Tensor-parallel size; the remaining factor of the world is data parallel. Sequence parallelism comes with it."""
-    pp: int = 1
-    """Pipeline-parallel size: the layers are split over so many ranks."""
-    cp: int = 1
-    """Context-parallel size: every sequence is split over so many ranks."""
-    ep: int = 1
-    """Expert-parallel size: experts are split over so many ranks of tensor, context and data parallelism. An expert itself is then not split."""
-    train_dtype: Literal["bf16", "fp32"] = "bf16"
-    """dtype of model weights and activations; main weights, gradients and Adam state are fp32 either way."""
-    microbatch_tokens: int = 8192
-    """At most this many tokens in one forward pass of one rank; with --cp C a sequence may have C times as many."""
-    lr: float = 2e-4
-    """Peak learning rate. Right for the toy; pretrained models want about 1e-6."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate goes from --lr to --min-lr over the run."""
-    lr_warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
-    min_lr: float = 0.0
-    """Learning rate at the end of a linear or cosine schedule."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    adam_beta2: float = 0.95
-    """Decay of Adam's second moment; beta1 is 0.9."""
-    clip_grad: float = 1.0
-    """Clip the global gradient norm to this."""
-    minibatches: int = 1
-    """Optimizer steps on each rollout batch, each on an equal part of its samples; old_logprobs are computed once, before the first."""
-    reference: str = ""
-    """Hugging Face folder of the frozen reference model, of the same architecture; empty: --model. Kept only with --kl-coef."""
-    offload_reference: bool = False
-    """Keep the reference in CPU memory, and bring it to the GPU only for its forward pass."""
-    megatron: tuple[str, ...] = ()
-    """Further TransformerConfig or OptimizerConfig fields, key=value; for instance recompute_granularity=full."""
 
 
 @dataclass
@@ -99,33 +58,16 @@ class Trainer:
 
 
 @all_problems
-def check_train_settings(settings: TrainSettings, loss: LossSettings, config: dict | None, *, world_size: int, steps: int, longest: int | None) -> None:
-    """What cannot work, before anything is started. world_size: of the ranks that train. longest: prompt plus response tokens of the longest possible sample.
+def check_train_settings(
+    settings: TrainSettings, config: dict | None, *, world_size: int, longest: int | None
+) -> None:
+    """Refuse what does not fit the model. The flags alone are checked in checks.py.
 
-    config, longest: None where they could not be found out; what depends on them is then left out.
+    world_size: of the ranks that train.
+    longest: prompt plus response tokens of the longest possible sample.
+    config, longest: None where they could not be found out; what needs them is then left out.
     """
     found = Problems()
-    found.of(check_loss_settings, loss)
-    for name in ("minibatches", "microbatch_tokens"):
-        if getattr(settings, name) < 1:
-            yield f"--{name.replace('_', '-')} {getattr(settings, name)} must be at least 1"
-    if not 0 <= settings.min_lr <= settings.lr < math.inf:
-        rates = f"--lr {settings.lr} and --min-lr {settings.min_lr}"
-        yield f"{rates} must satisfy 0 <= min-lr <= lr, and be finite"
-    if settings.min_lr and settings.lr_schedule == "constant":
-        yield f"--min-lr {settings.min_lr} has no effect with --lr-schedule constant: leave one out"
-    if not 0 <= settings.adam_beta2 < 1:
-        yield f"--adam-beta2 {settings.adam_beta2} must lie in [0, 1)"
-    if not 0 <= settings.weight_decay < math.inf:
-        yield f"--weight-decay {settings.weight_decay} must be finite and must not be negative"
-    if not 0 <= settings.lr_warmup_steps < max(steps, 1):
-        yield f"--lr-warmup-steps {settings.lr_warmup_steps} must be smaller than --steps {steps}"
-    if not settings.clip_grad > 0:
-        yield f"--clip-grad {settings.clip_grad} must be positive"
-    if settings.reference and not loss.kl_coef:
-        yield f"--reference {settings.reference} is not used without --kl-coef: set one, or leave the other out"
-    if settings.offload_reference and not loss.kl_coef:
-        yield "--offload-reference has no effect without --kl-coef: leave it out, or set that"
     reference = found.of(read_config, settings.reference) if settings.reference else None
     if reference and config:
         theirs, ours = ({**model, **gpt} for model, gpt in (megatron_arguments(c, tp=1) for c in (reference, config)))

@@ -32,23 +32,7 @@ from buckets import Named, entries, pack, phase, unpack, where
 from fp8_quant import BLOCK, quantize_blockwise
 from hf_names import Rule, hf_shapes, merged_linears, parameters_of, rule_of, split_stacked
 from hf_names import unquantized_linears
-from problems import all_problems
 from run import EngineDied, broadcast_bytes
-
-
-@dataclass(frozen=True)
-class SyncSettings:
-    """How weights travel from trainer to engine."""
-
-    bucket_bytes: int = 256 * 2**20
-    """Weights are gathered and handed over in buckets of about this many bytes; peak extra memory is a small multiple of it."""
-
-
-@all_problems
-def check_sync_settings(settings: SyncSettings) -> None:
-    """Refuse what cannot work, before anything is started."""
-    if settings.bucket_bytes < 1:
-        yield f"--bucket-bytes {settings.bucket_bytes} must be at least 1; leave it out for 256 MiB"
 
 
 # --- from Megatron to full Hugging Face tensors -----------------------------------------------------------------------------------------------

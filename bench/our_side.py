@@ -34,17 +34,20 @@ def force_lengths() -> None:
 def worker(what: str, workload: str, arguments: list[str]) -> None:
     """One rank of one run: the loop's own main(), or the probes of the stages."""
     import rollout  # noqa: F401  first, as in the loops
+    import checks
+    import flags
     import run
 
     if workload == "ragged":
         force_lengths()
     sys.argv = [f"{what}.py", *arguments]
-    run.run_main(bare_stages if what == "bare" else __import__(f"loop_{what}").main)
+    loop = __import__("loop_sync" if what == "bare" else f"loop_{what}")
+    settings = flags.parse_or_exit(loop.Settings, checks.check_flags)
+    run.run_main(lambda: bare_stages(settings) if what == "bare" else loop.main(settings))
 
 
-def bare_stages() -> None:
+def bare_stages(settings) -> None:
     """Alternate between a stage of ours and the same work done by the bare stack; prints medians as JSON. The learning rate is 0: weights stay as they are."""
-    import loop_sync
     import numpy as np
     import packing
     import reward
@@ -57,7 +60,6 @@ def bare_stages() -> None:
     from prompts import load_data
     from sglang.srt.managers.io_struct import GenerateReqInput
 
-    settings = run.parse_settings(loop_sync.Settings)
     config, rounds, n = read_config(settings.run.model), settings.run.steps, settings.rollout.samples_per_prompt
     data = load_data(settings.run.model, settings.rollout, config, seed=1)
     everyone = run.init_distributed()

@@ -38,6 +38,8 @@ class SoakSettings:
 def worker(plan: dict) -> None:
     """A rank: loop_sync.py, and on rank 0 the end of the victim, `after_s` into the `call`-th call of a stage."""
     import rollout  # noqa: F401  first, as in the loop
+    import checks
+    import flags
     import loop_sync
     import run
 
@@ -59,7 +61,8 @@ def worker(plan: dict) -> None:
             return stage(*args, **kwargs)
 
         setattr(module, name, until_killed)
-    run.run_main(loop_sync.main)
+    settings = flags.parse_or_exit(loop_sync.Settings, checks.check_flags)
+    run.run_main(lambda: loop_sync.main(settings))
 
 
 def start(folder: Path, settings: SoakSettings, plan: dict | None, *flags: str) -> int:

@@ -75,7 +75,7 @@ def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
     import run
     import torch.distributed as dist
     import megatron_model
-    import train_step
+    from settings import TrainSettings
     import weight_sync
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -89,7 +89,7 @@ def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
     if not receives:
         mpu.initialize_model_parallel(tp)
         model_parallel_cuda_manual_seed(1)
-        gpt, layout = megatron_model.build_gpt(train_step.TrainSettings(tp=tp), config)
+        gpt, layout = megatron_model.build_gpt(TrainSettings(tp=tp), config)
         trainer = type("Trainer", (), {"gpt": gpt, "layout": layout})
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
     weights = weight_sync.Weights(trainer, config, fp8, bucket_bytes, broadcast_group=everyone)

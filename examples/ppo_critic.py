@@ -1,6 +1,6 @@
 """PPO with a learned critic: loop_sync.py, except that an answer is compared with what a second model expected of it, not with other answers.
 
-    torchrun examples/ppo_critic.py                                  the toy, on one CPU core or one GPU
+    python examples/ppo_critic.py                                    the toy, on one CPU core or one GPU
     torchrun --nproc-per-node 2 examples/ppo_critic.py --tp 2        two ranks, tensor parallel
 
                    critic             GAE
@@ -27,37 +27,17 @@ Shape letters: T packed tokens of a micro-batch, C those that count, R response 
 
 import contextlib
 import dataclasses
-import os
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import rollout  # first: on a machine without a GPU it prepares the imports that follow
-import hf_folder
-import packing
-import reward
-import run
-import train_step
-import weight_sync
-from advantages import gae, overlong_penalty, whiten
-from hf_config import read_config
+import checks
+import flags
 from losses import LossSettings
 from problems import Problems, all_problems
-from prompts import load_data
-from record import Record, Stopwatch
-from reward import RewardSettings
-from rollout import RolloutSettings
-from run import RunSettings
-from sample import Sample
-from train_step import Trainer, TrainSettings
-from weight_sync import SyncSettings
-
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from settings import RewardSettings, RolloutSettings, RunSettings, SyncSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -90,26 +70,58 @@ class Settings:
 
 
 @all_problems
-def check_critic_settings(settings: Settings) -> None:
+def check_critic_flags(settings: Settings) -> None:
     """What cannot work, and flags that would do nothing here, before anything is started."""
     if settings.run.debug_rollout_only or settings.run.load_rollouts or settings.run.save_rollouts:
         yield "--debug-rollout-only, --load-rollouts and --save-rollouts are not part of this example: leave them out"
     critic, steps = settings.critic, settings.run.steps
     if settings.run.save_every or settings.run.resume:
         yield "--save-every and --resume: a checkpoint has one trainer, and this example has two: leave them out"
-    if critic.critic_lr < 0 or critic.value_clip < 0 or critic.critic_epochs < 1:
-        values = f"--critic-lr {critic.critic_lr} and --value-clip {critic.value_clip} must not be negative"
-        yield f"{values}, --critic-epochs {critic.critic_epochs} must be at least 1"
-    if not 0 < critic.gamma <= 1 or not 0 <= critic.lam <= 1:
-        yield f"--gamma {critic.gamma} must lie in (0, 1], --lam {critic.lam} in [0, 1]"
+    if not 0 <= critic.critic_lr < math.inf:
+        yield f"--critic-lr {critic.critic_lr} must be finite and must not be negative"
+    if not critic.value_clip >= 0:
+        yield f"--value-clip {critic.value_clip} must not be negative"
+    if critic.critic_epochs < 1:
+        yield f"--critic-epochs {critic.critic_epochs} must be at least 1"
+    if not 0 < critic.gamma <= 1:
+        yield f"--gamma {critic.gamma} must lie in (0, 1]"
+    if not 0 <= critic.lam <= 1:
+        yield f"--lam {critic.lam} must lie in [0, 1]"
     if not 0 <= critic.critic_warmup_steps < steps:
         yield f"--critic-warmup-steps {critic.critic_warmup_steps} must be smaller than --steps {steps}, or the policy is never trained"
+    elif not settings.train.lr_warmup_steps < (left := steps - critic.critic_warmup_steps):
+        rule = f"must be smaller than --steps less --critic-warmup-steps, {left}"
+        yield f"--lr-warmup-steps {settings.train.lr_warmup_steps} {rule}"
     if settings.train.pp != 1:
         yield f"--pp {settings.train.pp}: only the last stage would know the critic's loss; use --pp 1, and --tp or --cp to split the models"
     if settings.reward.advantage != RewardSettings().advantage or settings.reward.dynamic_sampling:
         yield "--advantage and --dynamic-sampling compare the answers of a group, which a critic makes unnecessary: leave them out"
     if settings.loss.kl_coef and settings.loss.kl_in == "reward":
         yield "--kl-in reward is not part of this example: use --kl-in loss"
+
+
+# The imports below take half a minute: what is wrong with a flag is said before them.
+if __name__ == "__main__":
+    settings = flags.parse_or_exit(Settings, checks.check_flags, check_critic_flags)
+
+import rollout  # first: on a machine without a GPU it prepares the imports that follow
+import hf_folder
+import packing
+import reward
+import run
+import train_step
+import weight_sync
+from advantages import gae, overlong_penalty, whiten
+from hf_config import read_config
+from prompts import load_data
+from record import Record, Stopwatch
+from sample import Sample
+from train_step import Trainer
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 
 # --- the critic -------------------------------------------------------------------------------------------------------------------------------
@@ -236,22 +248,17 @@ def joined(samples: list[Sample], field: str) -> np.ndarray:
 # --- the loop ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    # Everything that can be wrong with the input is found before anything is started, and all of it is said at once.
-    settings, problems = run.parse_settings(Settings), Problems()
+def main(settings: Settings) -> None:
+    # What model, data and machine do not allow is found before anything is started, and said at once.
+    problems = Problems()
     model, seed, steps = settings.run.model, settings.run.seed, settings.run.steps
-    problems.of(run.check_run_settings, settings.run)
     config = problems.of(read_config, model)
-    trainer_ranks = rollout_ranks = int(os.environ["WORLD_SIZE"])
-    problems.of(check_critic_settings, settings)
     policy_steps = steps - settings.critic.critic_warmup_steps
-    problems.of(weight_sync.check_sync_settings, settings.sync)
     data = problems.of(load_data, model, settings.rollout, config, seed=seed, label_problems=reward.label_problems(settings.reward))
     problems.of(hf_folder.check_model_folder, model, config, data and data.tokenizer, stop=settings.rollout.stop)
-    problems.of(reward.check_reward_settings, settings.reward, settings.rollout)
-    problems.of(rollout.check_rollout_settings, settings.rollout, config, world_size=rollout_ranks, longest=data and data.longest)
-    sizes = dict(world_size=trainer_ranks, steps=policy_steps, longest=data and data.longest)
-    problems.of(train_step.check_train_settings, settings.train, settings.loss, config, **sizes)
+    problems.of(rollout.check_rollout_settings, settings.rollout, config, longest=data and data.longest)
+    sizes = dict(world_size=checks.world_size(settings), longest=data and data.longest)
+    problems.of(train_step.check_train_settings, settings.train, config, **sizes)
     problems.refuse()
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
 
@@ -305,4 +312,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.run_main(main)
+    run.run_main(lambda: main(settings))

@@ -1,6 +1,6 @@
 """The synchronous loop with a tool: a response is a conversation in which the policy may call a calculator, and learns that calling pays.
 
-    torchrun examples/tool_use.py                           the toy, on one CPU core or one GPU
+    python examples/tool_use.py                             the toy, on one CPU core or one GPU
     torchrun --nproc-per-node 2 examples/tool_use.py        two ranks, data parallel
 
 A turn of the policy that ends with "=" is a call, one that ends with </s> the answer. After the prompt "046+789=" the policy may go on
@@ -27,7 +27,7 @@ model's chat template puts between two turns of the assistant: end of the call's
 """
 
 import contextlib
-import os
+import math
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -35,29 +35,12 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import rollout  # first: on a machine without a GPU it prepares the imports that follow
-import numpy as np
-import torch.distributed as dist
-
-import checkpoint
-import hf_folder
-import reward
-import run
-import train_step
-import weight_sync
-from engine import Engine
-from hf_config import read_config
+import checks
+import flags
 from losses import LossSettings
 from problems import Problems, all_problems
-from prompts import Data, load_data, toy_prompts
-from record import Record, Stopwatch
-from reward import RewardSettings
-from rollout import RolloutSettings
-from run import RunSettings
-from sample import Sample
+from settings import RewardSettings, RolloutSettings, RunSettings, SyncSettings, TrainSettings
 from toy.task import DIGITS
-from train_step import TrainSettings
-from weight_sync import SyncSettings
 
 CALL = re.compile(r"(\+[0-9]{1,9}){2,4}=")
 """Two to four numbers, each with its sign: no answer begins with one, so a turn's first token says whether it is a call."""
@@ -95,7 +78,7 @@ class Settings:
 
 
 @all_problems
-def check_tool_settings(settings: Settings) -> None:
+def check_tool_flags(settings: Settings) -> None:
     """What cannot work, and flags that would do nothing here, before anything is started."""
     if settings.run.debug_rollout_only or settings.run.load_rollouts or settings.run.save_rollouts:
         yield "--debug-rollout-only, --load-rollouts and --save-rollouts are not part of this example: leave them out"
@@ -104,13 +87,37 @@ def check_tool_settings(settings: Settings) -> None:
         yield "--reward and --dynamic-sampling judge and generate single turns, not conversations: leave them out"
     if settings.rollout.prompts != ("toy",) or settings.rollout.eval_prompts:
         yield "--prompts and --eval-prompts: the calculator and the demonstrations are those of the toy: leave them out"
-    if tools.max_turns < 1 or tools.warm_steps < 0 or tools.warm_samples < 1:
-        counts = f"--max-turns {tools.max_turns} and --warm-samples {tools.warm_samples} must be at least 1"
-        yield f"{counts}, --warm-steps {tools.warm_steps} must not be negative"
-    if not 0 <= tools.warm_calls <= 1 or tools.warm_lr < 0:
-        yield f"--warm-calls {tools.warm_calls} must lie between 0 and 1, --warm-lr {tools.warm_lr} must not be negative"
+    for name in ("max_turns", "warm_samples"):
+        if getattr(tools, name) < 1:
+            yield f"--{name.replace('_', '-')} {getattr(tools, name)} must be at least 1"
+    if tools.warm_steps < 0:
+        yield f"--warm-steps {tools.warm_steps} must not be negative"
+    if not 0 <= tools.warm_calls <= 1:
+        yield f"--warm-calls {tools.warm_calls} must lie between 0 and 1"
+    if not 0 <= tools.warm_lr < math.inf:
+        yield f"--warm-lr {tools.warm_lr} must be finite and must not be negative"
     if max_response_tokens < LONGEST_DEMONSTRATION:
         yield f"--max-response-tokens {max_response_tokens} has no room for a call, its result and the answer: use at least {LONGEST_DEMONSTRATION}"
+
+
+# The imports below take half a minute: what is wrong with a flag is said before them.
+if __name__ == "__main__":
+    settings = flags.parse_or_exit(Settings, checks.check_flags, check_tool_flags)
+
+import rollout  # first: on a machine without a GPU it prepares the imports that follow
+import numpy as np
+import torch.distributed as dist
+import checkpoint
+import hf_folder
+import reward
+import run
+import train_step
+import weight_sync
+from engine import Engine
+from hf_config import read_config
+from prompts import Data, load_data, toy_prompts
+from record import Record, Stopwatch
+from sample import Sample
 
 
 # --- the tool ---------------------------------------------------------------------------------------------------------------------------------
@@ -257,21 +264,16 @@ def warm_start(record: Record, data: Data, settings: Settings, config: dict) -> 
 # --- the loop ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    # Everything that can be wrong with the input is found before anything is started, and all of it is said at once.
-    settings, problems = run.parse_settings(Settings), Problems()
+def main(settings: Settings) -> None:
+    # What model, data and machine do not allow is found before anything is started, and said at once.
+    problems = Problems()
     model, seed, steps, max_turns = settings.run.model, settings.run.seed, settings.run.steps, settings.tools.max_turns
-    problems.of(run.check_run_settings, settings.run)
     config = problems.of(read_config, model)
-    trainer_ranks = rollout_ranks = int(os.environ["WORLD_SIZE"])
-    problems.of(check_tool_settings, settings)
-    problems.of(weight_sync.check_sync_settings, settings.sync)
     data = problems.of(load_data, model, replace(settings.rollout, stop=(*settings.rollout.stop, CALL_END)), config, seed=seed)
     problems.of(hf_folder.check_model_folder, model, config, data and data.tokenizer, stop=settings.rollout.stop)
-    problems.of(reward.check_reward_settings, settings.reward, settings.rollout)
-    problems.of(rollout.check_rollout_settings, settings.rollout, config, world_size=rollout_ranks, longest=data and data.longest)
-    sizes = dict(world_size=trainer_ranks, steps=steps, longest=data and data.longest)
-    problems.of(train_step.check_train_settings, settings.train, settings.loss, config, **sizes)
+    problems.of(rollout.check_rollout_settings, settings.rollout, config, longest=data and data.longest)
+    sizes = dict(world_size=checks.world_size(settings), longest=data and data.longest)
+    problems.of(train_step.check_train_settings, settings.train, config, **sizes)
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
     read = problems.of(checkpoint.what_was_read, settings, data) if data else {}
     resumed = problems.of(checkpoint.find, settings, "tool", read) if settings.run.resume and settings.run.name else None
@@ -331,4 +333,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.run_main(main)
+    run.run_main(lambda: main(settings))

@@ -75,6 +75,14 @@ def torchrun(*arguments, ranks: int, timeout: int = 600, cwd: Path = ROOT, check
     return done
 
 
+def start_main(loop, *checks) -> None:
+    """Call the main() of a loop as its script does, with sys.argv. checks: more than a loop's own."""
+    from checks import check_flags
+    from flags import parse_settings
+
+    loop.main(parse_settings(loop.Settings, check_flags, *checks))
+
+
 def metrics_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 

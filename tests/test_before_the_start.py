@@ -10,12 +10,13 @@ import shutil
 import loop_async
 import loop_sync
 import pytest
-from conftest import ROOT
+from conftest import ROOT, start_main
 
 import run
 from rollout import replay
 from run import BadInput
 from sample import Sample
+from settings import RunSettings
 
 
 class Started(Exception):
@@ -31,7 +32,7 @@ def start(monkeypatch, tmp_path):
         for name, value in dict(RANK=0, WORLD_SIZE=ranks, LOCAL_RANK=0).items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr("sys.argv", [f"{loop.__name__}.py", *map(str, flags)])
-        loop.main()
+        start_main(loop)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "init_distributed", started)
@@ -96,7 +97,7 @@ def test_a_dump_with_fewer_answers_than_updates_is_refused(start, tmp_path):
 
 def test_a_blank_line_of_a_dump_is_no_sample(tmp_path):
     write_dumps(tmp_path / "dumps", 0)
-    settings = run.RunSettings(load_rollouts=str(tmp_path / "dumps"))
+    settings = RunSettings(load_rollouts=str(tmp_path / "dumps"))
     record = type("Record", (), {"settings": settings})
     assert len(replay(record, 1, [])) == 4
 

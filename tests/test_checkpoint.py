@@ -25,11 +25,9 @@ from hf_config import read_config
 from loop_sync import Settings
 from losses import LossSettings
 from prompts import load_data
-from reward import RewardSettings
-from rollout import RolloutSettings
-from run import BadInput, RunSettings
+from run import BadInput
 from sample import Sample
-from train_step import TrainSettings
+from settings import RewardSettings, RolloutSettings, RunSettings, TrainSettings
 
 QUICK = ["--eval-every", "3", "--eval-samples", "32", "--prompts-per-step", "4", "--samples-per-prompt", "8", "--lr-schedule", "cosine", "--export"]
 QUICK += ["--prompts", "toy:3", "more.jsonl", "--eval-samples-per-prompt", "2"]

@@ -24,8 +24,8 @@ from conftest import write_model
 from hf_config import read_config
 from prompts import ENGINE_KEEPS, load_data
 from reward import exact_match
-from rollout import RolloutSettings
 from run import REPOSITORY, BadInput
+from settings import RolloutSettings, TrainSettings
 
 TOY = str(REPOSITORY / "toy")
 
@@ -39,7 +39,7 @@ class Pair:
         self.config = read_config(folder)
         self.settings = RolloutSettings(rollout_dtype=rollout_dtype)
         self.data = load_data(folder, self.settings, self.config, seed=3)
-        self.trainer = train_step.build_trainer(folder, train_step.TrainSettings(train_dtype=train_dtype), self.config, steps=50, seed=1)
+        self.trainer = train_step.build_trainer(folder, TrainSettings(train_dtype=train_dtype), self.config, steps=50, seed=1)
         fp8 = weight_sync.fp8_weights(self.config, rollout_dtype=rollout_dtype, engine_tp=1)
         self.weights = weight_sync.Weights(self.trainer, self.config, fp8, bucket_bytes=400_000)  # several buckets
         self.engine = rollout.start_engine(folder, self.settings, self.config, seed=1)

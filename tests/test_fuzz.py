@@ -16,7 +16,7 @@ import loop_sync
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT
+from conftest import ROOT, start_main
 
 import checkpoint
 import run
@@ -44,7 +44,7 @@ def outcome(monkeypatch, tmp_path, capsys):
     def call(*flags: str) -> str:
         monkeypatch.setattr("sys.argv", ["loop_sync.py", *flags])
         try:
-            loop_sync.main()
+            start_main(loop_sync)
         except run.BadInput as error:
             assert len(str(error)) > 20, flags
             return "refused"

@@ -12,13 +12,15 @@ import time
 import pytest
 
 from hf_config import read_config
-from in_flight import InFlight, InFlightSettings, check_in_flight_settings, check_staleness
+from checks import check_in_flight_flags
+from in_flight import InFlight, check_staleness
 from prompts import load_data
 from record import Row
-from reward import Judge, RewardSettings
-from rollout import DROPPED, REPLACED, RolloutSettings, without_marks
+from reward import Judge
+from rollout import DROPPED, REPLACED, without_marks
 from run import REPOSITORY, BadInput, EngineDied
 from sample import Sample
+from settings import InFlightSettings, RewardSettings, RolloutSettings
 
 TOY = str(REPOSITORY / "toy")
 PER_STEP, STEPS = 3, 25
@@ -377,9 +379,9 @@ def test_a_token_older_than_the_bound_stops_the_run():
 ])  # fmt: skip
 def test_settings_that_cannot_work(changes, world_size, message):
     with pytest.raises(BadInput, match=message):
-        check_in_flight_settings(InFlightSettings(**changes), RolloutSettings(), world_size=world_size)
+        check_in_flight_flags(InFlightSettings(**changes), RolloutSettings(), world_size=world_size)
 
 
 def test_settings_that_work():
-    check_in_flight_settings(InFlightSettings(rollout_ranks=3), RolloutSettings(), world_size=8)
+    check_in_flight_flags(InFlightSettings(rollout_ranks=3), RolloutSettings(), world_size=8)
     assert not {DROPPED, REPLACED} & {"stop", "length", "abort"}  # SGLang's own reasons

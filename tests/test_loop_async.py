@@ -11,7 +11,7 @@ from pathlib import Path
 
 import loop_async
 import pytest
-from conftest import ROOT, metrics_of, torchrun
+from conftest import ROOT, metrics_of, start_main, torchrun
 
 import run
 
@@ -126,7 +126,7 @@ def test_one_rank_is_an_error_that_names_the_command(monkeypatch, tmp_path):
     for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(run.BadInput, match="torchrun --nproc-per-node 2 loop_async.py"):
-        loop_async.main()
+        start_main(loop_async)
 
 
 def test_the_two_loops_read_beside_each_other():

@@ -13,7 +13,7 @@ import sys
 import loop_sync
 import pytest
 import torch
-from conftest import ROOT, metrics_of, torchrun, write_model
+from conftest import ROOT, metrics_of, start_main, torchrun, write_model
 from safetensors.torch import load_file, save_file
 
 import run
@@ -88,7 +88,7 @@ def start(monkeypatch, tmp_path):
         for name, value in dict(RANK=0, WORLD_SIZE=ranks, LOCAL_RANK=0).items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr(run, "init_distributed", lambda: pytest.fail("a process group was started"))
-        loop_sync.main()
+        start_main(loop_sync)
 
     return call
 

@@ -18,8 +18,9 @@ import math_rules
 from conftest import ROOT
 from math_judge import TooHard, call_in_worker, judged_in_worker
 from math_pairs import PAIRS
-from reward import Judge, RewardSettings, compute_rewards, label_problems, math_reward
+from reward import Judge, compute_rewards, label_problems, math_reward
 from sample import Sample
+from settings import RewardSettings
 
 CASES = [pytest.param(*pair, id=f"{kind}: {pair[0]} | {pair[1]}") for kind, pairs in PAIRS.items() for pair in pairs]
 HARD = r"\boxed{9^{9^{9}}}"  # SymPy computes all of its 369,693,100 digits.

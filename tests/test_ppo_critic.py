@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics_of, torchrun
+from conftest import ROOT, metrics_of, start_main, torchrun
 
 sys.path.insert(0, str(ROOT / "examples"))
 import ppo_critic
@@ -18,7 +18,8 @@ import run
 from hf_config import read_config
 from ppo_critic import CriticSettings
 from sample import Sample
-from train_step import TrainSettings, build_trainer
+from settings import TrainSettings
+from train_step import build_trainer
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def test_bad_flags_stop_before_anything_starts(monkeypatch, tmp_path, arguments,
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(run, "init_distributed", lambda: pytest.fail("a process group was started"))
     with pytest.raises(run.BadInput, match=message):
-        ppo_critic.main()
+        start_main(ppo_critic, ppo_critic.check_critic_flags)
 
 
 def test_a_run_on_two_ranks(tmp_path):

@@ -9,7 +9,7 @@ import json
 import loop_async
 import loop_sync
 import pytest
-from conftest import FAMILIES, ROOT, SMALL, write_model
+from conftest import FAMILIES, ROOT, SMALL, start_main, write_model
 from safetensors.torch import load_file, save_file
 
 import run
@@ -18,7 +18,8 @@ from hf_config import read_config, rope_of
 from hf_folder import check_model_folder
 from problems import BadInput, Problems, all_problems
 from prompts import read_prompts
-from sample import DataSettings, load_tokenizer
+from sample import load_tokenizer
+from settings import DataSettings
 
 
 @all_problems
@@ -55,7 +56,7 @@ def problems_of(monkeypatch, loop, *arguments, ranks: int) -> tuple[str, ...]:
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(run, "init_distributed", lambda *_: pytest.fail("a process group was started"))
     with pytest.raises(BadInput) as refused:
-        loop.main()
+        start_main(loop)
     return refused.value.problems
 
 
@@ -64,31 +65,51 @@ def assert_each_once(problems: tuple[str, ...], expected: list[str]) -> None:
     assert len(problems) == len(expected), problems
 
 
-def test_mistakes_of_every_stage_are_said_at_once(monkeypatch, tmp_path):
-    """Flags, model folder, data, layout; two of some."""
+def test_mistakes_of_all_flags_are_said_at_once(monkeypatch, tmp_path):
+    """Of every stage, some two; nothing of the model is looked at yet."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", "absent", "--prompts", "toy", "absent.jsonl", "--eval-prompts", "toy:2"]
+    flags += ["--steps", "0", "--temperature", "-1", "--sglang", "log_level", "--judges", "0"]
+    flags += ["--clip-low", "2", "--minibatches", "0", "--lr", "-1", "--tp", "3", "--ep", "7"]
+    flags += ["--rollout-ranks", "2", "--max-staleness", "-1", "--resume", "--bucket-bytes", "0"]
+    expected = ["absent has no config.json", "absent.jsonl does not exist", "--eval-prompts toy:2"]
+    expected += ["--steps 0", "--temperature -1.0", "--sglang 'log_level'", "--judges 0", "--lr -1.0"]
+    expected += ["--clip-low 2.0", "--minibatches 0", "--tp 3 does not divide the 2 ranks", "--ep 7"]
+    expected += ["--max-staleness -1", "--resume needs the --name", "--bucket-bytes 0"]
+    assert_each_once(problems_of(monkeypatch, loop_async, *flags, ranks=4), expected)
+
+
+def test_ranks_that_cannot_be_divided_are_not_divided_further(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--rollout-ranks", "2", "--tp", "3"]
+    problems = problems_of(monkeypatch, loop_async, *flags, ranks=2)
+    assert_each_once(problems, ["--rollout-ranks 2 must leave"])
+
+
+def test_mistakes_of_model_data_and_layout_are_said_at_once(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     model = write_model(tmp_path / "model", "qwen3", vocab_size=16)
     weights = load_file(model / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "1+1=", "label": 2}\nno json\n', encoding="utf-8")
-    flags = ["--model", model, "--prompts", "p.jsonl", "--steps", "0", "--temperature", "0", "--sglang", "mem_fraction_sttic=1", "log_level"]
-    flags += ["--judges", "0", "--clip-low", "2", "--minibatches", "0", "--lr", "-1", "--tp", "3", "--ep", "7", "--megatron", "num_layer=3"]
-    expected = ["--steps 0", "do not belong together", "line 1 has no label", "line 3 is not JSON", "--temperature 0.0"]
-    expected += ["nearest is mem_fraction_static", "key=value"]
-    expected += ["lm_head.weight is missing", "--judges 0", "--clip-low 2.0", "--minibatches 0", "--lr -1.0", "--tp 3 does not divide the 2 ranks"]
-    expected += ["num_attention_heads 4 is not divisible", "num_key_value_heads 2 is not divisible", "intermediate_size 512 is not divisible", "--ep 7"]
-    expected += ["--megatron num_layer"]
-    assert_each_once(problems_of(monkeypatch, loop_sync, *flags, ranks=2), expected)
+    rows = '{"prompt": "1+1="}\n{"prompt": "1+1=", "label": 2}\nno json\n'
+    (tmp_path / "p.jsonl").write_text(rows, encoding="utf-8")
+    flags = ["--model", model, "--prompts", "p.jsonl", "--sglang", "mem_fraction_sttic=1"]
+    flags += ["--prompts-per-step", "3"]
+    flags += ["--tp", "3", "--ep", "3", "--megatron", "num_layer=3"]
+    expected = ["do not belong together", "line 1 has no label", "line 3 is not JSON"]
+    expected += ["nearest is mem_fraction_static", "lm_head.weight is missing", "--ep 3 must divide"]
+    expected += ["num_attention_heads 4 is not divisible", "num_key_value_heads 2 is not divisible"]
+    expected += ["intermediate_size 512 is not divisible", "--megatron num_layer"]
+    assert_each_once(problems_of(monkeypatch, loop_sync, *flags, ranks=3), expected)
 
 
-def test_without_a_model_the_flags_and_the_prompts_form_are_checked_all_the_same(monkeypatch, tmp_path):
+def test_without_a_readable_config_the_prompts_form_is_checked_all_the_same(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("no json", encoding="utf-8")
     (tmp_path / "p.jsonl").write_text("no json\n", encoding="utf-8")
-    flags = ["--model", "absent", "--prompts", "p.jsonl", "--eval-prompts", "absent.jsonl", "--temperature", "-1", "--lr", "-1"]
-    flags += ["--rollout-ranks", "2", "--max-staleness", "-1", "--resume"]
-    expected = ["absent has no config.json", "line 1 is not JSON", "absent.jsonl does not exist", "--temperature -1.0", "--lr -1.0"]
-    expected += ["--rollout-ranks 2 must leave", "--max-staleness -1", "--resume needs the --name"]
+    flags = ["--model", str(tmp_path), "--prompts", "p.jsonl", "--sglang", "x=1"]
+    expected = ["config.json is not JSON", "line 1 is not JSON", "--sglang x"]
     assert_each_once(problems_of(monkeypatch, loop_async, *flags, ranks=2), expected)
 
 

@@ -28,11 +28,13 @@ from transformers import PreTrainedTokenizerFast
 import reasoning_gym_tasks
 from chat import check_template_kwargs
 from hf_config import read_config
-from prompts import fitting, generated, load_data, mixture, names, read_prompts, toy_prompts, weighted
-from reward import RewardSettings, check_reward_settings, reasoning_gym_reward
-from rollout import Prompts, RolloutSettings, fill
+from prompts import fitting, generated, load_data, mixture, names, read_prompts, toy_prompts
+from checks import check_reward_flags, check_rollout_flags
+from reward import reasoning_gym_reward
+from rollout import Prompts, fill
 from run import REPOSITORY, BadInput
-from sample import DataSettings, Sample, encode, end_tokens, load_tokenizer, read_dump
+from sample import Sample, encode, end_tokens, load_tokenizer, read_dump
+from settings import DataSettings, RewardSettings, RolloutSettings, weighted
 from toy.task import is_held_out, problems
 
 TOY = str(REPOSITORY / "toy")
@@ -681,6 +683,14 @@ def test_weights(prompts, weights):
     (dict(prompts=()), "names nothing to learn from"),
     (dict(eval_prompts=("toy:2",)), "--eval-prompts toy:2: a held-out set has no weight"),
     (dict(eval_prompts=("toy", "toy")), "--eval-prompts toy toy: a source is given twice"),
+    (dict(chat_template_kwargs=("a",)), "--chat-template-kwargs 'a' is not of the form key=value"),
+])  # fmt: skip
+def test_sources_that_cannot_be(settings, message):
+    with pytest.raises(BadInput, match=message):
+        check_rollout_flags(RolloutSettings(**settings), ranks=1)
+
+
+@pytest.mark.parametrize("settings, message", [
     (dict(chat=True), "toy: chat messages need a chat template"),
     (dict(max_response_tokens=505), "a prompt of toy has 9 tokens, more than 5"),
 ])  # fmt: skip
@@ -691,7 +701,7 @@ def test_sources_that_cannot_work(settings, message):
 
 def test_names_are_as_short_as_they_can_be():
     def of(*sources):
-        return list(names(list(sources), flag="--prompts").values())
+        return list(names(list(sources)).values())
 
     assert of("toy", "data/aime.jsonl", "reasoning-gym:chain_sum") == ["toy", "aime", "chain_sum"]
     assert of("d/gsm8k/train.parquet", "d/math/train.parquet") == ["gsm8k/train", "math/train"]
@@ -813,8 +823,8 @@ def test_without_the_package_the_install_line_is_named(monkeypatch):
 
 def test_its_reward_needs_its_problems():
     with pytest.raises(BadInput, match="--prompts has none: add one such as reasoning-gym:chain_sum, or use --reward math"):
-        check_reward_settings(RewardSettings(reward="reasoning_gym"), RolloutSettings())
-    check_reward_settings(RewardSettings(reward="reasoning_gym"), RolloutSettings(prompts=("toy", "reasoning-gym:gcd:0.1")))
+        check_reward_flags(RewardSettings(reward="reasoning_gym"), RolloutSettings())
+    check_reward_flags(RewardSettings(reward="reasoning_gym"), RolloutSettings(prompts=("toy", "reasoning-gym:gcd:0.1")))
 
 
 def test_a_rows_own_fields_are_its_own(tokenizer, tmp_path):

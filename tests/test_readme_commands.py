@@ -17,7 +17,7 @@ import loop_sync
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, metrics_of, torchrun
+from conftest import ROOT, metrics_of, start_main, torchrun
 
 import plot
 import run
@@ -86,7 +86,7 @@ def test_what_needs_files_of_the_readers_own_gets_as_far_as_the_start(line, read
     words = shlex.split(line)
     monkeypatch.setattr("sys.argv", words[1:])
     with pytest.raises(Started):
-        {"loop_sync.py": loop_sync, "loop_async.py": loop_async}[words[1]].main()
+        start_main({"loop_sync.py": loop_sync, "loop_async.py": loop_async}[words[1]])
 
 
 def test_the_plan_needs_no_torchrun():

@@ -16,8 +16,10 @@ from checkpoint import Checkpoint
 from loop_sync import Settings
 from record import Record
 from reward import eval_metrics
-from run import BadInput, RunSettings, check_run_settings, new_run_folder
+from checks import check_run_flags
+from run import BadInput, new_run_folder
 from sample import Sample
+from settings import RunSettings
 
 
 @pytest.fixture
@@ -79,16 +81,16 @@ def test_wandb_is_told_that_a_run_failed(one_rank, monkeypatch, tmp_path, boards
 def test_a_board_that_is_not_installed_is_named_before_the_start(monkeypatch, changes, line):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match=line):
-        check_run_settings(RunSettings(**changes))
+        check_run_flags(RunSettings(**changes))
 
 
 def test_rollouts_that_are_not_there_are_named_before_the_start(tmp_path):
     (tmp_path / "step-000001.jsonl").write_text("", encoding="utf-8")
-    check_run_settings(RunSettings(load_rollouts=str(tmp_path), steps=1))
+    check_run_flags(RunSettings(load_rollouts=str(tmp_path), steps=1))
     with pytest.raises(BadInput, match="has no step-000002.jsonl"):
-        check_run_settings(RunSettings(load_rollouts=str(tmp_path), steps=2))
+        check_run_flags(RunSettings(load_rollouts=str(tmp_path), steps=2))
     with pytest.raises(BadInput, match="starts no engine"):
-        check_run_settings(RunSettings(load_rollouts=str(tmp_path), steps=1, debug_rollout_only=True))
+        check_run_flags(RunSettings(load_rollouts=str(tmp_path), steps=1, debug_rollout_only=True))
 
 
 def test_chosen_steps_are_profiled(one_rank, monkeypatch, tmp_path):
@@ -108,7 +110,7 @@ def test_chosen_steps_are_profiled(one_rank, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["a", "lr1/seed1", "2026-11-25_x.y", "_", "A/b/C"])
 def test_plain_names_are_taken(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
-    check_run_settings(RunSettings(name=name))
+    check_run_flags(RunSettings(name=name))
     assert new_run_folder(name, "sync").is_dir()
 
 
@@ -119,7 +121,7 @@ def test_plain_names_are_taken(monkeypatch, tmp_path, name):
 def test_other_names_are_refused(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput, match="--name .* must be at most 128 letters"):
-        check_run_settings(RunSettings(name=name))
+        check_run_flags(RunSettings(name=name))
 
 
 def test_a_name_that_is_taken_is_refused(monkeypatch, tmp_path):
@@ -128,9 +130,9 @@ def test_a_name_that_is_taken_is_refused(monkeypatch, tmp_path):
     (tmp_path / "runs" / "exp" / "a" / "settings.json").write_text("{}", encoding="utf-8")
     for name in ("exp", "exp/a"):
         with pytest.raises(BadInput, match=f"runs/{name} already exists: choose another --name"):
-            check_run_settings(RunSettings(name=name))
+            check_run_flags(RunSettings(name=name))
     with pytest.raises(BadInput, match="--name exp/a/checkpoints lies inside the run exp/a"):
-        check_run_settings(RunSettings(name="exp/a/checkpoints"))
+        check_run_flags(RunSettings(name="exp/a/checkpoints"))
 
 
 def test_two_runs_of_one_name_do_not_share_a_folder(monkeypatch, tmp_path):
@@ -240,7 +242,7 @@ def test_a_first_step_without_a_difference_of_rewards_is_said(one_rank, monkeypa
 
 def test_a_profile_of_a_step_that_never_comes_is_refused():
     with pytest.raises(BadInput, match="--profile 90 is no step of the run, which has steps 1 to 80"):
-        check_run_settings(RunSettings(profile=(3, 90)))
+        check_run_flags(RunSettings(profile=(3, 90)))
 
 
 @pytest.mark.parametrize("reward, said", [(None, "no held-out accuracy  2 of 2 answers"), (1.0, "held-out accuracy 1.000")])

@@ -10,11 +10,12 @@ import pickle
 import loop_async
 import loop_sync
 import pytest
+from conftest import start_main
 
 import checkpoint
 import run
-from rollout import RolloutSettings
-from run import BadInput, RunSettings
+from run import BadInput
+from settings import RolloutSettings, RunSettings
 
 
 @pytest.fixture
@@ -123,4 +124,4 @@ def test_a_link_to_nowhere_in_the_place_of_runs_is_refused(monkeypatch, tmp_path
     monkeypatch.setattr(run, "init_distributed", lambda *args: pytest.fail("started"))
     monkeypatch.setattr("sys.argv", ["loop_sync.py", *(["--name", name] if name else [])])
     with pytest.raises(BadInput, match="cannot be written, because of"):
-        loop_sync.main()
+        start_main(loop_sync)

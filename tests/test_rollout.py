@@ -17,11 +17,13 @@ from conftest import ROOT
 
 import engine_checks
 import rollout
+from checks import check_rollout_flags
 from engine_checks import check_environment, server_overrides
 from hf_config import read_config
-from rollout import RolloutSettings, check_rollout_settings
+from rollout import check_rollout_settings
 from run import BadInput
 from sample import Sample
+from settings import RolloutSettings
 
 TOY = ROOT / "toy"
 
@@ -36,26 +38,33 @@ TOY = ROOT / "toy"
     (dict(temperature=101.0), "--temperature 101.0 must lie between"),
     (dict(prompts_per_step=3), "not divisible by the 2 engines"),
     (dict(engine_tp=3), "--engine-tp 3 does not divide the 2 ranks"),
+    (dict(engine_tp=2, engine_ep=4), "--engine-ep 4 must divide --engine-tp 2"),
     (dict(samples_per_prompt=1), "at least 2"),
-    (dict(max_response_tokens=256), "context, 256"),
+    (dict(max_response_tokens=0), "--max-response-tokens 0 must be at least 1"),
     (dict(eval_samples=0), "--eval-samples 0"),
     (dict(eval_samples=10**20), "--eval-samples 100000000000000000000 must lie between 1 and 100,000"),
     (dict(eval_samples_per_prompt=0), "--eval-samples-per-prompt 0"),
-    (dict(sglang=("mem_fraction_sttic=0.5",)), "nearest is mem_fraction_static"),
-    (dict(sglang=("log_level",)), "key=value"),
+    (dict(sglang=("log_level",)), "--sglang 'log_level' is not of the form key=value"),
 ])  # fmt: skip
-def test_settings_that_cannot_work(models, changes, message):
+def test_flags_that_cannot_work(changes, message):
     with pytest.raises(BadInput, match=message):
-        check_rollout_settings(
-            RolloutSettings(**changes), read_config(models["qwen3"]), world_size=2
-        )
+        check_rollout_flags(RolloutSettings(**changes), ranks=2)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(max_response_tokens=256), "context, 256"),
+    (dict(sglang=("mem_fraction_sttic=0.5",)), "nearest is mem_fraction_static"),
+    (dict(engine_tp=3), "num_attention_heads 4 is not divisible by --engine-tp 3"),
+    (dict(engine_tp=2, engine_ep=2), "--engine-ep 2 must divide the model's 0 experts"),
+])  # fmt: skip
+def test_settings_that_the_model_does_not_allow(models, changes, message):
+    with pytest.raises(BadInput, match=message):
+        check_rollout_settings(RolloutSettings(**changes), read_config(models["qwen3"]))
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.6, 1, 100.0])
-def test_temperatures_that_hold_are_not_refused(models, temperature):
-    check_rollout_settings(
-        RolloutSettings(temperature=temperature), read_config(models["qwen3"]), world_size=2
-    )
+def test_temperatures_that_hold_are_not_refused(temperature):
+    check_rollout_flags(RolloutSettings(temperature=temperature), ranks=2)
 
 
 # --- --sglang ---------------------------------------------------------------------------------
@@ -149,9 +158,9 @@ def test_a_cache_that_would_cut_the_longest_answer_is_refused(fields, longest, i
     config = read_config(TOY) | {"max_position_embeddings": 10**6}
     settings = RolloutSettings(max_response_tokens=40, sglang=fields)
     if not is_cut:
-        return check_rollout_settings(settings, config, world_size=1, longest=longest, on_gpu=False)
+        return check_rollout_settings(settings, config, longest=longest, on_gpu=False)
     with pytest.raises(BadInput, match=f"have {longest} tokens, but the engine keeps"):
-        check_rollout_settings(settings, config, world_size=1, longest=longest, on_gpu=False)
+        check_rollout_settings(settings, config, longest=longest, on_gpu=False)
 
 
 def test_a_cache_smaller_than_an_answer_is_refused_before_prompts_are_known():
@@ -161,7 +170,6 @@ def test_a_cache_smaller_than_an_answer_is_refused_before_prompts_are_known():
         check_rollout_settings(
             RolloutSettings(max_response_tokens=40, sglang=("max_total_tokens=42",)),
             None,
-            world_size=1,
             on_gpu=False,
         )
 
@@ -171,7 +179,6 @@ def test_a_plan_for_gpus_has_not_the_cpu_engine_s_cache():
     check_rollout_settings(
         RolloutSettings(max_response_tokens=100_000),
         config,
-        world_size=1,
         longest=200_000,
         on_gpu=True,
     )
@@ -180,11 +187,11 @@ def test_a_plan_for_gpus_has_not_the_cpu_engine_s_cache():
 def test_a_prompt_that_the_engine_would_refuse_is_refused_before():
     """SGLang takes prompts of less than the context less 6, however short the answer."""
     settings = RolloutSettings(max_response_tokens=2)
-    check_rollout_settings(settings, read_config(TOY), world_size=1, longest=512 - 7 + 2)
+    check_rollout_settings(settings, read_config(TOY), longest=512 - 7 + 2)
     with pytest.raises(
         BadInput, match="longest prompt has 506 tokens; the engine takes at most 505"
     ):
-        check_rollout_settings(settings, read_config(TOY), world_size=1, longest=512 - 6 + 2)
+        check_rollout_settings(settings, read_config(TOY), longest=512 - 6 + 2)
 
 
 @pytest.mark.parametrize("longest, is_cut", [(None, False), (95, False), (96, True)])

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, metrics_of, torchrun
+from conftest import ROOT, metrics_of, start_main, torchrun
 
 sys.path.insert(0, str(ROOT / "examples"))
 import tool_use
@@ -20,9 +20,9 @@ import run
 from hf_config import read_config
 from losses import LossSettings, ppo
 from prompts import load_data
-from rollout import RolloutSettings
 from run import REPOSITORY, BadInput, EngineDied
 from sample import Sample
+from settings import RolloutSettings
 from tool_use import CALL_END, LONGEST_DEMONSTRATION, calculator, converse, demonstration, right_answer
 
 TOY = str(REPOSITORY / "toy")
@@ -216,7 +216,7 @@ def test_flags_that_cannot_work(monkeypatch, tmp_path, flags, message):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(run, "init_distributed", lambda: pytest.fail("a process group was started"))
     with pytest.raises(BadInput, match=message):
-        tool_use.main()
+        start_main(tool_use, tool_use.check_tool_flags)
 
 
 def test_a_run(tmp_path):

@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 import train_step
+from checks import check_train_flags
 from hf_config import read_config
 from losses import LossSettings
 from packing import collate, microbatch_plan, plan_microbatches
 from run import BadInput
 from sample import Sample
-from train_step import TrainSettings, check_train_settings
+from settings import TrainSettings
+from train_step import check_train_settings
 
 
 def test_collate_by_hand():
@@ -124,21 +126,33 @@ def test_fewer_samples_than_ranks_leaves_an_empty_bin():
 @pytest.mark.parametrize("changes, message", [
     (dict(tp=3), "--tp 3 does not divide the 4 ranks"),
     (dict(cp=3), "--cp 3 does not divide the 4 ranks"),
-    (dict(tp=4), "num_key_value_heads 2 is not divisible by --tp 4"),
+    (dict(ep=3), "--ep 3 must divide the 4 ranks of a pipeline stage"),
     (dict(lr=-1.0), "--lr -1.0"),
     (dict(lr=float("nan")), "--lr nan"),
     (dict(lr=float("inf")), "--lr inf"),
     (dict(min_lr=1e-5, lr_schedule="constant"), "--min-lr 1e-05 has no effect with --lr-schedule constant"),
     (dict(offload_reference=True), "--offload-reference has no effect without --kl-coef"),
+    (dict(reference="toy"), "--reference toy is not used without --kl-coef"),
     (dict(adam_beta2=1.0), "--adam-beta2 1.0"),
     (dict(weight_decay=-0.1), "--weight-decay -0.1"),
     (dict(microbatch_tokens=0), "--microbatch-tokens 0 must be at least 1"),
     (dict(clip_grad=float("nan")), "--clip-grad nan"),
     (dict(min_lr=1.0), "min-lr"),
     (dict(lr_warmup_steps=10), "--lr-warmup-steps 10"),
-    (dict(microbatch_tokens=10), "--microbatch-tokens 10"),
     (dict(minibatches=0), "--minibatches 0"),
     (dict(clip_grad=0.0), "--clip-grad 0.0"),
+    (dict(megatron=("recompute_granularity",)), "--megatron 'recompute_granularity' is not of the form key=value"),
+])  # fmt: skip
+def test_flags_that_cannot_work(changes, message):
+    with pytest.raises(BadInput, match=message):
+        check_train_flags(TrainSettings(**changes), LossSettings(), steps=10, ranks=4)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(tp=3), "--tp 3 does not divide the 4 ranks"),
+    (dict(tp=4), "num_key_value_heads 2 is not divisible by --tp 4"),
+    (dict(ep=2), "--ep 2 must divide the model's 0 experts"),
+    (dict(microbatch_tokens=10), "--microbatch-tokens 10"),
     (dict(megatron=("recompute_granulariti=full",)), "nearest is recompute_granularity"),
     (dict(megatron=("hidden_size=8",)), "is not a field"),
     (dict(megatron=("optimizer=sgd",)), "optimizer is not a field that can be set there"),
@@ -147,17 +161,15 @@ def test_fewer_samples_than_ranks_leaves_an_empty_bin():
     (dict(megatron=("fp32_residual_connection=1",)), "wrong type: the field is bool"),
     (dict(megatron=("recompute_granularity=full",)), "megatron-core refuses it"),
 ])  # fmt: skip
-def test_settings_that_cannot_work(models, changes, message):
+def test_settings_that_the_model_does_not_allow(models, changes, message):
     with pytest.raises(BadInput, match=message):
-        check_train_settings(TrainSettings(**changes), LossSettings(), read_config(models["qwen3"]), world_size=4, steps=10, longest=40)
+        check_train_settings(TrainSettings(**changes), read_config(models["qwen3"]), world_size=4, longest=40)
 
 
 def test_a_reference_must_fit(models):
-    config, sizes = read_config(models["qwen3"]), dict(world_size=1, steps=10, longest=40)
-    with pytest.raises(BadInput, match="not used without --kl-coef"):
-        check_train_settings(TrainSettings(reference=str(models["qwen3"])), LossSettings(), config, **sizes)
+    config = read_config(models["qwen3"])
     with pytest.raises(BadInput, match="differs from the model in .*qk_layernorm.*same architecture"):
-        check_train_settings(TrainSettings(reference=str(models["llama"])), LossSettings(kl_coef=0.1), config, **sizes)
+        check_train_settings(TrainSettings(reference=str(models["llama"])), config, world_size=1, longest=40)
 
 
 @pytest.fixture
@@ -427,15 +439,9 @@ def test_an_offloaded_reference_is_on_the_device_for_its_pass_only(fresh_megatro
     (dict(min_lr=1e-5), {}), (dict(offload_reference=True), dict(kl_coef=0.1)), (dict(clip_grad=float("inf")), {}), (dict(lr=0.0), {}),
 ])  # fmt: skip
 def test_settings_that_work(models, changes):
-    train, loss = changes
-    check_train_settings(
-        TrainSettings(**train),
-        LossSettings(**loss),
-        read_config(models["qwen3"]),
-        world_size=4,
-        steps=10,
-        longest=40,
-    )
+    train, loss = TrainSettings(**changes[0]), LossSettings(**changes[1])
+    check_train_flags(train, loss, steps=10, ranks=4)
+    check_train_settings(train, read_config(models["qwen3"]), world_size=4, longest=40)
 
 
 def test_the_residual_stream_may_be_fp32(fresh_megatron, models):

@@ -22,6 +22,8 @@ from fp8_quant import quantize_blockwise
 from hf_config import read_config
 from hf_names import hf_shapes
 from run import REPOSITORY, BadInput
+from checks import check_sync_flags
+from settings import SyncSettings
 
 TOY = read_config(REPOSITORY / "toy")
 K_NORM, Q_NORM = (f"model.layers.0.self_attn.{which}_norm.weight" for which in "kq")  # of one shape
@@ -307,8 +309,8 @@ def test_a_message_gives_back_its_tensors(multiple_of):
 @pytest.mark.parametrize("bucket_bytes", [0, -1])
 def test_a_bucket_of_nothing_is_refused(bucket_bytes):
     with pytest.raises(BadInput, match=f"--bucket-bytes {bucket_bytes} must be at least 1"):
-        weight_sync.check_sync_settings(weight_sync.SyncSettings(bucket_bytes=bucket_bytes))
+        check_sync_flags(SyncSettings(bucket_bytes=bucket_bytes))
 
 
 def test_the_smallest_bucket_holds_one_tensor():
-    weight_sync.check_sync_settings(weight_sync.SyncSettings(bucket_bytes=1))
+    check_sync_flags(SyncSettings(bucket_bytes=1))

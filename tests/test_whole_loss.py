@@ -29,9 +29,8 @@ from losses import KL_ESTIMATORS, LossSettings
 from megatron.core import parallel_state as mpu
 from megatron.core.enums import ModelType
 from packing import local_microbatches
-from reward import RewardSettings
 from sample import Sample
-from train_step import TrainSettings
+from settings import RewardSettings, TrainSettings
 
 V, TEMPERATURE, MAX_RESPONSE = 32, 0.7, 8
 SEED = 55  # of the noise; test_the_batch_reaches_every_branch says what it must reach

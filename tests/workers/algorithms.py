@@ -20,8 +20,8 @@ import train_step
 import weight_sync
 from hf_config import read_config
 from losses import LossSettings
+from settings import RewardSettings, TrainSettings
 from megatron.core import parallel_state as mpu
-from reward import RewardSettings
 
 import torch
 import torch.distributed as dist
@@ -101,7 +101,7 @@ def main() -> None:
     out, (tp, pp, cp, microbatch_tokens), order, folder = Path(sys.argv[1]), map(int, sys.argv[2:6]), sys.argv[6], sys.argv[7]
     run.init_distributed()
     config = read_config(folder)
-    settings = train_step.TrainSettings(
+    settings = TrainSettings(
         tp=tp, pp=pp, cp=cp, train_dtype="fp32", microbatch_tokens=microbatch_tokens, lr=LR, lr_schedule="constant", clip_grad=1e9, megatron=("adam_eps=1.0",)
     )
     losses, gradients = {}, {}

@@ -15,6 +15,8 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
 import rollout  # first, as in the loop
+import checks
+import flags
 import in_flight
 import loop_async
 import run
@@ -69,5 +71,6 @@ if __name__ == "__main__":
     Engine.generate, Engine.load = recorded_generate, slow_load
     train_step.train_step, rollout.without_marks, in_flight.check_staleness = slow_train, recorded_step, recorded_version
     sys.argv = ["loop_async.py", *sys.argv[3:]]
-    run.run_main(loop_async.main)
+    settings = flags.parse_or_exit(loop_async.Settings, checks.check_flags)
+    run.run_main(lambda: loop_async.main(settings))
     (OUT / f"rank-{os.environ['RANK']}.json").write_text(json.dumps({"started": started, "steps": steps, "versions": versions}), encoding="utf-8")

@@ -21,6 +21,7 @@ import run
 import train_step
 import weight_sync
 from hf_config import read_config
+from settings import RolloutSettings, TrainSettings
 
 import torch
 import torch.distributed as dist
@@ -88,10 +89,10 @@ def answers(engine) -> bool:
 def main() -> None:
     run.init_distributed()
     config = read_config(TOY)
-    trainer = train_step.build_trainer(TOY, train_step.TrainSettings(tp=2), config, steps=1, seed=1)
+    trainer = train_step.build_trainer(TOY, TrainSettings(tp=2), config, steps=1, seed=1)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
     weights = weight_sync.Weights(trainer, config, fp8, bucket_bytes=100_000, broadcast_group=dist.group.WORLD)
-    engine = rollout.start_engine(TOY, rollout.RolloutSettings(), config, seed=1) if dist.get_rank() == 0 else None
+    engine = rollout.start_engine(TOY, RolloutSettings(), config, seed=1) if dist.get_rank() == 0 else None
     version, report = 0, {}
     weight_sync.hand_over(weights, engine, version=version)
     faults = {

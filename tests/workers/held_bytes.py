@@ -19,6 +19,7 @@ import run
 import train_step
 from checkpoint import _give_adam_its_state
 from hf_config import read_config
+from settings import TrainSettings
 
 CASES = {  # name: (folder, settings)
     "dense dp 4": (0, dict()),
@@ -58,7 +59,7 @@ def main() -> None:
         if mpu.model_parallel_is_initialized():
             mpu.destroy_model_parallel()
         config = read_config(folders[folder])
-        trainer = train_step.build_trainer(folders[folder], train_step.TrainSettings(**settings), config, steps=1, seed=1)
+        trainer = train_step.build_trainer(folders[folder], TrainSettings(**settings), config, steps=1, seed=1)
         mine = held(trainer)
         found[name] = [json.loads(row) for row in run.all_gather_bytes(json.dumps(mine).encode(), everyone)]
         del trainer

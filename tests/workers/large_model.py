@@ -22,12 +22,12 @@ import megatron_model
 import train_step
 import weight_sync
 from hf_config import read_config
-from losses import LossSettings
+from settings import TrainSettings
 
 FOLDER, (TP, EP, PP) = sys.argv[1], map(int, sys.argv[2:])
 
 
-def build_as(rank: int, world_size: int, settings: train_step.TrainSettings, config: dict):
+def build_as(rank: int, world_size: int, settings: TrainSettings, config: dict):
     """build_gpt as that rank of a larger world would call it."""
     if dist.is_initialized():
         mpu.destroy_model_parallel()
@@ -42,8 +42,8 @@ def build_as(rank: int, world_size: int, settings: train_step.TrainSettings, con
 def main() -> None:
     torch.cuda.current_device = lambda: torch.device("meta")  # where Megatron puts its parameters
     config, world_size = read_config(FOLDER), max(TP, EP) * PP
-    settings = train_step.TrainSettings(tp=TP, pp=PP, ep=EP)
-    train_step.check_train_settings(settings, LossSettings(), config, world_size=world_size, steps=1, longest=8192)
+    settings = TrainSettings(tp=TP, pp=PP, ep=EP)
+    train_step.check_train_settings(settings, config, world_size=world_size, longest=8192)
     delivered = {}
     for stage in range(PP):
         gpt, layout = build_as(stage * world_size // PP, world_size, settings, config)

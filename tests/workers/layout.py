@@ -29,6 +29,7 @@ from fp8_quant import quantize_blockwise
 from hf_config import read_config
 from local_spec import zigzag
 from losses import LossSettings
+from settings import TrainSettings
 from megatron.core import parallel_state as mpu
 
 import torch
@@ -51,7 +52,7 @@ def fixed_samples(vocab: int) -> list[rollout.Sample]:
 
 def build(folder: str, tp: int, ep: int, pp: int, cp: int, dtype: str, microbatch_tokens: int):
     config = read_config(folder)
-    settings = train_step.TrainSettings(tp=tp, ep=ep, pp=pp, cp=cp, train_dtype=dtype, microbatch_tokens=microbatch_tokens, lr=1e-3)
+    settings = TrainSettings(tp=tp, ep=ep, pp=pp, cp=cp, train_dtype=dtype, microbatch_tokens=microbatch_tokens, lr=1e-3)
     trainer = train_step.build_trainer(folder, settings, config, steps=4, seed=1)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
     return trainer, weight_sync.Weights(trainer, config, fp8, bucket_bytes=200_000, broadcast_group=dist.group.WORLD)

@@ -14,6 +14,7 @@ import train_step
 from hf_config import read_config
 from losses import LossSettings
 from sample import Sample
+from settings import TrainSettings
 
 import torch.distributed as dist
 
@@ -21,7 +22,7 @@ import torch.distributed as dist
 def main() -> None:
     run.init_distributed()
     folder = sys.argv[1]
-    trainer = train_step.build_trainer(folder, train_step.TrainSettings(train_dtype="fp32"), read_config(folder), steps=4, seed=1)
+    trainer = train_step.build_trainer(folder, TrainSettings(train_dtype="fp32"), read_config(folder), steps=4, seed=1)
     answer = dict(response_ids=[7, 8], rollout_logprobs=[-1.0, -1.0], loss_mask=[1, 1], advantages=[1.0, 1.0], group=5)
     samples = [Sample([5, 6], index=i, **answer) for i in range(4)]
     samples[2].rollout_logprobs = [-1.0, float("nan")]
