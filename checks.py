@@ -22,8 +22,7 @@ from settings import RunSettings, SyncSettings, TrainSettings, is_generated, wei
 # Numpy takes seeds below 2**32. Engine and trainer add a number to --seed on each rank.
 SEEDS = 2**31
 NOT_IN_PROJECTS = "/\\#?%:"  # W&B refuses them only when the run has begun
-# What a flag needs beside requirements.txt.
-EXTRAS = {"tensorboard": "tensorboard==2.21.0", "wandb": "wandb==0.31.0"}
+EXTRAS = {"tensorboard": "tensorboard==2.21.0", "wandb": "wandb==0.31.0"}  # not in requirements.txt
 # Below 1e-6 SGLang samples greedily and reports log-probs of temperature 1 (SamplingParams).
 # Above it, errors of BF16 logits are divided by the temperature: below 0.01 they exceed what the
 # engine's and the trainer's log-probs have to say.
@@ -92,17 +91,15 @@ def check_run_flags(settings: RunSettings) -> None:
         if getattr(settings, name) and importlib.util.find_spec(name) is None:
             yield f"--{name} needs a package that is not installed: pip install {line}"
     if settings.load_rollouts and (settings.save_rollouts or settings.debug_rollout_only):
-        yield (
-            "--load-rollouts starts no engine: leave out --save-rollouts and --debug-rollout-only, "
-            "which are about what an engine generates"
-        )
+        fix = "leave out --save-rollouts and --debug-rollout-only, which are about its answers"
+        yield f"--load-rollouts starts no engine: {fix}"
     dumps = (rollouts_file(settings.load_rollouts, step) for step in range(1, settings.steps + 1))
     if settings.load_rollouts and (file := next((f for f in dumps if not os.path.isfile(f)), None)):
         fix = "give a folder that --save-rollouts wrote, or fewer --steps"
         yield f"--load-rollouts {settings.load_rollouts} has no {file.name}: {fix}"
     if late := [step for step in settings.profile if not 1 <= step <= settings.steps]:
-        rule = f"the run has --steps 1 to {settings.steps}"
-        yield f"--profile {late[0]} is no step of the run: {rule}"
+        has = f"which has steps 1 to {settings.steps} (--steps)"
+        yield f"--profile {late[0]} is no step of the run, {has}"
     yield from _name_problems(settings)
 
 
@@ -115,11 +112,9 @@ def _name_problems(settings: RunSettings) -> Iterator[str]:
     if settings.resume and not name:
         yield "--resume needs the --name of the run that is to go on"
     if name and not (re.fullmatch(f"{part}(/{part})*", name) and len(name) <= 128):
-        rule = (
-            "at most 128 letters, digits and _.-, in parts divided by /, each of which begins with "
-            "a letter, a digit or _"
-        )
-        yield f"--name {name!r} must be {rule}: for instance lr1/seed1"
+        rule = "at most 128 letters, digits and _.-, in parts divided by /"
+        begin = "each of which begins with a letter, a digit or _"
+        yield f"--name {name!r} must be {rule}, {begin}: for instance lr1/seed1"
         return
     if name and not settings.resume and os.path.lexists(f"runs/{name}"):
         fix = "choose another --name, remove it, or go on with its run by --resume"
@@ -159,14 +154,9 @@ def check_rollout_flags(settings: RolloutSettings, *, ranks: int | None) -> None
         why = "a greedy rollout has no log-probs to learn from"
         yield f"--temperature {settings.temperature} must be above 0: {why}"
     elif not TEMPERATURES[0] <= settings.temperature <= TEMPERATURES[1]:  # also nan
-        reason = (
-            "further down the engine's log-probs mean nothing, and below 1e-6 SGLang is greedy; "
-            "further up all answers are noise"
-        )
-        yield (
-            f"--temperature {settings.temperature} must lie between {TEMPERATURES[0]} and "
-            f"{TEMPERATURES[1]:g}: {reason}"
-        )
+        rule = f"must lie between {TEMPERATURES[0]} and {TEMPERATURES[1]:g}"
+        low = "below, the engine's log-probs mean nothing, and from 1e-6 on SGLang is greedy"
+        yield f"--temperature {settings.temperature} {rule}: {low}; above, all answers are noise"
     if settings.samples_per_prompt < 2:
         given = f"--samples-per-prompt {settings.samples_per_prompt}"
         yield f"{given}: GRPO compares answers to one prompt and needs at least 2"

@@ -209,11 +209,12 @@ def _problem(group: list[str], flags: list[Flag]) -> tuple[str, Flag | None]:
         return f"{name} {_shown(values)}: a switch takes no value: write {use}", flag
     if not values:
         hint = f"; one that begins with - is written {name}=TEXT" if flag.type is str else ""
-        return f"{name} needs {_kind(flag.type)}{hint}", flag
+        return f"{name} needs a value, {_kind(flag.type)}{hint}", flag
     if len(values) > 1 and typing.get_origin(flag.type) is not tuple:
         extra = f"{name} {_shown(values)}: it takes one value, and here are {len(values)}"
         return f"{extra}; quote a text that holds blanks", flag
-    return f"{name} {_shown(values)} must be {_kind(flag.type)}", flag
+    each = " each" if len(values) > 1 else ""
+    return f"{name} {_shown(values)} must{each} be {_kind(flag.type)}", flag
 
 
 def _shown(values: list[str]) -> str:
@@ -226,7 +227,7 @@ def _kind(kind) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {', '.join(arguments)}"
     if typing.get_origin(kind) is tuple:
-        return {int: "whole numbers", str: "texts"}[arguments[0]]
+        return _kind(arguments[0])
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return f"{_kind(arguments[0])}, or None"
     return {int: "a whole number", float: "a number", str: "a text"}[kind]

@@ -24,8 +24,8 @@ from conftest import write_model
 from hf_config import read_config
 from prompts import ENGINE_KEEPS, load_data
 from reward import exact_match
-from run import REPOSITORY, BadInput
-from settings import RolloutSettings, TrainSettings
+from run import BadInput
+from settings import REPOSITORY, RolloutSettings, TrainSettings
 
 TOY = str(REPOSITORY / "toy")
 

@@ -18,9 +18,9 @@ from prompts import load_data
 from record import Row
 from reward import Judge
 from rollout import DROPPED, REPLACED, without_marks
-from run import REPOSITORY, BadInput, EngineDied
+from run import BadInput, EngineDied
 from sample import Sample
-from settings import InFlightSettings, RewardSettings, RolloutSettings
+from settings import REPOSITORY, InFlightSettings, RewardSettings, RolloutSettings
 
 TOY = str(REPOSITORY / "toy")
 PER_STEP, STEPS = 3, 25

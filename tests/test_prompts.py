@@ -32,9 +32,9 @@ from prompts import fitting, generated, load_data, mixture, names, read_prompts,
 from checks import check_reward_flags, check_rollout_flags
 from reward import reasoning_gym_reward
 from rollout import Prompts, fill
-from run import REPOSITORY, BadInput
+from run import BadInput
 from sample import Sample, encode, end_tokens, load_tokenizer, read_dump
-from settings import DataSettings, RewardSettings, RolloutSettings, weighted
+from settings import REPOSITORY, DataSettings, RewardSettings, RolloutSettings, weighted
 from toy.task import is_held_out, problems
 
 TOY = str(REPOSITORY / "toy")

@@ -20,9 +20,9 @@ import run
 from hf_config import read_config
 from losses import LossSettings, ppo
 from prompts import load_data
-from run import REPOSITORY, BadInput, EngineDied
+from run import BadInput, EngineDied
 from sample import Sample
-from settings import RolloutSettings
+from settings import REPOSITORY, RolloutSettings
 from tool_use import CALL_END, LONGEST_DEMONSTRATION, calculator, converse, demonstration, right_answer
 
 TOY = str(REPOSITORY / "toy")

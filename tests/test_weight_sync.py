@@ -21,9 +21,9 @@ from buckets import compare_loader, load_bucket, pack, phase, unpack, where
 from fp8_quant import quantize_blockwise
 from hf_config import read_config
 from hf_names import hf_shapes
-from run import REPOSITORY, BadInput
+from run import BadInput
 from checks import check_sync_flags
-from settings import SyncSettings
+from settings import REPOSITORY, SyncSettings
 
 TOY = read_config(REPOSITORY / "toy")
 K_NORM, Q_NORM = (f"model.layers.0.self_attn.{which}_norm.weight" for which in "kq")  # of one shape

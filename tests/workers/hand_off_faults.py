@@ -21,12 +21,12 @@ import run
 import train_step
 import weight_sync
 from hf_config import read_config
-from settings import RolloutSettings, TrainSettings
+from settings import REPOSITORY, RolloutSettings, TrainSettings
 
 import torch
 import torch.distributed as dist
 
-TOY = str(run.REPOSITORY / "toy")
+TOY = str(REPOSITORY / "toy")
 
 
 def failing_from(call: int, stock):
