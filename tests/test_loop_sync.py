@@ -182,6 +182,17 @@ def test_a_dying_engine_ends_the_run_with_its_error(start_loop):
     assert rows.startswith(before) and [json.loads(line)["step"] for line in rows.splitlines()] == list(range(len(rows.splitlines())))
 
 
+def test_an_engine_that_is_killed_while_it_starts_is_named_in_one_line(start_loop):
+    started = start_loop("loop_sync.py", *LONG, rows=0)
+    started.wait_for(lambda: len(started.engines()) == 2, 120)
+    started.engines()[1].kill()
+    assert started.end(60) != 0
+    said = started.text()
+    assert "rank 1: a process of the SGLang engine ended by SIGKILL while it started" in said
+    assert "rank 0: a process" not in said and "Scheduler" not in said
+    assert "Traceback" not in said.split("torch/distributed/run.py")[0].split("rank 1: a process")[1]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killing_a_rank_ends_the_job_and_names_it(start_loop, rank):
     started = start_loop("loop_sync.py", *LONG, rows=3)
@@ -202,5 +213,6 @@ def test_ctrl_c_ends_every_process(start_loop):
     started = start_loop("loop_sync.py", *LONG, rows=4)
     os.killpg(started.process.pid, signal.SIGINT)
     assert started.end(60) != 0
-    assert "interrupted" in started.text()
+    assert "interrupted by SIGINT" in started.text()
+    assert "exitcode  : 130" in started.text() or "SIGINT death signal" in started.text()
     assert all(json.loads(line) for line in started.metrics.read_text(encoding="utf-8").splitlines())
