@@ -1,4 +1,5 @@
-"""The child processes of a rank: how they are spawned, what they ignore, and when they end.
+"""A rank's process and its children: where their caches lie, how children are spawned, what they
+ignore, and when they end.
 
 No torch is imported here: the workers that judge mathematics start without it.
 """
@@ -9,12 +10,40 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 from multiprocessing import resource_tracker, util
+from pathlib import Path
 
 # Ctrl-C, a scheduler, torchrun and a closed terminal signal every process of a rank's group.
 # The rank decides what follows: its children ignore these.
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def use_writable_home() -> None:
+    """Set HOME to a folder of temporary files where nothing can be written to it.
+
+    torch, Triton and SGLang keep caches there, and fail at import where they cannot. Credentials
+    of W&B are still read from the home that was given.
+    """
+    home = Path(os.path.expanduser("~"))
+    try:
+        with tempfile.TemporaryFile(dir=home):
+            return
+    except OSError as error:
+        problem = error.strerror
+    try:
+        folder = Path(tempfile.gettempdir()) / f"nanoslime-home-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o7777 != 0o700 or folder.is_symlink():
+            folder = Path(tempfile.mkdtemp())  # what others may write would be run as a cache
+    except OSError:
+        return  # engine_checks names a folder of temporary files that cannot be written
+    os.environ["HOME"] = str(folder)
+    os.environ.setdefault("NETRC", str(home / ".netrc"))
+    if os.environ.get("RANK", "0") == "0":
+        print(f"the home {home} cannot be written ({problem}): caches go to {folder}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -25,11 +25,12 @@ import tyro
 from torch.distributed.rendezvous import rendezvous
 
 from problems import BadInput, all_problems
-from processes import signal_when_parent_ends
+from processes import signal_when_parent_ends, use_writable_home
 
 # The engines warn at import about what a CPU lacks; they say it in every process. Errors still show.
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 warnings.simplefilter("ignore")
+use_writable_home()
 
 REPOSITORY = Path(__file__).resolve().parent
 CPU_SGLANG = "0.5.21"  # the version that cpu.py is written for

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 
 import loop_sync
@@ -164,6 +165,15 @@ def test_bad_input_is_exit_code_2_without_a_traceback(tmp_path):
     done = torchrun(ROOT / "loop_sync.py", "--temperature", "-1", ranks=2, cwd=tmp_path, check=False)
     assert "error: --temperature -1.0 must be above 0" in done.stderr and "exitcode  : 2" in done.stderr
     assert "Traceback" not in done.stderr.split("error:")[0] and not (tmp_path / "runs").exists()
+
+
+def test_the_imports_need_no_home_that_can_be_written(tmp_path):
+    """torch._dynamo makes its cache when transformers imports it."""
+    flags = ["--plan", "--plan-gpus", "1", "--model", str(ROOT / "toy")]
+    home = dict(HOME="/proc/nothing", TMPDIR=str(tmp_path))
+    command = [sys.executable, str(ROOT / "loop_sync.py"), *flags]
+    done = subprocess.run(command, env={**os.environ, **home}, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / f"nanoslime-home-{os.getuid()}").is_dir(), done.stderr
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------------------------------
