@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from problems import BadInput
 from processes import signal_when_parent_ends
 from record import FILES, has_whole_rows, remove_parts
-from run import all_gather_bytes
+from run import EngineDied, all_gather_bytes
 
 # Else the prompts that follow would not be those that were to follow; samples of one run would have rewards of two kinds; weights would be rounded; and the
 # groups in flight would have no place, or be too old. All other settings may change, and what the resumed run is asked for holds.
@@ -249,6 +249,8 @@ def save(record, settings, trainer, *, step: int, read: dict[str, str], rank_sta
             part.rename(final)
             for old in checkpoints_of(record.folder)[: -settings.run.keep]:
                 shutil.rmtree(old)
+    except EngineDied:  # by a signal, wherever this rank was
+        raise
     except (Exception, CheckpointException) as error:  # whatever the disk or dist_checkpointing's writers raise: said what it means, and raised
         before = checkpoints_of(record.folder)
         rest = f"{before[-1].name} is whole" if before else "there is none before it"

@@ -305,7 +305,7 @@ def _call(main: Callable[[], None]) -> None:
             raise
         # Another rank is gone. It is the cause, and torchrun must see it first: it then ends this rank while it waits.
         print(f"error: rank {os.environ['RANK']} lost its connection to another rank; torchrun names that rank below", file=sys.stderr, flush=True)
-        if _told_within(20):
+        if _told_within(2 if told_to_stop else 20):
             sys.exit(1)
         raise
 

@@ -27,7 +27,7 @@ from losses import LossSettings
 from prompts import load_data
 from reward import RewardSettings
 from rollout import RolloutSettings
-from run import BadInput, RunSettings
+from run import BadInput, EngineDied, RunSettings
 from sample import Sample
 from train_step import TrainSettings
 
@@ -368,6 +368,16 @@ def test_a_full_disk_leaves_the_checkpoint_before(stopped, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, preexec_fn=no_room)
     assert done.returncode != 0 and "the checkpoint of step 7 could not be written" in done.stderr and "step-000006 is whole" in done.stderr
     assert checkpoint.damage(stopped / "checkpoints" / "step-000006") == "" and not (stopped / "checkpoints" / "step-000007").exists()
+
+
+def test_an_engine_that_dies_during_a_save_is_no_full_disk(monkeypatch, tmp_path):
+    def dies(*args):
+        raise EngineDied("rank 0: a process died")
+
+    monkeypatch.setattr(checkpoint, "all_gather_bytes", dies)
+    record = SimpleNamespace(folder=tmp_path, is_writer=False, group=None)
+    with pytest.raises(EngineDied, match="rank 0: a process died"):
+        checkpoint.save(record, Settings(), None, step=1, read={}, rank_state={})
 
 
 @pytest.mark.parametrize("script, number, reward", [

@@ -200,7 +200,7 @@ def test_an_engine_that_is_killed_while_it_starts_is_named_in_one_line(start_loo
     said = started.text()
     assert "rank 1: a process of the SGLang engine ended by SIGKILL while it started" in said
     assert "rank 0: a process" not in said and "Scheduler" not in said
-    assert "Traceback" not in said.split("torch/distributed/run.py")[0].split("rank 1: a process")[1]
+    assert said.count("Traceback") == 1  # torchrun's own
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -224,5 +224,4 @@ def test_ctrl_c_ends_every_process(start_loop):
     os.killpg(started.process.pid, signal.SIGINT)
     assert started.end(60) != 0
     assert "interrupted by SIGINT" in started.text()
-    assert "exitcode  : 130" in started.text() or "SIGINT death signal" in started.text()
     assert all(json.loads(line) for line in started.metrics.read_text(encoding="utf-8").splitlines())
