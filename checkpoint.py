@@ -41,8 +41,9 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from problems import BadInput
-from record import FILES, has_whole_rows
-from run import all_gather_bytes, signal_when_parent_ends
+from processes import signal_when_parent_ends
+from record import FILES, has_whole_rows, remove_parts
+from run import EngineDied, all_gather_bytes
 
 # Else the prompts that follow would not be those that were to follow; samples of one run would have rewards of two kinds; weights would be rounded; and the
 # groups in flight would have no place, or be too old. All other settings may change, and what the resumed run is asked for holds.
@@ -231,7 +232,7 @@ def save(record, settings, trainer, *, step: int, read: dict[str, str], rank_sta
     part = final.with_suffix(".part")
     try:
         if record.is_writer:
-            shutil.rmtree(part, ignore_errors=True)
+            remove_parts(record.folder)
             (part / "model").mkdir(parents=True)
         all_gather_bytes(b"", record.group)  # the folder is there
         if trainer is not None:
@@ -248,6 +249,8 @@ def save(record, settings, trainer, *, step: int, read: dict[str, str], rank_sta
             part.rename(final)
             for old in checkpoints_of(record.folder)[: -settings.run.keep]:
                 shutil.rmtree(old)
+    except EngineDied:  # by a signal, wherever this rank was
+        raise
     except (Exception, CheckpointException) as error:  # whatever the disk or dist_checkpointing's writers raise: said what it means, and raised
         before = checkpoints_of(record.folder)
         rest = f"{before[-1].name} is whole" if before else "there is none before it"

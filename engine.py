@@ -14,12 +14,10 @@ What differs between SGLang 0.5.14 (torch 2.11) and 0.5.21 is told apart here an
 import asyncio
 import collections
 import contextlib
-import gc
 import importlib.util
 import logging
+import multiprocessing
 import os
-import signal
-import socket
 import sys
 import threading
 import time
@@ -27,7 +25,7 @@ import time
 import torch
 
 if not torch.cuda.is_available():
-    import cpu
+    import cpu  # noqa: F401  before sglang
 
 from sglang.srt.entrypoints.engine import Engine as SGLangEngine
 from sglang.srt.managers import io_struct
@@ -35,8 +33,10 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import MultiprocessingSerializer
 
 from buckets import pack, phase
+from engine_process import died_at_start, engine_files, run_scheduler
+from processes import end_signals_blocked, main_module_hidden
 from record import Row
-from run import EngineDied, end_with_parent, main_module_hidden
+from run import EngineDied, engine_died
 
 # 0.5.21 reports the weight versions of a response as spans. Where it does not, tokens are counted as they arrive.
 REPORTS_VERSIONS = importlib.util.find_spec("sglang.srt.utils.weight_versions") is not None
@@ -44,54 +44,7 @@ REPORTS_VERSIONS = importlib.util.find_spec("sglang.srt.utils.weight_versions") 
 SERVER_FIELDS = getattr(ServerArgs, "__struct_fields__", None) or tuple(ServerArgs.__dataclass_fields__)
 
 
-def run_scheduler(*args, **kwargs) -> None:
-    """Entry point of the engine's child process, in place of SGLang's: what must happen there before SGLang starts."""
-    end_with_parent()  # SGLang asks for the same, but only later, and a parent that is killed before would not be noticed
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # else the child's TCPStore waits for torchrun's agent for ever
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its engine
-    if not torch.cuda.is_available():
-        cpu.patch_sglang()
-    _listen_on_loopback()
-    _load_block_scales_of_llama()
-    from sglang.srt.managers.scheduler import run_scheduler_process
-
-    gc.collect()
-    gc.freeze()  # as in run.init_distributed: else all requests stand still for half a second now and then
-    run_scheduler_process(*args, **kwargs)
-
-
-def _listen_on_loopback() -> None:
-    """torch's TCPStore, by which an engine's ranks find each other, listens on every interface of the machine; they are all on this one."""
-    rendezvous = sys.modules["torch.distributed.rendezvous"]  # the package has a function of the same name
-    stock = rendezvous.TCPStore
-
-    def store(host_name, port, *args, is_master=False, **kwargs):
-        if is_master and host_name == "127.0.0.1":
-            listener = socket.create_server((host_name, port))
-            kwargs["master_listen_fd"] = listener.detach()
-        return stock(host_name, port, *args, is_master=is_master, **kwargs)
-
-    rendezvous.TCPStore = store
-
-
-def _load_block_scales_of_llama() -> None:
-    """SGLang's Llama (0.5.14 and 0.5.21) looks for the scales of block FP8 as weight_scale, holds them as weight_scale_inv, and drops them with a warning.
-
-    While it loads, let it find them under the name it looks for. The read-back gate is what noticed: no byte of them had been written.
-    """
-    from sglang.srt.models.llama import LlamaForCausalLM
-
-    stock = LlamaForCausalLM.load_weights
-
-    def load_weights(self, weights):
-        named_parameters = self.named_parameters
-        self.named_parameters = lambda: [(name.replace(".weight_scale_inv", ".weight_scale"), parameter) for name, parameter in named_parameters()]
-        try:
-            return stock(self, weights)
-        finally:
-            del self.named_parameters
-
-    LlamaForCausalLM.load_weights = load_weights
+SIGQUIT_WITHIN_S = 3.0  # SGLang's SubprocessWatchdog looks every second
 
 
 class Engine(SGLangEngine):
@@ -103,28 +56,70 @@ class Engine(SGLangEngine):
     def _launch_detokenizer_subprocesses(cls, *args, **kwargs):
         return [], []  # tokens come back as tokens: there is nothing to detokenize, and a process less
 
+    @classmethod
+    def _launch_scheduler_processes(cls, server_args, port_args, *args, **kwargs):
+        cls._starting.files = engine_files(port_args)
+        before = set(multiprocessing.active_children())
+        try:
+            with end_signals_blocked():
+                return super()._launch_scheduler_processes(server_args, port_args, *args, **kwargs)
+        finally:
+            cls._starting.processes = set(multiprocessing.active_children()) - before
+
     def __init__(self, answer_timeout_s: float = 3600.0, **server_args):
         logging.getLogger("sglang.srt.entrypoints.engine").addFilter(lambda record: "SIGQUIT handler" not in record.getMessage())  # not an error
-        with main_module_hidden():
-            super().__init__(weight_version="-1", **server_args)
+        Engine._starting = self  # SGLang launches by methods of the class
+        self.files, self.processes = [], set()
+        try:
+            with main_module_hidden():
+                super().__init__(weight_version="-1", **server_args)
+        except BaseException as error:
+            exit_codes = [process.exitcode for process in self.processes]
+            self.shutdown()
+            if any(code is not None for code in exit_codes) and isinstance(error, Exception):
+                raise died_at_start(exit_codes) from error
+            raise
         self.version, self.answer_timeout_s = -1, answer_timeout_s
         self.row = Row()
         self._requests, self._paused, self._released = 0, False, False
         self._last_part, self.last_phase = None, ("start", ["no weights yet"])
         # The loop's thread and the judges' threads share the interpreter with the main thread, which other ranks wait for in collectives.
         sys.setswitchinterval(5e-4)
+        self._death = self.loop.create_future()
+        for process in self.processes:
+            self.loop.add_reader(process.sentinel, self._on_end_of, process)
         self._thread = threading.Thread(target=self.loop.run_forever, name="sglang-event-loop", daemon=True)
         self._thread.start()
 
     def call(self, coroutine):
-        """Run a coroutine on the engine's loop and wait for its result."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+        """Run a coroutine on the engine's loop and wait for its result.
+
+        Raises EngineDied if a process of the engine ends first.
+        """
+        return asyncio.run_coroutine_threadsafe(self._while_alive(coroutine), self.loop).result()
+
+    async def _while_alive(self, coroutine):
+        work = asyncio.ensure_future(coroutine)
+        await asyncio.wait([work, self._death], return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        work.cancel()
+        raise engine_died()
+
+    def _on_end_of(self, process) -> None:
+        """Let call() raise, a little later: SIGQUIT comes first, wherever the main thread is."""
+        self.loop.remove_reader(process.sentinel)
+        self.loop.call_later(SIGQUIT_WITHIN_S, lambda: self._death.done() or self._death.set_result(None))
 
     def shutdown(self):
-        """End the engine's child processes. Also called at exit; a second call does nothing."""
-        super().shutdown()
-        if hasattr(self, "loop") and self.loop.is_running():  # no loop: the engine died while it was being started
-            self.loop.call_soon_threadsafe(self.loop.stop)
+        """End the engine's child processes and remove their files. Also called at exit; a second call does nothing."""
+        try:
+            super().shutdown()
+        finally:
+            for file in self.files:
+                file.unlink(missing_ok=True)
+            if hasattr(self, "loop") and self.loop.is_running():  # no loop: the engine died while it was being started
+                self.loop.call_soon_threadsafe(self.loop.stop)
 
     # --- generation
 

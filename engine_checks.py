@@ -195,6 +195,7 @@ def check_environment(
             )
     yield from _temporary_folder_problems()
     if config is None or torch.cuda.is_available() or bucket_bytes < 1:
+        yield from _open_files_problems([], 0)
         return  # on a GPU, buckets travel by CUDA IPC
     sizes = sorted(prod(shape) * element_bytes for shape in hf_shapes(config).values())
     bucket = min(bucket_bytes + sizes[-1], sum(sizes))
@@ -241,16 +242,17 @@ def _temporary_folder_problems() -> Iterator[str]:
 def _open_files_problems(sizes: list[int], bucket: int) -> Iterator[str]:
     """Yield if the read-back of a bucket could not share its tensors.
 
-    Each takes an open file, and its copy for the engine another. SGLang raises the soft limit.
+    Each takes an open file, and its copy for the engine another. run.run_main raises the soft limit.
     """
-    hard, taken = resource.getrlimit(resource.RLIMIT_NOFILE)[1], 0
+    hard, taken, tensors = resource.getrlimit(resource.RLIMIT_NOFILE)[1], 0, -1
     for tensors, size in enumerate(sizes):  # the smallest first: most of them fit
         if taken > bucket or tensors == len(sizes) - 1:
             break
         taken += size
     needed = FILES_OF_A_RANK + 2 * (tensors + 1)
     if hard != resource.RLIM_INFINITY and hard < needed:
+        helps = tensors > 0 and hard >= FILES_OF_A_RANK + 2
         yield (
             f"a process may open {hard} files, but a rank with its engine needs up to {needed}: "
-            "raise the hard limit (ulimit -Hn), or lower --bucket-bytes"
+            f"raise the hard limit (ulimit -Hn){', or lower --bucket-bytes' if helps else ''}"
         )

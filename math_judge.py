@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 import math_rules
+from processes import end_signals_blocked, ignore_end_signals, kill_at_exit, main_module_hidden
 
 LIMIT_S = 5.0  # CPU seconds for one answer
 STUCK_S = 30.0  # A worker that uses no CPU time for so long is replaced.
@@ -141,15 +142,13 @@ class _Worker:
     """A process that computes one thing at a time, seen from the process that started it."""
 
     def __init__(self):
-        # A worker imports this file too, and must not import torch with it.
-        from run import main_module_hidden
-
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs,), daemon=True, name="math judge")
         self.is_lost = False
-        with _starting, main_module_hidden():
+        with _starting, main_module_hidden(), end_signals_blocked():
             self.process.start()
+        kill_at_exit(self.process)
         theirs.close()
         self._receive()
 
@@ -198,7 +197,7 @@ def _work(pipe: Connection) -> None:
 
     That end closes when the parent is gone. A computation then ends at its limit at the latest.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent.
+    ignore_end_signals()
     signal.signal(signal.SIGPROF, _raise_too_hard)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Without this limit a very large number takes the memory of the machine's other processes.

@@ -6,6 +6,7 @@
     runs/NAME/trace.json       what every rank did when, in Chrome's trace format: open it at ui.perfetto.dev
     runs/NAME/rollouts/        with --save-rollouts: every sample of every step, what --load-rollouts reads
     runs/NAME/profile/         with --profile: PyTorch's profile of chosen steps
+    runs/NAME/lock             who writes here now: a second run of this name is refused
     runs/NAME/checkpoints/     what --resume goes on from; see checkpoint.py
     runs/NAME/model-bf16/      the trained weights as a Hugging Face folder
 
@@ -14,14 +15,20 @@ Only global rank 0 writes, profiles excepted. Lines are flushed as they are writ
 
 import collections
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import os
+import re
+import shutil
+import signal
+import socket
 import sys
 import threading
 import time
 import uuid
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -96,6 +103,48 @@ def has_whole_rows(folder: Path, *, size: int) -> bool:
         return False
 
 
+def lock_run_folder(folder: Path) -> TextIO:
+    """Lock a run folder for the life of this process; the kernel frees it however the process ends.
+
+    Keep what is returned. Raises BadInput where another run holds the lock.
+    """
+    try:
+        file = open(folder / "lock", "a+", encoding="utf-8")
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise BadInput(
+            f"{folder} is being written by another run, {file.read().strip() or 'just started'}: "
+            "wait for its end, stop it, or choose another --name"
+        ) from error
+    except OSError as error:
+        # NFS without its lock service, and Lustre mounted without flock, have no such locks.
+        fix = f"the file system of {folder} has no locks ({error.strerror})"
+        print(f"{fix}: start no second run of this name", file=sys.stderr, flush=True)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def remove_parts(run_folder: Path) -> None:
+    """Remove what killed ranks have left of checkpoints. The caller holds the run folder's lock."""
+    for path in (run_folder / "checkpoints").glob("step-*.part"):
+        if re.fullmatch(r"step-\d+\.part", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def unwritable(folder: Path, error: OSError) -> BadInput:
+    """Return what to raise when a run folder cannot be written."""
+    return BadInput(
+        f"the run folder {folder} cannot be written ({error.strerror}): run where you may write, "
+        "or choose --name"
+    )
+
+
 class Record:
     """The run folder and the progress bar. group: all ranks of the run; its rank 0, a trainer, is the one that writes. trains: whether this rank does.
 
@@ -108,18 +157,21 @@ class Record:
         self.group, self.loop, self.trains, self.is_writer = group, loop, trains, group.rank() == 0
         folder = b""
         if self.is_writer:
-            folder = bytes(Path("runs") / settings.run.name if resumed else self._create_folder(settings.run.name))
+            writes_to = Path("runs") / settings.run.name if resumed else self._create_folder(settings.run.name)
+            self.lock = lock_run_folder(writes_to)
+            remove_parts(writes_to)
+            folder = bytes(writes_to)
         self.folder = Path(broadcast_bytes(folder, group).decode())
         self.name = str(self.folder.relative_to("runs"))
         self.started, self.accuracy, self.settings, self.profiler, self.boards, self.end_wandb = time.time(), [], settings.run, None, [], None
         self.resumed, self.first_step = resumed is not None, resumed.step + 1 if resumed else 1
         dropped = 0  # rows that stand behind the checkpoint
-        self.stopping = False
-        """Whether a rank has been told to stop: the same on all ranks, from the end of a step on."""
+        self.stopping, self.stop_signals = False, ""
+        """Whether a rank was told to stop while steps are left, and how: the same on all ranks."""
         if not self.is_writer:
             return
         try:
-            self.files = {name: open(self.folder / file, "a" if resumed else "w", buffering=1, encoding="utf-8") for name, file in FILES.items()}
+            self.files = {name: open(self.folder / file, "a", buffering=1, encoding="utf-8") for name, file in FILES.items()}
             if resumed:
                 self.started -= resumed.state["record"]["elapsed_s"]
                 dropped = (self.folder / FILES["metrics"]).read_bytes()[resumed.state["record"]["metrics"] :].count(b"\n")
@@ -139,7 +191,7 @@ class Record:
                 record["wandb_id"] = self._wandb_id()
             (self.folder / "settings.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            raise BadInput(f"the run folder {self.folder} cannot be written ({error.strerror}): run where you may write, or choose --name") from error
+            raise unwritable(self.folder, error) from error
         if settings.run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -187,7 +239,7 @@ class Record:
         """
         every = self.settings.save_every
         is_last = step == self.settings.steps and (every > 0 or self.resumed)
-        return self.stopping or is_last or (every > 0 and step % every == 0)
+        return bool(self.stop_signals) or is_last or (every > 0 and step % every == 0)
 
     def exports(self) -> dict[str, Path]:
         """Return {dtype: folder} of --export, of whose weights this rank holds a part: nothing on ranks that do not train."""
@@ -200,6 +252,7 @@ class Record:
 
     def profile(self, step: int) -> None:
         """At the end of a step: with --profile, write this rank's profile of it, and begin that of the next."""
+        run.is_training.set()  # from now on a signal to stop waits for a step's end
         if self.profiler:
             self.profiler.stop()
             (self.folder / "profile").mkdir(exist_ok=True)
@@ -209,8 +262,14 @@ class Record:
             self.profiler.start()
 
     def log(self, metrics: dict) -> None:
-        """One line of metrics.jsonl; the bar shows the reward and where the step's time went."""
+        """One line of metrics.jsonl; the bar shows the reward and where the step's time went.
+
+        Collective: whether a rank has been told to stop, all of them know afterwards.
+        """
         self.profile(metrics["step"])
+        told = b"".join(all_gather_bytes(bytes(run.told_to_stop[:1]), self.group))
+        self.stopping = bool(told) and metrics["step"] < self.settings.steps
+        self.stop_signals = " and ".join(sorted({signal.Signals(number).name for number in told}))
         if not self.is_writer:
             return
         for board in self.boards:
@@ -230,10 +289,9 @@ class Record:
         watch: of the step. engine: None on ranks without one. A trainer waits while it neither trains nor hands over weights, for the last rank at the
         step's end too; an engine waits while it generates nothing. Clocks of several machines are taken as they are.
         """
-        rows = {"trainer": watch.spans, "stop": run.told_to_stop.is_set()} if self.trains else {"stop": run.told_to_stop.is_set()}
+        rows = {"trainer": watch.spans} if self.trains else {}
         rows |= {"engine": engine.row.take(), "judge": judge.row.take()} if engine else {}
         ranks = [json.loads(row) for row in all_gather_bytes(json.dumps(rows).encode(), self.group)]
-        self.stopping = any([rank.pop("stop") for rank in ranks])
         if not self.is_writer:
             return {}
         for rank, rows in enumerate(ranks):
@@ -281,7 +339,7 @@ class Record:
             return
         self.bar.close()
         if self.stopping:
-            print(f"stopped after step {self.bar.n}, as asked by SIGTERM: go on with --name {self.name} --resume", flush=True)
+            print(f"stopped after step {self.bar.n}, as asked by {self.stop_signals}: go on with --name {self.name} --resume", flush=True)
             return
         self.files["trace"].write("]\n")
         learned = f"held-out accuracy {self.accuracy[0]:.3f} -> {self.accuracy[-1]:.3f}" if self.accuracy else "no held-out prompts to judge by"

@@ -1,7 +1,5 @@
 """What every run needs and no stage owns: settings from the command line, process groups, and a clean end."""
 
-import contextlib
-import ctypes
 import difflib
 import gc
 import importlib.metadata
@@ -9,6 +7,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import threading
@@ -22,16 +21,23 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from problems import BadInput, all_problems, end_refused
+from problems import BadInput, all_problems
+from processes import signal_when_parent_ends, use_writable_home
 
 # The engines warn at import about what a CPU lacks; they say it in every process. Errors still show.
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 warnings.simplefilter("ignore")
+use_writable_home()
 
 CPU_SGLANG = "0.5.21"  # the version that cpu.py is written for
 
 
-told_to_stop = threading.Event()
+# The signals that asked this rank to stop. No Event: a second signal, while the handler of the
+# first holds its lock, would wait for that lock for ever.
+told_to_stop: list[int] = []
+# Set when the first step begins. Until then nothing is lost by an end in the middle.
+is_training = threading.Event()
+MOST_OPEN_FILES = 2**16  # as SGLang sets it
 
 
 class EngineDied(Exception):
@@ -140,30 +146,6 @@ def all_gather_bytes(mine: bytes, group: dist.ProcessGroup) -> list[bytes]:
     return [row[: int(size)].numpy().tobytes() for row, size in zip(rows, sizes)]
 
 
-@contextlib.contextmanager
-def main_module_hidden():
-    """Spawned children run the parent's main script again, to find functions that were defined there. Ours need none of it, and save its imports."""
-    main = sys.modules["__main__"]
-    file, spec = main.__dict__.pop("__file__", None), main.__spec__
-    main.__spec__ = None
-    try:
-        yield
-    finally:
-        main.__spec__ = spec
-        if file is not None:
-            main.__file__ = file
-
-
-def signal_when_parent_ends(number: int) -> None:
-    """Ask Linux to send this process a signal when the one that started it is gone (PR_SET_PDEATHSIG; children do not inherit it)."""
-    ctypes.CDLL(None).prctl(1, number)
-
-
-def end_with_parent() -> None:
-    """In a spawned child: end when the parent is gone, however it went, and be it before this is called."""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
 def broadcast_bytes(mine: bytes, group: dist.ProcessGroup, *, source: int = 0) -> bytes:
     """The bytes of one rank of the group on all of its ranks. Collective (gloo)."""
     size = torch.tensor([len(mine)])
@@ -174,22 +156,48 @@ def broadcast_bytes(mine: bytes, group: dist.ProcessGroup, *, source: int = 0) -
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call main and turn how it ends into an exit code: 0 done, 1 failed, 2 bad input, 130 interrupted.
+    """Call main and turn how it ends into an exit code.
 
-    The engine's children are ended by main's own `with`. Should this process be killed, they notice that their parent is gone and end themselves.
+    0 is done, or stopped with a checkpoint; 1 failed; 2 bad input. 128 + n is ended by signal n:
+    130 by Ctrl-C, 143 by SIGTERM and 129 by SIGHUP before the first step. From the first step on
+    SIGTERM and SIGHUP let the step end and a checkpoint be written; a second one changes nothing.
+
+    main's own `with` ends the engine's children. Should this process be killed, they end themselves.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # an answer may hold what the console's encoding has not; to print it must not end the run
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     signal.signal(signal.SIGQUIT, _engine_child_died)
-    signal.signal(signal.SIGTERM, lambda signum, frame: told_to_stop.set())  # at the end of the step: a checkpoint, and exit code 0
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, _stop)
     if dist.is_torchelastic_launched():  # not under a shell, which a run may outlive (nohup)
         signal_when_parent_ends(signal.SIGTERM)  # should torchrun be killed, nobody else would end this rank
+    try:
+        _call(main)
+    except KeyboardInterrupt as error:
+        number = signal.Signals(*error.args or [signal.SIGINT])
+        rank = os.environ.get("RANK", "0")
+        print(f"interrupted by {number.name}: rank {rank} has ended its engine", file=sys.stderr, flush=True)
+        sys.exit(128 + number)
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()  # multiprocessing would send SIGTERM, and wait for those that ignore it
+
+
+def _call(main: Callable[[], None]) -> None:
     try:
         main()
         if dist.is_initialized():  # not after --plan
             dist.destroy_process_group()
     except BadInput as error:
-        end_refused(error)
+        # All ranks usually see the same mistake. Rank 0 says it at once; torchrun then ends the others while they wait.
+        if os.environ.get("RANK", "0") == "0" or not _told_within(3):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
     except (EngineDied, ExportError) as error:
         print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
         sys.exit(1)
@@ -198,13 +206,38 @@ def run_main(main: Callable[[], None]) -> None:
             raise
         # Another rank is gone. It is the cause, and torchrun must see it first: it then ends this rank while it waits.
         print(f"error: rank {os.environ['RANK']} lost its connection to another rank; torchrun names that rank below", file=sys.stderr, flush=True)
-        time.sleep(20)
+        if _told_within(2 if told_to_stop else 20):
+            sys.exit(1)
         raise
-    except KeyboardInterrupt:
-        print(f"interrupted: rank {os.environ.get('RANK', '0')} has ended its engine", file=sys.stderr, flush=True)
-        sys.exit(130)
+
+
+def _told_within(seconds: float) -> bool:
+    """Wait for torchrun's SIGTERM, which ends the ranks that are left when one has failed."""
+    is_training.set()  # the signal is waited for: it must not interrupt
+    before, end = len(told_to_stop), time.monotonic() + seconds
+    while len(told_to_stop) == before and time.monotonic() < end:
+        time.sleep(0.05)
+    return len(told_to_stop) > before
+
+
+def _stop(signum, frame) -> None:
+    told_to_stop.append(signum)
+    if not is_training.is_set():
+        raise KeyboardInterrupt(signum)
+
+
+def engine_died() -> EngineDied:
+    """Return what to raise when a process of this rank's engine has ended."""
+    rank = os.environ.get("RANK", "0")
+    return EngineDied(
+        f"rank {rank}: a process of the SGLang engine died; its own error, if it left one, is "
+        "printed above"
+    )
 
 
 def _engine_child_died(signum, frame) -> None:
-    """SGLang sends SIGQUIT to this process when one of its children fails or is found dead (its SubprocessWatchdog looks every second)."""
-    raise EngineDied(f"rank {os.environ.get('RANK', '0')}: a process of the SGLang engine died; its own error, if it left one, is printed above")
+    """SGLang sends SIGQUIT to this process when one of its children fails or is found dead (its SubprocessWatchdog looks every second).
+
+    Where the main thread is in a finalizer, Python drops what is raised here: Engine.call notices too.
+    """
+    raise engine_died()

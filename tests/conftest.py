@@ -116,6 +116,13 @@ class Started:
         """The scheduler process of one rank, by the title it gives itself."""
         return next(process for process in self.family if process.cmdline()[0].startswith("sglang::scheduler"))
 
+    def engines(self) -> list[psutil.Process]:
+        """Engines that start, in the order of their ranks: the processes that ranks have spawned."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        started = [p for p in family if "spawn_main" in " ".join(p.cmdline())]
+        self.family = list({*self.family, *family})
+        return sorted(started, key=lambda process: process.environ()["RANK"])
+
     def end(self, seconds: float) -> int:
         """Exit code; fails if the run or any process of it is still there after so many seconds."""
         code = self.process.wait(seconds)

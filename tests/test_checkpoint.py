@@ -25,7 +25,7 @@ from hf_config import read_config
 from loop_sync import Settings
 from losses import LossSettings
 from prompts import load_data
-from run import BadInput
+from run import BadInput, EngineDied
 from sample import Sample
 from settings import RewardSettings, RolloutSettings, RunSettings, TrainSettings
 
@@ -368,13 +368,54 @@ def test_a_full_disk_leaves_the_checkpoint_before(stopped, tmp_path):
     assert checkpoint.damage(stopped / "checkpoints" / "step-000006") == "" and not (stopped / "checkpoints" / "step-000007").exists()
 
 
+def test_an_engine_that_dies_during_a_save_is_no_full_disk(monkeypatch, tmp_path):
+    def dies(*args):
+        raise EngineDied("rank 0: a process died")
+
+    monkeypatch.setattr(checkpoint, "all_gather_bytes", dies)
+    record = SimpleNamespace(folder=tmp_path, is_writer=False, group=None)
+    with pytest.raises(EngineDied, match="rank 0: a process died"):
+        checkpoint.save(record, Settings(), None, step=1, read={}, rank_state={})
+
+
+@pytest.mark.parametrize("script, number, reward", [
+    ("loop_sync.py", signal.SIGTERM, "math"),
+    ("loop_async.py", signal.SIGHUP, "exact"),
+])  # fmt: skip
+def test_torchrun_told_to_stop_leaves_a_checkpoint(start_loop, tmp_path, script, number, reward):
+    """torchrun hands the signal to every process of each rank's group, engines and judges too.
+
+    Schedulers and closed terminals send it to torchrun. A second one changes nothing.
+    """
+    started = start_loop(script, *QUICK, "--reward", reward, rows=3)
+    for rank in range(2):
+        os.killpg(started.rank(rank).pid, number)
+    started.process.send_signal(number)
+    assert started.end(60) != 0  # torchrun's own code for a signal
+    rows = metrics_of(tmp_path / "runs" / "long")
+    (saved,) = checkpoint.checkpoints_of(tmp_path / "runs" / "long")
+    assert checkpoint.damage(saved) == "" and saved.name == f"step-{rows[-1]['step']:06d}"
+    assert not any(row["reward_errors"] for row in rows[1:])
+    said = started.text()
+    assert f"as asked by {number.name}: go on" in said and "SGLang engine died" not in said
+
+
+def test_a_run_that_is_told_to_stop_before_its_first_step_ends_at_once(start_loop, tmp_path):
+    started = start_loop("loop_sync.py", *QUICK, rows=0)
+    started.wait_for(lambda: len(started.engines()) == 2, 120)
+    started.process.send_signal(signal.SIGTERM)
+    assert started.end(25) != 0  # torchrun kills after 30 s
+    assert started.text().count("interrupted by SIGTERM: rank") == 2
+    assert metrics_of(tmp_path / "runs" / "long") == []
+
+
 @pytest.mark.parametrize("script, flags", [("loop_sync.py", []), ("loop_async.py", ["--max-staleness", "2"])])
 def test_told_to_stop_it_saves_and_ends_well(start_loop, tmp_path, script, flags):
     """SIGTERM to the ranks, as a scheduler sends it before preemption; the asynchronous loop has groups in flight then."""
     started = start_loop(script, *QUICK, *flags, rows=3)
     listening = [c.laddr.ip for process in started.family for c in process.net_connections() if c.status == "LISTEN"]
     assert set(listening) == {"127.0.0.1"}  # nobody outside this machine can reach a rank or an engine; torchrun's own store is not ours
-    for rank in range(2):
+    for rank in (0, 1) if script == "loop_async.py" else (1,):  # one that is told tells the others
         started.rank(rank).send_signal(signal.SIGTERM)
     assert started.end(60) == 0
     run = tmp_path / "runs" / "long"

@@ -5,6 +5,8 @@ tensor parallelism.
 """
 
 import asyncio
+import signal
+import sys
 import time
 from dataclasses import replace
 
@@ -18,13 +20,14 @@ from sglang.srt.managers import io_struct
 import engine as engine_module
 import hf_folder
 import rollout
+import run
 import train_step
 import weight_sync
 from conftest import write_model
 from hf_config import read_config
 from prompts import ENGINE_KEEPS, load_data
 from reward import exact_match
-from run import BadInput
+from run import BadInput, EngineDied
 from settings import REPOSITORY, RolloutSettings, TrainSettings
 
 TOY = str(REPOSITORY / "toy")
@@ -213,6 +216,31 @@ def test_the_gate_names_a_tensor_that_is_not_handed_over(exact, monkeypatch):
         weight_sync.read_back(exact.weights, exact.engine)
 
 
+class Finalized:
+    def __del__(self):
+        time.sleep(60)
+
+
+def test_a_death_of_which_the_notice_is_lost_is_noticed_by_the_next_call(exact, monkeypatch):
+    """SIGQUIT tells of it, by an exception in the main thread. Python drops what __del__ raises."""
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: lost.append(what.exc_type))
+    monkeypatch.setattr(exact.engine, "answer_timeout_s", 40.0)
+    before = signal.signal(signal.SIGQUIT, run._engine_child_died)
+    try:
+        (process,) = exact.engine.processes
+        process.kill()
+        Finalized()
+        assert lost == [EngineDied]
+        with pytest.raises(EngineDied, match="a process of the SGLang engine died"):
+            exact.engine.call(exact.engine.generate([[5, 6, 7]], {"max_new_tokens": 2}))
+        exact.engine.begin_update()
+        with pytest.raises(EngineDied, match="a process of the SGLang engine died"):
+            exact.engine.settle()
+    finally:
+        signal.signal(signal.SIGQUIT, before)
+
+
 def test_fp8_engine_holds_the_quantized_weights(fp8):
     # sync() ran the gate; here: what it compared is every byte of the engine, about one per linear weight.
     compared = weight_sync.read_back(fp8.weights, fp8.engine)
@@ -260,12 +288,13 @@ def test_sglang_loads_the_fp8_export(fp8, tmp_path):
     assert weight_sync.read_back(fp8.weights, fp8.engine) > 0
 
 
-def test_shutdown_leaves_no_process(fp8):
+def test_shutdown_leaves_no_process_and_no_file(fp8):
     children = [child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(child.cmdline())]
-    assert children
+    files = [file for file in fp8.engine.files if file.exists()]
+    assert children and any("sglang_loads" in file.name for file in files) and len(files) > 3
     fp8.engine.shutdown()
     _, alive = psutil.wait_procs(children, timeout=20)
-    assert not alive
+    assert not alive and not any(file.exists() for file in files)
 
 
 RAGGED = dict(hidden_size=192, num_attention_heads=3, num_key_value_heads=1, head_dim=64, intermediate_size=384)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 
 import loop_sync
@@ -166,6 +167,15 @@ def test_bad_input_is_exit_code_2_without_a_traceback(tmp_path):
     assert "Traceback" not in done.stderr.split("error:")[0] and not (tmp_path / "runs").exists()
 
 
+def test_the_imports_need_no_home_that_can_be_written(tmp_path):
+    """torch._dynamo makes its cache when transformers imports it."""
+    flags = ["--plan", "--plan-gpus", "1", "--model", str(ROOT / "toy")]
+    home = dict(HOME="/proc/nothing", TMPDIR=str(tmp_path))
+    command = [sys.executable, str(ROOT / "loop_sync.py"), *flags]
+    done = subprocess.run(command, env={**os.environ, **home}, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / f"nanoslime-home-{os.getuid()}").is_dir(), done.stderr
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +190,17 @@ def test_a_dying_engine_ends_the_run_with_its_error(start_loop):
     assert "a process of the SGLang engine died" in started.text()
     rows = started.metrics.read_text(encoding="utf-8")
     assert rows.startswith(before) and [json.loads(line)["step"] for line in rows.splitlines()] == list(range(len(rows.splitlines())))
+
+
+def test_an_engine_that_is_killed_while_it_starts_is_named_in_one_line(start_loop):
+    started = start_loop("loop_sync.py", *LONG, rows=0)
+    started.wait_for(lambda: len(started.engines()) == 2, 120)
+    started.engines()[1].kill()
+    assert started.end(60) != 0
+    said = started.text()
+    assert "rank 1: a process of the SGLang engine ended by SIGKILL while it started" in said
+    assert "rank 0: a process" not in said and "Scheduler" not in said
+    assert said.count("Traceback") == 1  # torchrun's own
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -202,5 +223,5 @@ def test_ctrl_c_ends_every_process(start_loop):
     started = start_loop("loop_sync.py", *LONG, rows=4)
     os.killpg(started.process.pid, signal.SIGINT)
     assert started.end(60) != 0
-    assert "interrupted" in started.text()
+    assert "interrupted by SIGINT" in started.text()
     assert all(json.loads(line) for line in started.metrics.read_text(encoding="utf-8").splitlines())

@@ -3,18 +3,25 @@
 TensorBoard and Weights & Biases are no requirements of this repository; stand-ins take their place, with the calls that record.py makes of them.
 """
 
+import errno
 import json
+import os
+import signal
+import subprocess
 import sys
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import record as record_module
+import run
 from checkpoint import Checkpoint
+from conftest import ROOT
 from loop_sync import Settings
-from record import Record
+from record import Record, lock_run_folder
 from reward import eval_metrics
 from checks import check_run_flags
 from run import BadInput, new_run_folder
@@ -56,7 +63,8 @@ def record_of(monkeypatch, tmp_path, name="a", resumed=None, **changes) -> Recor
 
 
 def resumed_at(record: Record, step: int) -> Checkpoint:
-    """The checkpoint that would be written now."""
+    """The checkpoint that would be written now, by a run that then ends."""
+    record.lock.close()
     return Checkpoint(record.folder / "checkpoints" / f"step-{step:06d}", step, {"record": record.positions()})
 
 
@@ -179,9 +187,46 @@ def test_a_name_that_comes_again_is_a_new_run_to_wandb(one_rank, monkeypatch, tm
 
 def test_a_stopped_run_says_the_whole_name_to_go_on_with(one_rank, monkeypatch, tmp_path, capsys):
     record = record_of(monkeypatch, tmp_path, name="exp/a")
-    record.stopping = True
+    monkeypatch.setattr(run, "told_to_stop", [signal.SIGTERM])
+    record.log({"step": 1})
     record.finish()
-    assert "go on with --name exp/a --resume" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "as asked by SIGTERM: go on with --name exp/a --resume" in said
+
+
+def test_a_second_run_of_one_name_is_refused_while_the_first_lives(one_rank, monkeypatch, tmp_path):
+    """Nothing of the first is cut: not by --resume of a checkpoint that it has written either."""
+    record = record_of(monkeypatch, tmp_path)
+    saved = Checkpoint(tmp_path, 0, {"record": record.positions()})
+    record.log({"step": 1})
+    with pytest.raises(BadInput, match=f"runs/a is being written by another run, process {os.getpid()} on"):
+        record_of(monkeypatch, tmp_path, resumed=saved)
+    record.log({"step": 2})
+    rows = (tmp_path / "runs/a/metrics.jsonl").read_text(encoding="utf-8")
+    assert rows == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_killed_run_frees_its_folder(monkeypatch, tmp_path):
+    code = "import os, pathlib, record; lock = record.lock_run_folder(pathlib.Path(os.sys.argv[1])); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT)
+    lock_run_folder(tmp_path).close()
+    assert (tmp_path / "lock").read_text(encoding="utf-8").startswith(f"process {os.getpid()} on ")
+
+
+def test_a_file_system_without_locks_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks")))
+    lock_run_folder(tmp_path)
+    assert "has no locks (No locks): start no second run of this name" in capsys.readouterr().err
+
+
+def test_what_killed_ranks_left_of_checkpoints_is_removed(one_rank, monkeypatch, tmp_path):
+    saved = resumed_at(record_of(monkeypatch, tmp_path), 1)
+    names = ["step-000001", "step-000002.part", "step-000003.part", "step-x.part", "mine.part"]
+    for name in names:
+        (tmp_path / "runs/a/checkpoints" / name).mkdir(parents=True)
+    record_of(monkeypatch, tmp_path, resumed=saved)
+    left = {path.name for path in (tmp_path / "runs/a/checkpoints").iterdir()}
+    assert left == {"step-000001", "step-x.part", "mine.part"}
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------------------------------
@@ -225,8 +270,19 @@ def test_a_run_that_is_told_to_stop_writes_a_checkpoint_now(
 ):
     record = record_of(monkeypatch, tmp_path, save_every=save_every)
     assert not record.checkpoint_due(1)
-    record.stopping = True
-    assert record.checkpoint_due(1)
+    monkeypatch.setattr(run, "told_to_stop", [signal.SIGHUP])
+    record.log({"step": 1})
+    assert record.checkpoint_due(1) and record.stopping
+
+
+def test_a_run_that_is_told_to_stop_in_its_last_step_saves_and_finishes(
+    one_rank, monkeypatch, tmp_path
+):
+    """There is nothing to go on with: its weights are exported."""
+    record = record_of(monkeypatch, tmp_path)
+    monkeypatch.setattr(run, "told_to_stop", [signal.SIGTERM])
+    record.log({"step": 3})
+    assert record.checkpoint_due(3) and not record.stopping
 
 
 # --- a first step that teaches nothing --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,92 @@
+"""The child process of an engine: what must happen there before SGLang starts, and what it leaves.
+
+A rank spawns one for each of its engine's tensor-parallel ranks (engine.py).
+"""
+
+import gc
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    import cpu
+
+from sglang.srt.managers.load_snapshot import shm_path_for
+
+from processes import end_with_parent, ignore_end_signals
+from run import EngineDied
+
+
+def run_scheduler(*args, **kwargs) -> None:
+    """Entry point of the engine's child process, in place of SGLang's: what must happen there before SGLang starts."""
+    end_with_parent()  # SGLang asks for the same, but only later, and a parent that is killed before would not be noticed
+    ignore_end_signals()
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # else the child's TCPStore waits for torchrun's agent for ever
+    if not torch.cuda.is_available():
+        cpu.patch_sglang()
+    _listen_on_loopback()
+    _load_block_scales_of_llama()
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    gc.collect()
+    gc.freeze()  # as in run.init_distributed: else all requests stand still for half a second now and then
+    run_scheduler_process(*args, **kwargs)
+
+
+def _listen_on_loopback() -> None:
+    """torch's TCPStore, by which an engine's ranks find each other, listens on every interface of the machine; they are all on this one."""
+    rendezvous = sys.modules["torch.distributed.rendezvous"]  # the package has a function of the same name
+    stock = rendezvous.TCPStore
+
+    def store(host_name, port, *args, is_master=False, **kwargs):
+        if is_master and host_name == "127.0.0.1":
+            listener = socket.create_server((host_name, port))
+            kwargs["master_listen_fd"] = listener.detach()
+        return stock(host_name, port, *args, is_master=is_master, **kwargs)
+
+    rendezvous.TCPStore = store
+
+
+def _load_block_scales_of_llama() -> None:
+    """SGLang's Llama (0.5.14 and 0.5.21) looks for the scales of block FP8 as weight_scale, holds them as weight_scale_inv, and drops them with a warning.
+
+    While it loads, let it find them under the name it looks for. The read-back gate is what noticed: no byte of them had been written.
+    """
+    from sglang.srt.models.llama import LlamaForCausalLM
+
+    stock = LlamaForCausalLM.load_weights
+
+    def load_weights(self, weights):
+        named_parameters = self.named_parameters
+        self.named_parameters = lambda: [(name.replace(".weight_scale_inv", ".weight_scale"), parameter) for name, parameter in named_parameters()]
+        try:
+            return stock(self, weights)
+        finally:
+            del self.named_parameters
+
+    LlamaForCausalLM.load_weights = load_weights
+
+
+def engine_files(port_args) -> list[Path]:
+    """Return what SGLang leaves of an engine: the files of its zmq sockets, and its load snapshot in /dev/shm."""
+    values = [value for value in vars(port_args).values() if isinstance(value, str)]
+    files = [Path(v.removeprefix("ipc://")) for v in values if v.startswith("ipc://")]
+    return [*files, Path(shm_path_for(port_args.instance_id))]
+
+
+def died_at_start(exit_codes: list[int | None]) -> EngineDied:
+    """Return what to raise when a process of this rank's engine ended before it was ready."""
+    how = ", ".join(
+        f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        for code in exit_codes
+        if code is not None
+    )
+    killed = -signal.SIGKILL in exit_codes
+    why = "by a person or for want of memory (dmesg)" if killed else "its own error is printed above"
+    return EngineDied(
+        f"rank {os.environ.get('RANK', '0')}: a process of the SGLang engine ended {how} while it started: {why}"
+    )
