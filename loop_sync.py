@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import rollout  # first: on a machine without a GPU it prepares the imports that follow
 import checkpoint
+import groups
 import hf_folder
 import packing
 import plan
@@ -49,7 +50,7 @@ class Settings:
 
 def main() -> None:
     # Everything that can be wrong with the input is found before anything is started, and all of it is said at once.
-    settings, problems = run.parse_settings(Settings), Problems()
+    settings, problems = groups.after_restart(run.parse_settings(Settings)), Problems()
     model, seed, steps = settings.run.model, settings.run.seed, settings.run.steps
     problems.of(run.check_run_settings, settings.run)
     problems.of(plan.check_plan_settings, settings.plan)
@@ -80,7 +81,9 @@ def main() -> None:
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
     start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
-    everyone = run.init_distributed()
+    judged_by = reward.REWARDS[settings.reward.reward]
+    wait_s = groups.longest_wait_s(settings, judged_by, rollout_ranks=rollout_ranks)
+    everyone = run.init_distributed(wait_s=wait_s)
     record = Record(settings, "sync", everyone, resumed=resumed)
     split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, **split)
@@ -91,7 +94,7 @@ def main() -> None:
     learner = None if settings.run.debug_rollout_only else trainer
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
     engine = None if settings.run.load_rollouts else rollout.start_engine(model, settings.rollout, config, seed=seed, longest=longest)
-    judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges, settings.reward.judge_timeout_s)
+    judge = reward.Judge(judged_by, settings.reward.judges, settings.reward.judge_timeout_s)
     with engine or contextlib.nullcontext(), record:
         weight_sync.sync_weights(weights, engine, version=start, check=True)
         if not resumed:

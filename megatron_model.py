@@ -23,6 +23,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+import groups
 from hf_config import layers_in_last_stage, megatron_arguments
 from hf_folder import load_hf
 from local_spec import complete_local_spec
@@ -71,7 +72,10 @@ def init_parallel(settings, *, seed: int) -> None:
     """Megatron's process groups and random generators, unless they are there. Collective."""
     if not mpu.model_parallel_is_initialized():
         experts = dict(expert_model_parallel_size=settings.ep, expert_tensor_parallel_size=expert_tp(settings))
-        mpu.initialize_model_parallel(settings.tp, settings.pp, context_parallel_size=settings.cp, **experts)
+        waits = dict(distributed_timeout_minutes=groups.timeout().total_seconds() / 60)
+        sizes = dict(context_parallel_size=settings.cp, **experts)
+        mpu.initialize_model_parallel(settings.tp, settings.pp, **sizes, **waits)
+        groups.watch_links()
         model_parallel_cuda_manual_seed(seed)
 
 
