@@ -19,7 +19,6 @@ import importlib.util
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -35,6 +34,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import MultiprocessingSerializer
 
 from buckets import pack, phase
+from process_groups import listen_on_loopback
 from record import Row
 from run import EngineDied, end_with_parent, main_module_hidden
 
@@ -51,27 +51,14 @@ def run_scheduler(*args, **kwargs) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its engine
     if not torch.cuda.is_available():
         cpu.patch_sglang()
-    _listen_on_loopback()
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # all ranks of an engine are on this machine, however many machines the run has
+    listen_on_loopback()
     _load_block_scales_of_llama()
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     gc.collect()
     gc.freeze()  # as in run.init_distributed: else all requests stand still for half a second now and then
     run_scheduler_process(*args, **kwargs)
-
-
-def _listen_on_loopback() -> None:
-    """torch's TCPStore, by which an engine's ranks find each other, listens on every interface of the machine; they are all on this one."""
-    rendezvous = sys.modules["torch.distributed.rendezvous"]  # the package has a function of the same name
-    stock = rendezvous.TCPStore
-
-    def store(host_name, port, *args, is_master=False, **kwargs):
-        if is_master and host_name == "127.0.0.1":
-            listener = socket.create_server((host_name, port))
-            kwargs["master_listen_fd"] = listener.detach()
-        return stock(host_name, port, *args, is_master=is_master, **kwargs)
-
-    rendezvous.TCPStore = store
 
 
 def _load_block_scales_of_llama() -> None:

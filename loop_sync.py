@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import rollout  # first: on a machine without a GPU it prepares the imports that follow
 import checkpoint
-import groups
+import process_groups
 import hf_folder
 import packing
 import plan
@@ -50,7 +50,7 @@ class Settings:
 
 def main() -> None:
     # Everything that can be wrong with the input is found before anything is started, and all of it is said at once.
-    settings, problems = groups.after_restart(run.parse_settings(Settings)), Problems()
+    settings, problems = process_groups.after_restart(run.parse_settings(Settings)), Problems()
     model, seed, steps = settings.run.model, settings.run.seed, settings.run.steps
     problems.of(run.check_run_settings, settings.run)
     problems.of(plan.check_plan_settings, settings.plan)
@@ -82,7 +82,7 @@ def main() -> None:
     start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
     judged_by = reward.REWARDS[settings.reward.reward]
-    wait_s = groups.longest_wait_s(settings, judged_by, rollout_ranks=rollout_ranks)
+    wait_s = process_groups.longest_wait_s(settings, judged_by, rollout_ranks=rollout_ranks)
     everyone = run.init_distributed(wait_s=wait_s)
     record = Record(settings, "sync", everyone, resumed=resumed)
     split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)

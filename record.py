@@ -17,6 +17,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import process_groups
 import run
 from problems import BadInput
 from run import all_gather_bytes, broadcast_bytes
@@ -82,6 +84,7 @@ class Row:
         self._since = now
 
 
+SHARED_S = 60.0  # a network file system may show a new file late
 FILES = {"metrics": "metrics.jsonl", "samples": "samples.jsonl", "trace": "trace.json"}
 
 
@@ -110,6 +113,7 @@ class Record:
         if self.is_writer:
             folder = bytes(Path("runs") / settings.run.name if resumed else self._create_folder(settings.run.name))
         self.folder = Path(broadcast_bytes(folder, group).decode())
+        self._check_shared(keep_folder=resumed is not None)
         self.name = str(self.folder.relative_to("runs"))
         self.started, self.accuracy, self.settings, self.profiler, self.boards, self.end_wandb = time.time(), [], settings.run, None, [], None
         self.resumed, self.first_step = resumed is not None, resumed.step + 1 if resumed else 1
@@ -159,9 +163,33 @@ class Record:
 
     def _create_folder(self, name: str) -> Path:
         try:
-            return run.new_run_folder(name, self.loop)
+            folder = run.new_run_folder(name, self.loop)
+            process_groups.remember_run(str(folder.relative_to("runs")))
+            return folder
         except OSError as error:
             raise BadInput(f"a folder below runs/ cannot be created ({error.strerror}): run where you may write, or choose --name") from error
+
+    def _check_shared(self, *, keep_folder: bool) -> None:
+        """Refuse a run folder that is not the same for all ranks: each would write its part of a checkpoint elsewhere. Collective. Raises BadInput."""
+        file, token = self.folder / ".shared", uuid.uuid4().hex.encode()
+        if self.is_writer:
+            try:
+                file.write_bytes(token)
+            except OSError as error:
+                raise BadInput(f"the run folder {self.folder} cannot be written ({error.strerror}): run where you may write, or choose --name") from error
+        token, deadline = broadcast_bytes(token, self.group), time.time() + SHARED_S
+        while not (seen := file.is_file() and file.read_bytes() == token) and time.time() < deadline:
+            time.sleep(0.2)
+        mine = b"" if seen else f"on {socket.gethostname()} in {Path.cwd()}".encode()
+        blind = {rank: where.decode() for rank, where in enumerate(all_gather_bytes(mine, self.group)) if where}
+        if self.is_writer:
+            file.unlink()
+            if blind and not keep_folder:
+                self.folder.rmdir()
+        if blind:
+            rank, where = next(iter(blind.items()))
+            about = f"{len(blind)} of {self.group.size()} ranks do not see what rank 0 has written to {self.folder}; the first is rank {rank} {where}"
+            raise BadInput(f"{about}: start all ranks in the same folder, on a file system that all machines share")
 
     def _wandb_id(self) -> str:
         """Return W&B's key of this run: that of before --resume, else a new one. A name may come again, in another folder; W&B would go on with that run."""

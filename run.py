@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-import groups
+import process_groups
 from problems import BadInput, all_problems
 
 # The engines warn at import about what a CPU lacks; they say it in every process. Errors still show.
@@ -139,6 +139,8 @@ def check_run_settings(settings: RunSettings) -> None:
         yield f"--load-rollouts {settings.load_rollouts} has no {file.name}: give a folder that --save-rollouts wrote, or fewer --steps"
     if settings.resume and not settings.name:
         yield "--resume needs the --name of the run that is to go on"
+    if problem := process_groups.interface_problem():
+        yield problem
     if problem := name_problem(settings.name):
         yield problem
     elif settings.name and not settings.resume and os.path.lexists(f"runs/{settings.name}"):
@@ -205,11 +207,11 @@ def parse_overrides(pairs: tuple[str, ...], *, flag: str, fields: list[str] | No
 
 
 def init_distributed(
-    rollout_ranks: int = 0, *, wait_s: float = groups.UNLIMITED_WORK_S
+    rollout_ranks: int = 0, *, wait_s: float = process_groups.UNLIMITED_WORK_S
 ) -> dist.ProcessGroup:
     """Join torchrun's process groups and return the one that all ranks share: gloo for CPU tensors, NCCL for CUDA tensors where there are any.
 
-    wait_s: how long any rank may wait for another in a collective, groups.longest_wait_s.
+    wait_s: how long any rank may wait for another in a collective, process_groups.longest_wait_s.
 
     With rollout_ranks, the last so many ranks are a default world of their own and the others, the trainers, another: megatron-core builds its groups from
     the default world. The shared group is made beside the two from the same store, as SGLang makes its weight-update groups.
@@ -220,27 +222,27 @@ def init_distributed(
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    store, rank, world_size = groups.join_store()
-    groups.set_wait(wait_s)
+    store, rank, world_size = process_groups.join_store()
+    process_groups.set_wait(wait_s)
     trainers = world_size - rollout_ranks
     name, size, rank_there = ("trainers", trainers, rank) if rank < trainers else ("rollout", rollout_ranks, rank - trainers)
-    world = dict(store=dist.PrefixStore(name, store), timeout=groups.timeout())
+    world = dict(store=dist.PrefixStore(name, store), timeout=process_groups.timeout())
     dist.init_process_group(backend, world_size=size, rank=rank_there, **world)
     everyone = dist.group.WORLD
     if rollout_ranks:
         from sglang.srt.utils import init_custom_process_group
 
-        shared = dict(store=dist.PrefixStore("shared", store), timeout=groups.timeout())
+        shared = dict(store=dist.PrefixStore("shared", store), timeout=process_groups.timeout())
         everyone = init_custom_process_group(
             backend, world_size=world_size, rank=rank, group_name="shared", **shared
         )
-    groups.made(everyone)
+    process_groups.watch_links()
     return everyone
 
 
 def all_gather_bytes(mine: bytes, group: dist.ProcessGroup) -> list[bytes]:
     """Every rank's bytes on every rank of the group, in rank order. Collective (gloo)."""
-    groups.joins_exchange(group)
+    process_groups.joins_exchange(group)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
     dist.all_gather(sizes, torch.tensor([len(mine)]), group=group)
     padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
@@ -276,7 +278,7 @@ def end_with_parent() -> None:
 
 def broadcast_bytes(mine: bytes, group: dist.ProcessGroup, *, source: int = 0) -> bytes:
     """The bytes of one rank of the group on all of its ranks. Collective (gloo)."""
-    groups.joins_exchange(group)
+    process_groups.joins_exchange(group)
     size = torch.tensor([len(mine)])
     dist.broadcast(size, group=group, group_src=source)
     data = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if group.rank() == source else torch.empty(int(size), dtype=torch.uint8)
@@ -307,7 +309,7 @@ def run_main(main: Callable[[], None]) -> None:
         print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
         sys.exit(1)
     except RuntimeError as error:
-        if not (explained := groups.explain(error)):
+        if not (explained := process_groups.explain(error)):
             raise
         print(f"error: {explained}", file=sys.stderr, flush=True)
         # A rank that is gone is the cause, and torchrun must see it first: it then ends this rank while it waits.

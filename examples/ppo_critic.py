@@ -34,6 +34,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rollout  # first: on a machine without a GPU it prepares the imports that follow
+import process_groups
 import hf_folder
 import packing
 import reward
@@ -238,7 +239,7 @@ def joined(samples: list[Sample], field: str) -> np.ndarray:
 
 def main() -> None:
     # Everything that can be wrong with the input is found before anything is started, and all of it is said at once.
-    settings, problems = run.parse_settings(Settings), Problems()
+    settings, problems = process_groups.after_restart(run.parse_settings(Settings)), Problems()
     model, seed, steps = settings.run.model, settings.run.seed, settings.run.steps
     problems.of(run.check_run_settings, settings.run)
     config = problems.of(read_config, model)
@@ -255,7 +256,9 @@ def main() -> None:
     problems.refuse()
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
 
-    everyone = run.init_distributed()
+    judged_by = reward.REWARDS[settings.reward.reward]
+    wait_s = process_groups.longest_wait_s(settings, judged_by, rollout_ranks=rollout_ranks)
+    everyone = run.init_distributed(wait_s=wait_s)
     record = Record(settings, "ppo-critic", everyone)
     split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, **split)
@@ -266,7 +269,7 @@ def main() -> None:
     critic = train_step.build_trainer(model, critic_train, config, steps=steps, seed=seed, head=ValueHead)
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
     engine = rollout.start_engine(model, settings.rollout, config, seed=seed, longest=data.longest)
-    judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges, settings.reward.judge_timeout_s)
+    judge = reward.Judge(judged_by, settings.reward.judges, settings.reward.judge_timeout_s)
     with engine or contextlib.nullcontext(), record:
         weight_sync.sync_weights(weights, engine, version=0, check=True)
         record.log(record.log_eval(0, *reward.evaluate(engine, data, settings.rollout, judge, everyone)))

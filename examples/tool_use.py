@@ -40,6 +40,7 @@ import numpy as np
 import torch.distributed as dist
 
 import checkpoint
+import process_groups
 import hf_folder
 import reward
 import run
@@ -259,7 +260,7 @@ def warm_start(record: Record, data: Data, settings: Settings, config: dict) -> 
 
 def main() -> None:
     # Everything that can be wrong with the input is found before anything is started, and all of it is said at once.
-    settings, problems = run.parse_settings(Settings), Problems()
+    settings, problems = process_groups.after_restart(run.parse_settings(Settings)), Problems()
     model, seed, steps, max_turns = settings.run.model, settings.run.seed, settings.run.steps, settings.tools.max_turns
     problems.of(run.check_run_settings, settings.run)
     config = problems.of(read_config, model)
@@ -278,7 +279,8 @@ def main() -> None:
     problems.refuse()
     start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
-    everyone = run.init_distributed()
+    wait_s = process_groups.longest_wait_s(settings, right_answer, rollout_ranks=rollout_ranks, turns=max_turns)
+    everyone = run.init_distributed(wait_s=wait_s)
     record = Record(settings, "tool", everyone, resumed=resumed)
     split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, **split)

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import socket
+import stat
 import sys
 import time
 import uuid
@@ -37,8 +38,8 @@ class _Start:
     of_the_job: dist.Store | None = None
     rank, world_size = 0, 1
     wait_s = UNLIMITED_WORK_S
-    everyone: dist.ProcessGroup | None = None
-    exchanges = 0
+    exchanges = 0  # so many times has this rank met all others
+    goes_on = False
 
 
 # --- how long a rank may wait -----------------------------------------------------------------
@@ -89,12 +90,6 @@ def set_wait(wait_s: float) -> None:
     _Start.store.set_timeout(timeout())
 
 
-def made(everyone: dist.ProcessGroup) -> None:
-    """Note the group of all ranks."""
-    _Start.everyone = everyone
-    watch_links()
-
-
 def watch_links() -> None:
     """Have Linux end each TCP connection of this process whose other end is gone without a word.
 
@@ -104,7 +99,9 @@ def watch_links() -> None:
     options = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": (LOST_LINK_S - 30) // 10}
     options["TCP_USER_TIMEOUT"] = LOST_LINK_S * 1000  # also for what was sent and not received
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # no socket, no TCP, not connected, or closed since
+        with contextlib.suppress(OSError):  # not TCP, not connected, or closed since
+            if not stat.S_ISSOCK(os.stat(int(name)).st_mode):
+                continue
             with socket.socket(fileno=os.dup(int(name))) as link:
                 link.getpeername()
                 link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -117,7 +114,7 @@ def watch_links() -> None:
 
 def joins_exchange(group: dist.ProcessGroup) -> None:
     """Note, where other ranks can read it, that this rank has come to the next exchange of all."""
-    if group is _Start.everyone and _Start.store is not None:
+    if _Start.store is not None and group.size() == _Start.world_size:
         _Start.exchanges += 1
         _Start.store.set(f"exchanges/{_Start.rank}", str(_Start.exchanges))
 
@@ -144,7 +141,7 @@ def explain(error: RuntimeError) -> str:
     links = ("Connection timed out", "No route to host", "Network is unreachable")
     if any(words in text for words in links):
         return f"{mine} cannot reach another rank: its machine, or the link to it, is gone ({text})"
-    if "imed out" not in text:
+    if "Timed out" not in text and "wait timeout" not in text:  # gloo's; a store's
         return ""
     behind = ranks_behind()
     if not behind:
@@ -212,6 +209,7 @@ def after_restart(settings):
     name, resume = json.loads(store.get("goes on"))
     if not name:
         return settings
+    _Start.goes_on = resume
     return replace(settings, run=replace(settings.run, name=name, resume=resume))
 
 
@@ -227,6 +225,11 @@ def _before_restart() -> tuple[str, bool]:
     if folder.exists():
         folder.rename(next(path for path in aside if not path.exists()))
     return name, False
+
+
+def goes_on() -> bool:
+    """Tell whether torchrun has restarted this rank, in a run that has a checkpoint."""
+    return _Start.goes_on
 
 
 def remember_run(name: str) -> None:
