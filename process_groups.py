@@ -253,7 +253,7 @@ def listen_on_loopback() -> None:
     Gloo listens on the address of the machine's name otherwise, a TCPStore on every interface.
     What GLOO_SOCKET_IFNAME says already holds.
     """
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME") or "lo"
     module = sys.modules["torch.distributed.rendezvous"]  # the package has a function of the name
     stock = module.TCPStore
 
@@ -267,13 +267,19 @@ def listen_on_loopback() -> None:
 
 
 def interface_problem() -> str:
-    """Say why ranks on other machines could not reach this one's gloo; "" if they can.
+    """Say why gloo could not listen where other ranks reach it; "" if it can.
 
     Gloo takes the first address of the machine's name that is the machine's own. Debian's is
     127.0.1.1, and a name that is not known is taken for 127.0.0.1.
     """
     here, all_ranks = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
-    if here is None or here == all_ranks or "GLOO_SOCKET_IFNAME" in os.environ:
+    if chosen := os.environ.get("GLOO_SOCKET_IFNAME"):
+        known = [name for _, name in socket.if_nameindex()]
+        if unknown := set(chosen.split(",")) - set(known):
+            found = f"GLOO_SOCKET_IFNAME={chosen}: {sorted(unknown)[0]!r} is no network interface"
+            return f"{found} of this machine, which has {', '.join(known)}: use one of these"
+        return ""
+    if here is None or here == all_ranks:
         return ""
     name = socket.gethostname()
     with contextlib.suppress(OSError):

@@ -17,6 +17,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -185,7 +186,7 @@ class Record:
         if self.is_writer:
             file.unlink()
             if blind and not keep_folder:
-                self.folder.rmdir()
+                shutil.rmtree(self.folder)  # it has been made just now
         if blind:
             rank, where = next(iter(blind.items()))
             about = f"{len(blind)} of {self.group.size()} ranks do not see what rank 0 has written to {self.folder}; the first is rank {rank} {where}"

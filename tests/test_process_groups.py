@@ -227,7 +227,7 @@ def test_ranks_on_file_systems_of_their_own_are_refused(tmp_path):
 @pytest.mark.parametrize("addresses, env, is_refused", [
     (["127.0.1.1"], {}, True), (["::1"], {}, True), ([], {}, True),
     (["10.0.0.3"], {}, False), (["127.0.1.1", "10.0.0.3"], {}, False),
-    (["127.0.1.1"], {"GLOO_SOCKET_IFNAME": "eth0"}, False),
+    (["127.0.1.1"], {"GLOO_SOCKET_IFNAME": "lo"}, False),
     (["127.0.1.1"], {"LOCAL_WORLD_SIZE": "4"}, False),
 ])  # fmt: skip
 def test_a_name_that_other_machines_cannot_use_is_refused(monkeypatch, addresses, env, is_refused):
@@ -242,3 +242,9 @@ def test_a_name_that_other_machines_cannot_use_is_refused(monkeypatch, addresses
         monkeypatch.setenv(name, value)
     problem = process_groups.interface_problem()
     assert ("GLOO_SOCKET_IFNAME=eth0" in problem) == is_refused == bool(problem)
+
+
+def test_an_interface_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,eth77")
+    problem = process_groups.interface_problem()
+    assert "'eth77' is no network interface of this machine, which has lo" in problem
