@@ -6,7 +6,8 @@
         files.json      size and CRC-32 of every file
 
 A checkpoint is written as step-000040.part and renamed when it is whole; only then older ones go. So a full disk, a kill or a lost machine leaves the one
-before intact. On several nodes runs/ must be a file system that all of them see: record.py looks, and a checkpoint of which a part is missing is not whole.
+before intact. On several nodes runs/ must be a file system that all of them see: record.py looks.
+A checkpoint is whole only if every file is there that .metadata names.
 
 A checkpoint from elsewhere runs no code: random generators are base64 in JSON, torch reads the tensors with weights_only, and the one file of
 dist_checkpointing that is unpickled otherwise, .metadata, is read here first by an unpickler that knows only the classes that belong there.
@@ -109,7 +110,7 @@ def damage(folder: Path, *, share: int = 0, of: int = 1) -> str:
 
 
 def missing_part(folder: Path) -> str:
-    """Return the first file that model/.metadata says tensors are in, and that is not there; "" if all are.
+    """Return which file that model/.metadata names is not there, the first one; "" if all are.
 
     Each rank writes files of its own. On a file system of its own, nobody else finds them.
     """
@@ -249,7 +250,8 @@ def save(record, settings, trainer, *, step: int, read: dict[str, str], rank_sta
         ranks = [json.loads(state) for state in all_gather_bytes(json.dumps(rank_state).encode(), record.group)]
         if record.is_writer:
             if lost := trainer is not None and missing_part(part):
-                raise FileNotFoundError(f"{lost}; a rank wrote it elsewhere, and runs/ must be the same for all")
+                elsewhere = "a rank wrote it elsewhere, and runs/ must be the same for all"
+                raise FileNotFoundError(f"{lost}; {elsewhere}")
             state = {"step": step, "loop": record.loop, "settings": dataclasses.asdict(settings), "read": read, "record": record.positions(), "ranks": ranks}
             (part / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
             files = sorted(path for path in part.rglob("*") if path.is_file())

@@ -1,11 +1,11 @@
-"""Process groups: how ranks find each other, how long one waits for another, and what is said when it waits in vain.
+"""Process groups: how ranks meet, how long one waits for another, and whom it names then.
 
     torchrun's store       outlives the ranks that torchrun restarts: it remembers the run's folder
     this start's store     a part of it that no earlier rank has written to: groups are made from it
-    the groups             of run.init_distributed, and Megatron's, which come from the default world
+    the groups             of run.init_distributed, and Megatron's, made from the default world
 
-Two things end a wait. A peer whose machine or link is gone is noticed within LOST_LINK_S, by TCP. A peer
-that is there and does not answer is given longest_wait_s: more than any rank may rightly take.
+Two things end a wait. TCP notices within LOST_LINK_S that another rank's machine or link is gone.
+A rank that is there and does not answer has longest_wait_s: more than any may rightly take.
 """
 
 import contextlib
@@ -287,4 +287,4 @@ def interface_problem() -> str:
             if not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
                 return ""
     about = f"the name of this machine, {name}, stands for no address that other machines reach"
-    return f"{about}: set GLOO_SOCKET_IFNAME to its network interface, as in GLOO_SOCKET_IFNAME=eth0"
+    return f"{about}: set GLOO_SOCKET_IFNAME to its interface, as in GLOO_SOCKET_IFNAME=eth0"

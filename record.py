@@ -100,6 +100,13 @@ def has_whole_rows(folder: Path, *, size: int) -> bool:
         return False
 
 
+def _holds(file: Path, content: bytes) -> bool:
+    try:
+        return file.read_bytes() == content
+    except OSError:  # a network file system has more errors than that it is not there
+        return False
+
+
 class Record:
     """The run folder and the progress bar. group: all ranks of the run; its rank 0, a trainer, is the one that writes. trains: whether this rank does.
 
@@ -171,26 +178,32 @@ class Record:
             raise BadInput(f"a folder below runs/ cannot be created ({error.strerror}): run where you may write, or choose --name") from error
 
     def _check_shared(self, *, keep_folder: bool) -> None:
-        """Refuse a run folder that is not the same for all ranks: each would write its part of a checkpoint elsewhere. Collective. Raises BadInput."""
+        """Refuse a run folder that is not the same for all ranks: raise BadInput. Collective.
+
+        Each rank would write its part of a checkpoint to another place.
+        """
         file, token = self.folder / ".shared", uuid.uuid4().hex.encode()
         if self.is_writer:
             try:
                 file.write_bytes(token)
             except OSError as error:
-                raise BadInput(f"the run folder {self.folder} cannot be written ({error.strerror}): run where you may write, or choose --name") from error
+                fix = "run where you may write, or choose --name"
+                about = f"the run folder {self.folder} cannot be written ({error.strerror})"
+                raise BadInput(f"{about}: {fix}") from error
         token, deadline = broadcast_bytes(token, self.group), time.time() + SHARED_S
-        while not (seen := file.is_file() and file.read_bytes() == token) and time.time() < deadline:
+        while not (seen := _holds(file, token)) and time.time() < deadline:
             time.sleep(0.2)
         mine = b"" if seen else f"on {socket.gethostname()} in {Path.cwd()}".encode()
-        blind = {rank: where.decode() for rank, where in enumerate(all_gather_bytes(mine, self.group)) if where}
+        where = [text.decode() for text in all_gather_bytes(mine, self.group)]
         if self.is_writer:
             file.unlink()
-            if blind and not keep_folder:
+            if any(where) and not keep_folder:
                 shutil.rmtree(self.folder)  # it has been made just now
+        blind = [f"rank {rank} {text}" for rank, text in enumerate(where) if text]
         if blind:
-            rank, where = next(iter(blind.items()))
-            about = f"{len(blind)} of {self.group.size()} ranks do not see what rank 0 has written to {self.folder}; the first is rank {rank} {where}"
-            raise BadInput(f"{about}: start all ranks in the same folder, on a file system that all machines share")
+            ranks = f"{len(blind)} of {len(where)} ranks do not see what rank 0 has written to"
+            fix = "start all ranks in one folder, on a file system that all machines share"
+            raise BadInput(f"{ranks} {self.folder}; the first is {blind[0]}: {fix}")
 
     def _wandb_id(self) -> str:
         """Return W&B's key of this run: that of before --resume, else a new one. A name may come again, in another folder; W&B would go on with that run."""

@@ -279,7 +279,8 @@ def main() -> None:
     problems.refuse()
     start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
-    wait_s = process_groups.longest_wait_s(settings, right_answer, rollout_ranks=rollout_ranks, turns=max_turns)
+    asked = dict(rollout_ranks=rollout_ranks, turns=max_turns)
+    wait_s = process_groups.longest_wait_s(settings, right_answer, **asked)
     everyone = run.init_distributed(wait_s=wait_s)
     record = Record(settings, "tool", everyone, resumed=resumed)
     split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)

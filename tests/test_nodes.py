@@ -101,8 +101,8 @@ def test_ranks_and_engines_listen_on_the_loopback_whatever_the_machine_s_name_is
 
 def test_two_nodes_train_until_the_cable_is_pulled(begin, tmp_path):
     def start(node: str, address: str) -> str:
-        where = f"--nnodes 2 --nproc-per-node 1 --local-addr {address}"
-        where += " --rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29500"
+        where = f"--nnodes 2 --nproc-per-node 1 --local-addr {address} --rdzv-backend c10d"
+        where += f" --rdzv-endpoint 10.77.0.1:29500 --rdzv-conf is_host={int(node == 'a')}"
         interface = f"env GLOO_SOCKET_IFNAME=v{node}"
         return f"ip netns exec {node} {interface} {TORCHRUN} {where} {LOOP} & {node}=$!\n"
 
