@@ -24,6 +24,7 @@ from itertools import count
 from pathlib import Path
 
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
 UNLIMITED_WORK_S = 1800.0  # for work that no flag limits; torch and Megatron give as much
@@ -85,9 +86,14 @@ def timeout() -> timedelta:
 
 
 def set_wait(wait_s: float) -> None:
-    """Let collectives of groups that are made from now on, and the store, wait so long."""
+    """Let collectives of groups that are made from now on wait so long, and so the store.
+
+    megatron-core makes some groups without a limit, which then have torch's.
+    """
     _Start.wait_s = wait_s
-    _Start.store.set_timeout(timeout())
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout()
+    if _Start.store is not None:
+        _Start.store.set_timeout(timeout())
 
 
 def watch_links() -> None:

@@ -21,6 +21,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from conftest import ROOT, metrics_of, torchrun
 
 import megatron_model
@@ -85,10 +86,13 @@ def test_a_run_without_a_limit_waits_for_a_year(limit):
 
 
 def test_every_group_of_megatron_has_the_limit(fresh_megatron, monkeypatch):
-    monkeypatch.setattr(process_groups._Start, "wait_s", 77.0)
-    before = set(dist.distributed_c10d._world.pg_map)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(c10d, name, getattr(c10d, name))  # set back at the end
+    monkeypatch.setattr(process_groups._Start, "wait_s", 1800.0)
+    process_groups.set_wait(77.0)
+    before = set(c10d._world.pg_map)
     megatron_model.init_parallel(TrainSettings(), seed=1)
-    made = set(dist.distributed_c10d._world.pg_map) - before
+    made = set(c10d._world.pg_map) - before
     waits = {group._get_backend(torch.device("cpu")).options._timeout for group in made}
     assert made and waits == {timedelta(seconds=77)}
 
@@ -124,7 +128,7 @@ def test_what_an_error_of_a_collective_means(text, meaning):
 def test_a_hanging_engine_is_named_by_its_own_rank(start_loop):
     """The other ranks wait for it meanwhile, with 2 s for what no flag limits."""
     limits = ["--answer-timeout-s", "5", "--judge-timeout-s", "1"]
-    started = start_loop("tests/workers/impatient.py", "loop_sync.py", *QUICK, *limits, rows=3)
+    started = start_loop("tests/workers/impatient.py", *QUICK, *limits, rows=3)
     engine = started.engine()
     guilty = engine.parent().environ()["RANK"]
     engine.send_signal(signal.SIGSTOP)

@@ -1,16 +1,16 @@
-"""torchrun worker of test_process_groups.py: a loop whose ranks have 2 s for what no flag limits.
+"""torchrun worker of test_process_groups.py: loop_sync.py with 2 s for what no flag limits.
 
-    torchrun --nproc-per-node 2 impatient.py loop_sync.py FLAGS
+    torchrun --nproc-per-node 2 impatient.py FLAGS
 """
 
-import runpy
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+import loop_sync
 import process_groups
+import run
 
-process_groups.UNLIMITED_WORK_S = 2.0
-del sys.argv[0]
-runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+if __name__ == "__main__":
+    process_groups.UNLIMITED_WORK_S = 2.0
+    run.run_main(loop_sync.main)
