@@ -6,7 +6,8 @@
         files.json      size and CRC-32 of every file
 
 A checkpoint is written as step-000040.part and renamed when it is whole; only then older ones go. So a full disk, a kill or a lost machine leaves the one
-before intact. On several nodes runs/ must be a file system that all of them see.
+before intact. On several nodes runs/ must be a file system that all of them see: record.py looks.
+A checkpoint is whole only if every file is there that .metadata names.
 
 A checkpoint from elsewhere runs no code: random generators are base64 in JSON, torch reads the tensors with weights_only, and the one file of
 dist_checkpointing that is unpickled otherwise, .metadata, is read here first by an unpickler that knows only the classes that belong there.
@@ -16,7 +17,6 @@ from each request's own seed (rollout.sampling_params). Groups in flight, in the
 asked again where they are not, in their old place.
 """
 
-import base64
 import dataclasses
 import json
 import os
@@ -37,9 +37,10 @@ from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+import process_groups
+from megatron_model import generators, set_generators
 from problems import BadInput
 from processes import signal_when_parent_ends
 from record import FILES, has_whole_rows, remove_parts
@@ -103,7 +104,21 @@ def damage(folder: Path, *, share: int = 0, of: int = 1) -> str:
             return f"{name} has {path.stat().st_size} bytes, and was written with {size}"
         if i % of == share and _crc(path) != crc:
             return f"{name} has other contents than were written"
-    return ""
+    try:
+        return missing_part(folder)
+    except Exception as error:  # an unpickler may raise anything, and all of it is about this file
+        return f"not safe to read: model/.metadata: {error}"
+
+
+def missing_part(folder: Path) -> str:
+    """Return which file that model/.metadata names is not there, the first one; "" if all are.
+
+    Each rank writes files of its own. On a file system of its own, nobody else finds them.
+    """
+    with open(folder / "model" / ".metadata", "rb") as file:
+        places = _MetadataUnpickler(file).load().storage_data.values()
+    names = sorted({f"model/{place.relative_path}" for place in places})
+    return next((f"{name} is missing" for name in names if not (folder / name).is_file()), "")
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -130,11 +145,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         earlier = [other for other in checkpoints_of(folder.parent.parent) if step_of(other) < step_of(folder)]
         older = next((f"; {other.name} before it is whole" for other in reversed(earlier) if not damage(other)), "")
         raise BadInput(f"the checkpoint {folder} is damaged: {wrong}. Remove that folder to resume from the one before{older or ', which there is none'}")
-    try:
-        with open(folder / "model" / ".metadata", "rb") as file:
-            _MetadataUnpickler(file).load()
-    except Exception as error:  # an unpickler may raise anything, and all of it is about this file
-        raise BadInput(f"the checkpoint {folder} is not safe to read: model/.metadata: {error}. Use one that this program has written") from error
     state = _state_of(folder)
     return Checkpoint(folder, state["step"], state)
 
@@ -205,7 +215,7 @@ def find(settings, loop: str, read: dict[str, str]) -> Checkpoint:
         if state["read"].get(flag, now) != now:
             same = "the same rows, with the same keys and chat settings" if flag == "--prompts" else "the same folder"
             raise BadInput(f"what {flag} names is not what it was when {folder} was written: give {same}, or start a new run under another --name")
-    if steps <= newest.step:
+    if steps < newest.step or (steps == newest.step and not process_groups.goes_on()):
         raise BadInput(f"--steps {steps} counts all steps of the run, and {folder} is of step {newest.step}: nothing is left to do; use a larger --steps")
     for name, size in state["record"].items():
         if name in FILES and (not (file := run_folder / FILES[name]).is_file() or file.stat().st_size < size):
@@ -240,6 +250,9 @@ def save(record, settings, trainer, *, step: int, read: dict[str, str], rank_sta
             rank_state = {**rank_state, "generators": generators()}
         ranks = [json.loads(state) for state in all_gather_bytes(json.dumps(rank_state).encode(), record.group)]
         if record.is_writer:
+            if lost := trainer is not None and missing_part(part):
+                elsewhere = "a rank wrote it elsewhere, and runs/ must be the same for all"
+                raise FileNotFoundError(f"{lost}; {elsewhere}")
             state = {"step": step, "loop": record.loop, "settings": dataclasses.asdict(settings), "read": read, "record": record.positions(), "ranks": ranks}
             (part / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
             files = sorted(path for path in part.rglob("*") if path.is_file())
@@ -329,18 +342,6 @@ def _write(*args, **kwargs) -> None:
 
 
 filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(_write)
-
-
-def generators() -> dict[str, str]:
-    """This rank's random generators: torch's, and those that Megatron keeps for what tensor-parallel ranks must draw alike or differently."""
-    states = {"torch": torch.get_rng_state(), **{f"megatron/{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}}
-    return {name: base64.b64encode(state.cpu().numpy().tobytes()).decode() for name, state in states.items()}
-
-
-def set_generators(states: dict[str, str]) -> None:
-    tensors = {name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for name, text in states.items()}
-    torch.set_rng_state(tensors.pop("torch"))
-    get_cuda_rng_tracker().set_states({name.removeprefix("megatron/"): state for name, state in tensors.items()})
 
 
 def _crc(path: Path, crc: int = 0) -> int:

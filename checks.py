@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import process_groups
 from losses import LossSettings, check_loss_settings
 from problems import BadInput, Problems, all_problems
 from run import parse_overrides, rollouts_file
@@ -74,6 +75,8 @@ def _is_plan(settings) -> bool:
 def check_run_flags(settings: RunSettings) -> None:
     """Refuse what cannot work, names that are taken, and folders that are not there."""
     if problem := model_problem(settings.model):
+        yield problem
+    if problem := process_groups.interface_problem():
         yield problem
     for name in ("steps", "eval_every", "keep"):
         if getattr(settings, name) < 1:

@@ -6,8 +6,6 @@ A rank spawns one for each of its engine's tensor-parallel ranks (engine.py).
 import gc
 import os
 import signal
-import socket
-import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ if not torch.cuda.is_available():
 
 from sglang.srt.managers.load_snapshot import shm_path_for
 
+from process_groups import listen_on_loopback
 from processes import end_with_parent, ignore_end_signals
 from run import EngineDied
 
@@ -28,27 +27,14 @@ def run_scheduler(*args, **kwargs) -> None:
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # else the child's TCPStore waits for torchrun's agent for ever
     if not torch.cuda.is_available():
         cpu.patch_sglang()
-    _listen_on_loopback()
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # all ranks of an engine are on this machine, however many machines the run has
+    listen_on_loopback()
     _load_block_scales_of_llama()
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     gc.collect()
     gc.freeze()  # as in run.init_distributed: else all requests stand still for half a second now and then
     run_scheduler_process(*args, **kwargs)
-
-
-def _listen_on_loopback() -> None:
-    """torch's TCPStore, by which an engine's ranks find each other, listens on every interface of the machine; they are all on this one."""
-    rendezvous = sys.modules["torch.distributed.rendezvous"]  # the package has a function of the same name
-    stock = rendezvous.TCPStore
-
-    def store(host_name, port, *args, is_master=False, **kwargs):
-        if is_master and host_name == "127.0.0.1":
-            listener = socket.create_server((host_name, port))
-            kwargs["master_listen_fd"] = listener.detach()
-        return stock(host_name, port, *args, is_master=is_master, **kwargs)
-
-    rendezvous.TCPStore = store
 
 
 def _load_block_scales_of_llama() -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import tyro
 
+import process_groups
 from problems import BadInput, Problems, end_refused
 
 MOST_USED = (
@@ -109,6 +110,8 @@ def parse_settings(settings_class: type, *checks: Callable):
         if not found.found:
             raise BadInput(complaint)
         settings, _ = _read(settings_class, kept)
+    if settings is not None:
+        settings = process_groups.after_restart(settings)
     by_rules = Problems()
     for check in checks if settings is not None else ():
         by_rules.of(check, settings)

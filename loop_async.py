@@ -45,6 +45,7 @@ import checkpoint
 import hf_folder
 import in_flight
 import plan
+import process_groups
 import reward
 import run
 import train_step
@@ -79,7 +80,9 @@ def main(settings: Settings) -> None:
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
     start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
-    everyone = run.init_distributed(rollout_ranks)
+    judged_by = reward.REWARDS[settings.reward.reward]
+    wait_s = process_groups.longest_wait_s(settings, judged_by, rollout_ranks=rollout_ranks)
+    everyone = run.init_distributed(rollout_ranks, wait_s=wait_s)
     trains = everyone.rank() < trainer_ranks
     record = Record(settings, "async", everyone, trains, resumed=resumed)
     split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)
@@ -91,7 +94,7 @@ def main(settings: Settings) -> None:
     learner = None if settings.run.debug_rollout_only else trainer
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes, broadcast_group=everyone)
     engine = None if trains or settings.run.load_rollouts else rollout.start_engine(model, settings.rollout, config, seed=seed, longest=longest)
-    judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges, settings.reward.judge_timeout_s)
+    judge = reward.Judge(judged_by, settings.reward.judges, settings.reward.judge_timeout_s)
     with engine or contextlib.nullcontext(), record:
         weight_sync.sync_weights(weights, engine, version=start, check=True)
         if not resumed:

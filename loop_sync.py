@@ -41,6 +41,7 @@ import rollout  # first: on a machine without a GPU it prepares the imports that
 import checkpoint
 import hf_folder
 import plan
+import process_groups
 import reward
 import run
 import train_step
@@ -75,7 +76,9 @@ def main(settings: Settings) -> None:
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
     start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
-    everyone = run.init_distributed()
+    judged_by = reward.REWARDS[settings.reward.reward]
+    wait_s = process_groups.longest_wait_s(settings, judged_by, rollout_ranks=rollout_ranks)
+    everyone = run.init_distributed(wait_s=wait_s)
     record = Record(settings, "sync", everyone, resumed=resumed)
     split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, **split)
@@ -86,7 +89,7 @@ def main(settings: Settings) -> None:
     learner = None if settings.run.debug_rollout_only else trainer
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
     engine = None if settings.run.load_rollouts else rollout.start_engine(model, settings.rollout, config, seed=seed, longest=longest)
-    judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges, settings.reward.judge_timeout_s)
+    judge = reward.Judge(judged_by, settings.reward.judges, settings.reward.judge_timeout_s)
     with engine or contextlib.nullcontext(), record:
         weight_sync.sync_weights(weights, engine, version=start, check=True)
         if not resumed:

@@ -3,6 +3,7 @@
 Everywhere here, settings are TrainSettings and config is config.json, checked (hf_config.read_config).
 """
 
+import base64
 import dataclasses
 import math
 from typing import get_args, get_type_hints
@@ -19,10 +20,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+import process_groups
 from hf_config import layers_in_last_stage, megatron_arguments
 from hf_folder import load_hf
 from local_spec import complete_local_spec
@@ -71,8 +74,24 @@ def init_parallel(settings, *, seed: int) -> None:
     """Megatron's process groups and random generators, unless they are there. Collective."""
     if not mpu.model_parallel_is_initialized():
         experts = dict(expert_model_parallel_size=settings.ep, expert_tensor_parallel_size=expert_tp(settings))
-        mpu.initialize_model_parallel(settings.tp, settings.pp, context_parallel_size=settings.cp, **experts)
+        waits = dict(distributed_timeout_minutes=process_groups.timeout().total_seconds() / 60)
+        sizes = dict(context_parallel_size=settings.cp, **experts)
+        mpu.initialize_model_parallel(settings.tp, settings.pp, **sizes, **waits)
+        process_groups.watch_links()
         model_parallel_cuda_manual_seed(seed)
+
+
+def generators() -> dict[str, str]:
+    """Return this rank's random generators: torch's, and those that Megatron keeps for what tensor-parallel ranks must draw alike or differently."""
+    states = {"torch": torch.get_rng_state(), **{f"megatron/{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}}
+    return {name: base64.b64encode(state.cpu().numpy().tobytes()).decode() for name, state in states.items()}
+
+
+def set_generators(states: dict[str, str]) -> None:
+    """Set this rank's random generators to what generators() returned."""
+    tensors = {name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for name, text in states.items()}
+    torch.set_rng_state(tensors.pop("torch"))
+    get_cuda_rng_tracker().set_states({name.removeprefix("megatron/"): state for name, state in tensors.items()})
 
 
 def transformer_config(settings, config: dict) -> TransformerConfig:

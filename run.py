@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
+import process_groups
 from problems import BadInput, all_problems
 from processes import signal_when_parent_ends, use_writable_home
 
@@ -111,8 +111,12 @@ def parse_overrides(pairs: tuple[str, ...], *, flag: str, fields: list[str] | No
     return overrides
 
 
-def init_distributed(rollout_ranks: int = 0) -> dist.ProcessGroup:
+def init_distributed(
+    rollout_ranks: int = 0, *, wait_s: float = process_groups.UNLIMITED_WORK_S
+) -> dist.ProcessGroup:
     """Join torchrun's process groups and return the one that all ranks share: gloo for CPU tensors, NCCL for CUDA tensors where there are any.
+
+    wait_s: how long any rank may wait for another in a collective, process_groups.longest_wait_s.
 
     With rollout_ranks, the last so many ranks are a default world of their own and the others, the trainers, another: megatron-core builds its groups from
     the default world. The shared group is made beside the two from the same store, as SGLang makes its weight-update groups.
@@ -123,20 +127,27 @@ def init_distributed(rollout_ranks: int = 0) -> dist.ProcessGroup:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    if not rollout_ranks:
-        dist.init_process_group(backend)
-        return dist.group.WORLD
-    from sglang.srt.utils import init_custom_process_group
-
-    store, rank, world_size = next(rendezvous("env://"))
+    store, rank, world_size = process_groups.join_store()
+    process_groups.set_wait(wait_s)
     trainers = world_size - rollout_ranks
     name, size, rank_there = ("trainers", trainers, rank) if rank < trainers else ("rollout", rollout_ranks, rank - trainers)
-    dist.init_process_group(backend, store=dist.PrefixStore(name, store), world_size=size, rank=rank_there)
-    return init_custom_process_group(backend, store=dist.PrefixStore("shared", store), world_size=world_size, rank=rank, group_name="shared")
+    world = dict(store=dist.PrefixStore(name, store), timeout=process_groups.timeout())
+    dist.init_process_group(backend, world_size=size, rank=rank_there, **world)
+    everyone = dist.group.WORLD
+    if rollout_ranks:
+        from sglang.srt.utils import init_custom_process_group
+
+        shared = dict(store=dist.PrefixStore("shared", store), timeout=process_groups.timeout())
+        everyone = init_custom_process_group(
+            backend, world_size=world_size, rank=rank, group_name="shared", **shared
+        )
+    process_groups.watch_links()
+    return everyone
 
 
 def all_gather_bytes(mine: bytes, group: dist.ProcessGroup) -> list[bytes]:
     """Every rank's bytes on every rank of the group, in rank order. Collective (gloo)."""
+    process_groups.joins_exchange(group)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
     dist.all_gather(sizes, torch.tensor([len(mine)]), group=group)
     padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
@@ -148,6 +159,7 @@ def all_gather_bytes(mine: bytes, group: dist.ProcessGroup) -> list[bytes]:
 
 def broadcast_bytes(mine: bytes, group: dist.ProcessGroup, *, source: int = 0) -> bytes:
     """The bytes of one rank of the group on all of its ranks. Collective (gloo)."""
+    process_groups.joins_exchange(group)
     size = torch.tensor([len(mine)])
     dist.broadcast(size, group=group, group_src=source)
     data = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if group.rank() == source else torch.empty(int(size), dtype=torch.uint8)
@@ -202,11 +214,11 @@ def _call(main: Callable[[], None]) -> None:
         print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
         sys.exit(1)
     except RuntimeError as error:
-        if "by peer" not in str(error):
+        if not (explained := process_groups.explain(error)):
             raise
-        # Another rank is gone. It is the cause, and torchrun must see it first: it then ends this rank while it waits.
-        print(f"error: rank {os.environ['RANK']} lost its connection to another rank; torchrun names that rank below", file=sys.stderr, flush=True)
-        if _told_within(2 if told_to_stop else 20):
+        print(f"error: {explained}", file=sys.stderr, flush=True)
+        # A rank that is gone is the cause, and torchrun must see it first: it then ends this rank while it waits.
+        if "by peer" in str(error) and _told_within(2 if told_to_stop else 20):
             sys.exit(1)
         raise
 

@@ -107,6 +107,7 @@ if __name__ == "__main__":
 import rollout  # first: on a machine without a GPU it prepares the imports that follow
 import hf_folder
 import packing
+import process_groups
 import reward
 import run
 import train_step
@@ -262,7 +263,9 @@ def main(settings: Settings) -> None:
     problems.refuse()
     temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
 
-    everyone = run.init_distributed()
+    judged_by = reward.REWARDS[settings.reward.reward]
+    wait_s = process_groups.longest_wait_s(settings, judged_by, rollout_ranks=checks.world_size(settings))
+    everyone = run.init_distributed(wait_s=wait_s)
     record = Record(settings, "ppo-critic", everyone)
     split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, **split)
@@ -273,7 +276,7 @@ def main(settings: Settings) -> None:
     critic = train_step.build_trainer(model, critic_train, config, steps=steps, seed=seed, head=ValueHead)
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
     engine = rollout.start_engine(model, settings.rollout, config, seed=seed, longest=data.longest)
-    judge = reward.Judge(reward.REWARDS[settings.reward.reward], settings.reward.judges, settings.reward.judge_timeout_s)
+    judge = reward.Judge(judged_by, settings.reward.judges, settings.reward.judge_timeout_s)
     with engine or contextlib.nullcontext(), record:
         weight_sync.sync_weights(weights, engine, version=0, check=True)
         record.log(record.log_eval(0, *reward.evaluate(engine, data, settings.rollout, judge, everyone)))

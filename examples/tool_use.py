@@ -109,6 +109,7 @@ import numpy as np
 import torch.distributed as dist
 import checkpoint
 import hf_folder
+import process_groups
 import reward
 import run
 import train_step
@@ -280,7 +281,9 @@ def main(settings: Settings) -> None:
     problems.refuse()
     start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
-    everyone = run.init_distributed()
+    asked = dict(rollout_ranks=checks.world_size(settings), turns=max_turns)
+    wait_s = process_groups.longest_wait_s(settings, right_answer, **asked)
+    everyone = run.init_distributed(wait_s=wait_s)
     record = Record(settings, "tool", everyone, resumed=resumed)
     split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, **split)

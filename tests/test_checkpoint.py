@@ -20,6 +20,7 @@ from megatron.core import dist_checkpointing
 
 import checkpoint
 import loop_async
+import process_groups
 import train_step
 from hf_config import read_config
 from loop_sync import Settings
@@ -175,6 +176,49 @@ def test_the_asynchronous_loop_loses_and_repeats_no_prompt(tmp_path):
     trained = [tuple(name) for step in before + after for name in step["trained"]]
     assert sorted(trained) == [(group, index) for group in range(9 * 4) for index in range(8)]
     assert metrics_of(tmp_path / "runs" / "run")[:6] == rows and max(row.get("staleness_max", 0) for row in metrics_of(tmp_path / "runs" / "run")) <= 2
+
+
+def test_a_checkpoint_without_the_files_of_one_rank_is_not_whole(stopped, monkeypatch):
+    """As on file systems that ranks do not share: files.json lists what rank 0 has seen."""
+    newest = stopped / "checkpoints" / "step-000006"
+    part = sorted((newest / "model").glob("*.distcp"))[-1]
+    part.unlink()
+    files = json.loads((newest / "files.json").read_text(encoding="utf-8"))
+    del files[f"model/{part.name}"]
+    (newest / "files.json").write_text(json.dumps(files), encoding="utf-8")
+    missing = f"step-000006 is damaged: model/{part.name} is missing.*step-000003 before it is whole"
+    with pytest.raises(BadInput, match=missing):
+        find(stopped, monkeypatch)
+
+
+def test_a_part_that_is_written_elsewhere_leaves_the_checkpoints_before(
+    fresh_megatron, tmp_path, monkeypatch
+):
+    toy, everyone = str(ROOT / "toy"), torch.distributed.group.WORLD
+    record = SimpleNamespace(
+        folder=tmp_path, is_writer=True, group=everyone, loop="sync", positions=dict
+    )
+    trainer = train_step.build_trainer(toy, TrainSettings(), read_config(toy), steps=10, seed=1)
+    settings = Settings(run=RunSettings(keep=1))
+    checkpoint.save(record, settings, trainer, step=1, read={}, rank_state={})
+    stock = dist_checkpointing.save
+
+    def save_elsewhere(state, folder, **kwargs):
+        stock(state, folder, **kwargs)
+        os.unlink(os.path.join(folder, "__0_0.distcp"))
+
+    monkeypatch.setattr(dist_checkpointing, "save", save_elsewhere)
+    with pytest.raises(RuntimeError, match="__0_0.distcp is missing; a rank wrote it elsewhere"):
+        checkpoint.save(record, settings, trainer, step=2, read={}, rank_state={})
+    assert [path.name for path in checkpoint.checkpoints_of(tmp_path)] == ["step-000001"]
+
+
+def test_a_restarted_run_that_has_done_its_steps_only_ends(stopped, monkeypatch):
+    """torchrun has restarted it after the last checkpoint: what is left is the export."""
+    with pytest.raises(BadInput, match="nothing is left to do"):
+        find(stopped, monkeypatch, steps=6)
+    monkeypatch.setattr(process_groups._Start, "goes_on", True)
+    assert find(stopped, monkeypatch, steps=6).step == 6
 
 
 class Runs:

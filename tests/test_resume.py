@@ -11,6 +11,7 @@ import loop_async
 import loop_sync
 import pytest
 from conftest import start_main
+from torch.distributed.checkpoint.metadata import Metadata
 
 import checkpoint
 import run
@@ -28,7 +29,7 @@ def write(monkeypatch, tmp_path):
     def write(loop="sync", *, asked=None, without=(), **changes):
         saved = tmp_path / "runs" / "old" / "checkpoints" / "step-000004"
         (saved / "model").mkdir(parents=True)
-        (saved / "model" / ".metadata").write_bytes(pickle.dumps({}))
+        (saved / "model" / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={})))
         rows = b'{"step": 3}\n{"step": 4}\n'
         (saved.parent.parent / "metrics.jsonl").write_bytes(rows + b'{"step": 5, "cut')
         loops = dict(sync=loop_sync, **{"async": loop_async})

@@ -1,0 +1,296 @@
+"""Process groups: how ranks meet, how long one waits for another, and whom it names then.
+
+    torchrun's store       outlives the ranks that torchrun restarts: it remembers the run's folder
+    this start's store     a part of it that no earlier rank has written to: groups are made from it
+    the groups             of run.init_distributed, and Megatron's, made from the default world
+
+Two things end a wait. TCP notices within LOST_LINK_S that another rank's machine or link is gone.
+A rank that is there and does not answer has longest_wait_s: more than any may rightly take.
+"""
+
+import contextlib
+import ipaddress
+import json
+import math
+import os
+import socket
+import stat
+import sys
+import time
+import uuid
+from dataclasses import replace
+from datetime import timedelta
+from itertools import count
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+from torch.distributed.rendezvous import rendezvous
+
+UNLIMITED_WORK_S = 1800.0  # for work that no flag limits; torch and Megatron give as much
+LONGEST_S = 365 * 24 * 3600.0  # in place of an infinite limit, which C++ has no number for
+LOST_LINK_S = 90
+
+
+class _Start:
+    """What this process knows of its job; filled by join_store and init_distributed."""
+
+    store: dist.Store | None = None
+    of_the_job: dist.Store | None = None
+    rank, world_size = 0, 1
+    wait_s = UNLIMITED_WORK_S
+    exchanges = 0  # so many times has this rank met all others
+    goes_on = False
+
+
+# --- how long a rank may wait -----------------------------------------------------------------
+
+
+def longest_wait_s(settings, reward, *, rollout_ranks: int, turns: int = 1) -> float:
+    """Return how long a collective may wait: more than any rank may rightly take before it joins.
+
+    settings: a loop's. reward: its reward function. rollout_ranks: how many ranks generate.
+    turns: how often an answer goes to the engine.
+
+    The longest wait is the exchange of samples, for the slowest engine and its judge. Before it:
+    - the last hand-off is loaded and ended, each within --answer-timeout-s;
+    - prompts that answers share are computed, then the answers, each within --answer-timeout-s;
+    - the judge takes so many answers at a time, each within --judge-timeout-s.
+    Dynamic sampling repeats the last two. In the asynchronous loop one group may be replaced again
+    and again, until the step's replacements are used up. What no flag limits comes on top:
+    training, files, the start of an engine. So an engine that hangs is named by its own rank.
+    """
+    rollout, rewards = settings.rollout, settings.reward
+    in_flight = getattr(settings, "in_flight", None)
+    engines = max(rollout_ranks // rollout.engine_tp, 1)
+    places = min(rewards.judges, getattr(reward, "at_a_time", rewards.judges))
+
+    def of(prompts: int, samples: int) -> float:
+        waves = math.ceil(math.ceil(prompts / engines) * samples / places)
+        return 2 * turns * rollout.answer_timeout_s + waves * rewards.judge_timeout_s
+
+    prompts, rounds = rollout.prompts_per_step, rewards.dynamic_sampling
+    if in_flight is not None:
+        rounds *= math.ceil(prompts / engines)
+        prompts = prompts * (in_flight.max_staleness + 1) + in_flight.oversample
+    sets = max(len(rollout.prompts), len(rollout.eval_prompts), 1)
+    held_out = of(sets * rollout.eval_samples, rollout.eval_samples_per_prompt)
+    step = (1 + rounds) * of(prompts, rollout.samples_per_prompt)
+    wait_s = 2 * rollout.answer_timeout_s + max(step, held_out) + UNLIMITED_WORK_S
+    return min(wait_s, LONGEST_S)
+
+
+def timeout() -> timedelta:
+    """Return how long collectives of this run wait, for every group that is made."""
+    return timedelta(seconds=_Start.wait_s)
+
+
+def set_wait(wait_s: float) -> None:
+    """Let collectives of groups that are made from now on wait so long, and so the store.
+
+    megatron-core makes some groups without a limit, which then have torch's.
+    """
+    _Start.wait_s = wait_s
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout()
+    if _Start.store is not None:
+        _Start.store.set_timeout(timeout())
+
+
+def watch_links() -> None:
+    """Have Linux end each TCP connection of this process whose other end is gone without a word.
+
+    Gloo's sockets only read while they wait, and nothing would ever tell them. Called when groups
+    have been made.
+    """
+    options = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": (LOST_LINK_S - 30) // 10}
+    options["TCP_USER_TIMEOUT"] = LOST_LINK_S * 1000  # also for what was sent and not received
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # not TCP, not connected, or closed since
+            if not stat.S_ISSOCK(os.stat(int(name)).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as link:
+                link.getpeername()
+                link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in options.items():
+                    link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+# --- who is waited for ------------------------------------------------------------------------
+
+
+def joins_exchange(group: dist.ProcessGroup) -> None:
+    """Note, where other ranks can read it, that this rank has come to the next exchange of all."""
+    if _Start.store is not None and group.size() == _Start.world_size:
+        _Start.exchanges += 1
+        _Start.store.set(f"exchanges/{_Start.rank}", str(_Start.exchanges))
+
+
+def ranks_behind() -> list[int]:
+    """Return the ranks that have not come to the exchange that this rank is at."""
+    if _Start.store is None:
+        return []
+    store, behind = _Start.store, []
+    store.set_timeout(timedelta(seconds=10))
+    with contextlib.suppress(RuntimeError):  # the store may be behind the lost link
+        for rank in range(_Start.world_size):
+            key = f"exchanges/{rank}"
+            reached = int(store.get(key)) if store.check([key]) else 0
+            behind += [rank] if reached < _Start.exchanges else []
+    return behind
+
+
+def explain(error: RuntimeError) -> str:
+    """Return what an error of a collective means, in a sentence; "" if it is another error."""
+    text, mine = str(error), f"rank {_Start.rank}"
+    if "by peer" in text:
+        return f"{mine} lost its connection to another rank; torchrun names that rank below"
+    links = ("Connection timed out", "No route to host", "Network is unreachable")
+    if any(words in text for words in links):
+        return f"{mine} cannot reach another rank: its machine, or the link to it, is gone ({text})"
+    if "Timed out" not in text and "wait timeout" not in text:  # gloo's; a store's
+        return ""
+    behind = ranks_behind()
+    if not behind:
+        return f"{mine} has waited {_Start.wait_s:g} s for another rank; the traceback says where"
+    who = f"rank {behind[0]}" if len(behind) == 1 else f"the ranks {', '.join(map(str, behind))}"
+    what = f"{mine} has waited {_Start.wait_s:g} s for {who} at exchange {_Start.exchanges}"
+    return f"{what}: a rank that hangs or is stopped, or whose machine is gone, does not come"
+
+
+# --- how ranks find each other ----------------------------------------------------------------
+
+
+def join_store() -> tuple[dist.Store, int, int]:
+    """Return a store that only the ranks of this start write to, this rank, and how many they are.
+
+    Collective; later calls return the same. torchrun keeps one store for all starts of a job, in
+    which the addresses of ranks that have ended still stand. TORCHELASTIC_RESTART_COUNT does not
+    tell starts apart: each node counts its own. So rank 0 draws a name for the start, and every
+    rank takes it only when this very process has had an answer under it.
+    """
+    if _Start.store is None:
+        store, _Start.rank, _Start.world_size = _job_store()
+        _Start.of_the_job = dist.PrefixStore("nanoslime", store)
+        name = _name_of_start(_Start.of_the_job, _Start.rank, _Start.world_size)
+        _Start.store = dist.PrefixStore(name, _Start.of_the_job)
+    return _Start.store, _Start.rank, _Start.world_size
+
+
+def _job_store() -> tuple[dist.Store, int, int]:
+    if is_one_machine():
+        listen_on_loopback()
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if os.environ["WORLD_SIZE"] == "1" and not of_torchrun:
+        return dist.HashStore(), 0, 1  # nobody to meet: nothing listens
+    return next(rendezvous("env://"))
+
+
+def _name_of_start(store: dist.Store, rank: int, world_size: int) -> str:
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", mine)
+        for other in range(1, world_size):
+            store.set(f"{mine}/{store.get(f'{mine}/{other}').decode()}", "welcome")
+        return mine
+    name = ""
+    while not name or not store.check([f"{name}/{mine}"]):
+        if (newest := store.get("start").decode()) != name:
+            name = newest  # that of a start before, perhaps, whose rank 0 answers no more
+            store.set(f"{name}/{rank}", mine)
+        time.sleep(0.01)
+    return name
+
+
+def after_restart(settings):
+    """Return the settings of a loop; where torchrun has restarted it, such that its run goes on.
+
+    As by --resume, if its run folder has a checkpoint; without one the folder is put aside, and
+    the run begins again under its name. Collective, with torchrun --max-restarts; else nothing.
+    """
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return settings
+    store, rank, _ = join_store()
+    if rank == 0:
+        store.set("goes on", json.dumps(_before_restart()))
+    name, resume = json.loads(store.get("goes on"))
+    if not name:
+        return settings
+    _Start.goes_on = resume
+    return replace(settings, run=replace(settings.run, name=name, resume=resume))
+
+
+def _before_restart() -> tuple[str, bool]:
+    """Return the name of the run that ranks before this one began, and whether it can go on."""
+    if not _Start.of_the_job.check(["run"]):
+        return "", False
+    name = _Start.of_the_job.get("run").decode()
+    folder = Path("runs") / name
+    if any(path.suffix != ".part" for path in (folder / "checkpoints").glob("step-*")):
+        return name, True
+    aside = (Path(f"{folder}-restarted-{i}") for i in count(1))
+    if folder.exists():
+        folder.rename(next(path for path in aside if not path.exists()))
+    return name, False
+
+
+def goes_on() -> bool:
+    """Tell whether torchrun has restarted this rank, in a run that has a checkpoint."""
+    return _Start.goes_on
+
+
+def remember_run(name: str) -> None:
+    """Note the name of the run for the ranks that torchrun may start in place of these. Rank 0."""
+    if _Start.of_the_job is not None:
+        _Start.of_the_job.set("run", name)
+
+
+# --- what they listen on ----------------------------------------------------------------------
+
+
+def is_one_machine() -> bool:
+    """Tell whether all ranks are known to be on this machine."""
+    world_size = os.environ.get("WORLD_SIZE")
+    return world_size == "1" or os.environ.get("LOCAL_WORLD_SIZE") == world_size is not None
+
+
+def listen_on_loopback() -> None:
+    """Have gloo and torch's TCPStore listen on 127.0.0.1 only; NCCL is left as it is.
+
+    Gloo listens on the address of the machine's name otherwise, a TCPStore on every interface.
+    What GLOO_SOCKET_IFNAME says already holds.
+    """
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME") or "lo"
+    module = sys.modules["torch.distributed.rendezvous"]  # the package has a function of the name
+    stock = module.TCPStore
+
+    def store(host_name, port, *args, is_master=False, **kwargs):
+        if is_master and host_name in ("127.0.0.1", "localhost"):
+            listener = socket.create_server(("127.0.0.1", port))
+            kwargs["master_listen_fd"] = listener.detach()
+        return stock(host_name, port, *args, is_master=is_master, **kwargs)
+
+    module.TCPStore = store
+
+
+def interface_problem() -> str:
+    """Say why gloo could not listen where other ranks reach it; "" if it can.
+
+    Gloo takes the first address of the machine's name that is the machine's own. Debian's is
+    127.0.1.1, and a name that is not known is taken for 127.0.0.1.
+    """
+    here, all_ranks = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
+    if chosen := os.environ.get("GLOO_SOCKET_IFNAME"):
+        known = [name for _, name in socket.if_nameindex()]
+        if unknown := set(chosen.split(",")) - set(known):
+            found = f"GLOO_SOCKET_IFNAME={chosen}: {sorted(unknown)[0]!r} is no network interface"
+            return f"{found} of this machine, which has {', '.join(known)}: use one of these"
+        return ""
+    if here is None or here == all_ranks:
+        return ""
+    name = socket.gethostname()
+    with contextlib.suppress(OSError):
+        for _, _, _, _, address in socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM):
+            if not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
+                return ""
+    about = f"the name of this machine, {name}, stands for no address that other machines reach"
+    return f"{about}: set GLOO_SOCKET_IFNAME to its interface, as in GLOO_SOCKET_IFNAME=eth0"
