@@ -106,9 +106,12 @@ class Record:
 
     def __init__(self, settings, loop: str, group: dist.ProcessGroup, trains: bool = True, resumed=None):
         self.group, self.loop, self.trains, self.is_writer = group, loop, trains, group.rank() == 0
-        folder = b""
+        folder, self.evaluated = b"", str(resumed.folder if resumed else settings.run.model)
+        name = settings.run.name
+        if settings.run.eval_only and resumed:  # A record of its own: that of the run stays as it is.
+            resumed, name, self.loop = None, "", f"{name}-eval"
         if self.is_writer:
-            folder = bytes(Path("runs") / settings.run.name if resumed else self._create_folder(settings.run.name))
+            folder = bytes(Path("runs") / name if resumed else self._create_folder(name))
         self.folder = Path(broadcast_bytes(folder, group).decode())
         self.name = str(self.folder.relative_to("runs"))
         self.started, self.accuracy, self.settings, self.profiler, self.boards, self.end_wandb = time.time(), [], settings.run, None, [], None
@@ -152,7 +155,8 @@ class Record:
             wandb_run = wandb.init(project=settings.run.wandb, **about)
             self.boards.append(lambda metrics: wandb_run.log(metrics, step=metrics["step"]))
             self.end_wandb = wandb.teardown
-        self.bar = tqdm(total=settings.run.steps, initial=resumed.step if resumed else 0, unit="step", dynamic_ncols=True)
+        off = settings.run.eval_only  # A bar of no steps says nothing.
+        self.bar = tqdm(total=settings.run.steps, initial=resumed.step if resumed else 0, unit="step", dynamic_ncols=True, disable=off)
         if resumed:
             rest = f"; the {dropped} rows of metrics.jsonl that followed it are dropped, and written again" if dropped else ""
             self.say(f"going on from {resumed.folder}{rest}")
@@ -250,6 +254,16 @@ class Record:
         ended = time.time()
         step_s = ended - watch.started
         return {"step_s": step_s, "trainer_wait": waiting("trainer", ("train", "sync")), "engine_wait": waiting("engine", ("rollout",))}
+
+    def finish_evaluation(self) -> None:
+        """Print the last line of a run with --eval-only: what was evaluated, and its mean reward."""
+        if not self.is_writer:
+            return
+        self.bar.close()
+        self.files["trace"].write("]\n")
+        result = f"{self.accuracy[-1]:.3f}" if self.accuracy else "none, no answer could be judged"
+        files = f"metrics and samples are in {self.folder}"
+        print(f"held-out reward of {self.evaluated}: {result}; {files}", flush=True)
 
     def log_eval(self, step: int, samples: list, metrics: dict) -> dict:
         """An evaluation's metrics on the console and as metrics of the step, the first answers from each held-out set in samples.jsonl."""

@@ -82,6 +82,8 @@ class RunSettings:
     """Generate and judge, but never train: to look at generation alone."""
     profile: tuple[int, ...] = ()
     """Steps of which every rank writes PyTorch's profile; open it at ui.perfetto.dev."""
+    eval_only: bool = False
+    """Evaluate --model, or with --resume the newest checkpoint of --name, on the held-out prompts; train, save and export nothing."""
 
 
 # Numpy takes seeds below 2**32. Engine and trainer add a number to --seed on each rank.
@@ -145,8 +147,22 @@ def check_run_settings(settings: RunSettings) -> None:
         yield f"runs/{settings.name} already exists: choose another --name, remove it, or go on with its run by --resume"
     elif inside := [parent for parent in Path(settings.name).parents if os.path.lexists(Path("runs") / parent / "settings.json")]:
         yield f"--name {settings.name} lies inside the run {inside[0]}: choose a name beside it"
+    idle = ("load_rollouts", "save_rollouts", "debug_rollout_only", "profile", "save_every")
+    if settings.eval_only and (given := [name for name in idle if getattr(settings, name)]):
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        yield f"--eval-only makes no training step, and {flags} would do nothing: leave it out"
+    if settings.eval_only and settings.export not in ((), RunSettings().export):
+        yield f"--eval-only exports nothing: leave out --export {' '.join(settings.export)}"
     if late := [step for step in settings.profile if not 1 <= step <= settings.steps]:
         yield f"--profile {late[0]} is no step of the run, which has steps 1 to {settings.steps}"
+
+
+@all_problems
+def check_held_out(settings: RunSettings, held_out: list | None) -> None:
+    """Refuse --eval-only without held-out prompts. held_out: None where they could not be loaded."""
+    if settings.eval_only and held_out == []:
+        fix = "give --eval-prompts FILE, or raise --eval-samples"
+        yield f"--eval-only has no held-out prompts to evaluate on: {fix}"
 
 
 def name_problem(name: str) -> str:

@@ -248,6 +248,7 @@ def main() -> None:
     problems.of(weight_sync.check_sync_settings, settings.sync)
     data = problems.of(load_data, model, settings.rollout, config, seed=seed, label_problems=reward.label_problems(settings.reward))
     problems.of(hf_folder.check_model_folder, model, config, data and data.tokenizer, stop=settings.rollout.stop)
+    problems.of(run.check_held_out, settings.run, data and data.held_out)
     problems.of(reward.check_reward_settings, settings.reward, settings.rollout)
     problems.of(rollout.check_rollout_settings, settings.rollout, config, world_size=rollout_ranks, longest=data and data.longest)
     sizes = dict(world_size=trainer_ranks, steps=policy_steps, longest=data and data.longest)
@@ -270,6 +271,8 @@ def main() -> None:
     with engine or contextlib.nullcontext(), record:
         weight_sync.sync_weights(weights, engine, version=0, check=True)
         record.log(record.log_eval(0, *reward.evaluate(engine, data, settings.rollout, judge, everyone)))
+        if settings.run.eval_only:
+            return record.finish_evaluation()
         prompts = rollout.Prompts(data, settings.rollout)
         for step in range(1, steps + 1):
             watch = Stopwatch()

@@ -7,6 +7,7 @@ Not covered: learning to 0.9 (README.md shows a run), several nodes, GPUs.
 import json
 import math
 import os
+import re
 import signal
 import sys
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, metrics_of, torchrun, write_model
 from safetensors.torch import load_file, save_file
+from test_answer import PLAIN, python
 
 import run
 from checkpoint import checkpoints_of
@@ -59,6 +61,11 @@ def test_both_exports_hold_the_trained_weights(tp2):
     toy = load_file(ROOT / "toy" / "model.safetensors")
     assert bf16.keys() == toy.keys() and any(not torch.equal(bf16[name], toy[name]) for name in toy)
     assert set(fp8) - set(bf16) == {f"{name}_scale_inv" for name in bf16 if "_proj" in name}
+
+
+def test_transformers_alone_loads_the_exported_folder(tp2):
+    done = python("-c", PLAIN, tp2[1] / "model-bf16", "123+456=", cwd=tp2[1])
+    assert re.fullmatch(r"123\+456=\d*\n", done.stdout), done.stderr
 
 
 def test_with_learning_rate_zero_nothing_drifts(tmp_path):
