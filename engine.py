@@ -23,25 +23,29 @@ import socket
 import sys
 import threading
 import time
+from multiprocessing import resource_tracker
 
+import psutil
 import torch
 
 if not torch.cuda.is_available():
     import cpu
 
-from sglang.srt.entrypoints.engine import Engine as SGLangEngine
+from sglang.srt.entrypoints import engine as sglang_engine
 from sglang.srt.managers import io_struct
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import MultiprocessingSerializer
 
 from buckets import pack, phase
 from record import Row
-from run import EngineDied, end_with_parent, main_module_hidden
+from run import EngineDied, end_with_parent, kill_with_children, main_module_hidden
 
 # 0.5.21 reports the weight versions of a response as spans. Where it does not, tokens are counted as they arrive.
 REPORTS_VERSIONS = importlib.util.find_spec("sglang.srt.utils.weight_versions") is not None
 # 0.5.21's ServerArgs is a struct of msgspec, 0.5.14's a dataclass.
 SERVER_FIELDS = getattr(ServerArgs, "__struct_fields__", None) or tuple(ServerArgs.__dataclass_fields__)
+
+LOOP_ENDS_WITHIN_S = 5.0
 
 
 def run_scheduler(*args, **kwargs) -> None:
@@ -94,7 +98,7 @@ def _load_block_scales_of_llama() -> None:
     LlamaForCausalLM.load_weights = load_weights
 
 
-class Engine(SGLangEngine):
+class Engine(sglang_engine.Engine):
     """SGLang's Engine; version is that of the weights it holds, -1 before the first update."""
 
     run_scheduler_process_func = staticmethod(run_scheduler)
@@ -105,8 +109,13 @@ class Engine(SGLangEngine):
 
     def __init__(self, answer_timeout_s: float = 3600.0, **server_args):
         logging.getLogger("sglang.srt.entrypoints.engine").addFilter(lambda record: "SIGQUIT handler" not in record.getMessage())  # not an error
-        with main_module_hidden():
-            super().__init__(weight_version="-1", **server_args)
+        resource_tracker.ensure_running()
+        others = set(psutil.Process().children())
+        try:
+            with main_module_hidden():
+                super().__init__(weight_version="-1", **server_args)
+        finally:
+            self._processes = set(psutil.Process().children()) - others
         self.version, self.answer_timeout_s = -1, answer_timeout_s
         self.row = Row()
         self._requests, self._paused, self._released = 0, False, False
@@ -121,10 +130,26 @@ class Engine(SGLangEngine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
     def shutdown(self):
-        """End the engine's child processes. Also called at exit; a second call does nothing."""
-        super().shutdown()
+        """End the engine's child processes, no others, and its event loop. Also called at exit; a second call does nothing."""
+        stock = sglang_engine.kill_process_tree  # It would kill W&B, judges and multiprocessing's resource tracker too.
+        sglang_engine.kill_process_tree = lambda *_, **__: kill_with_children(self._processes)
+        try:
+            super().shutdown()
+        finally:
+            sglang_engine.kill_process_tree = stock
         if hasattr(self, "loop") and self.loop.is_running():  # no loop: the engine died while it was being started
+            asyncio.run_coroutine_threadsafe(self._cancel_tasks(), self.loop).result()
             self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join(LOOP_ENDS_WITHIN_S)
+
+    @staticmethod
+    async def _cancel_tasks() -> None:
+        """Cancel what waits on the loop. Python prints an error for each task that it finds pending at exit."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=LOOP_ENDS_WITHIN_S)
 
     # --- generation
 

@@ -101,7 +101,7 @@ class Record:
 
     resumed: the checkpoint.Checkpoint that the run goes on from: what was written after it is cut off.
 
-    `with engine, record:` ends W&B's service before the engine, whose end kills every child process of this one, and with the service what it has not sent.
+    On exit W&B's service ends first, when it has sent what it holds.
     """
 
     def __init__(self, settings, loop: str, group: dist.ProcessGroup, trains: bool = True, resumed=None):

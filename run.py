@@ -15,11 +15,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 import tyro
@@ -277,6 +278,18 @@ def signal_when_parent_ends(number: int) -> None:
 def end_with_parent() -> None:
     """In a spawned child: end when the parent is gone, however it went, and be it before this is called."""
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def kill_with_children(processes: Iterable[psutil.Process]) -> None:
+    """Kill child processes and all below them, and wait until they are gone. Those that have ended are passed over."""
+    killed = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            killed += [*process.children(recursive=True), process]
+    for process in killed:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(killed, timeout=60)
 
 
 def broadcast_bytes(mine: bytes, group: dist.ProcessGroup, *, source: int = 0) -> bytes:

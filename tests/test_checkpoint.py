@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, metrics_of, torchrun
+from conftest import ROOT, false_alarms, metrics_of, torchrun
 from megatron.core import dist_checkpointing
 
 import checkpoint
@@ -425,6 +425,7 @@ def test_told_to_stop_it_saves_and_ends_well(start_loop, tmp_path, script, flags
     run = tmp_path / "runs" / "long"
     (saved,) = checkpoint.checkpoints_of(run)
     assert checkpoint.damage(saved) == "" and "go on with --name long --resume" in started.text()
+    assert false_alarms(started.whole_output()) == []
     last = metrics_of(run)[-1]["step"]
     assert saved.name == f"step-{last:06d}"
     torchrun(ROOT / script, *QUICK, *flags, "--steps", str(last + 4), "--name", "long", "--resume", ranks=2, cwd=tmp_path)

@@ -5,8 +5,10 @@ tensor parallelism.
 """
 
 import asyncio
+import subprocess
 import time
 from dataclasses import replace
+from multiprocessing import resource_tracker
 
 import numpy as np
 import psutil
@@ -67,7 +69,7 @@ def exact(one_rank):
 
 
 @pytest.fixture(scope="module")
-def fp8(one_rank, exact):  # the fp32 tests come first; ending one engine ends all children of this process
+def fp8(one_rank, exact):  # the fp32 tests come first
     exact.engine.shutdown()
     pair = Pair("bf16", "fp8")
     yield pair
@@ -263,9 +265,20 @@ def test_sglang_loads_the_fp8_export(fp8, tmp_path):
 def test_shutdown_leaves_no_process(fp8):
     children = [child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(child.cmdline())]
     assert children
+    other = subprocess.Popen(["sleep", "600"])  # a judge, or W&B's service
+    tracker = resource_tracker._resource_tracker._pid
+    try:
+        fp8.engine.shutdown()
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert not alive
+        assert other.poll() is None and psutil.Process(tracker).status() != psutil.STATUS_ZOMBIE
+    finally:
+        other.kill()
+
+
+def test_shutdown_leaves_no_task_that_python_would_complain_of_at_exit(fp8):
     fp8.engine.shutdown()
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert not alive
+    assert not fp8.engine.loop.is_running() and not asyncio.all_tasks(fp8.engine.loop)
 
 
 RAGGED = dict(hidden_size=192, num_attention_heads=3, num_key_value_heads=1, head_dim=64, intermediate_size=384)
