@@ -196,6 +196,9 @@ def find(settings, loop: str, read: dict[str, str]) -> Checkpoint:
     Raises BadInput where there is none, where it is damaged, where it is of another run than settings and files describe, or where no step is left.
     """
     run_folder, steps = Path("runs") / settings.run.name, settings.run.steps
+    agree = (*MUST_AGREE, *(ASYNC_MUST_AGREE if loop == "async" else ()))
+    if eval_only := settings.run.eval_only:  # It reads the weights, and none of the rest.
+        agree, read = (("train", "train_dtype"),), {k: v for k, v in read.items() if k == "--model"}
     settings = json.loads(json.dumps(dataclasses.asdict(settings)))  # lists for tuples, as in the file
     folders = checkpoints_of(run_folder)
     if not folders:
@@ -204,23 +207,24 @@ def find(settings, loop: str, read: dict[str, str]) -> Checkpoint:
     state, folder = newest.state, newest.folder
     if state["loop"] != loop:
         raise BadInput(f"{folder} is of loop_{state['loop']}.py: resume it with that loop")
-    for part, name in (*MUST_AGREE, *(ASYNC_MUST_AGREE if loop == "async" else ())):
+    for part, name in agree:
         then, now = (which.get(part, {}).get(name) for which in (state["settings"], settings))
         if then != now:
             raise BadInput(f"--{name.replace('_', '-')} was {then!r} when {folder} was written, and is {now!r}: it must stay the same")
-    if state["settings"].get("run", {}).get("load_rollouts") and not settings["run"]["load_rollouts"]:
+    if not eval_only and state["settings"].get("run", {}).get("load_rollouts") and not settings["run"]["load_rollouts"]:
         about = f"{folder} was written with --load-rollouts, and says nothing of prompts in flight"
         raise BadInput(f"{about}: go on with --load-rollouts, or start a new run")
     for flag, now in read.items():
         if state["read"].get(flag, now) != now:
             same = "the same rows, with the same keys and chat settings" if flag == "--prompts" else "the same folder"
             raise BadInput(f"what {flag} names is not what it was when {folder} was written: give {same}, or start a new run under another --name")
-    if steps < newest.step or (steps == newest.step and not process_groups.goes_on()):
+    nothing_left = steps < newest.step or (steps == newest.step and not process_groups.goes_on())
+    if nothing_left and not eval_only:
         raise BadInput(f"--steps {steps} counts all steps of the run, and {folder} is of step {newest.step}: nothing is left to do; use a larger --steps")
-    for name, size in state["record"].items():
+    for name, size in state["record"].items() if not eval_only else ():
         if name in FILES and (not (file := run_folder / FILES[name]).is_file() or file.stat().st_size < size):
             raise BadInput(f"{file} is shorter than it was when {folder} was written, {size} bytes: bring it back, or start a new run under another --name")
-    if not has_whole_rows(run_folder, size=state["record"].get("metrics", 0)):
+    if not eval_only and not has_whole_rows(run_folder, size=state["record"].get("metrics", 0)):
         about = f"{run_folder / FILES['metrics']} no longer begins with the rows that {folder} followed"
         raise BadInput(f"{about}: bring them back, or start a new run under another --name")
     ep = [s["train"]["ep"] for s in (state["settings"], settings)]

@@ -100,6 +100,12 @@ def check_run_flags(settings: RunSettings) -> None:
     if settings.load_rollouts and (file := next((f for f in dumps if not os.path.isfile(f)), None)):
         fix = "give a folder that --save-rollouts wrote, or fewer --steps"
         yield f"--load-rollouts {settings.load_rollouts} has no {file.name}: {fix}"
+    idle = ("load_rollouts", "save_rollouts", "debug_rollout_only", "profile", "save_every")
+    if settings.eval_only and (given := [name for name in idle if getattr(settings, name)]):
+        given = ", ".join(map(_flag, given))
+        yield f"--eval-only makes no training step, and {given} would do nothing: leave it out"
+    if settings.eval_only and settings.export not in ((), RunSettings().export):
+        yield f"--eval-only exports nothing: leave out --export {' '.join(settings.export)}"
     if late := [step for step in settings.profile if not 1 <= step <= settings.steps]:
         has = f"which has steps 1 to {settings.steps} (--steps)"
         yield f"--profile {late[0]} is no step of the run, {has}"

@@ -42,15 +42,16 @@ FP8_MAX = 448.0
 
 # --- 1. stand-ins that imports need ---------------------------------------------------------------------------------------------------------
 
-if torch.version.cuda is None:
-    # PyPI's torchvision is built for CUDA; beside a CPU torch its operators are missing, and its import registers kernels for these two.
-    _torchvision = torch.library.Library("torchvision", "FRAGMENT")
-    for _operator in ("nms", "qnms"):
-        _torchvision.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+# There is no CPU wheel of sgl_kernel. torchvision is imported by transformers and SGLang, for images only.
+# PyPI's is built for CUDA: beside a CPU build of torch it raises at import, and transformers with it.
+# So requirements.txt has none, and one that is installed stays unused.
+ABSENT = ("sgl_kernel", "torchvision", "torchvision.io")
+ABSENT += ("torchvision.transforms", "torchvision.transforms.functional")
+ABSENT += ("torchvision.transforms.v2", "torchvision.transforms.v2.functional")
 
 
-class _AbsentKernels(types.ModuleType):
-    """A module that imports; whatever is called in it says what is missing."""
+class _Absent(types.ModuleType):
+    """A package that imports, and whatever is looked up in it. Calling that says what is missing."""
 
     __version__ = "0"
     __path__ = []
@@ -58,18 +59,15 @@ class _AbsentKernels(types.ModuleType):
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
+        return _Absent(f"{self.__name__}.{name}")
 
-        def absent(*args, **kwargs):
-            raise NotImplementedError(f"{self.__name__}.{name} needs a GPU: there is no CPU wheel of sgl_kernel")
-
-        return absent
+    def __call__(self, *args, **kwargs):
+        raise NotImplementedError(f"{self.__name__} is not used on a machine without a GPU")
 
 
-if "sgl_kernel" not in sys.modules:
-    _sgl_kernel = _AbsentKernels("sgl_kernel")
-    _sgl_kernel.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None, is_package=True)
-    sys.modules["sgl_kernel"] = _sgl_kernel
-
+for _name in ABSENT:
+    sys.modules[_name] = _Absent(_name)
+    sys.modules[_name].__spec__ = importlib.machinery.ModuleSpec(_name, None, is_package=True)
 
 
 def _through_fp32(product):

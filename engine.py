@@ -27,14 +27,14 @@ import torch
 if not torch.cuda.is_available():
     import cpu  # noqa: F401  before sglang
 
-from sglang.srt.entrypoints.engine import Engine as SGLangEngine
+from sglang.srt.entrypoints import engine as sglang_engine
 from sglang.srt.managers import io_struct
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import MultiprocessingSerializer
 
 from buckets import pack, phase
 from engine_process import died_at_start, engine_files, run_scheduler
-from processes import end_signals_blocked, main_module_hidden
+from processes import end_signals_blocked, kill_with_children, main_module_hidden
 from record import Row
 from run import EngineDied, engine_died
 
@@ -43,11 +43,13 @@ REPORTS_VERSIONS = importlib.util.find_spec("sglang.srt.utils.weight_versions") 
 # 0.5.21's ServerArgs is a struct of msgspec, 0.5.14's a dataclass.
 SERVER_FIELDS = getattr(ServerArgs, "__struct_fields__", None) or tuple(ServerArgs.__dataclass_fields__)
 
+LOOP_ENDS_WITHIN_S = 5.0
+
 
 SIGQUIT_WITHIN_S = 3.0  # SGLang's SubprocessWatchdog looks every second
 
 
-class Engine(SGLangEngine):
+class Engine(sglang_engine.Engine):
     """SGLang's Engine; version is that of the weights it holds, -1 before the first update."""
 
     run_scheduler_process_func = staticmethod(run_scheduler)
@@ -112,14 +114,28 @@ class Engine(SGLangEngine):
         self.loop.call_later(SIGQUIT_WITHIN_S, lambda: self._death.done() or self._death.set_result(None))
 
     def shutdown(self):
-        """End the engine's child processes and remove their files. Also called at exit; a second call does nothing."""
+        """End the engine's child processes, no others, its event loop, and its files. Also called at exit; a second call does nothing."""
+        stock = sglang_engine.kill_process_tree  # It would kill W&B, judges and multiprocessing's resource tracker too.
+        sglang_engine.kill_process_tree = lambda *_, **__: kill_with_children(self.processes)
         try:
             super().shutdown()
         finally:
+            sglang_engine.kill_process_tree = stock
             for file in self.files:
                 file.unlink(missing_ok=True)
-            if hasattr(self, "loop") and self.loop.is_running():  # no loop: the engine died while it was being started
-                self.loop.call_soon_threadsafe(self.loop.stop)
+        if hasattr(self, "loop") and self.loop.is_running():  # no loop: the engine died while it was being started
+            asyncio.run_coroutine_threadsafe(self._cancel_tasks(), self.loop).result()
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join(LOOP_ENDS_WITHIN_S)
+
+    @staticmethod
+    async def _cancel_tasks() -> None:
+        """Cancel what waits on the loop. Python prints an error for each task that it finds pending at exit."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=LOOP_ENDS_WITHIN_S)
 
     # --- generation
 

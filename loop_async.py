@@ -51,7 +51,7 @@ import run
 import train_step
 import weight_sync
 from hf_config import read_config
-from prompts import load_data
+from prompts import check_held_out, load_data
 from record import Record, Stopwatch
 
 
@@ -73,6 +73,7 @@ def main(settings: Settings) -> None:
         problems.refuse()
         return plan.report(settings, config, **load)
     problems.of(hf_folder.check_model_folder, model, config, data and data.tokenizer, stop=settings.rollout.stop)
+    problems.of(check_held_out, settings.run, data and data.held_out)
     problems.of(plan.check_machine, settings, config, **load)
     read = problems.of(checkpoint.what_was_read, settings, data) if data else {}
     resumed = problems.of(checkpoint.find, settings, "async", read) if settings.run.resume and settings.run.name else None
@@ -97,10 +98,12 @@ def main(settings: Settings) -> None:
     judge = reward.Judge(judged_by, settings.reward.judges, settings.reward.judge_timeout_s)
     with engine or contextlib.nullcontext(), record:
         weight_sync.sync_weights(weights, engine, version=start, check=True)
-        if not resumed:
-            record.log(record.log_eval(0, *reward.evaluate(engine, data, settings.rollout, judge, everyone)))
+        if not resumed or settings.run.eval_only:
+            record.log(record.log_eval(start, *reward.evaluate(engine, data, settings.rollout, judge, everyone)))
         else:
             record.profile(start)
+        if settings.run.eval_only:
+            return record.finish_evaluation()
         groups = in_flight.InFlight(engine, data, settings.rollout, settings.in_flight, settings.reward, judge, steps=steps, ranks=ranks)
         for step in range(start + 1, steps + 1):
             watch = Stopwatch()

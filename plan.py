@@ -272,6 +272,7 @@ def check_machine(settings, config: dict | None, **load) -> None:
     checkpoints = min(settings.run.keep + 1, -(-settings.run.steps // every)) if every > 0 and (settings.run.save_every or settings.run.resume) else 0
     exports = sum(sum(hand_off_bytes(config, dtype=dtype).values()) for dtype in settings.run.export if dtype in ("bf16", "fp8"))
     needed = checkpoints * checkpoint_bytes(total, train_dtype=settings.train.train_dtype) + exports
+    needed = 0 if settings.run.eval_only else needed
     free = shutil.disk_usage(existing).free
     if needed > free:
         what = f"{checkpoints} checkpoints (--keep and the one being written) and {len(settings.run.export)} exports"

@@ -12,12 +12,16 @@ import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Iterable
 from multiprocessing import resource_tracker, util
 from pathlib import Path
+
+import psutil
 
 # Ctrl-C, a scheduler, torchrun and a closed terminal signal every process of a rank's group.
 # The rank decides what follows: its children ignore these.
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GONE_WITHIN_S = 60.0  # a GPU's memory is given back while a killed process ends
 
 
 def use_writable_home() -> None:
@@ -89,6 +93,21 @@ def signal_when_parent_ends(number: int) -> None:
 def end_with_parent() -> None:
     """In a spawned child: end when the parent is gone, however it went, and be it before this is called."""
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def kill_with_children(processes: Iterable[multiprocessing.Process]) -> None:
+    """Kill children and all below them, and wait until they are gone. Those that have ended are passed over."""
+    below = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            below += psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    for process in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    for process in processes:
+        process.join(GONE_WITHIN_S)
+    psutil.wait_procs(below, timeout=GONE_WITHIN_S)
 
 
 def kill_at_exit(process: multiprocessing.Process) -> None:

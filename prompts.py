@@ -26,7 +26,7 @@ from chat import check_template_kwargs
 from problems import BadInput, Problems, all_problems
 from prompt_files import LabelProblems, read_prompts
 from sample import Sample, encode, end_tokens, load_tokenizer
-from settings import GYM, DataSettings, is_generated, weighted
+from settings import GYM, DataSettings, RunSettings, is_generated, weighted
 from toy.task import problems
 
 ENGINE_KEEPS = 2  # positions of a model's context that SGLang does not use: it would cut such an answer short
@@ -118,6 +118,14 @@ class Data:
     seed: int
     digest: dict[str, str] = field(default_factory=dict)
     """Checksum of what was read from each source of --prompts, by its place there: "1", "2", …; wherever the file is."""
+
+
+@all_problems
+def check_held_out(settings: RunSettings, held_out: list | None) -> None:
+    """Refuse --eval-only without held-out prompts. held_out: None where they could not be loaded."""
+    if settings.eval_only and held_out == []:
+        fix = "give --eval-prompts FILE, or raise --eval-samples"
+        yield f"--eval-only has no held-out prompts to evaluate on: {fix}"
 
 
 @all_problems

@@ -159,14 +159,17 @@ class Record:
 
     resumed: the checkpoint.Checkpoint that the run goes on from: what was written after it is cut off.
 
-    `with engine, record:` ends W&B's service before the engine, whose end kills every child process of this one, and with the service what it has not sent.
+    On exit W&B's service ends first, when it has sent what it holds.
     """
 
     def __init__(self, settings, loop: str, group: dist.ProcessGroup, trains: bool = True, resumed=None):
         self.group, self.loop, self.trains, self.is_writer = group, loop, trains, group.rank() == 0
-        folder = b""
+        folder, self.evaluated_model = b"", str(resumed.folder if resumed else settings.run.model)
+        name = settings.run.name
+        if settings.run.eval_only and resumed:  # A record of its own: that of the run stays as it is.
+            resumed, name, self.loop = None, "", f"{name}-eval"
         if self.is_writer:
-            writes_to = Path("runs") / settings.run.name if resumed else self._create_folder(settings.run.name)
+            writes_to = Path("runs") / name if resumed else self._create_folder(name)
             self.lock = lock_run_folder(writes_to)
             remove_parts(writes_to)
             folder = bytes(writes_to)
@@ -214,7 +217,8 @@ class Record:
             wandb_run = wandb.init(project=settings.run.wandb, **about)
             self.boards.append(lambda metrics: wandb_run.log(metrics, step=metrics["step"]))
             self.end_wandb = wandb.teardown
-        self.bar = tqdm(total=settings.run.steps, initial=resumed.step if resumed else 0, unit="step", dynamic_ncols=True)
+        off = settings.run.eval_only  # A bar of no steps says nothing.
+        self.bar = tqdm(total=settings.run.steps, initial=resumed.step if resumed else 0, unit="step", dynamic_ncols=True, disable=off)
         if resumed:
             rest = f"; the {dropped} rows of metrics.jsonl that followed it are dropped, and written again" if dropped else ""
             self.say(f"going on from {resumed.folder}{rest}")
@@ -348,6 +352,16 @@ class Record:
         ended = time.time()
         step_s = ended - watch.started
         return {"step_s": step_s, "trainer_wait": waiting("trainer", ("train", "sync")), "engine_wait": waiting("engine", ("rollout",))}
+
+    def finish_evaluation(self) -> None:
+        """Print the last line of a run with --eval-only: what was evaluated, and its mean reward."""
+        if not self.is_writer:
+            return
+        self.bar.close()
+        self.files["trace"].write("]\n")
+        result = f"{self.accuracy[-1]:.3f}" if self.accuracy else "none, no answer could be judged"
+        files = f"metrics and samples are in {self.folder}"
+        print(f"held-out reward of {self.evaluated_model}: {result}; {files}", flush=True)
 
     def log_eval(self, step: int, samples: list, metrics: dict) -> dict:
         """An evaluation's metrics on the console and as metrics of the step, the first answers from each held-out set in samples.jsonl."""

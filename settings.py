@@ -63,6 +63,8 @@ class RunSettings:
     """Generate and judge, but never train: to look at generation alone."""
     profile: tuple[int, ...] = ()
     """Steps of which every rank writes PyTorch's profile; open it at ui.perfetto.dev."""
+    eval_only: bool = False
+    """Evaluate --model, or with --resume the newest checkpoint of --name, on the held-out prompts; train, save and export nothing."""
 
 
 @dataclass(frozen=True)

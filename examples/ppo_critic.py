@@ -114,7 +114,7 @@ import train_step
 import weight_sync
 from advantages import gae, overlong_penalty, whiten
 from hf_config import read_config
-from prompts import load_data
+from prompts import check_held_out, load_data
 from record import Record, Stopwatch
 from sample import Sample
 from train_step import Trainer
@@ -257,6 +257,7 @@ def main(settings: Settings) -> None:
     policy_steps = steps - settings.critic.critic_warmup_steps
     data = problems.of(load_data, model, settings.rollout, config, seed=seed, label_problems=reward.label_problems(settings.reward))
     problems.of(hf_folder.check_model_folder, model, config, data and data.tokenizer, stop=settings.rollout.stop)
+    problems.of(check_held_out, settings.run, data and data.held_out)
     problems.of(rollout.check_rollout_settings, settings.rollout, config, longest=data and data.longest)
     sizes = dict(world_size=checks.world_size(settings), longest=data and data.longest)
     problems.of(train_step.check_train_settings, settings.train, config, **sizes)
@@ -280,6 +281,8 @@ def main(settings: Settings) -> None:
     with engine or contextlib.nullcontext(), record:
         weight_sync.sync_weights(weights, engine, version=0, check=True)
         record.log(record.log_eval(0, *reward.evaluate(engine, data, settings.rollout, judge, everyone)))
+        if settings.run.eval_only:
+            return record.finish_evaluation()
         prompts = rollout.Prompts(data, settings.rollout)
         for step in range(1, steps + 1):
             watch = Stopwatch()

@@ -83,6 +83,9 @@ def check_tool_flags(settings: Settings) -> None:
     if settings.run.debug_rollout_only or settings.run.load_rollouts or settings.run.save_rollouts:
         yield "--debug-rollout-only, --load-rollouts and --save-rollouts are not part of this example: leave them out"
     tools, max_response_tokens = settings.tools, settings.rollout.max_response_tokens
+    if settings.run.eval_only and tools.warm_steps and not settings.run.resume:
+        fix = "use --warm-steps 0 with a --model that can call the calculator, or --resume"
+        yield f"--eval-only trains nothing, and --warm-steps {tools.warm_steps} trains: {fix}"
     if settings.reward.reward != "exact" or settings.reward.dynamic_sampling:
         yield "--reward and --dynamic-sampling judge and generate single turns, not conversations: leave them out"
     if settings.rollout.prompts != ("toy",) or settings.rollout.eval_prompts:
@@ -116,7 +119,7 @@ import train_step
 import weight_sync
 from engine import Engine
 from hf_config import read_config
-from prompts import Data, load_data, toy_prompts
+from prompts import Data, check_held_out, load_data, toy_prompts
 from record import Record, Stopwatch
 from sample import Sample
 
@@ -272,6 +275,7 @@ def main(settings: Settings) -> None:
     config = problems.of(read_config, model)
     data = problems.of(load_data, model, replace(settings.rollout, stop=(*settings.rollout.stop, CALL_END)), config, seed=seed)
     problems.of(hf_folder.check_model_folder, model, config, data and data.tokenizer, stop=settings.rollout.stop)
+    problems.of(check_held_out, settings.run, data and data.held_out)
     problems.of(rollout.check_rollout_settings, settings.rollout, config, longest=data and data.longest)
     sizes = dict(world_size=checks.world_size(settings), longest=data and data.longest)
     problems.of(train_step.check_train_settings, settings.train, config, **sizes)
@@ -289,7 +293,7 @@ def main(settings: Settings) -> None:
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, **split)
     record.say(weight_sync.describe(config, fp8))
     if settings.tools.warm_steps:
-        model = warm_start(record, data, settings, config) if not resumed else str(record.folder / "warm-start")
+        model = warm_start(record, data, settings, config) if not resumed else str(resumed.folder.parent.parent / "warm-start")
     with_reference = settings.loss.kl_coef > 0
     trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed, with_reference=with_reference)
     checkpoint.restore(resumed, trainer)
@@ -298,10 +302,12 @@ def main(settings: Settings) -> None:
     judge = reward.Judge(right_answer, settings.reward.judges, settings.reward.judge_timeout_s)
     with engine or contextlib.nullcontext(), record:
         weight_sync.sync_weights(weights, engine, version=start, check=True)
-        if not resumed:
-            record.log(record.log_eval(0, *evaluate(engine, data, settings.rollout, judge, everyone, max_turns=max_turns)))
+        if not resumed or settings.run.eval_only:
+            record.log(record.log_eval(start, *evaluate(engine, data, settings.rollout, judge, everyone, max_turns=max_turns)))
         else:
             record.profile(start)
+        if settings.run.eval_only:
+            return record.finish_evaluation()
         prompts = rollout.Prompts(data, settings.rollout, taken=rollout.taken_before(ranks, settings.rollout))
         for step in range(start + 1, steps + 1):
             watch = Stopwatch()

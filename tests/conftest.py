@@ -7,6 +7,7 @@ torchrun worker script in tests/workers/.
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -67,11 +68,33 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return {family: write_model(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
 
 
+LOOKS_LIKE_AN_ERROR = re.compile(
+    "traceback|error|exception|warning|leaked|destroyed|never awaited|terminate called|dumped|segmentation|crashed|fatal|killed",
+    re.IGNORECASE,
+)
+# What torchrun, the launcher, says of a signal that it has passed on: lines of its log, and a traceback.
+TORCHRUN_S_OWN = re.compile(
+    r"^[WE]\d{4} .*torch/distributed/elastic/.*$|^Traceback \(most recent call last\):\n(?:  .*\n)+\S+\.SignalException: .*$",
+    re.MULTILINE,
+)
+
+
+def false_alarms(output: str) -> list[str]:
+    """Return the lines of a run that look like an error. A run that ends as it was asked to has none."""
+    lines = TORCHRUN_S_OWN.sub("", output.replace("\r", "\n")).splitlines()
+    return [line for line in lines if LOOKS_LIKE_AN_ERROR.search(line)]
+
+
 def torchrun(*arguments, ranks: int, timeout: int = 600, cwd: Path = ROOT, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a script under torchrun with this interpreter; standalone picks a free port. Output is captured as text."""
+    """Run a script under torchrun with this interpreter; standalone picks a free port. Output is captured as text.
+
+    A shipped script that ends well must not have printed what looks like an error.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout)
     assert not check or done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    if done.returncode == 0 and "tests" not in (ROOT / arguments[0]).relative_to(ROOT).parts:
+        assert false_alarms(done.stdout + done.stderr) == []
     return done
 
 
@@ -131,8 +154,11 @@ class Started:
         return code
 
     def text(self) -> str:
+        return self.whole_output()[-5000:]
+
+    def whole_output(self) -> str:
         self.output.seek(0)
-        return self.output.read()[-5000:]
+        return self.output.read()
 
 
 @pytest.fixture

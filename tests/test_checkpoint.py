@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, metrics_of, torchrun
+from conftest import ROOT, false_alarms, metrics_of, torchrun
 from megatron.core import dist_checkpointing
 
 import checkpoint
@@ -272,6 +272,49 @@ def test_resuming_at_another_layout(undisturbed, stopped, tmp_path):
     assert rows[7]["lr"] == metrics_of(undisturbed)[7]["lr"] and rows[7]["logprob_shift"] == 0 and rows[7]["mismatch_abs"] < 0.1
 
 
+# --- evaluation without training ------------------------------------------------------------------------------------------------------------
+
+
+def held_out(row: dict) -> dict:
+    return {key: row[key] for key in row if key.startswith(("held_out", "pass@", "majority@"))}
+
+
+def test_an_evaluation_of_a_checkpoint_gives_what_the_run_measured_then(undisturbed, stopped, tmp_path):
+    """The same prompts, seeds and weights: every number agrees to the last digit. The run is left as it is."""
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    done = torchrun(ROOT / "loop_sync.py", *QUICK, "--eval-only", "--name", "run", "--resume", ranks=1, cwd=tmp_path)
+    (folder,) = (tmp_path / "runs").glob("run-eval-*")
+    (row,) = metrics_of(folder)
+    assert row["step"] == 6 and held_out(row) == held_out(metrics_of(undisturbed)[6])
+    line = f"held-out reward of runs/run/checkpoints/step-000006: {row['held_out']:.3f}"
+    assert done.stdout.splitlines() == [f"{line}; metrics and samples are in runs/{folder.name}"]
+    assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+def test_an_evaluation_of_an_exported_folder_gives_what_the_run_measured_at_its_end(undisturbed, tmp_path):
+    flags = [*QUICK, "--eval-only", "--model", undisturbed / "model-bf16", "--name", "a"]
+    done = torchrun(ROOT / "loop_async.py", *flags, ranks=2, cwd=tmp_path)
+    (row,) = metrics_of(tmp_path / "runs" / "a")
+    assert row["step"] == 0 and held_out(row) == held_out(metrics_of(undisturbed)[9])
+    assert f"held-out reward of {undisturbed}/model-bf16: {row['held_out']:.3f}" in done.stdout
+    assert not list((tmp_path / "runs" / "a").glob("*/"))  # neither checkpoints nor an export
+
+
+def test_an_evaluation_needs_no_step_that_is_left_and_no_flags_of_the_training(undisturbed, monkeypatch):
+    assert find(undisturbed, monkeypatch, eval_only=True, resume=True, steps=9, seed=7, reward="math").step == 9
+
+
+def test_an_evaluation_needs_the_model_that_was_trained(stopped, monkeypatch):
+    read = json.loads((stopped / "checkpoints" / "step-000006" / "state.json").read_text(encoding="utf-8"))["read"]
+    other = read | {"--prompts": "other"}
+    assert find(stopped, monkeypatch, read=other, eval_only=True, resume=True).step == 6
+    with pytest.raises(BadInput, match="what --model names is not what it was"):
+        find(stopped, monkeypatch, read=other | {"--model": "other"}, eval_only=True, resume=True)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------------------------------
+
+
 def find(folder, monkeypatch, loop="sync", read=None, reward="exact", **changes):
     monkeypatch.chdir(folder.parent.parent)
     monkeypatch.setenv("RANK", "0")
@@ -465,6 +508,7 @@ def test_told_to_stop_it_saves_and_ends_well(start_loop, tmp_path, script, flags
     run = tmp_path / "runs" / "long"
     (saved,) = checkpoint.checkpoints_of(run)
     assert checkpoint.damage(saved) == "" and "go on with --name long --resume" in started.text()
+    assert false_alarms(started.whole_output()) == []
     last = metrics_of(run)[-1]["step"]
     assert saved.name == f"step-{last:06d}"
     torchrun(ROOT / script, *QUICK, *flags, "--steps", str(last + 4), "--name", "long", "--resume", ranks=2, cwd=tmp_path)

@@ -6,9 +6,11 @@ tensor parallelism.
 
 import asyncio
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing import resource_tracker
 
 import numpy as np
 import psutil
@@ -70,7 +72,7 @@ def exact(one_rank):
 
 
 @pytest.fixture(scope="module")
-def fp8(one_rank, exact):  # the fp32 tests come first; ending one engine ends all children of this process
+def fp8(one_rank, exact):  # the fp32 tests come first
     exact.engine.shutdown()
     pair = Pair("bf16", "fp8")
     yield pair
@@ -292,9 +294,20 @@ def test_shutdown_leaves_no_process_and_no_file(fp8):
     children = [child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(child.cmdline())]
     files = [file for file in fp8.engine.files if file.exists()]
     assert children and any("sglang_loads" in file.name for file in files) and len(files) > 3
+    other = subprocess.Popen(["sleep", "600"])  # a judge, or W&B's service
+    tracker = resource_tracker._resource_tracker._pid
+    try:
+        fp8.engine.shutdown()
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert not alive and not any(file.exists() for file in files)
+        assert other.poll() is None and psutil.Process(tracker).status() != psutil.STATUS_ZOMBIE
+    finally:
+        other.kill()
+
+
+def test_shutdown_leaves_no_task_that_python_would_complain_of_at_exit(fp8):
     fp8.engine.shutdown()
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert not alive and not any(file.exists() for file in files)
+    assert not fp8.engine.loop.is_running() and not asyncio.all_tasks(fp8.engine.loop)
 
 
 RAGGED = dict(hidden_size=192, num_attention_heads=3, num_key_value_heads=1, head_dim=64, intermediate_size=384)

@@ -7,6 +7,7 @@ Not covered: learning to 0.9 (README.md shows a run), several nodes, GPUs.
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import sys
 import loop_sync
 import pytest
 import torch
-from conftest import ROOT, metrics_of, start_main, torchrun, write_model
+from conftest import ROOT, false_alarms, metrics_of, start_main, torchrun, write_model
 from safetensors.torch import load_file, save_file
+from test_answer import PLAIN, python
 
 import run
 from checkpoint import checkpoints_of
@@ -29,9 +31,10 @@ QUICK = ["--steps", "2", "--eval-every", "2", "--eval-samples", "16", "--prompts
 
 @pytest.fixture(scope="module")
 def tp2(tmp_path_factory):
-    """Two ranks, tensor parallel, FP8 rollouts, the gate after every step."""
+    """Two ranks, tensor parallel, FP8 rollouts, judges in processes of their own, the gate after every step."""
     folder = tmp_path_factory.mktemp("tp2")
-    done = torchrun(ROOT / "loop_sync.py", *QUICK, "--tp", "2", "--name", "a", "--check-sync", "--export", "bf16", "fp8", ranks=2, cwd=folder)
+    flags = ["--tp", "2", "--name", "a", "--check-sync", "--reward", "math", "--export", "bf16", "fp8"]
+    done = torchrun(ROOT / "loop_sync.py", *QUICK, *flags, ranks=2, cwd=folder)
     return done, folder / "runs" / "a"
 
 
@@ -60,6 +63,11 @@ def test_both_exports_hold_the_trained_weights(tp2):
     toy = load_file(ROOT / "toy" / "model.safetensors")
     assert bf16.keys() == toy.keys() and any(not torch.equal(bf16[name], toy[name]) for name in toy)
     assert set(fp8) - set(bf16) == {f"{name}_scale_inv" for name in bf16 if "_proj" in name}
+
+
+def test_transformers_alone_loads_the_exported_folder(tp2):
+    done = python("-c", PLAIN, tp2[1] / "model-bf16", "123+456=", cwd=tp2[1])
+    assert re.fullmatch(r"123\+456=\d*\n", done.stdout), done.stderr
 
 
 def test_with_learning_rate_zero_nothing_drifts(tmp_path):
@@ -220,8 +228,8 @@ def test_killing_torchrun_leaves_a_checkpoint_and_no_rank(start_loop):
 
 
 def test_ctrl_c_ends_every_process(start_loop):
-    started = start_loop("loop_sync.py", *LONG, rows=4)
+    started = start_loop("loop_sync.py", *LONG, "--reward", "math", rows=4)
     os.killpg(started.process.pid, signal.SIGINT)
     assert started.end(60) != 0
-    assert "interrupted by SIGINT" in started.text()
+    assert "interrupted by SIGINT" in started.text() and false_alarms(started.whole_output()) == []
     assert all(json.loads(line) for line in started.metrics.read_text(encoding="utf-8").splitlines())
