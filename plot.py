@@ -1,4 +1,4 @@
-"""Draw runs as one picture: reward and held-out accuracy, mismatch of trainer and engine, stage times, staleness, and the timeline of a few steps.
+"""Draw runs as one picture: reward and held-out reward, mismatch of trainer and engine, stage times, staleness, and the timeline of a few steps.
 
     python plot.py runs/A [runs/B …] [--out plot.png] [--timeline-steps 3]
 

@@ -2,7 +2,7 @@
 
     runs/NAME/settings.json    every setting as resolved, versions and the command line
     runs/NAME/metrics.jsonl    one object a step; README.md explains each key
-    runs/NAME/samples.jsonl    a few generated answers of every evaluation, with their rewards
+    runs/NAME/samples.jsonl    a few answers of training steps and evaluations, with their rewards
     runs/NAME/trace.json       what every rank did when, in Chrome's trace format: open it at ui.perfetto.dev
     runs/NAME/rollouts/        with --save-rollouts: every sample of every step, what --load-rollouts reads
     runs/NAME/profile/         with --profile: PyTorch's profile of chosen steps
@@ -32,6 +32,9 @@ from problems import BadInput
 from run import all_gather_bytes, broadcast_bytes
 
 ROWS = ("trainer", "engine", "judge")  # of each rank's part of the timeline
+SHOWN_ANSWERS = 8  # of each source, in samples.jsonl, a step
+SHOWN_SHARE = 0.05  # of a step: the bar shows a reward stage that takes this much of it
+STAGES = ("rollout", "wait", "reward", "train", "sync")
 NOTHING_TO_LEARN = (
     "step {step}: the rewards of each prompt's answers are all equal (mean {reward:.3f}), so nothing was learned. Compare answers and labels in samples.jsonl; "
     "look at --reward, --label-key, --label-after, and --max-response-tokens ({truncated:.0%} of the answers were cut off)"
@@ -111,7 +114,8 @@ class Record:
             folder = bytes(Path("runs") / settings.run.name if resumed else self._create_folder(settings.run.name))
         self.folder = Path(broadcast_bytes(folder, group).decode())
         self.name = str(self.folder.relative_to("runs"))
-        self.started, self.accuracy, self.settings, self.profiler, self.boards, self.end_wandb = time.time(), [], settings.run, None, [], None
+        self.started, self.settings, self.profiler, self.boards, self.end_wandb = time.time(), settings.run, None, [], None
+        self.held_out, self.rewards = [], []  # of each evaluation; of each step
         self.resumed, self.first_step = resumed is not None, resumed.step + 1 if resumed else 1
         dropped = 0  # rows that stand behind the checkpoint
         self.stopping = False
@@ -126,7 +130,8 @@ class Record:
                 for name, file in self.files.items():
                     file.truncate(resumed.state["record"][name])
                 rows = map(json.loads, (self.folder / FILES["metrics"]).read_text(encoding="utf-8").splitlines())
-                self.accuracy = [row["held_out"] for row in rows if "held_out" in row]
+                for row in rows:
+                    self._remember(row)
             else:
                 names = [{"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}} for rank in range(group.size())]
                 names += [{"name": "thread_name", "ph": "M", "pid": n["pid"], "tid": i, "args": {"name": row}} for n in names for i, row in enumerate(ROWS)]
@@ -169,6 +174,13 @@ class Record:
         known = json.loads(before.read_text(encoding="utf-8")).get("wandb_id") if before.exists() else None
         return known or f"{self.name.replace('/', '-')}-{uuid.uuid4().hex[:8]}"
 
+    def _remember(self, metrics: dict) -> None:
+        """Keep what the last line tells of a row of metrics."""
+        if "held_out" in metrics:
+            self.held_out.append(metrics["held_out"])
+        if "reward" in metrics:
+            self.rewards.append(metrics["reward"])
+
     def __enter__(self) -> "Record":
         return self
 
@@ -200,6 +212,8 @@ class Record:
 
     def profile(self, step: int) -> None:
         """At the end of a step: with --profile, write this rank's profile of it, and begin that of the next."""
+        if self.is_writer and step == self.first_step - 1:
+            self.bar.unpause()  # the bar's clock runs from the first step on, not from the start
         if self.profiler:
             self.profiler.stop()
             (self.folder / "profile").mkdir(exist_ok=True)
@@ -216,11 +230,15 @@ class Record:
         for board in self.boards:
             board({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
         self.files["metrics"].write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in metrics.items()}) + "\n")
+        self._remember(metrics)
         if metrics["step"] == self.first_step and metrics.get("zero_std_groups") == 1 and "reward" in metrics:
             self.say(NOTHING_TO_LEARN.format(**metrics))
         if "reward" in metrics or "reward_errors" in metrics:  # a step, and no evaluation
             reward = f"reward {metrics['reward']:.2f}" if "reward" in metrics else "no reward"
-            stages = "  ".join(f"{stage} {metrics[f'{stage}_s']:.2f} s" for stage in ("rollout", "wait", "train", "sync") if f"{stage}_s" in metrics)
+            least_s = {"reward": SHOWN_SHARE * metrics.get("step_s", 0)}
+            seconds = {stage: metrics.get(f"{stage}_s") for stage in STAGES}
+            shown = [stage for stage, s in seconds.items() if s is not None and s >= least_s.get(stage, 0)]
+            stages = "  ".join(f"{stage} {seconds[stage]:.2f} s" for stage in shown)
             self.bar.set_postfix_str(f"{reward}  {stages}", refresh=False)
             self.bar.update()
 
@@ -262,18 +280,30 @@ class Record:
             error = next(sample.error for sample in samples if sample.reward is None)
             more += f"  {errors} of {len(samples)} answers could not be judged, the first: {error[:200]}"
         if "held_out" in metrics:
-            self.accuracy.append(metrics["held_out"])
-            self.say(f"step {step:4d}  held-out accuracy {metrics['held_out']:.3f} on {prompts} prompts{more}")
+            self.say(f"step {step:4d}  held-out reward {metrics['held_out']:.3f} on {prompts} prompts{more}")
         else:
-            self.say(f"step {step:4d}  no held-out accuracy{more}")
+            self.say(f"step {step:4d}  no held-out reward{more}")
+        self._write_samples(step, samples, split="held-out")
+        return {"step": step, **metrics}
+
+    def log_samples(self, step: int, samples: list) -> None:
+        """Write a few of a training step's answers: of steps 1 and --steps, and every --eval-every.
+
+        They are the first answers to several prompts of each source.
+        """
+        if step in (1, self.settings.steps) or step % self.settings.eval_every == 0:
+            ordered = sorted(samples, key=lambda sample: (sample.index, sample.group))
+            self._write_samples(step, ordered, split="train")
+
+    def _write_samples(self, step: int, samples: list, *, split: str) -> None:
         written = collections.Counter()
         for sample in samples if self.is_writer else ():
-            source = sample.source
-            written[source] += 1
-            if written[source] <= 8:
-                row = {"prompt": sample.prompt, "response": sample.response, "label": sample.label, "reward": sample.reward, "source": source}
-                self.files["samples"].write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
-        return {"step": step, **metrics}
+            written[sample.source] += 1
+            if written[sample.source] <= SHOWN_ANSWERS:
+                row = {"step": step, "split": split, "prompt": sample.prompt, "response": sample.response}
+                row |= {"label": sample.label, "reward": sample.reward, "source": sample.source}
+                row |= {"error": sample.error} if sample.error else {}
+                self.files["samples"].write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def finish(self) -> None:
         """The last line: what was learned, and where the record is; or how to go on."""
@@ -284,5 +314,23 @@ class Record:
             print(f"stopped after step {self.bar.n}, as asked by SIGTERM: go on with --name {self.name} --resume", flush=True)
             return
         self.files["trace"].write("]\n")
-        learned = f"held-out accuracy {self.accuracy[0]:.3f} -> {self.accuracy[-1]:.3f}" if self.accuracy else "no held-out prompts to judge by"
-        print(f"{learned} in {self.bar.total} steps, {time.time() - self.started:.0f} s; metrics, samples and weights are in {self.folder}", flush=True)
+        name, values = "held-out reward", self.held_out
+        if not values:
+            name, values = "no held-out prompts; reward of the training steps", self.rewards
+        learned = f"{name} {values[0]:.3f} -> {values[-1]:.3f}" if values else "no reward"
+        seconds = time.time() - self.started
+        print(
+            f"{learned} in {self.bar.total} steps, {seconds:.0f} s; {self._written()} in {self.folder}",
+            flush=True,
+        )
+
+    def _written(self) -> str:
+        """Name what a reader finds in the run folder: "metrics, samples and weights are"."""
+        names = ["metrics"]
+        if self.positions()["samples"]:
+            names.append("samples")
+        if any((folder / "config.json").exists() for folder in self.exports().values()):
+            names.append("weights")
+        if len(names) == 1:
+            return "metrics are"
+        return f"{', '.join(names[:-1])} and {names[-1]} are"
