@@ -33,7 +33,7 @@ from run import all_gather_bytes, broadcast_bytes
 
 ROWS = ("trainer", "engine", "judge")  # of each rank's part of the timeline
 SHOWN_ANSWERS = 8  # of each source, in samples.jsonl, a step
-SHOWN_SHARE = 0.05  # of a step: the bar shows a reward stage that takes this much of it
+SHOWN_SHARE = 0.1  # of a step: the bar shows a reward stage that takes this much of it
 STAGES = ("rollout", "wait", "reward", "train", "sync")
 NOTHING_TO_LEARN = (
     "step {step}: the rewards of each prompt's answers are all equal (mean {reward:.3f}), so nothing was learned. Compare answers and labels in samples.jsonl; "
@@ -85,6 +85,19 @@ class Row:
         self._since = now
 
 
+def renamed(
+    spans: list[tuple[str, float, float]], start: float, end: float
+) -> list[tuple[str, float, float]]:
+    """Call "evaluation" what is no waiting in spans between start and end; cut those that cross."""
+    parts = []
+    for activity, begin, stop in spans:
+        cuts = [begin, *(cut for cut in (start, end) if begin < cut < stop), stop]
+        for left, right in zip(cuts, cuts[1:]):
+            inside = start <= left and right <= end and activity != "wait"
+            parts.append(("evaluation" if inside else activity, left, right))
+    return parts
+
+
 FILES = {"metrics": "metrics.jsonl", "samples": "samples.jsonl", "trace": "trace.json"}
 
 
@@ -118,6 +131,8 @@ class Record:
         self.held_out, self.rewards = [], []  # of each evaluation; of each step
         self.resumed, self.first_step = resumed is not None, resumed.step + 1 if resumed else 1
         dropped = 0  # rows that stand behind the checkpoint
+        self.spans_end, self.evaluated = time.time(), (0.0, 0.0)
+        """Up to when the timeline is; from when to when the last evaluation was."""
         self.stopping = False
         """Whether a rank has been told to stop: the same on all ranks, from the end of a step on."""
         if not self.is_writer:
@@ -235,9 +250,9 @@ class Record:
             self.say(NOTHING_TO_LEARN.format(**metrics))
         if "reward" in metrics or "reward_errors" in metrics:  # a step, and no evaluation
             reward = f"reward {metrics['reward']:.2f}" if "reward" in metrics else "no reward"
-            least_s = {"reward": SHOWN_SHARE * metrics.get("step_s", 0)}
-            seconds = {stage: metrics.get(f"{stage}_s") for stage in STAGES}
-            shown = [stage for stage, s in seconds.items() if s is not None and s >= least_s.get(stage, 0)]
+            least_s = SHOWN_SHARE * metrics.get("step_s", 0)
+            seconds = {stage: metrics[f"{stage}_s"] for stage in STAGES if f"{stage}_s" in metrics}
+            shown = [stage for stage, s in seconds.items() if stage != "reward" or s >= least_s]
             stages = "  ".join(f"{stage} {seconds[stage]:.2f} s" for stage in shown)
             self.bar.set_postfix_str(f"{reward}  {stages}", refresh=False)
             self.bar.update()
@@ -249,7 +264,9 @@ class Record:
         step's end too; an engine waits while it generates nothing. Clocks of several machines are taken as they are.
         """
         rows = {"trainer": watch.spans, "stop": run.told_to_stop.is_set()} if self.trains else {"stop": run.told_to_stop.is_set()}
-        rows |= {"engine": engine.row.take(), "judge": judge.row.take()} if engine else {}
+        of_engine = {"engine": engine.row.take(), "judge": judge.row.take()} if engine else {}
+        rows |= {row: renamed(spans, *self.evaluated) for row, spans in of_engine.items()}
+        self.spans_end = time.time()
         ranks = [json.loads(row) for row in all_gather_bytes(json.dumps(rows).encode(), self.group)]
         self.stopping = any([rank.pop("stop") for rank in ranks])
         if not self.is_writer:
@@ -273,6 +290,7 @@ class Record:
         """An evaluation's metrics on the console and as metrics of the step, the first answers from each held-out set in samples.jsonl."""
         if not samples:
             return {"step": step}
+        self.evaluated = (self.spans_end, time.time())
         prompts, n = len({sample.group for sample in samples}), 1 + max(sample.index for sample in samples)
         shown = [key for key in metrics if key.startswith("held_out/") or n > 1 and key in (f"pass@{n}", f"majority@{n}")]
         more = "".join(f"  {key.removeprefix('held_out/')} {metrics[key]:.3f}" for key in shown)
@@ -318,11 +336,8 @@ class Record:
         if not values:
             name, values = "no held-out prompts; reward of the training steps", self.rewards
         learned = f"{name} {values[0]:.3f} -> {values[-1]:.3f}" if values else "no reward"
-        seconds = time.time() - self.started
-        print(
-            f"{learned} in {self.bar.total} steps, {seconds:.0f} s; {self._written()} in {self.folder}",
-            flush=True,
-        )
+        when = f"in {self.bar.total} steps, {time.time() - self.started:.0f} s"
+        print(f"{learned} {when}; {self._written()} in {self.folder}", flush=True)
 
     def _written(self) -> str:
         """Name what a reader finds in the run folder: "metrics, samples and weights are"."""
@@ -331,6 +346,5 @@ class Record:
             names.append("samples")
         if any((folder / "config.json").exists() for folder in self.exports().values()):
             names.append("weights")
-        if len(names) == 1:
-            return "metrics are"
-        return f"{', '.join(names[:-1])} and {names[-1]} are"
+        *others, last = names
+        return f"{', '.join(others)} and {last} are" if others else "metrics are"

@@ -327,7 +327,16 @@ def test_the_bars_clock_of_a_resumed_run_runs_from_its_first_step(one_rank, monk
     assert record.bar.format_dict["elapsed"] == pytest.approx(0)
 
 
-@pytest.mark.parametrize("reward_s, shown", [(0.5, True), (0.06, True), (0.01, False)])
+def test_an_evaluation_is_no_rollout_of_the_timeline():
+    """It began at 5 and ended at 8; the engine was busy until a step's rollout began at 8."""
+    spans = [("wait", 4.0, 5.5), ("rollout", 5.5, 9.0), ("wait", 9.0, 10.0), ("sync", 10.0, 11.0)]
+    assert record_module.renamed(spans, 5.0, 8.0) == [
+        ("wait", 4.0, 5.0), ("wait", 5.0, 5.5), ("evaluation", 5.5, 8.0), ("rollout", 8.0, 9.0),
+        ("wait", 9.0, 10.0), ("sync", 10.0, 11.0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("reward_s, shown", [(0.5, True), (0.11, True), (0.05, False)])
 def test_the_bar_shows_a_judge_that_takes_long(one_rank, monkeypatch, tmp_path, reward_s, shown):
     record = record_of(monkeypatch, tmp_path)
     seconds = {"rollout_s": 0.3, "reward_s": reward_s, "train_s": 0.15, "sync_s": 0.05, "step_s": 1.0}
