@@ -26,16 +26,26 @@ MAPPED = {
     "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings",
     "partial_rotary_factor", "attention_bias",
 }  # fmt: skip
-MAPPED_MOE = {
-    "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "n_shared_experts",
-    "first_k_dense_replace", "routed_scaling_factor", "n_group", "topk_group", "use_qk_norm", "num_nextn_predict_layers",
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of their number
+MAPPED_MOE = {*EXPERTS, "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
+MAPPED_OF = {
+    "qwen3_moe": MAPPED_MOE,
+    "glm4_moe": MAPPED_MOE | {
+        "n_shared_experts", "first_k_dense_replace", "routed_scaling_factor", "n_group", "topk_group",
+        "use_qk_norm", "num_nextn_predict_layers",
+    },
 }  # fmt: skip
 # Fields that only one value of is implemented.
 REQUIRED = {
     "hidden_act": ("silu",), "mlp_bias": (False,), "use_sliding_window": (False,), "attention_dropout": (0, 0.0),
     "pretraining_tp": (1,), "rope_interleaved": (False,), "quantization_config": (None,), "is_llama_config": (True,),
-    "decoder_sparse_step": (1,), "mlp_only_layers": ([], None), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",),
+    "decoder_sparse_step": (1,), "mlp_only_layers": ([], None),
 }  # fmt: skip
+# How a token's experts are chosen; a dense model has none of these fields.
+REQUIRED_OF = {
+    "qwen3_moe": {"scoring_func": ("softmax",)},
+    "glm4_moe": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+}
 # Fields that do not change what the model computes.
 IGNORED = {
     "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
@@ -78,16 +88,24 @@ def read_config(folder: str | Path) -> dict:
             f"{path}: {given}; {fix} if this is a causal language model, and use another model if "
             "it is not"
         )
+    required = REQUIRED | REQUIRED_OF.get(config["model_type"], {})
     for field, value in config.items():
         if field == "layer_types":
             if set(value or ()) - {"full_attention"}:
                 yield f"{path}: layer_types holds {sorted(set(value))}; only full_attention is implemented"
-        elif field in REQUIRED:
-            if value not in REQUIRED[field]:
-                yield f"{path}: {field} is {value!r}; only {REQUIRED[field][0]!r} is implemented"
-        elif field not in MAPPED | IGNORED | (MAPPED_MOE if config["model_type"] in ("qwen3_moe", "glm4_moe") else set()):
+        elif field in required:
+            if value not in required[field]:
+                yield f"{path}: {field} is {value!r}; only {required[field][0]!r} is implemented"
+        elif field not in MAPPED | IGNORED | MAPPED_OF.get(config["model_type"], set()):
             yield f"{path}: field {field!r} is unknown to the mapping in hf_config.py; if it does not change the model, add it to IGNORED there"
-    config["num_experts"] = next((config[field] for field in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(field)), 0)
+    experts = {field: config[field] for field in EXPERTS if config.get(field)}
+    theirs = next((getattr(known, field) for field in EXPERTS if hasattr(known, field)), 0)
+    if theirs and any(count != theirs for count in experts.values()):
+        yield (
+            f"{path}: {experts} is read as {theirs} experts by transformers and the engine: keep one "
+            f"of these fields, the one that {config['model_type']} has"
+        )
+    config["num_experts"] = next(iter(experts.values()), 0)
     for field in FILLED_IN:
         if config.get(field) is None and getattr(known, field, None) is not None:
             config[field] = getattr(known, field)
@@ -160,6 +178,11 @@ def _check_sizes(config: dict, path: Path):
 def _expert_problems(config: dict, path: Path) -> Iterator[str]:
     """Yield what of a mixture of experts' sizes does not fit together."""
     experts, groups = config["num_experts"], config.get("n_group", 1)
+    if config["num_experts_per_tok"] == 1:
+        yield (
+            f"{path}: num_experts_per_tok is 1; it must be at least 2: the weight of a single expert "
+            "is 1 here, and Megatron gives it another"
+        )
     if config["num_experts_per_tok"] > experts:
         yield (
             f"{path}: num_experts_per_tok {config['num_experts_per_tok']} must be at most the "
@@ -170,12 +193,46 @@ def _expert_problems(config: dict, path: Path) -> Iterator[str]:
             f"{path}: n_group {groups} must divide the {experts} experts, and topk_group "
             f"{config.get('topk_group', 1)} be at most n_group"
         )
+    elif groups > 1:
+        yield from _group_problems(config, path)
     largest = {"first_k_dense_replace": config["num_hidden_layers"]}
     largest |= {"n_shared_experts": 2**16, "num_nextn_predict_layers": 2**16}
     for field, most in largest.items():
         value = config.get(field)
         if value is not None and (type(value) is not int or not 0 <= value <= most):
             yield f"{path}: {field} is {value!r}; it must be an integer from 0 to {most}"
+
+
+def _group_problems(config: dict, path: Path) -> Iterator[str]:
+    """Yield where the trainer would choose experts of other groups than the engine.
+
+    Megatron ranks groups by the sum of their best num_experts_per_tok // topk_group experts
+    (moe_utils.group_limited_topk), GLM and SGLang by that of their best two.
+    """
+    chosen, groups, of_groups = (config[n] for n in ("num_experts_per_tok", "n_group", "topk_group"))
+    size = config["num_experts"] // groups
+    if size < 2:
+        yield (
+            f"{path}: n_group {groups} leaves groups of {size} expert; groups are ranked by their best "
+            f"two, so n_group must be at most {config['num_experts'] // 2}, or 1 for no groups"
+        )
+    elif chosen > of_groups * size:
+        yield (
+            f"{path}: num_experts_per_tok {chosen} must be at most {of_groups * size}, the experts of "
+            f"topk_group {of_groups} groups: use a larger topk_group"
+        )
+    elif is_grouped(config) and chosen // of_groups != 2:
+        yield (
+            f"{path}: n_group {groups} with topk_group {of_groups} is implemented where "
+            f"num_experts_per_tok // topk_group is 2; here it is {chosen} // {of_groups} = "
+            f"{chosen // of_groups}: the engine ranks groups by their best 2 experts, the trainer by "
+            f"their best {chosen // of_groups}; use a model with n_group 1, or such numbers"
+        )
+
+
+def is_grouped(config: dict) -> bool:
+    """Tell whether a token's experts must be of its best groups; not where all groups are chosen."""
+    return config.get("topk_group", 1) < config.get("n_group", 1)
 
 
 def generation_eos(folder: str | Path) -> list:
@@ -280,7 +337,7 @@ def _moe_arguments(config: dict) -> dict:
         moe_layer_freq=[int(is_sparse(config, layer)) for layer in range(config["num_hidden_layers"])],
     )
     if config["model_type"] == "glm4_moe":
-        grouped = config.get("n_group", 1) > 1
+        grouped = is_grouped(config)
         moe |= dict(
             moe_router_score_function="sigmoid",
             moe_router_enable_expert_bias=True,

@@ -122,6 +122,7 @@ def main(settings: Settings) -> None:
 
             metrics |= set_aside | reward.batch_metrics(samples, version=step - 1) | record.trace(watch, engine, judge)
             metrics |= {"rollout_s": rollout_s, "reward_s": reward_s, "train_s": train_s, "sync_s": sync_s, "sync_bytes": sync_bytes}
+            record.log_samples(step, samples)
             if step % settings.run.eval_every == 0 or step == steps:
                 metrics |= record.log_eval(step, *reward.evaluate(engine, data, settings.rollout, judge, everyone))
             record.log({"step": step, **metrics})

@@ -3,7 +3,7 @@
 Log-probs and entropy, which they start from, are computed in logprobs.py.
 
 An algorithm is one choice from each of five tables: POLICY_LOSSES, AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS here, ADVANTAGES in advantages.py. A fork adds
-a function and its line. Over the tokens of the global batch, in the terms of the tables:
+a function and its line in the table: flags, default bounds and refusals follow from the line. Over the tokens of the global batch, in the terms of the tables:
 
     loss = sum of weight_T (correction_T policy_loss_T + kl_coef kl_T - entropy_coef entropy_T) / sum of units_N
 
@@ -18,12 +18,13 @@ Shape letters: T packed tokens of a micro-batch, N its samples.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
+import tyro
 
 from problems import all_problems
 
@@ -105,16 +106,30 @@ def cispo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low: floa
 
         loss = -sg(clip(r, 1 - clip_low, 1 + clip_high)) A logprobs
 
-    clip_low 1 is no lower bound, as in the paper. dual_clip has no meaning here; check_loss_settings refuses it.
+    clip_low 1 is no lower bound, as in the paper. dual_clip has no meaning here; the table refuses it.
     """
     ratio_T = ratio(logprobs_T.detach() - old_logprobs_T)
     weight_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
     return -weight_T * advantages_T * logprobs_T, ratio_T, weight_T != ratio_T
 
 
-POLICY_LOSSES = {"ppo": ppo, "gspo": gspo, "cispo": cispo}
-CLIPS = {"ppo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
-"""(clip_low, clip_high) unless set: DAPO's; GSPO's; for CISPO no lower bound and weights up to 5, as ScaleRL (arXiv 2510.13786) uses it."""
+@dataclass(frozen=True)
+class PolicyLoss:
+    """One policy loss, with the bounds that hold unless they are set; None: it has no such bound."""
+
+    function: Callable
+    clip_low: float | None
+    clip_high: float | None
+    only: dict[str, tuple] = field(default_factory=dict)
+    """Fields of LossSettings of which it takes these values only; others are refused."""
+
+
+POLICY_LOSSES = {
+    "ppo": PolicyLoss(ppo, 0.2, 0.28),  # DAPO's
+    "gspo": PolicyLoss(gspo, 3e-4, 4e-4, only={"aggregation": ("sequence",)}),  # one ratio a response
+    # No lower bound and weights up to 5, as ScaleRL (arXiv 2510.13786) uses it.
+    "cispo": PolicyLoss(cispo, 1.0, 4.0, only={"dual_clip": (0.0,)}),
+}
 
 
 # --- aggregation: one number from the tokens of the global batch --------------------------------------------------------------------------------
@@ -243,46 +258,77 @@ def unbiased_k3(logprobs_T, ref_logprobs_T, old_logprobs_T):
     return ratio(logprobs_T - old_logprobs_T) * k3(logprobs_T, ref_logprobs_T, old_logprobs_T)
 
 
-KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "low_var_kl": low_var_kl, "unbiased_k3": unbiased_k3}
+@dataclass(frozen=True)
+class KLEstimator:
+    """One estimator, and the settings that it takes some values of only, as PolicyLoss.only."""
+
+    function: Callable
+    only: dict[str, tuple] = field(default_factory=dict)
+
+
+KL_ESTIMATORS = {
+    "k1": KLEstimator(k1, only={"kl_in": ("reward",)}),  # as a loss it has no gradient on average
+    "k2": KLEstimator(k2),
+    "k3": KLEstimator(k3),
+    "low_var_kl": KLEstimator(low_var_kl),
+    "unbiased_k3": KLEstimator(unbiased_k3),
+}
 
 
 # --- the choice of an algorithm -----------------------------------------------------------------------------------------------------------------
+
+
+def _choice(table: dict[str, Any], text: str) -> Any:
+    """Return the type of a flag that takes the names of a table."""
+    return Annotated[tyro.extras.literal_type_from_choices(table), tyro.conf.arg(help=text)]
+
+
+def _bound(table: dict[str, Any], bound: str, text: str) -> Any:
+    """Return the type of a flag that is None, or takes the place of a bound of the table."""
+    own = {name: getattr(choice, bound) for name, choice in table.items()}
+    shown = ", ".join(f"{value:g} for {name}" for name, value in own.items() if value is not None)
+    return Annotated[float | None, tyro.conf.arg(help=f"{text} None: {shown}.")]
 
 
 @dataclass(frozen=True)
 class LossSettings:
     """The policy loss, one choice from each table above."""
 
-    policy_loss: Literal["ppo", "gspo", "cispo"] = "ppo"
-    """Objective of a token: PPO's clip; GSPO's sequence ratio (with --aggregation sequence); CISPO's clipped weight."""
-    clip_low: float | None = None
-    """The ratio is clipped below 1 - clip_low. None: 0.2 for ppo, 3e-4 for gspo, 1 (no bound) for cispo."""
-    clip_high: float | None = None
-    """The ratio is clipped above 1 + clip_high. None: 0.28 (DAPO's clip-higher) for ppo, 4e-4 for gspo, 4 for cispo."""
+    policy_loss: _choice(
+        POLICY_LOSSES,
+        "Objective of a token: PPO's clip; GSPO's sequence ratio; CISPO's clipped weight; see losses.py.",
+    ) = "ppo"
+    clip_low: _bound(POLICY_LOSSES, "clip_low", "The ratio is clipped below 1 - clip_low.") = None
+    clip_high: _bound(POLICY_LOSSES, "clip_high", "The ratio is clipped above 1 + clip_high.") = None
     dual_clip: float = 0.0
     """Bound of the loss of bad tokens, as a multiple of |advantage| above 1, for instance 3; 0: no bound."""
-    aggregation: Literal["token", "sequence", "constant"] = "token"
-    """Every token of the batch counts alike (DAPO), every response (GRPO), or tokens over the constant --max-response-tokens (Dr. GRPO)."""
-    correction: Literal["none", "tis", "icepop", "decoupled", "sequence_mask"] = "tis"
-    """What becomes of tokens whose log-prob differs between trainer and engine: weights or masks; see losses.py."""
-    correction_low: float | None = None
-    """Lower bound. None: 0.5 for icepop, 0.9 for sequence_mask; the others have none."""
-    correction_high: float | None = None
-    """Upper bound. None: 2 for tis, 5 for icepop and decoupled, 1.1 for sequence_mask."""
+    aggregation: _choice(
+        AGGREGATIONS,
+        "Every token of the batch counts alike (DAPO), every response (GRPO), or tokens over the "
+        "constant --max-response-tokens (Dr. GRPO).",
+    ) = "token"
+    correction: _choice(
+        CORRECTIONS,
+        "What becomes of tokens whose log-prob differs between trainer and engine: weights or masks; "
+        "see losses.py.",
+    ) = "tis"
+    correction_low: _bound(CORRECTIONS, "low", "Lower bound of the correction.") = None
+    correction_high: _bound(CORRECTIONS, "high", "Upper bound of the correction.") = None
     kl_coef: float = 0.0
     """Weight of the KL to the frozen reference; 0: no reference is kept."""
-    kl_estimator: Literal["k1", "k2", "k3", "low_var_kl", "unbiased_k3"] = "k3"
-    """How that KL is estimated from a sampled token."""
+    kl_estimator: _choice(
+        KL_ESTIMATORS, "How that KL is estimated from a sampled token; see losses.py."
+    ) = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
     """The KL is a term of the loss, with its gradient, or is taken from the reward at each token."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
 
     @property
-    def clips(self) -> tuple[float, float]:
+    def clips(self) -> tuple[float | None, float | None]:
         """(clip_low, clip_high), as set or as the policy loss has them."""
-        low, high = CLIPS[self.policy_loss]
-        return low if self.clip_low is None else self.clip_low, high if self.clip_high is None else self.clip_high
+        own, low, high = POLICY_LOSSES[self.policy_loss], self.clip_low, self.clip_high
+        return own.clip_low if low is None else low, own.clip_high if high is None else high
 
     @property
     def correction_bounds(self) -> tuple[float | None, float | None]:
@@ -294,19 +340,17 @@ class LossSettings:
 @all_problems
 def check_loss_settings(settings: LossSettings) -> None:
     """What cannot work, before anything is started."""
+    yield from _misfits("policy_loss", POLICY_LOSSES, settings)
+    if settings.kl_coef:
+        yield from _misfits("kl_estimator", KL_ESTIMATORS, settings)
+    yield from _bounds_without_effect("policy_loss", POLICY_LOSSES, ("clip_low", "clip_high"), settings)
+    bounds = ("correction_low", "correction_high")
+    yield from _bounds_without_effect("correction", CORRECTIONS, bounds, settings)
     low, high = settings.clips
-    if not 0 < low <= 1 or not high > 0:
+    if not (0 < (1 if low is None else low) <= 1 and (1 if high is None else high) > 0):
         yield f"--clip-low {low} must lie in (0, 1], --clip-high {high} must be positive"
-    if settings.dual_clip and (not settings.dual_clip > 1 or settings.policy_loss == "cispo"):
-        yield f"--dual-clip {settings.dual_clip} must be above 1, or 0 for none; --policy-loss cispo has none"
-    if settings.policy_loss == "gspo" and settings.aggregation != "sequence":
-        found = f"--policy-loss gspo and --aggregation {settings.aggregation} do not fit"
-        yield f"{found}: its ratio is one for a response, so use --aggregation sequence"
-    own, name = CORRECTIONS[settings.correction], settings.correction
-    for side, bound in (("low", settings.correction_low), ("high", settings.correction_high)):
-        if bound is not None and getattr(own, side) is None:
-            found = f"--correction-{side} {bound} has no effect"
-            yield f"{found}: --correction {name} has no such bound; leave it out"
+    if settings.dual_clip and not settings.dual_clip > 1:
+        yield f"--dual-clip {settings.dual_clip} must be above 1, or 0 for none"
     low, high = settings.correction_bounds
     if not (0 if low is None else low) <= 1 <= (1 if high is None else high) or (low or 0) < 0:
         found = f"--correction-low {low} and --correction-high {high}"
@@ -318,8 +362,28 @@ def check_loss_settings(settings: LossSettings) -> None:
     if not settings.kl_coef and (settings.kl_estimator, settings.kl_in) != unset:
         found = f"--kl-estimator {settings.kl_estimator} --kl-in {settings.kl_in}"
         yield f"{found} has no effect without --kl-coef: set one, or leave it out"
-    if settings.kl_coef and settings.kl_in == "loss" and settings.kl_estimator == "k1":
-        yield "--kl-estimator k1 has no gradient on average as a loss: use --kl-in reward, or another estimator, for instance unbiased_k3"
+
+
+def _misfits(kind: str, table: dict[str, Any], settings: LossSettings) -> Iterator[str]:
+    """Yield the settings that the choice from this table does not take."""
+    name = getattr(settings, kind)
+    for other, values in table[name].only.items():
+        if (given := getattr(settings, other)) not in values:
+            flags = kind.replace("_", "-"), other.replace("_", "-")
+            found = f"--{flags[0]} {name} and --{flags[1]} {given} do not fit"
+            others = [n for n, one in table.items() if given in one.only.get(other, (given,))]
+            instead = f", or --{flags[0]} {' or '.join(others)}" if others else ""
+            yield f"{found}: use --{flags[1]} {' or '.join(map(str, values))}{instead}"
+
+
+def _bounds_without_effect(kind: str, table: dict[str, Any], bounds, settings) -> Iterator[str]:
+    """Yield the bounds that are set where the choice from this table has none."""
+    name = getattr(settings, kind)
+    for bound in bounds:
+        value, flags = getattr(settings, bound), (bound.replace("_", "-"), kind.replace("_", "-"))
+        if value is not None and getattr(table[name], bound.removeprefix(f"{kind}_")) is None:
+            found = f"--{flags[0]} {value} has no effect"
+            yield f"{found}: --{flags[1]} {name} has no such bound; leave it out"
 
 
 def mismatch(trainer_logprobs_T: torch.Tensor, rollout_logprobs_T: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,14 +1,16 @@
-"""Draw runs as one picture: reward and held-out accuracy, mismatch of trainer and engine, stage times, staleness, and the timeline of a few steps.
+"""Draw runs as one picture: what they learned, how the optimization went, where the time went, and the timeline of a few steps.
 
     python plot.py runs/A [runs/B …] [--out plot.png] [--timeline-steps 3]
 
 The timeline is that of the last run given: its last steps, a bar for each rank's trainer, engine and judge; white is waiting. All of it is in trace.json.
-What a step did not measure, such as the mismatch where nothing was trained, is a gap in its line.
+What a step did not measure, such as the mismatch where nothing was trained, is a gap in its line. A measure that no run has is left out, and so are a KL and an
+age that are 0 in every step. README.md explains each metric.
 """
 
 import json
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,9 +22,63 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from problems import BadInput, Problems, all_problems
+from problems import BadInput, Problems, all_problems, parse_json, read_file
 
-COLORS = {"rollout": "C0", "reward": "C1", "train": "C2", "sync": "C3"}
+COLORS = {"rollout": "C0", "reward": "C1", "train": "C2", "sync": "C3", "evaluation": "0.75"}
+STAGE_COLORS = {f"{stage}_s": color for stage, color in COLORS.items()} | {"wait_s": "k"}
+STYLES = ("-", "--", ":", "-.", (0, (1, 3)))  # of a panel's measures, where a color is a run
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One diagram over the steps. measures: {key of metrics.jsonl: what the legend calls it}."""
+
+    title: str
+    unit: str
+    measures: dict[str, str]
+    scale: str = "linear"
+    from_zero: bool = True
+
+
+PANELS = (
+    Panel(
+        "reward", "mean reward", {"reward": "training", "held_out": "held-out"}, from_zero=False
+    ),
+    Panel(
+        "shares",
+        "share",
+        {
+            "zero_std_groups": "groups whose rewards are equal",
+            "truncated": "responses cut off",
+            "clipfrac": "tokens clipped (ratio)",
+            "tis_clipfrac": "tokens corrected (mismatch)",
+        },
+    ),
+    Panel("response length", "tokens", {"response_tokens": "mean"}),
+    Panel("entropy of the policy", "nats per token", {"entropy": "mean"}),
+    Panel("gradient norm, before clipping", "norm", {"grad_norm": "mean of the mini-batches"}),
+    Panel(
+        "log-probs: trainer against engine",
+        "nats per token (log scale)",
+        {"mismatch_abs": "mean |difference|", "mismatch_k3": "KL, k3 estimate"},
+        scale="log",
+    ),
+    Panel(
+        "KL", "nats per token", {"kl": "to the reference", "approx_kl": "old to new policy"},
+        from_zero=False,
+    ),
+    Panel(
+        "seconds per stage",
+        "seconds",
+        {f"{stage}_s": stage for stage in ("rollout", "wait", "reward", "train", "sync")},
+    ),
+    Panel(
+        "age of trained tokens",
+        "weight versions",
+        {"staleness_mean": "mean", "staleness_max": "largest"},
+    ),
+)  # fmt: skip
+DULL_IF_ZERO = {"kl", "approx_kl", "staleness_mean", "staleness_max"}
 
 
 @dataclass(frozen=True)
@@ -42,22 +98,17 @@ def read(folder: Path) -> tuple[list[dict], list[dict]]:
     A last line that is still being written is left out.
     """
     path = folder / "metrics.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"{folder} is no run that can be read ({error}): give folders such as runs/NAME"
-        ) from error
+    lines = text_of(path, fix="give folders such as runs/NAME").split("\n")
     rows = []
     for at, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = parse_json(line, where=f"{path}: line {at}")
+        except BadInput as error:
             if at < len(lines):
-                yield f"{path}: line {at} is not JSON: give a run whose metrics are whole"
+                yield f"{error.problems[0]}; give a run whose metrics are whole"
             continue
         if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.append(row)
+            rows.append(row | {"staleness_mean": mean_age(row)})
         else:
             yield f"{path}: line {at} is no row of a step: give a folder that a run has written"
     steps = [row for row in rows if "reward" in row]
@@ -66,23 +117,32 @@ def read(folder: Path) -> tuple[list[dict], list[dict]]:
     return steps, [row for row in rows if "held_out" in row]
 
 
+def text_of(path: Path, *, fix: str) -> str:
+    """Return the text of a run's file. Raises BadInput."""
+    try:
+        return read_file(path, most=math.inf).decode("utf-8")
+    except BadInput as error:
+        raise BadInput(
+            f"{path.parent} is no run that can be read ({error.problems[0]}): {fix}"
+        ) from error
+    except ValueError as error:
+        raise BadInput(f"{path.parent} is no run that can be read ({error}): {fix}") from error
+
+
 def spans(folder: Path) -> list[tuple[str, str, float, float]]:
     """Return (row, activity, from, to), in seconds, of a run's trace.json.
 
     The trace of a run that goes on, or was killed, may end anywhere: its whole lines count.
     """
     path = folder / "trace.json"
-    try:
-        text = path.read_text(encoding="utf-8").rstrip().removesuffix("]").rstrip(",\n")
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"{folder} has no trace of its stages ({error}): give a run whose trace.json is there "
-            "as the last"
-        ) from error
+    text = text_of(path, fix="give a run whose trace.json is there as the last")
+    text = text.rstrip().removesuffix("]").rstrip(",\n")
+    if not text:
+        raise BadInput(f"{path} has no trace of its stages: give a folder that a run has written")
     try:
         events = json.loads(text + "]")
-    except ValueError:
-        events = _whole_events(path, text)
+    except (ValueError, RecursionError):  # its last line may be cut
+        events = parse_json(text.rpartition("\n")[0].rstrip(",\n") + "]", where=path)
     try:
         names = {
             (event["pid"], event["tid"]): f"rank {event['pid']} {event['args']['name']}"
@@ -106,20 +166,10 @@ def spans(folder: Path) -> list[tuple[str, str, float, float]]:
         ) from error
 
 
-def _whole_events(path: Path, text: str) -> list[dict]:
-    """Return the events of a trace whose last line is cut."""
-    try:
-        return json.loads(text.rpartition("\n")[0].rstrip(",\n") + "]")
-    except ValueError as error:
-        raise BadInput(
-            f"{path} is no JSON ({error}): give a folder that a run has written"
-        ) from error
-
-
 def number(row: dict, key: str) -> float:
     """Return a measured number, or nan, which is drawn as a gap."""
     value = row.get(key)
-    return value if type(value) in (int, float) else math.nan
+    return value if type(value) in (int, float) and math.isfinite(value) else math.nan
 
 
 def mean_age(row: dict) -> float:
@@ -128,13 +178,27 @@ def mean_age(row: dict) -> float:
     return sum(age * n for age, n in enumerate(counts)) / sum(counts) if sum(counts) else math.nan
 
 
-def draw_timeline(
-    axis, folder: Path, bars: list[tuple[str, str, float, float]], steps: list[dict], shown: int
-) -> None:
+# --- the timeline -----------------------------------------------------------------------------------------------------------------------------
+
+
+def last_steps(bars: list[tuple[str, str, float, float]], shown: int) -> tuple[int, float, float]:
+    """Return (how many steps, from, to) of the last steps of a trace, at most `shown`.
+
+    A step begins where a trainer begins its first stage again; evaluations between steps count.
+    """
     end = max((stop for *_, stop in bars), default=0.0)
-    seconds = [number(row, "step_s") for row in steps[-shown:]]
-    start = end - sum(s for s in seconds if not math.isnan(s))
+    row = next((row for row, *_ in bars if row.endswith("trainer")), None)
+    mine = [(begin, activity) for owner, activity, begin, _ in bars if owner == row]
+    begins = sorted(begin for begin, activity in mine if activity == min(mine)[1])[-shown:]
+    return len(begins), min(begins, default=0.0), end
+
+
+def draw_timeline(
+    axis, folder: Path, bars: list[tuple[str, str, float, float]], shown: int
+) -> None:
+    count, start, end = last_steps(bars, shown)
     rows = sorted({row for row, *_ in bars}, reverse=True)
+    seen = dict.fromkeys(COLORS, False)
     for row, activity, begin, stop in bars:
         if activity in COLORS and stop > start:
             axis.barh(
@@ -144,11 +208,12 @@ def draw_timeline(
                 color=COLORS[activity],
                 edgecolor="white",
                 linewidth=0.3,
+                label=None if seen[activity] else activity,
             )
-    for activity, color in COLORS.items():
-        axis.barh(0, 0, color=color, label=activity)
+            seen[activity] = True
+    which = "the last step" if count == 1 else f"the last {count} steps"
     axis.set(
-        title=f"the last {shown} steps of {folder.name}",
+        title=f"{which} of {folder.name}; white is waiting",
         xlabel="seconds",
         yticks=range(len(rows)),
         yticklabels=rows,
@@ -156,8 +221,11 @@ def draw_timeline(
     )
 
 
+# --- the panels -------------------------------------------------------------------------------------------------------------------------------
+
+
 @all_problems
-def check_plot_settings(settings: PlotSettings) -> None:
+def check_plot_settings(settings: PlotSettings) -> Iterator[str]:
     """Yield what cannot be drawn, or not be written."""
     if not settings.runs:
         yield "no run is given: python plot.py runs/NAME"
@@ -175,40 +243,62 @@ def check_plot_settings(settings: PlotSettings) -> None:
         yield f"--out {settings.out} is a folder: give the name of a picture"
 
 
-def draw(axes, i: int, folder: Path, steps: list[dict], evaluations: list[dict]) -> None:
-    """Draw the i-th run into all axes but the timeline's."""
-    (learning, mismatch, times), (staleness, lengths, _) = axes
-    x, color, name = [row["step"] for row in steps], f"C{i}", folder.resolve().name
+def measured(panel: Panel, steps: list[dict], evaluations: list[dict]) -> dict[str, list]:
+    """Return the (step, value) pairs of each measure of a panel that says something."""
+    lines = {}
+    for key in panel.measures:
+        rows = evaluations if key == "held_out" else steps
+        values = [(row["step"], number(row, key)) for row in rows]
+        known = [value for _, value in values if not math.isnan(value)]
+        if known and (any(known) or key not in DULL_IF_ZERO):
+            lines[key] = values
+    return lines
 
-    def line(axis, key: str, style: str, label: str, **options) -> None:
-        axis.plot(
-            x,
-            [number(row, key) for row in steps],
-            style,
-            color=color,
-            label=f"{name}: {label}",
-            **options,
-        )
 
-    line(learning, "reward", "-", "training reward", alpha=0.35)
-    held_out = [number(row, "held_out") for row in evaluations]
-    learning.plot(
-        [row["step"] for row in evaluations], held_out, "o-", color=color, label=f"{name}: held-out"
-    )
-    if any("mismatch_abs" in row for row in steps):
-        line(mismatch, "mismatch_abs", "-", "mean |difference|")
-        line(mismatch, "mismatch_k3", ":", "k3")
-    stages = [
-        stage
-        for stage in ("rollout_s", "wait_s", "train_s", "sync_s")
-        if any(stage in row for row in steps)
-    ]
-    for stage, style in zip(stages, ("-", "--", ":", "-.")):
-        line(times, stage, style, stage)
-    staleness.plot(x, [mean_age(row) for row in steps], color=color, label=f"{name}: mean")
-    line(staleness, "staleness_max", ":", "largest")
-    line(lengths, "response_tokens", "-", "tokens of a response")
-    line(lengths, "truncated", ":", "share cut off")
+def draw_panel(axis, panel: Panel, lines: list[tuple[str, dict[str, list]]]) -> None:
+    """Draw a panel's measures. lines: of each run its name, and what measured() returns.
+
+    One run: a color a measure. Several: a color a run, and a style a measure.
+    """
+    values = [value for _, of_run in lines for pairs in of_run.values() for _, value in pairs]
+    for i, (name, of_run) in enumerate(lines):
+        for key, pairs in of_run.items():
+            place = list(panel.measures).index(key)
+            look = dict(color=STAGE_COLORS.get(key, f"C{place}"), label=panel.measures[key])
+            if len(lines) > 1:
+                label = f"{name}: {panel.measures[key]}"
+                look = dict(color=f"C{i}", linestyle=STYLES[place], label=label)
+            marker = "o" if key == "held_out" or len(pairs) == 1 else None
+            alpha = 0.4 if key == "reward" else 1.0  # behind the held-out one
+            axis.plot(*zip(*pairs), marker=marker, markersize=4, alpha=alpha, **look)
+    is_log = panel.scale == "log" and any(value > 0 for value in values)
+    axis.set(title=panel.title, xlabel="step", ylabel=panel.unit, yscale="log" if is_log else "linear")
+    if panel.from_zero and not is_log:
+        axis.set_ylim(0, 1.08 * max(v for v in values if not math.isnan(v)) or 1.0)
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+
+
+def draw(runs: list[tuple[Path, tuple[list[dict], list[dict]]]], bars, *, shown: int) -> Figure:
+    """Return the picture: the panels that say something, above the timeline."""
+    named = [(folder.resolve().name, rows) for folder, rows in runs]
+    panels = []
+    for panel in PANELS:
+        lines = [(name, measured(panel, *rows)) for name, rows in named]
+        if any(of_run for _, of_run in lines):
+            panels.append((panel, lines))
+    columns = 3 if len(panels) <= 6 or len(panels) == 9 else 4
+    deep, timeline_rows = -(-len(panels) // columns), len({row for row, *_ in bars})
+    figure = plt.figure(figsize=(15, 3.1 * deep + 1.5 + 0.25 * timeline_rows), layout="constrained")
+    ratios = [3.1] * deep + [1.2 + 0.25 * timeline_rows]
+    grid = figure.add_gridspec(deep + 1, columns, height_ratios=ratios)
+    for i, (panel, lines) in enumerate(panels):
+        draw_panel(figure.add_subplot(grid[i // columns, i % columns]), panel, lines)
+    timeline = figure.add_subplot(grid[deep, :])
+    draw_timeline(timeline, runs[-1][0].resolve(), bars, shown)
+    if timeline.get_legend_handles_labels()[0]:
+        timeline.legend(fontsize=7, ncols=len(COLORS), loc="lower right", bbox_to_anchor=(1, 1))
+    return figure
 
 
 def main() -> None:
@@ -217,22 +307,7 @@ def main() -> None:
     runs = [(folder, problems.of(read, folder)) for folder in settings.runs]
     bars = problems.of(spans, settings.runs[-1]) if settings.runs and runs[-1][1] else None
     problems.refuse()
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
-    for i, (folder, (steps, evaluations)) in enumerate(runs):
-        draw(axes, i, folder, steps, evaluations)
-    (learning, mismatch, times), (staleness, lengths, timeline) = axes
-    draw_timeline(timeline, folder.resolve(), bars, steps, min(settings.timeline_steps, len(steps)))
-    learning.set(title="learning", xlabel="step", ylim=(0, 1))
-    mismatch.set(title="log-probs: trainer against engine", xlabel="step", yscale="log")
-    times.set(title="seconds per stage", xlabel="step", ylim=(0, None))
-    staleness.set(
-        title="age of trained tokens, in weight versions", xlabel="step", ylim=(-0.1, None)
-    )
-    lengths.set(title="responses", xlabel="step", ylim=(0, None))
-    for axis in axes.flat:
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
-        axis.grid(alpha=0.3)
+    figure = draw(runs, bars, shown=settings.timeline_steps)
     try:
         figure.savefig(settings.out, dpi=80)
     except OSError as error:

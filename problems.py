@@ -13,11 +13,20 @@ Called, it raises one BadInput with all its texts. A loop's main() gathers those
 """
 
 import functools
+import json
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
+
+SMALL_FILE = 64 * 2**20  # bytes; the largest index of a published model has some ten million
+KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe (FIFO)", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
 
 
 class BadInput(Exception):
@@ -82,3 +91,51 @@ def end_refused(error: BadInput) -> NoReturn:
     time.sleep(0 if os.environ.get("RANK", "0") == "0" else 3)
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------------------------------
+
+
+def check_file(path: str | Path) -> None:
+    """Raise BadInput unless a path names a regular file that may be read.
+
+    A pipe would be waited for without end, and a device may be read without end.
+    """
+    if os.path.islink(path) and not os.path.exists(path):
+        raise BadInput(f"{path} is a broken link (to {os.readlink(path)}): put the file itself there")
+    try:
+        kind = KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        why = getattr(error, "strerror", None) or error
+        raise BadInput(f"{path} cannot be read ({why}): give a file that is there") from error
+    if kind is not None:
+        raise BadInput(f"{path} is {kind}, and must be a regular file: put the file itself there")
+    if not os.access(path, os.R_OK):
+        raise BadInput(f"{path} may not be read by this user: change its permissions")
+
+
+def read_file(path: str | Path, *, most: float = SMALL_FILE) -> bytes:
+    """Return the bytes of a regular file. Raises BadInput, also for more than `most` bytes."""
+    check_file(path)
+    try:
+        if (size := os.path.getsize(path)) > most:
+            raise BadInput(f"{path} has {size} bytes, more than {most}: it is no file of this kind")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}): mend that, or copy it again") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """Return what a small JSON file holds. Raises BadInput naming the file."""
+    return parse_json(read_file(path), where=path)
+
+
+def parse_json(text: bytes | str, *, where: str | Path) -> Any:
+    """Return the value of a JSON text. Raises BadInput naming where it stands.
+
+    RecursionError: thousands of brackets within one another.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also bytes that are no UTF-8
+        raise BadInput(f"{where} is not JSON ({error}): mend it, or copy it again") from error

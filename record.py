@@ -2,7 +2,7 @@
 
     runs/NAME/settings.json    every setting as resolved, versions and the command line
     runs/NAME/metrics.jsonl    one object a step; README.md explains each key
-    runs/NAME/samples.jsonl    a few generated answers of every evaluation, with their rewards
+    runs/NAME/samples.jsonl    a few answers of training steps and evaluations, with their rewards
     runs/NAME/trace.json       what every rank did when, in Chrome's trace format: open it at ui.perfetto.dev
     runs/NAME/rollouts/        with --save-rollouts: every sample of every step, what --load-rollouts reads
     runs/NAME/profile/         with --profile: PyTorch's profile of chosen steps
@@ -40,6 +40,9 @@ from problems import BadInput
 from run import all_gather_bytes, broadcast_bytes
 
 ROWS = ("trainer", "engine", "judge")  # of each rank's part of the timeline
+SHOWN_ANSWERS = 8  # of each source, in samples.jsonl, a step
+SHOWN_SHARE = 0.1  # of a step: the bar shows a reward stage that takes this much of it
+STAGES = ("rollout", "wait", "reward", "train", "sync")
 NOTHING_TO_LEARN = (
     "step {step}: the rewards of each prompt's answers are all equal (mean {reward:.3f}), so nothing was learned. Compare answers and labels in samples.jsonl; "
     "look at --reward, --label-key, --label-after, and --max-response-tokens ({truncated:.0%} of the answers were cut off)"
@@ -88,6 +91,19 @@ class Row:
         else:
             self._spans.append((self._activity, self._since, now))
         self._since = now
+
+
+def renamed(
+    spans: list[tuple[str, float, float]], start: float, end: float
+) -> list[tuple[str, float, float]]:
+    """Call "evaluation" what is no waiting in spans between start and end; cut those that cross."""
+    parts = []
+    for activity, begin, stop in spans:
+        cuts = [begin, *(cut for cut in (start, end) if begin < cut < stop), stop]
+        for left, right in zip(cuts, cuts[1:]):
+            inside = start <= left and right <= end and activity != "wait"
+            parts.append(("evaluation" if inside else activity, left, right))
+    return parts
 
 
 SHARED_S = 60.0  # a network file system may show a new file late
@@ -176,9 +192,12 @@ class Record:
         self.folder = Path(broadcast_bytes(folder, group).decode())
         self._check_shared(keep_folder=resumed is not None)
         self.name = str(self.folder.relative_to("runs"))
-        self.started, self.accuracy, self.settings, self.profiler, self.boards, self.end_wandb = time.time(), [], settings.run, None, [], None
+        self.started, self.settings, self.profiler, self.boards, self.end_wandb = time.time(), settings.run, None, [], None
+        self.held_out, self.rewards = [], []  # of each evaluation; of each step
         self.resumed, self.first_step = resumed is not None, resumed.step + 1 if resumed else 1
         dropped = 0  # rows that stand behind the checkpoint
+        self.spans_end, self.evaluated = time.time(), (0.0, 0.0)
+        """Up to when the timeline is; from when to when the last evaluation was."""
         self.stopping, self.stop_signals = False, ""
         """Whether a rank was told to stop while steps are left, and how: the same on all ranks."""
         if not self.is_writer:
@@ -191,7 +210,8 @@ class Record:
                 for name, file in self.files.items():
                     file.truncate(resumed.state["record"][name])
                 rows = map(json.loads, (self.folder / FILES["metrics"]).read_text(encoding="utf-8").splitlines())
-                self.accuracy = [row["held_out"] for row in rows if "held_out" in row]
+                for row in rows:
+                    self._remember(row)
             else:
                 names = [{"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}} for rank in range(group.size())]
                 names += [{"name": "thread_name", "ph": "M", "pid": n["pid"], "tid": i, "args": {"name": row}} for n in names for i, row in enumerate(ROWS)]
@@ -265,6 +285,13 @@ class Record:
         known = json.loads(before.read_text(encoding="utf-8")).get("wandb_id") if before.exists() else None
         return known or f"{self.name.replace('/', '-')}-{uuid.uuid4().hex[:8]}"
 
+    def _remember(self, metrics: dict) -> None:
+        """Keep what the last line tells of a row of metrics."""
+        if "held_out" in metrics:
+            self.held_out.append(metrics["held_out"])
+        if "reward" in metrics:
+            self.rewards.append(metrics["reward"])
+
     def __enter__(self) -> "Record":
         return self
 
@@ -297,6 +324,8 @@ class Record:
     def profile(self, step: int) -> None:
         """At the end of a step: with --profile, write this rank's profile of it, and begin that of the next."""
         run.is_training.set()  # from now on a signal to stop waits for a step's end
+        if self.is_writer and step == self.first_step - 1:
+            self.bar.unpause()  # the bar's clock runs from the first step on, not from the start
         if self.profiler:
             self.profiler.stop()
             (self.folder / "profile").mkdir(exist_ok=True)
@@ -319,11 +348,15 @@ class Record:
         for board in self.boards:
             board({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
         self.files["metrics"].write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in metrics.items()}) + "\n")
+        self._remember(metrics)
         if metrics["step"] == self.first_step and metrics.get("zero_std_groups") == 1 and "reward" in metrics:
             self.say(NOTHING_TO_LEARN.format(**metrics))
         if "reward" in metrics or "reward_errors" in metrics:  # a step, and no evaluation
             reward = f"reward {metrics['reward']:.2f}" if "reward" in metrics else "no reward"
-            stages = "  ".join(f"{stage} {metrics[f'{stage}_s']:.2f} s" for stage in ("rollout", "wait", "train", "sync") if f"{stage}_s" in metrics)
+            least_s = SHOWN_SHARE * metrics.get("step_s", 0)
+            seconds = {stage: metrics[f"{stage}_s"] for stage in STAGES if f"{stage}_s" in metrics}
+            shown = [stage for stage, s in seconds.items() if stage != "reward" or s >= least_s]
+            stages = "  ".join(f"{stage} {seconds[stage]:.2f} s" for stage in shown)
             self.bar.set_postfix_str(f"{reward}  {stages}", refresh=False)
             self.bar.update()
 
@@ -334,7 +367,9 @@ class Record:
         step's end too; an engine waits while it generates nothing. Clocks of several machines are taken as they are.
         """
         rows = {"trainer": watch.spans} if self.trains else {}
-        rows |= {"engine": engine.row.take(), "judge": judge.row.take()} if engine else {}
+        of_engine = {"engine": engine.row.take(), "judge": judge.row.take()} if engine else {}
+        rows |= {row: renamed(spans, *self.evaluated) for row, spans in of_engine.items()}
+        self.spans_end = time.time()
         ranks = [json.loads(row) for row in all_gather_bytes(json.dumps(rows).encode(), self.group)]
         if not self.is_writer:
             return {}
@@ -367,6 +402,7 @@ class Record:
         """An evaluation's metrics on the console and as metrics of the step, the first answers from each held-out set in samples.jsonl."""
         if not samples:
             return {"step": step}
+        self.evaluated = (self.spans_end, time.time())
         prompts, n = len({sample.group for sample in samples}), 1 + max(sample.index for sample in samples)
         shown = [key for key in metrics if key.startswith("held_out/") or n > 1 and key in (f"pass@{n}", f"majority@{n}")]
         more = "".join(f"  {key.removeprefix('held_out/')} {metrics[key]:.3f}" for key in shown)
@@ -374,18 +410,30 @@ class Record:
             error = next(sample.error for sample in samples if sample.reward is None)
             more += f"  {errors} of {len(samples)} answers could not be judged, the first: {error[:200]}"
         if "held_out" in metrics:
-            self.accuracy.append(metrics["held_out"])
-            self.say(f"step {step:4d}  held-out accuracy {metrics['held_out']:.3f} on {prompts} prompts{more}")
+            self.say(f"step {step:4d}  held-out reward {metrics['held_out']:.3f} on {prompts} prompts{more}")
         else:
-            self.say(f"step {step:4d}  no held-out accuracy{more}")
+            self.say(f"step {step:4d}  no held-out reward{more}")
+        self._write_samples(step, samples, split="held-out")
+        return {"step": step, **metrics}
+
+    def log_samples(self, step: int, samples: list) -> None:
+        """Write a few of a training step's answers: of steps 1 and --steps, and every --eval-every.
+
+        They are the first answers to several prompts of each source.
+        """
+        if step in (1, self.settings.steps) or step % self.settings.eval_every == 0:
+            ordered = sorted(samples, key=lambda sample: (sample.index, sample.group))
+            self._write_samples(step, ordered, split="train")
+
+    def _write_samples(self, step: int, samples: list, *, split: str) -> None:
         written = collections.Counter()
         for sample in samples if self.is_writer else ():
-            source = sample.source
-            written[source] += 1
-            if written[source] <= 8:
-                row = {"prompt": sample.prompt, "response": sample.response, "label": sample.label, "reward": sample.reward, "source": source}
-                self.files["samples"].write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
-        return {"step": step, **metrics}
+            written[sample.source] += 1
+            if written[sample.source] <= SHOWN_ANSWERS:
+                row = {"step": step, "split": split, "prompt": sample.prompt, "response": sample.response}
+                row |= {"label": sample.label, "reward": sample.reward, "source": sample.source}
+                row |= {"error": sample.error} if sample.error else {}
+                self.files["samples"].write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def finish(self) -> None:
         """The last line: what was learned, and where the record is; or how to go on."""
@@ -396,5 +444,19 @@ class Record:
             print(f"stopped after step {self.bar.n}, as asked by {self.stop_signals}: go on with --name {self.name} --resume", flush=True)
             return
         self.files["trace"].write("]\n")
-        learned = f"held-out accuracy {self.accuracy[0]:.3f} -> {self.accuracy[-1]:.3f}" if self.accuracy else "no held-out prompts to judge by"
-        print(f"{learned} in {self.bar.total} steps, {time.time() - self.started:.0f} s; metrics, samples and weights are in {self.folder}", flush=True)
+        name, values = "held-out reward", self.held_out
+        if not values:
+            name, values = "no held-out prompts; reward of the training steps", self.rewards
+        learned = f"{name} {values[0]:.3f} -> {values[-1]:.3f}" if values else "no reward"
+        when = f"in {self.bar.total} steps, {time.time() - self.started:.0f} s"
+        print(f"{learned} {when}; {self._written()} in {self.folder}", flush=True)
+
+    def _written(self) -> str:
+        """Name what a reader finds in the run folder: "metrics, samples and weights are"."""
+        names = ["metrics"]
+        if self.positions()["samples"]:
+            names.append("samples")
+        if any((folder / "config.json").exists() for folder in self.exports().values()):
+            names.append("weights")
+        *others, last = names
+        return f"{', '.join(others)} and {last} are" if others else "metrics are"

@@ -201,7 +201,7 @@ def compute_advantages(samples: list[Sample], settings: RewardSettings, loss: Lo
     kl_T = np.zeros(sum(lengths))
     if loss.kl_coef and loss.kl_in == "reward":
         old_T, ref_T = (torch.from_numpy(_joined([getattr(sample, name) for sample in scored])) for name in ("old_logprobs", "ref_logprobs"))
-        kl_T = KL_ESTIMATORS[loss.kl_estimator](old_T, ref_T, old_T).numpy()
+        kl_T = KL_ESTIMATORS[loss.kl_estimator].function(old_T, ref_T, old_T).numpy()
     scores = Scores(
         rewards_N=np.array([sample.reward for sample in scored]) + penalties,
         group_N=np.array([sample.group for sample in scored], dtype=np.int64),

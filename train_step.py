@@ -219,10 +219,10 @@ def backward(trainer: Trainer, samples: list[Sample], settings: LossSettings, *,
             x_T.masked_fill(zero, 0)
             for x_T in (logprobs_T, entropy_T, old_T, batch.rollout_logprobs_T, batch.ref_logprobs_T, batch.advantages_T)
         )
-        policy_T, ratio_T, clipped_T = POLICY_LOSSES[settings.policy_loss](logprobs_T, old_T, advantages_T, batch.sequences, **clips)
+        policy_T, ratio_T, clipped_T = POLICY_LOSSES[settings.policy_loss].function(logprobs_T, old_T, advantages_T, batch.sequences, **clips)
         correction = CORRECTIONS[settings.correction].weight
         correction_T, cut_T = correction(old_T - rollout_T, batch.sequences, **bounds)
-        kl_T = KL_ESTIMATORS[settings.kl_estimator](logprobs_T, ref_T, old_T) if settings.kl_coef else torch.zeros_like(logprobs_T)
+        kl_T = KL_ESTIMATORS[settings.kl_estimator].function(logprobs_T, ref_T, old_T) if settings.kl_coef else torch.zeros_like(logprobs_T)
         kl_coef = settings.kl_coef if settings.kl_in == "loss" else 0.0
         loss_T = correction_T * policy_T + kl_coef * kl_T - settings.entropy_coef * entropy_T
         weight_T, units_N = AGGREGATIONS[settings.aggregation](batch.sequences, max_response_tokens=max_response_tokens)

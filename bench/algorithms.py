@@ -1,6 +1,6 @@
 """Whether each algorithm learns, and what FP8 rollouts cost: runs of the toy, three seeds each.
 
-    python bench/algorithms.py table [NAME …]       held-out accuracy before and after 40 steps, mean and standard deviation; about 30 seconds a run
+    python bench/algorithms.py table [NAME …]       held-out reward before and after 40 steps, mean and standard deviation; about 30 seconds a run
     python bench/algorithms.py figure OUT.png       mismatch and accuracy over 80 steps of BF16 rollouts, FP8 rollouts, FP8 rollouts with TIS
                               … [--steps N] [--seeds 3]
 
@@ -74,7 +74,7 @@ def spread(values: list[float]) -> str:
 
 
 def table(names: list[str], *, seeds: int, steps: int) -> None:
-    print(f"| algorithm | flags | held-out accuracy after {steps} steps | best and worst seed |\n|---|---|---|---|")
+    print(f"| algorithm | flags | held-out reward after {steps} steps | best and worst seed |\n|---|---|---|---|")
     for name, runs in all_runs({name: ALGORITHMS[name] for name in names or ALGORITHMS}, seeds=seeds, steps=steps, every=steps):
         start, end = ([rows[place]["held_out"] for rows in runs] for place in (0, -1))
         print(f"| {name} | `{ALGORITHMS[name]}` | {spread(start)} → {spread(end)} | {max(end):.3f}, {min(end):.3f} |".replace("``", "none"), flush=True)
@@ -97,7 +97,7 @@ def figure(path: str, *, seeds: int, steps: int) -> None:
             print(f"{name:18} {key:12}  first {middle[0]:.5f}  last {middle[-1]:.5f}", flush=True)
     mean_abs.set(title="mean |log-prob of trainer - of engine|", xlabel="step", yscale="log")
     k3.set(title="k3 between trainer and engine", xlabel="step", yscale="log")
-    accuracy.set(title="held-out accuracy", xlabel="step")
+    accuracy.set(title="held-out reward", xlabel="step")
     for axis in (mean_abs, k3, accuracy):
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)

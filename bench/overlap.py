@@ -1,7 +1,7 @@
 """What overlapping generation and training gains, and where it gains nothing: loop_sync.py against loop_async.py on the same two ranks and the same work.
 
     python bench/overlap.py [tail] [judge] [compute] [--steps N] [--rounds 2]        about three minutes a workload
-    python bench/overlap.py accuracy [--steps 80] [--rounds 3]      held-out accuracy of both loops, as many seeds as rounds; about ten minutes
+    python bench/overlap.py accuracy [--steps 80] [--rounds 3]      held-out reward of both loops, as many seeds as rounds; about ten minutes
 
     tail       answers of 16 tokens, one of each group of 16 has 256; 64 samples a step
     judge      a reward that takes 0.5 s, as a call to a service does; 256 samples a step
@@ -114,7 +114,7 @@ def accuracy(*, rounds: int, steps: int) -> None:
         for loop, results in final.items():
             rows = measure(loop, "compute", steps=steps, more=("--seed", str(seed), "--eval-samples", "1024"))
             results.append(rows[-1]["held_out"])
-            print(f"seed {seed} {loop:5} held-out accuracy {rows[0]['held_out']:.3f} -> {results[-1]:.3f}", flush=True)
+            print(f"seed {seed} {loop:5} held-out reward {rows[0]['held_out']:.3f} -> {results[-1]:.3f}", flush=True)
     means = {loop: sum(results) / len(results) for loop, results in final.items()}
     print(f"means: sync {means['sync']:.3f}, async {means['async']:.3f}, difference {means['async'] - means['sync']:+.3f}")
 

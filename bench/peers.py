@@ -2,7 +2,7 @@
 
     python bench/peers.py [toy] [ragged] [bare-toy] [bare-ragged] [--rounds 2] [--venv FOLDER]        about half an hour: toy 10, ragged 15, the others 5
 
-    toy        the toy as it is, 80 steps: seconds to 0.9 held-out accuracy, samples a second, memory
+    toy        the toy as it is, 80 steps: seconds to 0.9 held-out reward, samples a second, memory
     ragged     answers of given lengths, mean 64 tokens, one in fifty has 256: samples a second, memory
     bare-…     our stages, on one rank, beside the bare engine, bare Megatron and a memcpy, on the same requests and batches
 

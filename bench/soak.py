@@ -4,7 +4,7 @@
 
 Each start of loop_sync.py is killed (SIGKILL, no goodbye) at a random moment inside one of generate, train, sync and save, in turn; the victim is a rank, the
 engine's process, or torchrun itself. The last start is left alone. On one rank metrics, answers and weights must then be those of the undisturbed run, digit
-for digit and byte for byte; on several, whose sums may come in another order, held-out accuracy is compared.
+for digit and byte for byte; on several, whose sums may come in another order, held-out reward is compared.
 """
 
 import json
@@ -128,7 +128,7 @@ def main() -> None:
     else:
         ends = [rows[-1]["held_out"] for rows, *_ in (ours, theirs)]
         same = "the same, digit for digit" if ours == theirs else "not the same digits"
-        print(f"{kills} kills: held-out accuracy {ends[0]:.3f}, undisturbed {ends[1]:.3f}; metrics and weights are {same}")
+        print(f"{kills} kills: held-out reward {ends[0]:.3f}, undisturbed {ends[1]:.3f}; metrics and weights are {same}")
     shutil.rmtree(where)
 
 

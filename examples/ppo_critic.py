@@ -14,7 +14,7 @@ How it differs from loop_sync.py, in the order of `diff loop_sync.py examples/pp
     groups         are not used: --samples-per-prompt says how often a prompt is answered, and flags that compare the answers of a group are refused
     the record     has four more metrics, see critic_step; the critic is neither exported nor saved, and without it a checkpoint would be none: there are none
 
-Held-out accuracy of the toy after `--steps 40` on one CPU rank, seeds 1, 2, 3: 0.869, 0.869, 0.867; of loop_sync.py 0.881, 0.885, 0.848. The critic has no
+Held-out reward of the toy after `--steps 40` on one CPU rank, seeds 1, 2, 3: 0.869, 0.869, 0.867; of loop_sync.py 0.881, 0.885, 0.848. The critic has no
 part in that yet. It learns how often answers are right, not which: explained_variance stays near 0, because the prompts are about equally hard, and to see that
 a digit is wrong is to do the sum. tests/test_ppo_critic.py shows it learn what can be seen.
 
@@ -308,6 +308,7 @@ def main(settings: Settings) -> None:
 
             metrics |= reward.batch_metrics(samples, version=step - 1) | record.trace(watch, engine, judge)
             metrics |= {"rollout_s": rollout_s, "reward_s": reward_s, "train_s": train_s, "sync_s": sync_s, "sync_bytes": sync_bytes}
+            record.log_samples(step, samples)
             if step % settings.run.eval_every == 0 or step == steps:
                 metrics |= record.log_eval(step, *reward.evaluate(engine, data, settings.rollout, judge, everyone))
             record.log({"step": step, **metrics})

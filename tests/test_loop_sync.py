@@ -40,7 +40,7 @@ def tp2(tmp_path_factory):
 
 def test_the_record_of_a_run(tp2):
     done, folder = tp2
-    assert "held-out accuracy" in done.stdout.splitlines()[-1] and "runs/a" in done.stdout.splitlines()[-1]
+    assert "held-out reward" in done.stdout.splitlines()[-1] and "runs/a" in done.stdout.splitlines()[-1]
     start, *steps = metrics_of(folder)
     assert start["step"] == 0 and 0 <= start["held_out"] <= 1 and [row["step"] for row in steps] == [1, 2]
     for row in steps:

@@ -210,10 +210,10 @@ INFINITE, UNDEFINED = math.inf, math.nan
     (dict(kl_estimator="k2"), "--kl-estimator k2 .*no effect without --kl-coef"),
     (dict(kl_in="reward"), "--kl-in reward has no effect without --kl-coef"),
     (dict(dual_clip=0.5), "--dual-clip 0.5 must be above 1"),
-    (dict(policy_loss="cispo", dual_clip=3.0), "cispo has none"),
+    (dict(policy_loss="cispo", dual_clip=3.0), "--policy-loss cispo and --dual-clip 3.0 do not fit: use --dual-clip 0.0, or --policy-loss ppo or gspo"),
     (dict(correction="icepop", correction_low=2.0), "low <= 1 <= high"),
     (dict(kl_coef=-1.0), "--kl-coef -1.0"),
-    (dict(kl_coef=0.1, kl_estimator="k1"), "no gradient on average"),
+    (dict(kl_coef=0.1, kl_estimator="k1"), "--kl-estimator k1 and --kl-in loss do not fit: use --kl-in reward, or --kl-estimator k2"),
 ])  # fmt: skip
 def test_settings_that_cannot_work(changes, message):
     with pytest.raises(BadInput, match=message):

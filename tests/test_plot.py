@@ -1,4 +1,7 @@
-"""plot.py: a picture of what a run has measured so far, or one line that says what is wrong. What the picture looks like is not tested."""
+"""plot.py: a picture of what a run has measured so far, or one line that says what is wrong.
+
+What is drawn is looked at in matplotlib's own objects: which panels, lines, limits and labels. What the picture looks like is not tested.
+"""
 
 import json
 import os
@@ -17,6 +20,8 @@ def row(step: int, **changes) -> dict:
     return {
         "step": step, "reward": 0.5, "mismatch_abs": 0.01, "mismatch_k3": 1e-4, "rollout_s": 0.3, "train_s": 0.2, "sync_s": 0.1, "step_s": 0.6,
         "staleness": [8, 2], "staleness_max": 1, "response_tokens": 4.0, "truncated": 0.0, "tokens": 10,
+        "reward_s": 0.05, "entropy": 0.7, "grad_norm": 2.0, "clipfrac": 0.1, "tis_clipfrac": 0.0,
+        "kl": 0.0, "approx_kl": 0.0, "zero_std_groups": 0.25,
     } | changes  # fmt: skip
 
 
@@ -134,8 +139,9 @@ def test_metrics_that_are_none_are_refused(monkeypatch, tmp_path, text, message)
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "has no trace of its stages"),
-        ("{", "is no JSON"),
+        ("", "cannot be read"),
+        ("\n", "has no trace of its stages"),
+        ("{", "is not JSON"),
         ('[{"a": 1}]', "is no trace"),
         ("[1]", "is no trace"),
     ],
@@ -183,3 +189,97 @@ def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: no run is given") and "--timeline-steps 0" in line
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------------------------------------
+
+
+def picture(tmp_path, *runs: list[dict], shown: int = 3) -> dict:
+    """Return {title: axes} of a picture of runs with these rows."""
+    folders = [write_run(tmp_path / f"run{i}", rows) for i, rows in enumerate(runs)]
+    read = [(folder, plot.read(folder)) for folder in folders]
+    figure = plot.draw(read, plot.spans(folders[-1]), shown=shown)
+    return {axis.get_title(): axis for axis in figure.axes}
+
+
+def labels(axis) -> list[str]:
+    return [line.get_label() for line in axis.get_lines()]
+
+
+def test_the_panels_answer_the_questions_of_the_trade(tmp_path):
+    axes = picture(tmp_path, [row(1), row(2, held_out=0.4, kl=0.1)])
+    drawn = {title: labels(axis) for title, axis in axes.items() if labels(axis)}
+    assert drawn == {
+        "reward": ["training", "held-out"],
+        "shares": [
+            "groups whose rewards are equal", "responses cut off", "tokens clipped (ratio)",
+            "tokens corrected (mismatch)",
+        ],
+        "response length": ["mean"],
+        "entropy of the policy": ["mean"],
+        "gradient norm, before clipping": ["mean of the mini-batches"],
+        "log-probs: trainer against engine": ["mean |difference|", "KL, k3 estimate"],
+        "KL": ["to the reference"],
+        "seconds per stage": ["rollout", "reward", "train", "sync"],
+        "age of trained tokens": ["mean", "largest"],
+    }  # fmt: skip
+
+
+def test_every_axis_says_what_it_measures(tmp_path):
+    *panels, timeline = picture(tmp_path, [row(1)]).values()
+    assert all(axis.get_xlabel() == "step" and axis.get_ylabel() for axis in panels)
+    assert timeline.get_xlabel() == "seconds" and timeline.get_yticklabels()
+
+
+def test_what_a_synchronous_run_has_not_is_no_empty_panel(tmp_path):
+    titles = picture(tmp_path, [row(1, staleness=[10], staleness_max=0), row(2, staleness=[], staleness_max=0)])
+    assert not {"age of trained tokens", "KL"} & titles.keys()
+
+
+@pytest.mark.parametrize("rewards", [(-3.0, 7.5), (0.2, 0.4), (-2.0, -1.0)])
+def test_rewards_beyond_0_and_1_are_seen_whole(tmp_path, rewards):
+    axis = picture(tmp_path, [row(1, reward=rewards[0]), row(2, held_out=rewards[1])])["reward"]
+    low, high = axis.get_ylim()
+    assert low < min(rewards) and max(rewards) < high
+
+
+def test_several_runs_are_told_apart(tmp_path):
+    axis = picture(tmp_path, [row(1)], [row(1), row(2)])["entropy of the policy"]
+    assert labels(axis) == ["run0: mean", "run1: mean"]
+    first, second = axis.get_lines()
+    assert first.get_color() != second.get_color()
+
+
+# --- the timeline -----------------------------------------------------------------------------------------------------------------------------
+
+TRAINER, ENGINE = "rank 0 trainer", "rank 0 engine"
+
+
+def bars_of_steps(steps: int, *, evaluated_before: int) -> list[tuple[str, str, float, float]]:
+    """Return bars of steps of 2 s, an evaluation of 10 s before one of them; each begins with its rollout."""
+    bars, now = [], 0.0
+    for step in range(1, steps + 1):
+        if step == evaluated_before:
+            bars.append((ENGINE, "evaluation", now, now + 10))
+            now += 10
+        bars += [(TRAINER, "rollout", now, now + 1), (ENGINE, "rollout", now, now + 1)]
+        bars.append((TRAINER, "train", now + 1, now + 2))
+        now += 2
+    return bars
+
+
+@pytest.mark.parametrize("shown, begins", [(1, 18.0), (2, 16.0), (3, 4.0), (99, 0.0)])
+def test_the_last_steps_are_as_many_as_asked_for(shown, begins):
+    """Of five steps the fourth has an evaluation before it, which is no part of any step's seconds."""
+    bars = bars_of_steps(5, evaluated_before=4)
+    assert plot.last_steps(bars, shown) == (min(shown, 5), begins, 20.0)
+
+
+def test_an_evaluation_has_a_color_of_its_own(tmp_path):
+    figure = plot.Figure()
+    axis = figure.add_subplot()
+    plot.draw_timeline(axis, tmp_path, bars_of_steps(3, evaluated_before=3), 3)
+    colors = {bar.get_label(): bar.patches[0].get_facecolor() for bar in axis.containers}
+    assert colors.keys() >= {"rollout", "train", "evaluation"}
+    assert len({colors[name] for name in ("rollout", "train", "evaluation")}) == 3
+    assert axis.get_title().startswith("the last 3 steps of")

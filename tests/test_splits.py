@@ -9,7 +9,10 @@ import json
 import pytest
 import torch
 from conftest import torchrun
-from workers.algorithms import ALGORITHMS
+from workers.algorithms import ALGORITHMS, not_named
+
+from advantages import ADVANTAGES
+from losses import POLICY_LOSSES, LossSettings, PolicyLoss
 
 # ranks, tp, pp, cp, microbatch_tokens, order
 SPLITS = {
@@ -68,7 +71,20 @@ def test_the_splits_split(whole, split):
 def test_each_algorithm_is_one_of_its_own(whole):
     norms = [losses["grad_norm"] for losses, _ in whole.values()]
     assert len({round(norm, 6) for norm in norms}) == len(norms)
-    assert all(losses["clipfrac"] > 0 for name, (losses, _) in whole.items() if name != "cispo") and whole["icepop"][0]["tis_clipfrac"] > 0
+    settings = {name: LossSettings(**changes) for name, (_, changes) in ALGORITHMS.items()}
+    clipped = [name for name in whole if 0 < (settings[name].clips[1] or 0) < 0.3]  # ratios reach it
+    assert "gspo" in clipped and all(whole[name][0]["clipfrac"] > 0 for name in clipped)
+    assert whole["icepop"][0]["tis_clipfrac"] > 0
+
+
+def test_an_entry_that_is_not_named_is_run_all_the_same(monkeypatch):
+    one = PolicyLoss(None, None, None, only={"aggregation": ("constant",)})
+    monkeypatch.setitem(POLICY_LOSSES, "mine", one)
+    monkeypatch.setitem(ADVANTAGES, "mine", None)
+    assert not_named() == {
+        "advantage mine": ({"advantage": "mine"}, {}),
+        "policy_loss mine": ({}, {"policy_loss": "mine", "aggregation": "constant"}),
+    }
 
 
 def test_a_loss_that_is_not_finite_ends_all_ranks_with_the_same_words(models):

@@ -21,11 +21,12 @@ sys.path.insert(0, str(ROOT / "tests" / "oracle"))
 import oracle
 
 import rollout  # noqa: F401  first, as in the loops
+import losses
 import megatron_model
 import reward
 import train_step
 from hf_config import read_config
-from losses import KL_ESTIMATORS, LossSettings
+from losses import KL_ESTIMATORS, POLICY_LOSSES, LossSettings, PolicyLoss
 from megatron.core import parallel_state as mpu
 from megatron.core.enums import ModelType
 from packing import local_microbatches
@@ -51,11 +52,17 @@ CORRECTIONS = {
     "decoupled": dict(correction_high=1.3),
     "sequence_mask": dict(correction_low=0.8, correction_high=1.25),
 }
+FORKED = {
+    name: dict(policy_loss=name)
+    for name in POLICY_LOSSES
+    if name not in [policy["policy_loss"] for policy in POLICIES.values()]
+}  # what the tables have beyond these
+FORKED_CORRECTIONS = {name: {} for name in losses.CORRECTIONS if name not in CORRECTIONS}
 KLS = {"off": {}}
 KLS |= {
     f"{name} in the loss": dict(kl_in="loss", kl_estimator=name)
-    for name in KL_ESTIMATORS
-    if name != "k1"
+    for name, estimator in KL_ESTIMATORS.items()
+    if "loss" in estimator.only.get("kl_in", ("loss",))
 }
 KLS |= {f"{name} in the reward": dict(kl_in="reward", kl_estimator=name) for name in KL_ESTIMATORS}
 
@@ -65,8 +72,11 @@ def algorithms(policy: str, correction: str, *, scored: bool = True) -> list[Los
 
     Samples without old log-probs have no KL in the reward: it is made of them.
     """
-    chosen = {**POLICIES[policy], "correction": correction, **CORRECTIONS[correction]}
-    aggregations = ("sequence",) if policy == "gspo" else ("token", "sequence", "constant")
+    chosen = {**(POLICIES | FORKED)[policy], "correction": correction}
+    chosen |= (CORRECTIONS | FORKED_CORRECTIONS)[correction]
+    only = POLICY_LOSSES[chosen["policy_loss"]].only
+    chosen |= {name: values[0] for name, values in only.items() if name not in ("aggregation", *chosen)}
+    aggregations = only.get("aggregation", losses.AGGREGATIONS)
     kls = [kl for kl in KLS.values() if scored or kl.get("kl_in") != "reward"]
     return [
         LossSettings(
@@ -228,8 +238,8 @@ def assert_metrics(
 
 
 @pytest.mark.parametrize("scored", [True, False], ids=["old log-probs", "the only update"])
-@pytest.mark.parametrize("correction", CORRECTIONS)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("correction", CORRECTIONS | FORKED_CORRECTIONS)
+@pytest.mark.parametrize("policy", POLICIES | FORKED)
 def test_value_gradient_and_metrics_are_the_oracles(table, policy, correction, scored):
     batch = Batch(table.gpt.weight, scored=scored)
     for settings in algorithms(policy, correction, scored=scored):
@@ -241,6 +251,26 @@ def test_value_gradient_and_metrics_are_the_oracles(table, policy, correction, s
         assert np.abs(gradient - wanted).max() <= 1e-5 * np.abs(wanted).max(), settings
         means = {name: value / sums["tokens"] for name, value in sums.items()}
         assert_metrics(means | {"mismatch_max": sums["mismatch_max"]}, batch, settings, known)
+
+
+def reinforce(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_high, dual_clip):
+    """-A logprobs: a loss without a ratio, as a fork may write one."""
+    one_T = torch.ones_like(logprobs_T)
+    return -advantages_T * logprobs_T, one_T, one_T < 0
+
+
+def test_a_loss_trains_by_its_entry_alone(table, monkeypatch):
+    """One entry of the table, one of the oracle: value, gradient and metrics follow."""
+
+    def formula(logprobs_T, frozen_T, old_T, advantages_T, packed, **bounds):
+        loss_T = [-advantage * new for advantage, new in zip(advantages_T, logprobs_T)]
+        return np.array(loss_T), np.ones(len(loss_T)), np.zeros(len(loss_T), dtype=bool)
+
+    monkeypatch.setitem(POLICY_LOSSES, "reinforce", PolicyLoss(reinforce, None, None))
+    monkeypatch.setitem(oracle.POLICY_LOSSES, "reinforce", formula)
+    monkeypatch.setitem(FORKED, "reinforce", dict(policy_loss="reinforce"))
+    for correction in ("none", "icepop"):
+        test_value_gradient_and_metrics_are_the_oracles(table, "reinforce", correction, True)
 
 
 def test_the_batch_reaches_every_branch(table):

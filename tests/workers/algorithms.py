@@ -19,7 +19,8 @@ import run
 import train_step
 import weight_sync
 from hf_config import read_config
-from losses import LossSettings
+from advantages import ADVANTAGES
+from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings
 from settings import RewardSettings, TrainSettings
 from megatron.core import parallel_state as mpu
 
@@ -42,6 +43,31 @@ ALGORITHMS = {
     "unbiased k3, entropy bonus": ({}, {"kl_coef": 0.1, "kl_estimator": "unbiased_k3", "entropy_coef": 0.01}),
     "low_var_kl, no correction": ({}, {"correction": "none", "kl_coef": 0.1, "kl_estimator": "low_var_kl"}),
 }  # settings of reward and of loss
+TABLES = {
+    "advantage": ADVANTAGES,
+    "policy_loss": POLICY_LOSSES,
+    "aggregation": AGGREGATIONS,
+    "correction": CORRECTIONS,
+    "kl_estimator": KL_ESTIMATORS,
+}
+
+
+def not_named() -> dict[str, tuple[dict, dict]]:
+    """Return an algorithm for each entry of a table that is no default and not named above."""
+    defaults = RewardSettings(), LossSettings()
+    found = {}
+    for field, table in TABLES.items():
+        settings = defaults[0] if field == "advantage" else defaults[1]
+        named = {getattr(settings, field)}
+        named |= {part[field] for pair in ALGORITHMS.values() for part in pair if field in part}
+        for name in [name for name in table if name not in named]:
+            fitting = {other: values[0] for other, values in getattr(table[name], "only", {}).items()}
+            chosen = {field: name, **fitting} | ({"kl_coef": 0.1} if field == "kl_estimator" else {})
+            found[f"{field} {name}"] = (chosen, {}) if field == "advantage" else ({}, chosen)
+    return found
+
+
+ALGORITHMS |= not_named()
 
 
 def batch(vocab: int) -> list[rollout.Sample]:

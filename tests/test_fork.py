@@ -1,0 +1,129 @@
+"""A fork of a policy loss: a function and one line in the table of losses.py, one in the oracle's.
+
+Why: whoever tries an idea should not have to find the places that know the names of losses. The
+files are copied and the lines inserted; flag, bounds, refusals and the oracle's tests must follow.
+That such a loss trains is in test_whole_loss.py, that it is run on every layout in test_splits.py.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tyro
+from conftest import ROOT
+
+from problems import BadInput
+
+FUNCTION = '''
+def tanh(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_high, dual_clip):
+    """-tanh(log r) A, which has no lower bound."""
+    log_ratio_T = logprobs_T - old_logprobs_T
+    clipped_T = log_ratio_T > clip_high
+    loss_T = -log_ratio_T.clamp(max=clip_high).tanh() * advantages_T
+    return loss_T, ratio(log_ratio_T), clipped_T
+
+
+'''
+ENTRY = '    "tanh": PolicyLoss(tanh, None, 0.28, only={"dual_clip": (0.0,), "kl_in": ("loss",)}),\n'
+FORMULA = '''
+def tanh(logprobs_T, frozen_T, old_T, advantages_T, packed, *, clip_low, clip_high, dual_clip):
+    log_ratios = [new - old for new, old in zip(logprobs_T, old_T)]
+    loss_T = [-np.tanh(min(x, clip_high)) * a for x, a in zip(log_ratios, advantages_T)]
+    return np.array(loss_T), np.array([ratio(x) for x in log_ratios]), np.array(log_ratios) > clip_high
+
+
+POLICY_LOSSES["tanh"] = tanh
+'''
+
+
+def write_forked_losses(folder) -> None:
+    text = (ROOT / "losses.py").read_text(encoding="utf-8")
+    table = "POLICY_LOSSES = {\n"
+    before, rest = text.split(table)
+    head, tail = before.rsplit("@dataclass(frozen=True)\nclass PolicyLoss", 1)
+    text = f"{head}{FUNCTION.lstrip()}@dataclass(frozen=True)\nclass PolicyLoss{tail}{table}{ENTRY}{rest}"
+    (folder / "losses.py").write_text(text, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fork")
+    write_forked_losses(folder)
+    spec = importlib.util.spec_from_file_location("forked_losses", folder / "losses.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["forked_losses"] = module  # where its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["forked_losses"]
+
+
+def parse(forked, *flags: str):
+    return tyro.cli(forked.LossSettings, args=["--policy-loss", "tanh", *flags])
+
+
+def test_its_name_is_a_flag(forked):
+    assert parse(forked).policy_loss == "tanh"
+
+
+def test_its_bounds_hold_unless_they_are_set(forked):
+    assert parse(forked).clips == (None, 0.28)
+    assert parse(forked, "--clip-high", "0.1").clips == (None, 0.1)
+
+
+def test_its_bounds_are_in_the_help(forked, capsys):
+    with pytest.raises(SystemExit):
+        parse(forked, "--help")
+    assert "0.28 for tanh" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--dual-clip", "3"], "--policy-loss tanh and --dual-clip 3.0 do not fit: use --dual-clip 0.0"),
+    (["--kl-coef", "0.1", "--kl-in", "reward"], "--kl-in reward do not fit: use --kl-in loss"),
+    (["--clip-low", "0.2"], "--clip-low 0.2 has no effect: --policy-loss tanh has no such bound"),
+])  # fmt: skip
+def test_what_it_does_not_take_is_refused(forked, flags, message):
+    with pytest.raises(BadInput, match=message):
+        forked.check_loss_settings(parse(forked, *flags))
+
+
+def test_what_it_takes_is_not_refused(forked):
+    forked.check_loss_settings(parse(forked, "--clip-high", "0.5", "--kl-coef", "0.1"))
+
+
+def oracle_tests(folder) -> str:
+    """Run the oracle's tests of the fork in a folder of their own; return what pytest prints."""
+    write_forked_losses(folder)
+    for name in ("advantages.py", "problems.py"):
+        shutil.copy(ROOT / name, folder)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "oracle"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    chosen = ["-k", "tanh or test_every_algorithm_has_an_oracle", "-rA"]
+    done = subprocess.run(
+        [*command, *chosen], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+def test_the_oracles_tests_take_it_from_its_entry(tmp_path):
+    shutil.copytree(ROOT / "tests" / "oracle", tmp_path / "oracle")
+    with open(tmp_path / "oracle" / "oracle.py", "a", encoding="utf-8") as file:
+        file.write(FORMULA)
+    printed = oracle_tests(tmp_path)
+    passed = [line for line in printed.splitlines() if line.startswith("PASSED") and "tanh" in line]
+    tests = {line.split("::")[1].split("[")[0] for line in passed}
+    assert "failed" not in printed and "error" not in printed, printed[-3000:]
+    assert tests == {
+        "test_policy_loss",
+        "test_the_batches_reach_every_branch",
+        "test_a_whole_loss",
+        "test_masked_tokens_have_exactly_no_gradient",
+    }
+
+
+def test_without_an_oracle_it_is_refused(tmp_path):
+    shutil.copytree(ROOT / "tests" / "oracle", tmp_path / "oracle")
+    printed = oracle_tests(tmp_path)
+    assert "FAILED oracle/test_algorithms.py::test_every_algorithm_has_an_oracle[policy losses]" in printed
