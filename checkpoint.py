@@ -22,7 +22,6 @@ import json
 import os
 import pickle
 import queue
-import re
 import shutil
 import signal
 import zlib
@@ -43,8 +42,8 @@ import process_groups
 from megatron_model import generators, set_generators
 from problems import BadInput
 from processes import signal_when_parent_ends
-from record import FILES, has_whole_rows, remove_parts
 from run import EngineDied, all_gather_bytes
+from run_folder import FILES, checkpoints_of, has_whole_rows, remove_parts, step_of
 
 # Else the prompts that follow would not be those that were to follow; samples of one run would have rewards of two kinds; weights would be rounded; and the
 # groups in flight would have no place, or be too old. All other settings may change, and what the resumed run is asked for holds.
@@ -75,16 +74,6 @@ class Checkpoint:
 
 
 # --- finding --------------------------------------------------------------------------------------------------------------------------------
-
-
-def checkpoints_of(run_folder: Path) -> list[Path]:
-    """Those that were finished, oldest first: folders whose name is step- and a number, and nothing else that stands beside them."""
-    return sorted((path for path in (run_folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()), key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """Return the number in a checkpoint's name. As text, step 1,000,000 would come before step 999,999."""
-    return int(folder.name.removeprefix("step-"))
 
 
 def damage(folder: Path, *, share: int = 0, of: int = 1) -> str:

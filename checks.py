@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import math
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import process_groups
 from losses import LossSettings, check_loss_settings
 from problems import BadInput, Problems, all_problems
 from run import parse_overrides, rollouts_file
+from run_folder import name_problems
 from settings import GYM, InFlightSettings, PlanSettings, RewardSettings, RolloutSettings
 from settings import RunSettings, SyncSettings, TrainSettings, is_generated, weighted
 
@@ -109,30 +109,7 @@ def check_run_flags(settings: RunSettings) -> None:
     if late := [step for step in settings.profile if not 1 <= step <= settings.steps]:
         has = f"which has steps 1 to {settings.steps} (--steps)"
         yield f"--profile {late[0]} is no step of the run, {has}"
-    yield from _name_problems(settings)
-
-
-def _name_problems(settings: RunSettings) -> Iterator[str]:
-    """Yield what keeps a run from having its --name.
-
-    It names a folder, a command of --resume and a run of W&B: it may hold what is plain in all.
-    """
-    name, part = settings.name, "[A-Za-z0-9_][A-Za-z0-9_.-]*"
-    if settings.resume and not name:
-        yield "--resume needs the --name of the run that is to go on"
-    if name and not (re.fullmatch(f"{part}(/{part})*", name) and len(name) <= 128):
-        rule = "at most 128 letters, digits and _.-, in parts divided by /"
-        begin = "each of which begins with a letter, a digit or _"
-        yield f"--name {name!r} must be {rule}, {begin}: for instance lr1/seed1"
-        return
-    if name and not settings.resume and os.path.lexists(f"runs/{name}"):
-        fix = "choose another --name, remove it, or go on with its run by --resume"
-        yield f"runs/{name} already exists: {fix}"
-        return
-    for parent in Path(name).parents:
-        if os.path.lexists(Path("runs") / parent / "settings.json"):
-            yield f"--name {name} lies inside the run {parent}: choose a name beside it"
-            return
+    yield from name_problems(settings)
 
 
 def model_problem(folder: str | Path) -> str:

@@ -35,7 +35,7 @@ from sglang.srt.utils import MultiprocessingSerializer
 from buckets import pack, phase
 from engine_process import died_at_start, engine_files, run_scheduler
 from processes import end_signals_blocked, kill_with_children, main_module_hidden
-from record import Row
+from timeline import Row
 from run import EngineDied, engine_died
 
 # 0.5.21 reports the weight versions of a response as spans. Where it does not, tokens are counted as they arrive.

@@ -67,7 +67,7 @@ from weight_sync import Weights
 
 def main(settings: ExportSettings) -> None:
     folder = Path(settings.checkpoint)
-    newest = next(reversed(checkpoint.checkpoints_of(folder)), folder)
+    newest = next(reversed(checkpoints_of(folder)), folder)
     if not (newest / "files.json").is_file():
         raise BadInput(f"--checkpoint {folder} holds no checkpoint: give runs/NAME of a run that has written one, or a folder of its checkpoints/")
     saved = checkpoint.open_checkpoint(newest)

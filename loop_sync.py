@@ -48,7 +48,8 @@ import train_step
 import weight_sync
 from hf_config import read_config
 from prompts import check_held_out, load_data
-from record import Record, Stopwatch
+from record import Record
+from timeline import Stopwatch
 
 
 def main(settings: Settings) -> None:

@@ -15,29 +15,23 @@ Only global rank 0 writes, profiles excepted. Lines are flushed as they are writ
 
 import collections
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import os
-import re
-import shutil
 import signal
-import socket
 import sys
-import threading
 import time
 import uuid
 from pathlib import Path
-from typing import TextIO
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import process_groups
 import run
-from problems import BadInput
 from run import all_gather_bytes, broadcast_bytes
+from run_folder import FILES, check_shared, lock_run_folder, new_run_folder, remove_parts, unwritable
+from timeline import Stopwatch, renamed
 
 ROWS = ("trainer", "engine", "judge")  # of each rank's part of the timeline
 SHOWN_ANSWERS = 8  # of each source, in samples.jsonl, a step
@@ -47,127 +41,6 @@ NOTHING_TO_LEARN = (
     "step {step}: the rewards of each prompt's answers are all equal (mean {reward:.3f}), so nothing was learned. Compare answers and labels in samples.jsonl; "
     "look at --reward, --label-key, --label-after, and --max-response-tokens ({truncated:.0%} of the answers were cut off)"
 )
-
-
-class Stopwatch:
-    """Seconds between calls of lap(), which are also kept as spans of the timeline: (stage, from, to), in seconds since the epoch."""
-
-    def __init__(self):
-        self.started = self.last = time.time()
-        self.spans: list[tuple[str, float, float]] = []
-
-    def lap(self, stage: str) -> float:
-        previous, self.last = self.last, time.time()
-        self.spans.append((stage, previous, self.last))
-        return self.last - previous
-
-
-class Row:
-    """What a part of this rank does when, as spans of the timeline; any thread may mark a change."""
-
-    def __init__(self):
-        self._lock, self._spans, self._activity, self._since = threading.Lock(), [], "wait", time.time()
-
-    def mark(self, activity: str) -> None:
-        """From now on it does this."""
-        if activity != self._activity:
-            with self._lock:
-                self._close()
-                self._activity = activity
-
-    def take(self) -> list[tuple[str, float, float]]:
-        """(activity, from, to), in seconds since the epoch, since the last call and up to now."""
-        with self._lock:
-            self._close()
-            spans, self._spans = self._spans, []
-        return spans
-
-    def _close(self) -> None:
-        now = time.time()
-        short_wait = self._activity == "wait" and now - self._since < 1e-4  # hundreds of answers, judged in microseconds each, are one span
-        if self._spans and (short_wait or self._spans[-1][0] == self._activity):
-            activity, start, _ = self._spans.pop()
-            self._spans.append((activity, start, now))
-        else:
-            self._spans.append((self._activity, self._since, now))
-        self._since = now
-
-
-def renamed(
-    spans: list[tuple[str, float, float]], start: float, end: float
-) -> list[tuple[str, float, float]]:
-    """Call "evaluation" what is no waiting in spans between start and end; cut those that cross."""
-    parts = []
-    for activity, begin, stop in spans:
-        cuts = [begin, *(cut for cut in (start, end) if begin < cut < stop), stop]
-        for left, right in zip(cuts, cuts[1:]):
-            inside = start <= left and right <= end and activity != "wait"
-            parts.append(("evaluation" if inside else activity, left, right))
-    return parts
-
-
-SHARED_S = 60.0  # a network file system may show a new file late
-FILES = {"metrics": "metrics.jsonl", "samples": "samples.jsonl", "trace": "trace.json"}
-
-
-def has_whole_rows(folder: Path, *, size: int) -> bool:
-    """Tell whether the first `size` bytes of metrics.jsonl are whole rows, as a run wrote them."""
-    if size == 0:
-        return True
-    rows = (folder / FILES["metrics"]).read_bytes()[:size]
-    try:
-        return rows.endswith(b"\n") and all(type(json.loads(row)) is dict for row in rows.split(b"\n")[:-1])
-    except ValueError:
-        return False
-
-
-def lock_run_folder(folder: Path) -> TextIO:
-    """Lock a run folder for the life of this process; the kernel frees it however the process ends.
-
-    Keep what is returned. Raises BadInput where another run holds the lock.
-    """
-    try:
-        file = open(folder / "lock", "a+", encoding="utf-8")
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        raise BadInput(
-            f"{folder} is being written by another run, {file.read().strip() or 'just started'}: "
-            "wait for its end, stop it, or choose another --name"
-        ) from error
-    except OSError as error:
-        # NFS without its lock service, and Lustre mounted without flock, have no such locks.
-        fix = f"the file system of {folder} has no locks ({error.strerror})"
-        print(f"{fix}: start no second run of this name", file=sys.stderr, flush=True)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
-
-
-def remove_parts(run_folder: Path) -> None:
-    """Remove what killed ranks have left of checkpoints. The caller holds the run folder's lock."""
-    for path in (run_folder / "checkpoints").glob("step-*.part"):
-        if re.fullmatch(r"step-\d+\.part", path.name):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def unwritable(folder: Path, error: OSError) -> BadInput:
-    """Return what to raise when a run folder cannot be written."""
-    return BadInput(
-        f"the run folder {folder} cannot be written ({error.strerror}): run where you may write, "
-        "or choose --name"
-    )
-
-
-def _holds(file: Path, content: bytes) -> bool:
-    try:
-        return file.read_bytes() == content
-    except OSError:  # a network file system has more errors than that it is not there
-        return False
 
 
 class Record:
@@ -185,12 +58,12 @@ class Record:
         if settings.run.eval_only and resumed:  # A record of its own: that of the run stays as it is.
             resumed, name, self.loop = None, "", f"{name}-eval"
         if self.is_writer:
-            writes_to = Path("runs") / name if resumed else self._create_folder(name)
-            self.lock = lock_run_folder(writes_to)
-            remove_parts(writes_to)
-            folder = bytes(writes_to)
+            mine = Path("runs") / name if resumed else new_run_folder(name, self.loop)
+            self.lock = lock_run_folder(mine)
+            remove_parts(mine)
+            folder = bytes(mine)
         self.folder = Path(broadcast_bytes(folder, group).decode())
-        self._check_shared(keep_folder=resumed is not None)
+        check_shared(self.folder, group, is_new=not resumed)
         self.name = str(self.folder.relative_to("runs"))
         self.started, self.settings, self.profiler, self.boards, self.end_wandb = time.time(), settings.run, None, [], None
         self.held_out, self.rewards = [], []  # of each evaluation; of each step
@@ -242,42 +115,6 @@ class Record:
         if resumed:
             rest = f"; the {dropped} rows of metrics.jsonl that followed it are dropped, and written again" if dropped else ""
             self.say(f"going on from {resumed.folder}{rest}")
-
-    def _create_folder(self, name: str) -> Path:
-        try:
-            folder = run.new_run_folder(name, self.loop)
-            process_groups.remember_run(str(folder.relative_to("runs")))
-            return folder
-        except OSError as error:
-            raise BadInput(f"a folder below runs/ cannot be created ({error.strerror}): run where you may write, or choose --name") from error
-
-    def _check_shared(self, *, keep_folder: bool) -> None:
-        """Refuse a run folder that is not the same for all ranks: raise BadInput. Collective.
-
-        Each rank would write its part of a checkpoint to another place.
-        """
-        file, token = self.folder / ".shared", uuid.uuid4().hex.encode()
-        if self.is_writer:
-            try:
-                file.write_bytes(token)
-            except OSError as error:
-                fix = "run where you may write, or choose --name"
-                about = f"the run folder {self.folder} cannot be written ({error.strerror})"
-                raise BadInput(f"{about}: {fix}") from error
-        token, deadline = broadcast_bytes(token, self.group), time.time() + SHARED_S
-        while not (seen := _holds(file, token)) and time.time() < deadline:
-            time.sleep(0.2)
-        mine = b"" if seen else f"on {socket.gethostname()} in {Path.cwd()}".encode()
-        where = [text.decode() for text in all_gather_bytes(mine, self.group)]
-        if self.is_writer:
-            file.unlink()
-            if any(where) and not keep_folder:
-                shutil.rmtree(self.folder)  # it has been made just now
-        blind = [f"rank {rank} {text}" for rank, text in enumerate(where) if text]
-        if blind:
-            ranks = f"{len(blind)} of {len(where)} ranks do not see what rank 0 has written to"
-            fix = "start all ranks in one folder, on a file system that all machines share"
-            raise BadInput(f"{ranks} {self.folder}; the first is {blind[0]}: {fix}")
 
     def _wandb_id(self) -> str:
         """Return W&B's key of this run: that of before --resume, else a new one. A name may come again, in another folder; W&B would go on with that run."""

@@ -32,7 +32,7 @@ from advantages import ADVANTAGES, Scores, overlong_penalty
 from engine import Engine
 from losses import KL_ESTIMATORS, LossSettings
 from prompts import Data
-from record import Row
+from timeline import Row
 from rollout import REPLACED, Prompts, all_gather_samples, generate, marks, my_share
 from sample import Sample
 from settings import RewardSettings, RolloutSettings

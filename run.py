@@ -14,7 +14,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -63,21 +62,6 @@ def check_installation() -> None:
         return
     print(f"error: {problem}. In a fresh virtual environment: {line}", file=sys.stderr, flush=True)
     sys.exit(2)
-
-
-def new_run_folder(name: str, loop: str) -> Path:
-    """Create the folder of a new run, and no other run's: runs/NAME, or the loop's name, the time and, if need be, a number. Raises BadInput."""
-    stem = f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for candidate in [name] if name else chain([stem], (f"{stem}-{i}" for i in count(2))):
-        folder = Path("runs") / candidate
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            folder.mkdir()  # fails if it is there: two runs that start together do not share it
-            return folder
-        except FileExistsError as error:
-            if name:
-                raise BadInput(f"{folder} already exists: choose another --name, or remove it") from error
-    raise AssertionError("the names of an unnamed run never end")
 
 
 def rollouts_file(folder: str | Path, step: int) -> Path:

@@ -115,8 +115,9 @@ import weight_sync
 from advantages import gae, overlong_penalty, whiten
 from hf_config import read_config
 from prompts import check_held_out, load_data
-from record import Record, Stopwatch
+from record import Record
 from sample import Sample
+from timeline import Stopwatch
 from train_step import Trainer
 import numpy as np
 import torch

@@ -120,8 +120,9 @@ import weight_sync
 from engine import Engine
 from hf_config import read_config
 from prompts import Data, check_held_out, load_data, toy_prompts
-from record import Record, Stopwatch
+from record import Record
 from sample import Sample
+from timeline import Stopwatch
 
 
 # --- the tool ---------------------------------------------------------------------------------------------------------------------------------

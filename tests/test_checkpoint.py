@@ -27,6 +27,7 @@ from loop_sync import Settings
 from losses import LossSettings
 from prompts import load_data
 from run import BadInput, EngineDied
+from run_folder import checkpoints_of
 from sample import Sample
 from settings import RewardSettings, RolloutSettings, RunSettings, TrainSettings
 
@@ -85,7 +86,7 @@ def test_a_finished_run_given_more_steps_learns_as_it_is_asked_to(undisturbed, t
     assert rows[:10] == metrics_of(undisturbed)
     assert [row["lr"] for row in rows[10:]] == pytest.approx([1e-3 * left / 12 for left in (3, 2, 1)], rel=1e-4)  # eight digits are written
     assert json.loads((run / "settings.json").read_text(encoding="utf-8"))["train"]["lr"] == 1e-3
-    assert checkpoint.checkpoints_of(run)[-1].name == "step-000012"  # without --save-every: the next --resume loses nothing
+    assert checkpoints_of(run)[-1].name == "step-000012"  # without --save-every: the next --resume loses nothing
 
 
 def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_megatron, tmp_path):
@@ -210,7 +211,7 @@ def test_a_part_that_is_written_elsewhere_leaves_the_checkpoints_before(
     monkeypatch.setattr(dist_checkpointing, "save", save_elsewhere)
     with pytest.raises(RuntimeError, match="__0_0.distcp is missing; a rank wrote it elsewhere"):
         checkpoint.save(record, settings, trainer, step=2, read={}, rank_state={})
-    assert [path.name for path in checkpoint.checkpoints_of(tmp_path)] == ["step-000001"]
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["step-000001"]
 
 
 def test_a_restarted_run_that_has_done_its_steps_only_ends(stopped, monkeypatch):
@@ -261,7 +262,7 @@ def test_both_sources_were_trained_on(undisturbed):
 
 
 def test_keep_removes_the_oldest(undisturbed):
-    assert [path.name for path in checkpoint.checkpoints_of(undisturbed)] == ["step-000003", "step-000006", "step-000009"]
+    assert [path.name for path in checkpoints_of(undisturbed)] == ["step-000003", "step-000006", "step-000009"]
 
 
 def test_resuming_at_another_layout(undisturbed, stopped, tmp_path):
@@ -329,7 +330,7 @@ def test_a_checkpoint_is_a_folder_named_by_its_step_and_steps_count_as_numbers(t
     for name in names:
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-2000000").write_text("a file", encoding="utf-8")
-    assert [path.name for path in checkpoint.checkpoints_of(tmp_path)] == ["step-000003", "step-999999", "step-1000000"]
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["step-000003", "step-999999", "step-1000000"]
 
 
 @pytest.mark.parametrize("steps", [1, 5, 6])
@@ -480,7 +481,7 @@ def test_torchrun_told_to_stop_leaves_a_checkpoint(start_loop, tmp_path, script,
     started.process.send_signal(number)
     assert started.end(60) != 0  # torchrun's own code for a signal
     rows = metrics_of(tmp_path / "runs" / "long")
-    (saved,) = checkpoint.checkpoints_of(tmp_path / "runs" / "long")
+    (saved,) = checkpoints_of(tmp_path / "runs" / "long")
     assert checkpoint.damage(saved) == "" and saved.name == f"step-{rows[-1]['step']:06d}"
     assert not any(row["reward_errors"] for row in rows[1:])
     said = started.text()
@@ -506,7 +507,7 @@ def test_told_to_stop_it_saves_and_ends_well(start_loop, tmp_path, script, flags
         started.rank(rank).send_signal(signal.SIGTERM)
     assert started.end(60) == 0
     run = tmp_path / "runs" / "long"
-    (saved,) = checkpoint.checkpoints_of(run)
+    (saved,) = checkpoints_of(run)
     assert checkpoint.damage(saved) == "" and "go on with --name long --resume" in started.text()
     assert false_alarms(started.whole_output()) == []
     last = metrics_of(run)[-1]["step"]

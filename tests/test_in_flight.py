@@ -15,7 +15,7 @@ from hf_config import read_config
 from checks import check_in_flight_flags
 from in_flight import InFlight, check_staleness
 from prompts import load_data
-from record import Row
+from timeline import Row
 from reward import Judge
 from rollout import DROPPED, REPLACED, without_marks
 from run import BadInput, EngineDied

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_answer import PLAIN, python
 
 import run
-from checkpoint import checkpoints_of
+from run_folder import checkpoints_of
 from toy.task import problems
 
 QUICK = ["--steps", "2", "--eval-every", "2", "--eval-samples", "16", "--prompts-per-step", "4", "--samples-per-prompt", "4"]

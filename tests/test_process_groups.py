@@ -26,7 +26,7 @@ from conftest import ROOT, metrics_of, torchrun
 
 import megatron_model
 import process_groups
-from checkpoint import checkpoints_of
+from run_folder import checkpoints_of
 from in_flight import InFlightSettings
 from reward import RewardSettings
 from rollout import RolloutSettings

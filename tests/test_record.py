@@ -22,12 +22,14 @@ import run
 from checkpoint import Checkpoint
 from conftest import ROOT
 from loop_sync import Settings
-from record import Record, lock_run_folder
+from record import Record
 from reward import eval_metrics
 from checks import check_run_flags
-from run import BadInput, new_run_folder
+from problems import BadInput
+from run_folder import lock_run_folder, new_run_folder
 from sample import Sample
 from settings import RunSettings
+from timeline import renamed
 
 
 @pytest.fixture
@@ -208,7 +210,7 @@ def test_a_second_run_of_one_name_is_refused_while_the_first_lives(one_rank, mon
 
 
 def test_a_killed_run_frees_its_folder(monkeypatch, tmp_path):
-    code = "import os, pathlib, record; lock = record.lock_run_folder(pathlib.Path(os.sys.argv[1])); os.kill(os.getpid(), 9)"
+    code = "import os, pathlib, run_folder; lock = run_folder.lock_run_folder(pathlib.Path(os.sys.argv[1])); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT)
     lock_run_folder(tmp_path).close()
     assert (tmp_path / "lock").read_text(encoding="utf-8").startswith(f"process {os.getpid()} on ")
@@ -388,7 +390,7 @@ def test_the_bars_clock_of_a_resumed_run_runs_from_its_first_step(one_rank, monk
 def test_an_evaluation_is_no_rollout_of_the_timeline():
     """It began at 5 and ended at 8; the engine was busy until a step's rollout began at 8."""
     spans = [("wait", 4.0, 5.5), ("rollout", 5.5, 9.0), ("wait", 9.0, 10.0), ("sync", 10.0, 11.0)]
-    assert record_module.renamed(spans, 5.0, 8.0) == [
+    assert renamed(spans, 5.0, 8.0) == [
         ("wait", 4.0, 5.0), ("wait", 5.0, 5.5), ("evaluation", 5.5, 8.0), ("rollout", 8.0, 9.0),
         ("wait", 9.0, 10.0), ("sync", 10.0, 11.0),
     ]  # fmt: skip

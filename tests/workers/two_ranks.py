@@ -15,11 +15,13 @@ sys.path.insert(0, str(ROOT))
 import cpu  # noqa: F401  before sglang, for the group of the asynchronous loop
 import record
 import run
+import run_folder
+from settings import RunSettings
 
 
 @dataclass(frozen=True)
 class Settings:
-    run: run.RunSettings
+    run: RunSettings
 
 
 def stopped(folder: Path) -> None:
@@ -48,8 +50,8 @@ def killed_once(folder: Path) -> None:
 def apart(folder: Path) -> None:
     """Each rank has a file system of its own, or so it looks: another working folder."""
     os.chdir(folder / os.environ["RANK"])
-    record.SHARED_S = 1.0
-    record.Record(Settings(run.RunSettings(name="a")), "sync", run.init_distributed())
+    run_folder.SHARED_S = 1.0
+    record.Record(Settings(RunSettings(name="a")), "sync", run.init_distributed())
 
 
 if __name__ == "__main__":
