@@ -112,4 +112,4 @@ def test_two_nodes_train_until_the_cable_is_pulled(begin, tmp_path):
     nodes.wait_for_rows(3)
     (tmp_path / "cut").touch()
     assert nodes.process.wait(240) == 3, nodes.text()
-    assert "cannot reach another rank: its machine, or the link to it, is gone" in nodes.text()
+    assert "cannot reach the rank at 10.77.0.2: its machine, or the link" in nodes.text()
