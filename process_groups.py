@@ -13,6 +13,7 @@ import ipaddress
 import json
 import math
 import os
+import re
 import socket
 import stat
 import sys
@@ -146,7 +147,9 @@ def explain(error: RuntimeError) -> str:
         return f"{mine} lost its connection to another rank; torchrun names that rank below"
     links = ("Connection timed out", "No route to host", "Network is unreachable")
     if any(words in text for words in links):
-        return f"{mine} cannot reach another rank: its machine, or the link to it, is gone ({text})"
+        address = re.search(r"\[([0-9a-f.:]+)\]:\d", text)
+        where = f"the rank at {address[1]}" if address else "another rank"
+        return f"{mine} cannot reach {where}: its machine, or the link to it, is gone"
     if "Timed out" not in text and "wait timeout" not in text:  # gloo's; a store's
         return ""
     behind = ranks_behind()

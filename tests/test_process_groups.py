@@ -116,7 +116,8 @@ def test_a_rank_that_stands_still_is_named_within_the_limit(tmp_path):
 
 @pytest.mark.parametrize("text, meaning", [
     ("Read error [10.0.0.2]:3: Connection reset by peer", "lost its connection to another rank"),
-    ("Read error [10.0.0.2]:3: Connection timed out", "its machine, or the link to it, is gone"),
+    ("Read error [10.0.0.2]:3: Connection timed out", "cannot reach the rank at 10.0.0.2: its"),
+    ("Network is unreachable", "cannot reach another rank: its machine, or the link to it"),
     ("Timed out waiting 4000ms for recv operation to complete", "for another rank; the traceback"),
     ("shape '[2]' is invalid", None),
 ])  # fmt: skip
