@@ -32,7 +32,8 @@ QUICK = ["--steps", "2", "--eval-every", "2", "--eval-samples", "16", "--prompts
 def tp2(tmp_path_factory):
     """Two ranks, tensor parallel, FP8 rollouts, judges in processes of their own, the gate after every step."""
     folder = tmp_path_factory.mktemp("tp2")
-    done = torchrun(ROOT / "loop_sync.py", *QUICK, "--tp", "2", "--name", "a", "--check-sync", "--reward", "math", "--export", "bf16", "fp8", ranks=2, cwd=folder)
+    flags = ["--tp", "2", "--name", "a", "--check-sync", "--reward", "math", "--export", "bf16", "fp8"]
+    done = torchrun(ROOT / "loop_sync.py", *QUICK, *flags, ranks=2, cwd=folder)
     return done, folder / "runs" / "a"
 
 
