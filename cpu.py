@@ -38,13 +38,13 @@ if torch.cuda.is_available():
     raise ImportError("cpu.py replaces torch.cuda and must not be imported where CUDA works; guard the import with torch.cuda.is_available()")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # It warns that there is no GPU.
 FP8_MAX = 448.0
 
 # --- 1. stand-ins that imports need ---------------------------------------------------------------------------------------------------------
 
-# There is no CPU wheel of sgl_kernel. torchvision is imported by transformers and SGLang, for images only.
-# PyPI's is built for CUDA: beside a CPU build of torch it raises at import, and transformers with it.
-# So requirements.txt has none, and one that is installed stays unused.
+# sgl_kernel has no CPU wheel. Of torchvision transformers and SGLang need names only: PyPI's is built for
+# CUDA, and fails beside a CPU build of torch. One that is installed all the same stays unused.
 ABSENT = ("sgl_kernel", "torchvision", "torchvision.io")
 ABSENT += ("torchvision.transforms", "torchvision.transforms.functional")
 ABSENT += ("torchvision.transforms.v2", "torchvision.transforms.v2.functional")
@@ -190,6 +190,8 @@ def patch_sglang() -> None:
     fp8.Fp8LinearMethod.apply = fp8_linear
     fp8.Fp8MoEMethod.process_weights_after_loading_block_quant = lambda self, layer: layer.__dict__.pop("_dequantized", None)
     fp8.Fp8MoEMethod.apply = fp8_experts
+    # On Python 3.13 this prints "[ERROR] ... not documented" at the import of models that it misreads.
+    importlib.import_module("transformers.utils.auto_docstring").print = lambda *_: None
     _seed_each_request()
     _sleep_while_paused()
     TorchNativeAttnBackend._run_sdpa_forward_decode = functools.partialmethod(batched_decode, TorchNativeAttnBackend._run_sdpa_forward_decode)

@@ -3,6 +3,7 @@
 Each case needs a process of its own, as cpu.py replaces torch's functions once, at its import.
 """
 
+import os
 import subprocess
 import sys
 
@@ -38,3 +39,47 @@ def test_with_bf16_instructions_products_stay_as_they_are(avx512_bf16, amx):
 def test_without_them_products_go_through_fp32_also_where_there_is_avx512():
     """AVX512 alone, as most cloud processors have it: oneDNN would emulate BF16."""
     assert linear_of(avx512_bf16=False, amx=False) == ["True", "True"]
+
+
+# --- imports ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def run_python(program: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("name", ["torchvision.transforms", "torchvision.transforms.v2.functional", "sgl_kernel"])
+def test_what_is_absent_imports_and_says_so_when_it_is_called(name):
+    program = f"import cpu, {name} as it\ntry: it.resize()\nexcept NotImplementedError as error: print(error)"
+    assert run_python(program).stdout == f"{name}.resize is not used on a machine without a GPU\n"
+
+
+def test_requirements_have_no_torchvision():
+    """Beside torch's CPU build it fails at import, and transformers with it."""
+    assert "torchvision" not in (ROOT / "requirements.txt").read_text(encoding="utf-8")
+
+
+UNDOCUMENTED = """
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import auto_docstring
+@auto_docstring(custom_intro="An output.")
+class Output(ModelOutput):
+    def __init__(self, strange_name: int = 0): pass
+"""
+
+
+def test_an_engine_prints_nothing_about_the_documentation_of_models(tmp_path):
+    (tmp_path / "undocumented.py").write_text(UNDOCUMENTED, encoding="utf-8")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import undocumented"
+    assert "[ERROR] `strange_name`" in run_python(f"import cpu; {program}").stdout
+    assert "[ERROR]" not in run_python(f"import cpu; cpu.patch_sglang(); {program}").stdout
+
+
+def test_torch_built_for_cuda_does_not_warn_that_there_is_no_gpu(tmp_path):
+    program = "import torch.utils.cpp_extension as it; it._find_cuda_home()"
+    assert "No CUDA runtime" in run_python(program, CUDA_HOME=str(tmp_path)).stderr
+    assert run_python(f"import cpu; {program}", CUDA_HOME=str(tmp_path)).stderr == ""
