@@ -62,6 +62,7 @@ import megatron_model
 import run
 import train_step
 from hf_config import read_config
+from run_folder import checkpoints_of
 from weight_sync import Weights
 
 

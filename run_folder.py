@@ -1,5 +1,6 @@
 """The folder of a run: made once, locked by the run that writes it, and seen by all of its ranks."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -57,20 +58,25 @@ def new_run_folder(name: str, loop: str) -> Path:
     for candidate in [name] if name else chain([stem], (f"{stem}-{i}" for i in count(2))):
         folder = Path("runs") / candidate
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir()  # fails if it is there: two runs that start together do not share it
-        except FileExistsError as error:
-            if name:
-                fix = "choose another --name, or remove it"
-                raise BadInput(f"{folder} already exists: {fix}") from error
-            continue
+            os.makedirs(folder.parent, exist_ok=True)
+            if _made(folder):
+                break
         except OSError as error:
             fix = "run where you may write, or choose --name"
             about = f"a folder below runs/ cannot be created ({error.strerror})"
             raise BadInput(f"{about}: {fix}") from error
-        process_groups.remember_run(candidate)
-        return folder
-    raise AssertionError("the names of an unnamed run never end")
+        if name:
+            raise BadInput(f"{folder} already exists: choose another --name, or remove it")
+    process_groups.remember_run(candidate)
+    return folder
+
+
+def _made(folder: Path) -> bool:
+    """Make a folder, or tell that it is there: two runs that start together do not share it."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+        return True
+    return False
 
 
 def lock_run_folder(folder: Path) -> TextIO:

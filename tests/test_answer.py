@@ -55,7 +55,7 @@ def test_what_cannot_be_answered_is_refused(words, message, tmp_path, monkeypatc
     shutil.copytree(ROOT / "toy", tmp_path / "toy")
     shutil.copytree(ROOT / "toy", tmp_path / "run" / "model-bf16")
     (tmp_path / "quantized").mkdir()
-    (tmp_path / "quantized" / "config.json").write_text('{"quantization_config": {}}')
+    (tmp_path / "quantized" / "config.json").write_text('{"quantization_config": {}}', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["answer.py", *words])
     with pytest.raises(SystemExit) as ended:

@@ -8,20 +8,22 @@ import sys
 import loop_async
 import loop_sync
 import pytest
-from conftest import ROOT
+from checks import check_run_flags
+from conftest import ROOT, start_main
 
 import run
-from run import BadInput, RunSettings, check_run_settings
+from problems import BadInput
+from settings import RunSettings
 
 sys.path.insert(0, str(ROOT / "examples"))
 import ppo_critic
 import tool_use
 
 LOOPS = {
-    "sync": (loop_sync, []),
-    "async": (loop_async, []),
-    "ppo": (ppo_critic, []),
-    "tool": (tool_use, ["--warm-steps", "0"]),
+    "sync": (loop_sync, [], []),
+    "async": (loop_async, [], []),
+    "ppo": (ppo_critic, [ppo_critic.check_critic_flags], []),
+    "tool": (tool_use, [tool_use.check_tool_flags], ["--warm-steps", "0"]),
 }
 
 
@@ -36,12 +38,12 @@ LOOPS = {
 ])  # fmt: skip
 def test_flags_that_would_do_nothing_are_refused(changes, flag):
     with pytest.raises(BadInput, match=f"--eval-only .*{flag}"):
-        check_run_settings(RunSettings(eval_only=True, **changes))
+        check_run_flags(RunSettings(eval_only=True, **changes))
 
 
 @pytest.mark.parametrize("export", [(), ("bf16",)])
 def test_neither_the_default_nor_an_empty_export_is_refused(export):
-    check_run_settings(RunSettings(eval_only=True, export=export))
+    check_run_flags(RunSettings(eval_only=True, export=export))
 
 
 @pytest.fixture
@@ -49,28 +51,23 @@ def start(monkeypatch, tmp_path):
     """Call a loop's main() as torchrun would on rank 0 of two, and fail should anything start."""
 
     def call(loop: str, *flags: str) -> None:
-        module, more = LOOPS[loop]
+        module, checks, more = LOOPS[loop]
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [module.__name__, "--eval-only", *more, *flags])
         for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0).items():
             monkeypatch.setenv(name, str(value))
         fail = lambda *_: pytest.fail("a process group was started")  # noqa: E731
         monkeypatch.setattr(run, "init_distributed", fail)
-        module.main()
+        start_main(module, *checks)
 
     return call
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_an_evaluation_without_held_out_prompts_is_refused(start, loop):
-    with pytest.raises(BadInput, match="--eval-only has no held-out prompts to evaluate on"):
-        start(loop, "--eval-samples", "0")
-
-
-def test_a_file_of_prompts_has_no_held_out_ones_of_its_own(start, tmp_path):
+@pytest.mark.parametrize("loop", ["sync", "async", "ppo"])
+def test_an_evaluation_without_held_out_prompts_is_refused(start, loop, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "1+1=", "label": "2"}\n', encoding="utf-8")
-    with pytest.raises(BadInput, match="give --eval-prompts FILE"):
-        start("sync", "--prompts", "a.jsonl")
+    with pytest.raises(BadInput, match="no held-out prompts to evaluate on: give --eval-prompts FILE"):
+        start(loop, "--prompts", "a.jsonl")
 
 
 def test_a_warm_start_is_training(start):

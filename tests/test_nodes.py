@@ -86,7 +86,7 @@ def listening(process: psutil.Process) -> set[str]:
     folder, sockets = Path("/proc", str(process.pid)), set()
     for fd in (folder / "fd").iterdir():
         sockets.add(os.readlink(fd).removeprefix("socket:[").removesuffix("]"))
-    rows = [row.split() for name in ("tcp", "tcp6") for row in (folder / "net" / name).open()]
+    rows = [row.split() for name in ("tcp", "tcp6") for row in (folder / "net" / name).open(encoding="ascii")]
     return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in sockets}
 
 
