@@ -112,12 +112,12 @@ def check_run_flags(settings: RunSettings) -> None:
     yield from name_problems(settings)
 
 
-def model_problem(folder: str | Path) -> str:
+def model_problem(folder: str | Path, *, flag: str = "--model") -> str:
     """Say why no model can be in a folder, "" if one can."""
     if os.path.isfile(Path(folder) / "config.json"):  # unlike Path.is_file, it takes any text
         return ""
     fix = "give a Hugging Face model folder on this machine (hub names are not resolved)"
-    return f"--model {folder} has no config.json: {fix}"
+    return f"{flag} {folder} has no config.json: {fix}"
 
 
 @all_problems
@@ -287,6 +287,8 @@ def check_train_flags(
     if settings.reference and not loss.kl_coef:
         fix = "set one, or leave the other out"
         yield f"--reference {settings.reference} is not used without --kl-coef: {fix}"
+    elif settings.reference and (text := model_problem(settings.reference, flag="--reference")):
+        yield text
     if settings.offload_reference and not loss.kl_coef:
         fix = "leave it out, or set that"
         yield f"--offload-reference has no effect without --kl-coef: {fix}"

@@ -49,6 +49,7 @@ def script(name: str, *words: str, options=(), cwd=ROOT, timeout=300, **environm
     ("loop_sync.py", ["--stps", "3"], "--stps is no flag of this program; the nearest is --steps"),
     ("loop_sync.py", ["--steps", "3.5"], "--steps 3.5 must be a whole number"),
     ("loop_sync.py", ["--prompts", "absent.jsonl"], "absent.jsonl does not exist"),
+    ("loop_sync.py", ["--kl-coef", "1", "--reference", "no"], "--reference no has no config.json"),
     ("loop_sync.py", ["--tp", "2"], "--tp 2 does not divide the 1 ranks: use a --tp that"),
     ("loop_async.py", ["--max-staleness", "-1"], "--max-staleness -1 must not be negative"),
     ("loop_async.py", [], "a rank that trains and one that generates: use `torchrun --nproc-per-"),

@@ -102,12 +102,6 @@ def start(monkeypatch, tmp_path):
     return call
 
 
-def test_unknown_flags_name_the_nearest(start, capsys):
-    with pytest.raises(SystemExit) as ended:
-        start("--temperatur", "1.0")
-    assert ended.value.code == 2 and "--temperature" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("arguments, message", [
     (["--model", "no/such/folder"], "no/such/folder has no config.json"),
     (["--temperature", "0"], "must be above 0"),

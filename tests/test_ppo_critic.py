@@ -113,10 +113,11 @@ def test_a_batch_without_a_token_that_counts_changes_nothing(critic):
 @pytest.mark.parametrize("arguments, message", [
     (["--value-clip", "-0.1"], "--value-clip -0.1 must not be negative"),
     (["--gamma", "0"], "--gamma 0.0 must lie in"),
-    (["--lam", "1.5"], "--lam 1.5 in"),
+    (["--lam", "1.5"], "--lam 1.5 must lie in"),
     (["--critic-epochs", "0"], "--critic-epochs 0"),
     (["--save-every", "1"], "leave them out"),
     (["--critic-warmup-steps", "3"], "smaller than --steps 3"),
+    (["--lr-warmup-steps", "1"], "--lr-warmup-steps 1 must be smaller than --steps less --critic-"),
     (["--pp", "2"], "use --pp 1"),
     (["--advantage", "rloo"], "leave them out"),
     (["--kl-coef", "0.1", "--kl-in", "reward"], "use --kl-in loss"),
