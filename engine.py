@@ -21,6 +21,7 @@ import os
 import sys
 import threading
 import time
+from multiprocessing import resource_tracker
 
 import torch
 
@@ -59,6 +60,8 @@ class Engine(SGLangEngine):
     @classmethod
     def _launch_scheduler_processes(cls, server_args, port_args, *args, **kwargs):
         cls._starting.files = engine_files(port_args)
+        # Should this rank be killed, the tracker outlives it, and frees the shared memory.
+        resource_tracker.register(f"/{cls._starting.files[-1].name}", "shared_memory")
         before = set(multiprocessing.active_children())
         try:
             with end_signals_blocked():

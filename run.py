@@ -260,6 +260,7 @@ def run_main(main: Callable[[], None]) -> None:
     0 is done, or stopped with a checkpoint; 1 failed; 2 bad input. 128 + n is ended by signal n:
     130 by Ctrl-C, 143 by SIGTERM and 129 by SIGHUP before the first step. From the first step on
     SIGTERM and SIGHUP let the step end and a checkpoint be written; a second one changes nothing.
+    torchrun kills what is left after 30 s, or after its --shutdown-timeout.
 
     main's own `with` ends the engine's children. Should this process be killed, they end themselves.
     """
