@@ -43,15 +43,15 @@ from run import EngineDied, engine_died
 REPORTS_VERSIONS = importlib.util.find_spec("sglang.srt.utils.weight_versions") is not None
 # 0.5.21's ServerArgs is a struct of msgspec, 0.5.14's a dataclass.
 SERVER_FIELDS = getattr(ServerArgs, "__struct_fields__", None) or tuple(ServerArgs.__dataclass_fields__)
-
-
-SIGQUIT_WITHIN_S = 3.0  # SGLang's SubprocessWatchdog looks every second
+# How soon SIGQUIT tells of an engine's death: SGLang's SubprocessWatchdog looks every second.
+SIGQUIT_WITHIN_S = 3.0
 
 
 class Engine(SGLangEngine):
     """SGLang's Engine; version is that of the weights it holds, -1 before the first update."""
 
     run_scheduler_process_func = staticmethod(run_scheduler)
+    _starting: "Engine"  # SGLang launches by methods of the class, which find it here
 
     @classmethod
     def _launch_detokenizer_subprocesses(cls, *args, **kwargs):
@@ -71,8 +71,7 @@ class Engine(SGLangEngine):
 
     def __init__(self, answer_timeout_s: float = 3600.0, **server_args):
         logging.getLogger("sglang.srt.entrypoints.engine").addFilter(lambda record: "SIGQUIT handler" not in record.getMessage())  # not an error
-        Engine._starting = self  # SGLang launches by methods of the class
-        self.files, self.processes = [], set()
+        Engine._starting, self.files, self.processes = self, [], set()
         try:
             with main_module_hidden():
                 super().__init__(weight_version="-1", **server_args)
@@ -111,11 +110,19 @@ class Engine(SGLangEngine):
 
     def _on_end_of(self, process) -> None:
         """Let call() raise, a little later: SIGQUIT comes first, wherever the main thread is."""
+
+        def let_call_raise():
+            if not self._death.done():
+                self._death.set_result(None)
+
         self.loop.remove_reader(process.sentinel)
-        self.loop.call_later(SIGQUIT_WITHIN_S, lambda: self._death.done() or self._death.set_result(None))
+        self.loop.call_later(SIGQUIT_WITHIN_S, let_call_raise)
 
     def shutdown(self):
-        """End the engine's child processes and remove their files. Also called at exit; a second call does nothing."""
+        """End the engine's child processes and remove their files.
+
+        Also called at exit; a second call does nothing.
+        """
         try:
             super().shutdown()
         finally:

@@ -157,7 +157,8 @@ class Record:
         self.group, self.loop, self.trains, self.is_writer = group, loop, trains, group.rank() == 0
         folder = b""
         if self.is_writer:
-            writes_to = Path("runs") / settings.run.name if resumed else self._create_folder(settings.run.name)
+            name = settings.run.name
+            writes_to = Path("runs") / name if resumed else self._create_folder(name)
             self.lock = lock_run_folder(writes_to)
             remove_parts(writes_to)
             folder = bytes(writes_to)
@@ -171,7 +172,8 @@ class Record:
         if not self.is_writer:
             return
         try:
-            self.files = {name: open(self.folder / file, "a", buffering=1, encoding="utf-8") for name, file in FILES.items()}
+            how = dict(mode="a", buffering=1, encoding="utf-8")
+            self.files = {name: open(self.folder / file, **how) for name, file in FILES.items()}
             if resumed:
                 self.started -= resumed.state["record"]["elapsed_s"]
                 dropped = (self.folder / FILES["metrics"]).read_bytes()[resumed.state["record"]["metrics"] :].count(b"\n")
@@ -339,7 +341,8 @@ class Record:
             return
         self.bar.close()
         if self.stopping:
-            print(f"stopped after step {self.bar.n}, as asked by {self.stop_signals}: go on with --name {self.name} --resume", flush=True)
+            stopped = f"stopped after step {self.bar.n}, as asked by {self.stop_signals}"
+            print(f"{stopped}: go on with --name {self.name} --resume", flush=True)
             return
         self.files["trace"].write("]\n")
         learned = f"held-out accuracy {self.accuracy[0]:.3f} -> {self.accuracy[-1]:.3f}" if self.accuracy else "no held-out prompts to judge by"

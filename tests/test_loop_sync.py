@@ -172,8 +172,10 @@ def test_the_imports_need_no_home_that_can_be_written(tmp_path):
     flags = ["--plan", "--plan-gpus", "1", "--model", str(ROOT / "toy")]
     home = dict(HOME="/proc/nothing", TMPDIR=str(tmp_path))
     command = [sys.executable, str(ROOT / "loop_sync.py"), *flags]
-    done = subprocess.run(command, env={**os.environ, **home}, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and (tmp_path / f"nanoslime-home-{os.getuid()}").is_dir(), done.stderr
+    how = dict(env={**os.environ, **home}, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, **how)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / f"nanoslime-home-{os.getuid()}").is_dir()
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------------------------------
