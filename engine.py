@@ -21,6 +21,7 @@ import os
 import sys
 import threading
 import time
+from multiprocessing import resource_tracker
 
 import torch
 
@@ -42,17 +43,16 @@ from run import EngineDied, engine_died
 REPORTS_VERSIONS = importlib.util.find_spec("sglang.srt.utils.weight_versions") is not None
 # 0.5.21's ServerArgs is a struct of msgspec, 0.5.14's a dataclass.
 SERVER_FIELDS = getattr(ServerArgs, "__struct_fields__", None) or tuple(ServerArgs.__dataclass_fields__)
-
 LOOP_ENDS_WITHIN_S = 5.0
-
-
-SIGQUIT_WITHIN_S = 3.0  # SGLang's SubprocessWatchdog looks every second
+# How soon SIGQUIT tells of an engine's death: SGLang's SubprocessWatchdog looks every second.
+SIGQUIT_WITHIN_S = 3.0
 
 
 class Engine(sglang_engine.Engine):
     """SGLang's Engine; version is that of the weights it holds, -1 before the first update."""
 
     run_scheduler_process_func = staticmethod(run_scheduler)
+    _starting: "Engine"  # SGLang launches by methods of the class, which find it here
 
     @classmethod
     def _launch_detokenizer_subprocesses(cls, *args, **kwargs):
@@ -61,6 +61,8 @@ class Engine(sglang_engine.Engine):
     @classmethod
     def _launch_scheduler_processes(cls, server_args, port_args, *args, **kwargs):
         cls._starting.files = engine_files(port_args)
+        # Should this rank be killed, the tracker outlives it, and frees the shared memory.
+        resource_tracker.register(f"/{cls._starting.files[-1].name}", "shared_memory")
         before = set(multiprocessing.active_children())
         try:
             with end_signals_blocked():
@@ -70,8 +72,7 @@ class Engine(sglang_engine.Engine):
 
     def __init__(self, answer_timeout_s: float = 3600.0, **server_args):
         logging.getLogger("sglang.srt.entrypoints.engine").addFilter(lambda record: "SIGQUIT handler" not in record.getMessage())  # not an error
-        Engine._starting = self  # SGLang launches by methods of the class
-        self.files, self.processes = [], set()
+        Engine._starting, self.files, self.processes = self, [], set()
         try:
             with main_module_hidden():
                 super().__init__(weight_version="-1", **server_args)
@@ -110,11 +111,19 @@ class Engine(sglang_engine.Engine):
 
     def _on_end_of(self, process) -> None:
         """Let call() raise, a little later: SIGQUIT comes first, wherever the main thread is."""
+
+        def let_call_raise():
+            if not self._death.done():
+                self._death.set_result(None)
+
         self.loop.remove_reader(process.sentinel)
-        self.loop.call_later(SIGQUIT_WITHIN_S, lambda: self._death.done() or self._death.set_result(None))
+        self.loop.call_later(SIGQUIT_WITHIN_S, let_call_raise)
 
     def shutdown(self):
-        """End the engine's child processes, no others, its event loop, and its files. Also called at exit; a second call does nothing."""
+        """End the engine's child processes, no others, its event loop, and its files.
+
+        Also called at exit; a second call does nothing.
+        """
         stock = sglang_engine.kill_process_tree  # It would kill W&B, judges and multiprocessing's resource tracker too.
         sglang_engine.kill_process_tree = lambda *_, **__: kill_with_children(self.processes)
         try:
@@ -123,6 +132,8 @@ class Engine(sglang_engine.Engine):
             sglang_engine.kill_process_tree = stock
             for file in self.files:
                 file.unlink(missing_ok=True)
+            if self.files:
+                resource_tracker.unregister(f"/{self.files.pop().name}", "shared_memory")
         if hasattr(self, "loop") and self.loop.is_running():  # no loop: the engine died while it was being started
             asyncio.run_coroutine_threadsafe(self._cancel_tasks(), self.loop).result()
             self.loop.call_soon_threadsafe(self.loop.stop)

@@ -242,7 +242,7 @@ def _temporary_folder_problems() -> Iterator[str]:
 def _open_files_problems(sizes: list[int], bucket: int) -> Iterator[str]:
     """Yield if the read-back of a bucket could not share its tensors.
 
-    Each takes an open file, and its copy for the engine another. run.run_main raises the soft limit.
+    Each takes an open file, and its copy for the engine another. run_main raises the soft limit.
     """
     hard, taken, tensors = resource.getrlimit(resource.RLIMIT_NOFILE)[1], 0, -1
     for tensors, size in enumerate(sizes):  # the smallest first: most of them fit

@@ -58,7 +58,9 @@ def _load_block_scales_of_llama() -> None:
 
 
 def engine_files(port_args) -> list[Path]:
-    """Return what SGLang leaves of an engine: the files of its zmq sockets, and its load snapshot in /dev/shm."""
+    """Return what SGLang leaves of an engine: the files of its sockets, and, as the last, its load
+    snapshot in /dev/shm.
+    """
     values = [value for value in vars(port_args).values() if isinstance(value, str)]
     files = [Path(v.removeprefix("ipc://")) for v in values if v.startswith("ipc://")]
     return [*files, Path(shm_path_for(port_args.instance_id))]
@@ -72,7 +74,8 @@ def died_at_start(exit_codes: list[int | None]) -> EngineDied:
         if code is not None
     )
     killed = -signal.SIGKILL in exit_codes
-    why = "by a person or for want of memory (dmesg)" if killed else "its own error is printed above"
+    why = "for want of memory, see dmesg, or by hand" if killed else "its error is printed above"
     return EngineDied(
-        f"rank {os.environ.get('RANK', '0')}: a process of the SGLang engine ended {how} while it started: {why}"
+        f"rank {os.environ.get('RANK', '0')}: a process of the SGLang engine ended {how} while it "
+        f"started: {why}"
     )

@@ -47,7 +47,8 @@ def use_writable_home() -> None:
     os.environ["HOME"] = str(folder)
     os.environ.setdefault("NETRC", str(home / ".netrc"))
     if os.environ.get("RANK", "0") == "0":
-        print(f"the home {home} cannot be written ({problem}): caches go to {folder}", file=sys.stderr)
+        said = f"the home {home} cannot be written ({problem}): caches go to {folder}"
+        print(said, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -76,7 +76,8 @@ class Record:
         if not self.is_writer:
             return
         try:
-            self.files = {name: open(self.folder / file, "a", buffering=1, encoding="utf-8") for name, file in FILES.items()}
+            how = dict(mode="a", buffering=1, encoding="utf-8")
+            self.files = {name: open(self.folder / file, **how) for name, file in FILES.items()}
             if resumed:
                 self.started -= resumed.state["record"]["elapsed_s"]
                 dropped = (self.folder / FILES["metrics"]).read_bytes()[resumed.state["record"]["metrics"] :].count(b"\n")
@@ -278,7 +279,8 @@ class Record:
             return
         self.bar.close()
         if self.stopping:
-            print(f"stopped after step {self.bar.n}, as asked by {self.stop_signals}: go on with --name {self.name} --resume", flush=True)
+            stopped = f"stopped after step {self.bar.n}, as asked by {self.stop_signals}"
+            print(f"{stopped}: go on with --name {self.name} --resume", flush=True)
             return
         self.files["trace"].write("]\n")
         name, values = "held-out reward", self.held_out

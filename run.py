@@ -157,8 +157,10 @@ def run_main(main: Callable[[], None]) -> None:
     0 is done, or stopped with a checkpoint; 1 failed; 2 bad input. 128 + n is ended by signal n:
     130 by Ctrl-C, 143 by SIGTERM and 129 by SIGHUP before the first step. From the first step on
     SIGTERM and SIGHUP let the step end and a checkpoint be written; a second one changes nothing.
+    torchrun kills what is left after 30 s, or after its --shutdown-timeout.
 
-    main's own `with` ends the engine's children. Should this process be killed, they end themselves.
+    main's own `with` ends the engine's children. Should this process be killed, they end
+    themselves.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # an answer may hold what the console's encoding has not; to print it must not end the run
@@ -171,13 +173,15 @@ def run_main(main: Callable[[], None]) -> None:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, _stop)
     if dist.is_torchelastic_launched():  # not under a shell, which a run may outlive (nohup)
-        signal_when_parent_ends(signal.SIGTERM)  # should torchrun be killed, nobody else would end this rank
+        # Should torchrun be killed, nobody else would end this rank.
+        signal_when_parent_ends(signal.SIGTERM)
     try:
         _call(main)
     except KeyboardInterrupt as error:
         number = signal.Signals(*error.args or [signal.SIGINT])
-        rank = os.environ.get("RANK", "0")
-        print(f"interrupted by {number.name}: rank {rank} has ended its engine", file=sys.stderr, flush=True)
+        who = f"rank {os.environ.get('RANK', '0')}"
+        said = f"interrupted by {number.name}: {who} has ended its engine"
+        print(said, file=sys.stderr, flush=True)
         sys.exit(128 + number)
     finally:
         for child in multiprocessing.active_children():
@@ -218,7 +222,7 @@ def _told_within(seconds: float) -> bool:
 
 def _stop(signum, frame) -> None:
     told_to_stop.append(signum)
-    if not is_training.is_set():
+    if not is_training.is_set() and len(told_to_stop) == 1:  # a second one would disturb the end
         raise KeyboardInterrupt(signum)
 
 
@@ -232,8 +236,9 @@ def engine_died() -> EngineDied:
 
 
 def _engine_child_died(signum, frame) -> None:
-    """SGLang sends SIGQUIT to this process when one of its children fails or is found dead (its SubprocessWatchdog looks every second).
+    """Raise what SIGQUIT of SGLang tells: a child has failed, or its watchdog found it dead.
 
-    Where the main thread is in a finalizer, Python drops what is raised here: Engine.call notices too.
+    Where the main thread is in a finalizer, Python drops what is raised here. Engine.call notices
+    the death too.
     """
     raise engine_died()

@@ -140,7 +140,7 @@ class Started:
         return next(process for process in self.family if process.cmdline()[0].startswith("sglang::scheduler"))
 
     def engines(self) -> list[psutil.Process]:
-        """Engines that start, in the order of their ranks: the processes that ranks have spawned."""
+        """Engines that start, in the order of their ranks: what the ranks have spawned."""
         family = psutil.Process(self.process.pid).children(recursive=True)
         started = [p for p in family if "spawn_main" in " ".join(p.cmdline())]
         self.family = list({*self.family, *family})

@@ -174,8 +174,10 @@ def test_the_imports_need_no_home_that_can_be_written(tmp_path):
     flags = ["--plan", "--plan-gpus", "1", "--model", str(ROOT / "toy")]
     home = dict(HOME="/proc/nothing", TMPDIR=str(tmp_path))
     command = [sys.executable, str(ROOT / "loop_sync.py"), *flags]
-    done = subprocess.run(command, env={**os.environ, **home}, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and (tmp_path / f"nanoslime-home-{os.getuid()}").is_dir(), done.stderr
+    how = dict(env={**os.environ, **home}, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, **how)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / f"nanoslime-home-{os.getuid()}").is_dir()
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------------------------------
@@ -208,8 +210,12 @@ def test_an_engine_that_is_killed_while_it_starts_is_named_in_one_line(start_loo
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killing_a_rank_ends_the_job_and_names_it(start_loop, rank):
     started = start_loop("loop_sync.py", *LONG, rows=3)
+    opened = [file.path for process in started.family for file in process.open_files()]
+    shared = {path for path in opened if "sglang_loads" in path}
+    assert len(shared) == 2
     started.rank(rank).kill()
     assert started.end(60) != 0
+    assert not any(map(os.path.exists, shared))
     assert f"rank      : {rank} (local_rank: {rank})\n  exitcode  : -9" in started.text().split("Root Cause")[1]
 
 

@@ -202,7 +202,8 @@ def test_a_second_run_of_one_name_is_refused_while_the_first_lives(one_rank, mon
     record = record_of(monkeypatch, tmp_path)
     saved = Checkpoint(tmp_path, 0, {"record": record.positions()})
     record.log({"step": 1})
-    with pytest.raises(BadInput, match=f"runs/a is being written by another run, process {os.getpid()} on"):
+    who = f"another run, process {os.getpid()} on"
+    with pytest.raises(BadInput, match=f"runs/a is being written by {who}"):
         record_of(monkeypatch, tmp_path, resumed=saved)
     record.log({"step": 2})
     rows = (tmp_path / "runs/a/metrics.jsonl").read_text(encoding="utf-8")
@@ -210,7 +211,11 @@ def test_a_second_run_of_one_name_is_refused_while_the_first_lives(one_rank, mon
 
 
 def test_a_killed_run_frees_its_folder(monkeypatch, tmp_path):
-    code = "import os, pathlib, run_folder; lock = run_folder.lock_run_folder(pathlib.Path(os.sys.argv[1])); os.kill(os.getpid(), 9)"
+    code = """
+import os, pathlib, sys, run_folder
+lock = run_folder.lock_run_folder(pathlib.Path(sys.argv[1]))
+os.kill(os.getpid(), 9)
+"""
     subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT)
     lock_run_folder(tmp_path).close()
     assert (tmp_path / "lock").read_text(encoding="utf-8").startswith(f"process {os.getpid()} on ")

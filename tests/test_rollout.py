@@ -323,7 +323,7 @@ def test_a_limit_of_open_files_below_what_a_bucket_s_tensors_need_is_refused(mon
     with pytest.raises(BadInput, match="may open 300 files, .* or lower --bucket-bytes"):
         check()
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 128))
-    with pytest.raises(BadInput, match=r"may open 128 files, .* raise the hard limit \(ulimit -Hn\)$"):
+    with pytest.raises(BadInput, match=r"may open 128 files, .* hard limit \(ulimit -Hn\)$"):
         check()
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 1024))
     check()
