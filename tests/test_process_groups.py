@@ -149,6 +149,27 @@ def test_restarted_ranks_meet_anew(tmp_path, monkeypatch, rollout_ranks):
     assert json.loads((tmp_path / "seen.json").read_text(encoding="utf-8")) == ["1", "1"]
 
 
+def test_ranks_of_two_nodes_meet_anew_though_each_node_counts_its_own_restarts(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    env = {**os.environ, "ROLLOUT_RANKS": "0", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+    command += ["--max-restarts", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--local-addr", "127.0.0.1"]
+    command += [str(WORKERS / "two_ranks.py"), "killed_once", str(tmp_path)]
+    with open(tmp_path / "output", "w", encoding="utf-8") as output:
+        streams = dict(env=env, stdout=output, stderr=subprocess.STDOUT)
+        nodes = [subprocess.Popen(command, **streams) for _ in range(2)]
+        try:
+            codes = [node.wait(120) for node in nodes]
+        finally:
+            for node in nodes:
+                node.kill()
+    assert codes == [0, 0], (tmp_path / "output").read_text(encoding="utf-8")[-3000:]
+    seen = json.loads((tmp_path / "seen.json").read_text(encoding="utf-8"))
+    assert sorted(seen) == ["0", "1"]
+
+
 @pytest.mark.parametrize("script, victim", [("loop_sync.py", "rank"), ("loop_async.py", "engine")])
 def test_a_restarted_run_goes_on_from_its_checkpoint(tmp_path, script, victim):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
