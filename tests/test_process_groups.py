@@ -108,10 +108,12 @@ def test_a_connection_whose_other_end_is_gone_ends():
             assert len(os.listdir("/proc/self/fd")) == fds
 
 
-def test_a_rank_that_stands_still_is_named_within_the_limit(tmp_path):
-    done = torchrun(WORKERS / "two_ranks.py", "stopped", tmp_path, ranks=2, check=False)
+@pytest.mark.parametrize("where, exchange", [("stopped", 2), ("stopped_inside", 1)])
+def test_a_rank_that_stands_still_is_named_within_the_limit(tmp_path, where, exchange):
+    done = torchrun(WORKERS / "two_ranks.py", where, tmp_path, ranks=2, check=False)
     assert done.returncode != 0
-    assert "error: rank 0 has waited 4 s for rank 1 at exchange 2:" in done.stderr
+    named = f"error: rank 0 has waited 4 s for rank 1 at or after exchange {exchange};"
+    assert named in done.stderr
 
 
 @pytest.mark.parametrize("text, meaning", [
@@ -249,6 +251,14 @@ def test_ranks_on_file_systems_of_their_own_are_refused(tmp_path):
 
 
 # --- what listens -----------------------------------------------------------------------------
+
+
+def test_one_rank_without_torchrun_has_a_store_that_does_not_listen(monkeypatch):
+    monkeypatch.setattr(process_groups, "listen_on_loopback", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    store, rank, world_size = process_groups._job_store()
+    assert isinstance(store, dist.HashStore) and (rank, world_size) == (0, 1)
 
 
 @pytest.mark.parametrize("addresses, env, is_refused", [
