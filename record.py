@@ -17,8 +17,6 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import shutil
-import socket
 import sys
 import threading
 import time
@@ -31,6 +29,7 @@ from tqdm import tqdm
 
 import process_groups
 import run
+import run_folder
 from problems import BadInput
 from run import all_gather_bytes, broadcast_bytes
 
@@ -85,7 +84,6 @@ class Row:
         self._since = now
 
 
-SHARED_S = 60.0  # a network file system may show a new file late
 FILES = {"metrics": "metrics.jsonl", "samples": "samples.jsonl", "trace": "trace.json"}
 
 
@@ -97,13 +95,6 @@ def has_whole_rows(folder: Path, *, size: int) -> bool:
     try:
         return rows.endswith(b"\n") and all(type(json.loads(row)) is dict for row in rows.split(b"\n")[:-1])
     except ValueError:
-        return False
-
-
-def _holds(file: Path, content: bytes) -> bool:
-    try:
-        return file.read_bytes() == content
-    except OSError:  # a network file system has more errors than that it is not there
         return False
 
 
@@ -121,7 +112,7 @@ class Record:
         if self.is_writer:
             folder = bytes(Path("runs") / settings.run.name if resumed else self._create_folder(settings.run.name))
         self.folder = Path(broadcast_bytes(folder, group).decode())
-        self._check_shared(keep_folder=resumed is not None)
+        run_folder.check_shared(self.folder, group, is_new=resumed is None)
         self.name = str(self.folder.relative_to("runs"))
         self.started, self.accuracy, self.settings, self.profiler, self.boards, self.end_wandb = time.time(), [], settings.run, None, [], None
         self.resumed, self.first_step = resumed is not None, resumed.step + 1 if resumed else 1
@@ -176,34 +167,6 @@ class Record:
             return folder
         except OSError as error:
             raise BadInput(f"a folder below runs/ cannot be created ({error.strerror}): run where you may write, or choose --name") from error
-
-    def _check_shared(self, *, keep_folder: bool) -> None:
-        """Refuse a run folder that is not the same for all ranks: raise BadInput. Collective.
-
-        Each rank would write its part of a checkpoint to another place.
-        """
-        file, token = self.folder / ".shared", uuid.uuid4().hex.encode()
-        if self.is_writer:
-            try:
-                file.write_bytes(token)
-            except OSError as error:
-                fix = "run where you may write, or choose --name"
-                about = f"the run folder {self.folder} cannot be written ({error.strerror})"
-                raise BadInput(f"{about}: {fix}") from error
-        token, deadline = broadcast_bytes(token, self.group), time.time() + SHARED_S
-        while not (seen := _holds(file, token)) and time.time() < deadline:
-            time.sleep(0.2)
-        mine = b"" if seen else f"on {socket.gethostname()} in {Path.cwd()}".encode()
-        where = [text.decode() for text in all_gather_bytes(mine, self.group)]
-        if self.is_writer:
-            file.unlink()
-            if any(where) and not keep_folder:
-                shutil.rmtree(self.folder)  # it has been made just now
-        blind = [f"rank {rank} {text}" for rank, text in enumerate(where) if text]
-        if blind:
-            ranks = f"{len(blind)} of {len(where)} ranks do not see what rank 0 has written to"
-            fix = "start all ranks in one folder, on a file system that all machines share"
-            raise BadInput(f"{ranks} {self.folder}; the first is {blind[0]}: {fix}")
 
     def _wandb_id(self) -> str:
         """Return W&B's key of this run: that of before --resume, else a new one. A name may come again, in another folder; W&B would go on with that run."""

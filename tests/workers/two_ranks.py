@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 import record
 import run
+import run_folder
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def killed_once(folder: Path) -> None:
 def apart(folder: Path) -> None:
     """Each rank has a file system of its own, or so it looks: another working folder."""
     os.chdir(folder / os.environ["RANK"])
-    record.SHARED_S = 1.0
+    run_folder.SHARED_S = 1.0
     record.Record(Settings(run.RunSettings(name="a")), "sync", run.init_distributed())
 
 
