@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import rollout  # first: on a machine without a GPU it prepares the imports that follow
 import checkpoint
-import process_groups
 import hf_folder
 import in_flight
 import packing
 import plan
+import process_groups
 import reward
 import run
 import train_step

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import rollout  # first: on a machine without a GPU it prepares the imports that follow
 import checkpoint
-import process_groups
 import hf_folder
 import packing
 import plan
+import process_groups
 import reward
 import run
 import train_step

@@ -236,7 +236,7 @@ def _before_restart() -> tuple[str, bool]:
         return "", False
     name = _Start.of_the_job.get("run").decode()
     folder = Path("runs") / name
-    if any(path.suffix != ".part" for path in (folder / "checkpoints").glob("step-*")):
+    if any(re.fullmatch(r"step-\d+", path.name) for path in (folder / "checkpoints").glob("*")):
         return name, True
     aside = (Path(f"{folder}-restarted-{i}") for i in count(1))
     if folder.exists():

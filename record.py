@@ -110,7 +110,9 @@ class Record:
         self.group, self.loop, self.trains, self.is_writer = group, loop, trains, group.rank() == 0
         folder = b""
         if self.is_writer:
-            folder = bytes(Path("runs") / settings.run.name if resumed else self._create_folder(settings.run.name))
+            writes_to = Path("runs") / settings.run.name if resumed else self._create_folder(settings.run.name)
+            process_groups.remember_run(str(writes_to.relative_to("runs")))
+            folder = bytes(writes_to)
         self.folder = Path(broadcast_bytes(folder, group).decode())
         run_folder.check_shared(self.folder, group, is_new=resumed is None)
         self.name = str(self.folder.relative_to("runs"))
@@ -162,9 +164,7 @@ class Record:
 
     def _create_folder(self, name: str) -> Path:
         try:
-            folder = run.new_run_folder(name, self.loop)
-            process_groups.remember_run(str(folder.relative_to("runs")))
-            return folder
+            return run.new_run_folder(name, self.loop)
         except OSError as error:
             raise BadInput(f"a folder below runs/ cannot be created ({error.strerror}): run where you may write, or choose --name") from error
 

@@ -34,9 +34,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rollout  # first: on a machine without a GPU it prepares the imports that follow
-import process_groups
 import hf_folder
 import packing
+import process_groups
 import reward
 import run
 import train_step

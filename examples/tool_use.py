@@ -40,8 +40,8 @@ import numpy as np
 import torch.distributed as dist
 
 import checkpoint
-import process_groups
 import hf_folder
+import process_groups
 import reward
 import run
 import train_step

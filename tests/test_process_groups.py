@@ -219,7 +219,8 @@ def restarted(monkeypatch, tmp_path):
 
 
 def test_a_restarted_run_without_a_checkpoint_begins_again(restarted):
-    (restarted / "a" / "checkpoints" / "step-000002.part").mkdir()
+    for name in ("step-000002.part", "step-000001-bf16"):
+        (restarted / "a" / "checkpoints" / name).mkdir()
     settings = process_groups.after_restart(loop_sync.Settings())
     assert settings.run.name == "a" and not settings.run.resume
     assert [path.name for path in restarted.iterdir()] == ["a-restarted-1"]
