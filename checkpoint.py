@@ -6,7 +6,7 @@
         files.json      size and CRC-32 of every file
 
 A checkpoint is written as step-000040.part and renamed when it is whole; only then older ones go. So a full disk, a kill or a lost machine leaves the one
-before intact. On several nodes runs/ must be a file system that all of them see: record.py looks.
+before intact. On several nodes runs/ must be a file system that all of them see: run_folder.py looks.
 A checkpoint is whole only if every file is there that .metadata names.
 
 A checkpoint from elsewhere runs no code: random generators are base64 in JSON, torch reads the tensors with weights_only, and the one file of

@@ -127,17 +127,25 @@ def joins_exchange(group: dist.ProcessGroup) -> None:
 
 
 def ranks_behind() -> list[int]:
-    """Return the ranks that have not come to the exchange that this rank is at."""
+    """Return the ranks that this one has waited for in vain.
+
+    Those that have not come to its exchange; or else, in a collective of megatron-core, those of
+    the ranks after the same exchange that have not waited in vain themselves.
+    """
     if _Start.store is None:
         return []
-    store, behind = _Start.store, []
+    store, ranks = _Start.store, range(_Start.world_size)
     store.set_timeout(timedelta(seconds=10))
     with contextlib.suppress(RuntimeError):  # the store may be behind the lost link
-        for rank in range(_Start.world_size):
-            key = f"exchanges/{rank}"
-            reached = int(store.get(key)) if store.check([key]) else 0
-            behind += [rank] if reached < _Start.exchanges else []
-    return behind
+        store.set(f"waits in vain/{_Start.rank}", "1")
+        keys = [f"exchanges/{rank}" for rank in ranks]
+        reached = [int(store.get(key)) if store.check([key]) else 0 for key in keys]
+        if behind := [rank for rank in ranks if reached[rank] < _Start.exchanges]:
+            return behind
+        time.sleep(5)  # the others, too, find out
+        here = [rank for rank in ranks if reached[rank] == _Start.exchanges]
+        return [rank for rank in here if not store.check([f"waits in vain/{rank}"])]
+    return []
 
 
 def explain(error: RuntimeError) -> str:
@@ -156,8 +164,8 @@ def explain(error: RuntimeError) -> str:
     if not behind:
         return f"{mine} has waited {_Start.wait_s:g} s for another rank; the traceback says where"
     who = f"rank {behind[0]}" if len(behind) == 1 else f"the ranks {', '.join(map(str, behind))}"
-    what = f"{mine} has waited {_Start.wait_s:g} s for {who} at exchange {_Start.exchanges}"
-    return f"{what}: a rank that hangs or is stopped, or whose machine is gone, does not come"
+    what = f"{mine} has waited {_Start.wait_s:g} s for {who} at or after exchange"
+    return f"{what} {_Start.exchanges}; a rank that hangs or is stopped does not come"
 
 
 # --- how ranks find each other ----------------------------------------------------------------
@@ -228,7 +236,7 @@ def _before_restart() -> tuple[str, bool]:
         return "", False
     name = _Start.of_the_job.get("run").decode()
     folder = Path("runs") / name
-    if any(path.suffix != ".part" for path in (folder / "checkpoints").glob("step-*")):
+    if any(re.fullmatch(r"step-\d+", path.name) for path in (folder / "checkpoints").glob("*")):
         return name, True
     aside = (Path(f"{folder}-restarted-{i}") for i in count(1))
     if folder.exists():

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import run
+import process_groups
 from run import all_gather_bytes, broadcast_bytes
 from run_folder import FILES, check_shared, lock_run_folder, new_run_folder, remove_parts, unwritable
 from timeline import Stopwatch, renamed
@@ -59,6 +60,7 @@ class Record:
             resumed, name, self.loop = None, "", f"{name}-eval"
         if self.is_writer:
             mine = Path("runs") / name if resumed else new_run_folder(name, self.loop)
+            process_groups.remember_run(str(mine.relative_to("runs")))
             self.lock = lock_run_folder(mine)
             remove_parts(mine)
             folder = bytes(mine)

@@ -17,7 +17,6 @@ from typing import TextIO
 
 import torch.distributed as dist
 
-import process_groups
 from problems import BadInput
 from run import all_gather_bytes, broadcast_bytes
 from settings import RunSettings
@@ -67,7 +66,6 @@ def new_run_folder(name: str, loop: str) -> Path:
             raise BadInput(f"{about}: {fix}") from error
         if name:
             raise BadInput(f"{folder} already exists: choose another --name, or remove it")
-    process_groups.remember_run(candidate)
     return folder
 
 

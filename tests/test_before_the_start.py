@@ -25,7 +25,7 @@ class Started(Exception):
 
 @pytest.fixture
 def start(monkeypatch, tmp_path):
-    def started(*args):
+    def started(*args, **kwargs):
         raise Started
 
     def call(*flags, loop=loop_sync, ranks=1):

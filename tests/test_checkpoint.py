@@ -201,6 +201,9 @@ def test_a_part_that_is_written_elsewhere_leaves_the_checkpoints_before(
     )
     trainer = train_step.build_trainer(toy, TrainSettings(), read_config(toy), steps=10, seed=1)
     settings = Settings(run=RunSettings(keep=1))
+    answer = dict(response_ids=[7], rollout_logprobs=[-1.0], loss_mask=[1], advantages=[1.0])
+    samples = [Sample([5, 6], **answer)]
+    train_step.train_step(trainer, samples, LossSettings(), temperature=1.0, max_response_tokens=8)
     checkpoint.save(record, settings, trainer, step=1, read={}, rank_state={})
     stock = dist_checkpointing.save
 

@@ -36,7 +36,7 @@ def outcome(monkeypatch, tmp_path, capsys):
     for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():
         monkeypatch.setenv(name, str(value))
 
-    def started(*args):
+    def started(*args, **kwargs):
         raise Started
 
     monkeypatch.setattr(run, "init_distributed", started)

@@ -127,7 +127,7 @@ def test_bad_flags_stop_before_anything_starts(monkeypatch, tmp_path, arguments,
     monkeypatch.setattr(sys, "argv", ["ppo_critic.py", "--steps", "3", *arguments])
     for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(run, "init_distributed", lambda: pytest.fail("a process group was started"))
+    monkeypatch.setattr(run, "init_distributed", lambda **_: pytest.fail("a process group was started"))
     with pytest.raises(run.BadInput, match=message):
         start_main(ppo_critic, ppo_critic.check_critic_flags)
 

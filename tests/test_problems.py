@@ -54,7 +54,7 @@ def problems_of(monkeypatch, loop, *arguments, ranks: int) -> tuple[str, ...]:
     monkeypatch.setattr("sys.argv", ["loop.py", *map(str, arguments)])
     for name, value in dict(RANK=0, WORLD_SIZE=ranks, LOCAL_RANK=0).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(run, "init_distributed", lambda *_: pytest.fail("a process group was started"))
+    monkeypatch.setattr(run, "init_distributed", lambda *_, **__: pytest.fail("a process group was started"))
     with pytest.raises(BadInput) as refused:
         start_main(loop)
     return refused.value.problems

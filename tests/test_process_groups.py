@@ -108,10 +108,12 @@ def test_a_connection_whose_other_end_is_gone_ends():
             assert len(os.listdir("/proc/self/fd")) == fds
 
 
-def test_a_rank_that_stands_still_is_named_within_the_limit(tmp_path):
-    done = torchrun(WORKERS / "two_ranks.py", "stopped", tmp_path, ranks=2, check=False)
+@pytest.mark.parametrize("where, exchange", [("stopped", 2), ("stopped_inside", 1)])
+def test_a_rank_that_stands_still_is_named_within_the_limit(tmp_path, where, exchange):
+    done = torchrun(WORKERS / "two_ranks.py", where, tmp_path, ranks=2, check=False)
     assert done.returncode != 0
-    assert "error: rank 0 has waited 4 s for rank 1 at exchange 2:" in done.stderr
+    named = f"error: rank 0 has waited 4 s for rank 1 at or after exchange {exchange};"
+    assert named in done.stderr
 
 
 @pytest.mark.parametrize("text, meaning", [
@@ -147,6 +149,27 @@ def test_restarted_ranks_meet_anew(tmp_path, monkeypatch, rollout_ranks):
     restarts = ["--max-restarts", "1"]
     torchrun(*restarts, WORKERS / "two_ranks.py", "killed_once", tmp_path, ranks=2)
     assert json.loads((tmp_path / "seen.json").read_text(encoding="utf-8")) == ["1", "1"]
+
+
+def test_ranks_of_two_nodes_meet_anew_though_each_node_counts_its_own_restarts(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    env = {**os.environ, "ROLLOUT_RANKS": "0", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+    command += ["--max-restarts", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--local-addr", "127.0.0.1"]
+    command += [str(WORKERS / "two_ranks.py"), "killed_once", str(tmp_path)]
+    with open(tmp_path / "output", "w", encoding="utf-8") as output:
+        streams = dict(env=env, stdout=output, stderr=subprocess.STDOUT)
+        nodes = [subprocess.Popen(command, **streams) for _ in range(2)]
+        try:
+            codes = [node.wait(120) for node in nodes]
+        finally:
+            for node in nodes:
+                node.kill()
+    assert codes == [0, 0], (tmp_path / "output").read_text(encoding="utf-8")[-3000:]
+    seen = json.loads((tmp_path / "seen.json").read_text(encoding="utf-8"))
+    assert sorted(seen) == ["0", "1"]
 
 
 @pytest.mark.parametrize("script, victim", [("loop_sync.py", "rank"), ("loop_async.py", "engine")])
@@ -196,7 +219,8 @@ def restarted(monkeypatch, tmp_path):
 
 
 def test_a_restarted_run_without_a_checkpoint_begins_again(restarted):
-    (restarted / "a" / "checkpoints" / "step-000002.part").mkdir()
+    for name in ("step-000002.part", "step-000001-bf16"):
+        (restarted / "a" / "checkpoints" / name).mkdir()
     settings = process_groups.after_restart(loop_sync.Settings())
     assert settings.run.name == "a" and not settings.run.resume
     assert [path.name for path in restarted.iterdir()] == ["a-restarted-1"]
@@ -228,6 +252,14 @@ def test_ranks_on_file_systems_of_their_own_are_refused(tmp_path):
 
 
 # --- what listens -----------------------------------------------------------------------------
+
+
+def test_one_rank_without_torchrun_has_a_store_that_does_not_listen(monkeypatch):
+    monkeypatch.setattr(process_groups, "listen_on_loopback", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    store, rank, world_size = process_groups._job_store()
+    assert isinstance(store, dist.HashStore) and (rank, world_size) == (0, 1)
 
 
 @pytest.mark.parametrize("addresses, env, is_refused", [

@@ -75,7 +75,7 @@ class Started(Exception):
 
 @pytest.mark.parametrize("line", [line for line in ELSEWHERE if "nproc" not in line])
 def test_what_needs_files_of_the_readers_own_gets_as_far_as_the_start(line, reader, monkeypatch, request):
-    def started(*_):
+    def started(*args, **kwargs):
         raise Started
 
     monkeypatch.setattr(run, "init_distributed", started)

@@ -122,7 +122,7 @@ def test_a_link_to_nowhere_in_the_place_of_runs_is_refused(monkeypatch, tmp_path
     (tmp_path / "runs").symlink_to("nowhere")
     for key, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():
         monkeypatch.setenv(key, str(value))
-    monkeypatch.setattr(run, "init_distributed", lambda *args: pytest.fail("started"))
+    monkeypatch.setattr(run, "init_distributed", lambda *_, **__: pytest.fail("started"))
     monkeypatch.setattr("sys.argv", ["loop_sync.py", *(["--name", name] if name else [])])
     with pytest.raises(BadInput, match="cannot be written, because of"):
         start_main(loop_sync)

@@ -1,6 +1,8 @@
 """What a model folder, a checkpoint, a peer or a model's answer may do to this machine: nothing.
 
-That nothing listens beyond the loopback, and that a hostile checkpoint runs no code, is shown on real ones in test_checkpoint.py; that the calculator of
+That nothing listens beyond the loopback is shown on real runs in test_checkpoint.py, and in
+test_nodes.py on a machine whose name is another address. That a hostile checkpoint runs no code is
+shown in test_checkpoint.py; that the calculator of
 examples/tool_use.py evaluates nothing, in test_tool_use.py. Here the sources are read: what is not written there cannot happen. Not covered: the engines'
 own code.
 """

@@ -13,6 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import cpu  # noqa: F401  before sglang, for the group of the asynchronous loop
+import torch
+import torch.distributed as dist
+
 import record
 import run
 import run_folder
@@ -31,6 +34,15 @@ def stopped(folder: Path) -> None:
     if everyone.rank() == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     run.all_gather_bytes(b"", everyone)
+
+
+def stopped_inside(folder: Path) -> None:
+    """Rank 1 stands still in a collective that is no exchange, as megatron-core's are."""
+    everyone = run.init_distributed(wait_s=4)
+    run.all_gather_bytes(b"", everyone)
+    if everyone.rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.all_reduce(torch.ones(1))
 
 
 def killed_once(folder: Path) -> None:
