@@ -40,7 +40,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
-from problems import BadInput
+from problems import BadInput, read_file, read_json
 from record import FILES, has_whole_rows
 from run import all_gather_bytes, signal_when_parent_ends
 
@@ -88,11 +88,11 @@ def step_of(folder: Path) -> int:
 def damage(folder: Path, *, share: int = 0, of: int = 1) -> str:
     """What is wrong with a checkpoint's files, "" if nothing. Every file's size is looked at, and the contents of each of-th file."""
     try:
-        written = (folder / "files.json").read_bytes()
+        written = read_file(folder / "files.json")
         files = msgspec.json.decode(written, type=dict[str, tuple[int, int]])
         if STATE not in files:
             return f"files.json does not list {STATE}"
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (BadInput, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return f"files.json cannot be read ({error})"
     for i, (name, (size, crc)) in enumerate(files.items()):
         path = folder / name
@@ -189,6 +189,9 @@ def find(settings, loop: str, read: dict[str, str]) -> Checkpoint:
     folders = checkpoints_of(run_folder)
     if not folders:
         raise BadInput(f"{run_folder} holds no checkpoint to resume from: run with --save-every N first, or leave --resume out and choose another --name")
+    about = run_folder / "settings.json"  # is written anew
+    if os.path.lexists(about) and not isinstance(read_json(about), dict):
+        raise BadInput(f"{about} is no object: remove it")
     newest = open_checkpoint(folders[-1])
     state, folder = newest.state, newest.folder
     if state["loop"] != loop:

@@ -16,7 +16,8 @@ from typing import Any
 import orjson
 from transformers import PreTrainedTokenizerBase
 
-from problems import BadInput, all_problems
+from chat import EndlessTemplate
+from problems import BadInput, all_problems, check_file
 from sample import DataSettings, Sample, encode
 
 SHOWN_ROWS = 5  # of a file's bad rows; a wrong file has thousands
@@ -61,6 +62,8 @@ def read_prompts(
             rows.append((where, sample))
         except BadInput as error:
             bad += error.problems
+            if isinstance(error, EndlessTemplate):  # other rows would take as long
+                break
     if marked is not None and any(_holds(sample.label, settings.label_after) for _, sample in rows):
         marked.add(path)
     bad = bad or cut_labels(rows, settings.label_after) or _unfit_labels(rows, label_problems)
@@ -162,13 +165,15 @@ def read_rows(path: str) -> Iterator[tuple[str, dict | str]]:
     """Yield (file and row as an error names them, the row or its line). Raises BadInput."""
     if os.path.isdir(path):
         raise BadInput(f"prompts file {path} is a folder: name the JSONL or Parquet files in it")
-    if not os.path.isfile(
-        path
-    ):  # False also for what cannot be a path, at which Path.is_file() raises
+    if not os.path.lexists(path):  # False also for what cannot be a path
         raise BadInput(
             f"prompts file {path} does not exist: give a JSONL or Parquet file, or leave the flag "
             "out for the toy task"
         )
+    try:
+        check_file(path)
+    except BadInput as error:
+        raise BadInput(f"prompts file {error}") from error
     if path.endswith(".parquet"):
         yield from _parquet_rows(path)
         return

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import run
-from problems import BadInput
+from problems import BadInput, read_json
 from run import all_gather_bytes, broadcast_bytes
 
 ROWS = ("trainer", "engine", "judge")  # of each rank's part of the timeline
@@ -108,7 +108,7 @@ def has_whole_rows(folder: Path, *, size: int) -> bool:
     rows = (folder / FILES["metrics"]).read_bytes()[:size]
     try:
         return rows.endswith(b"\n") and all(type(json.loads(row)) is dict for row in rows.split(b"\n")[:-1])
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -186,7 +186,7 @@ class Record:
     def _wandb_id(self) -> str:
         """Return W&B's key of this run: that of before --resume, else a new one. A name may come again, in another folder; W&B would go on with that run."""
         before = self.folder / "settings.json"
-        known = json.loads(before.read_text(encoding="utf-8")).get("wandb_id") if before.exists() else None
+        known = read_json(before).get("wandb_id") if before.exists() else None
         return known or f"{self.name.replace('/', '-')}-{uuid.uuid4().hex[:8]}"
 
     def _remember(self, metrics: dict) -> None:

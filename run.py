@@ -165,7 +165,7 @@ def new_run_folder(name: str, loop: str) -> Path:
         folder = Path("runs") / candidate
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            folder.mkdir()  # fails if it is there: two runs that start together do not share it
+            folder.mkdir(mode=0o700)  # prompts and answers are the user's; fails if it is there: two runs that start together do not share it
             return folder
         except FileExistsError as error:
             if name:
@@ -200,6 +200,8 @@ def parse_overrides(pairs: tuple[str, ...], *, flag: str, fields: list[str] | No
                 overrides[key] = json.loads(text)
             except json.JSONDecodeError:
                 overrides[key] = text
+            except (ValueError, RecursionError) as error:  # JSON, but of a number or depth too large
+                yield f"{flag} {key} cannot be read as JSON ({error}): give another value"
         seen.add(key)
     return overrides
 
