@@ -6,9 +6,14 @@ either changes the prompt's text or is refused. Only what says which call a resu
 left out.
 """
 
+import contextlib
 import inspect
 import re
+import resource
+import signal
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -18,6 +23,9 @@ from transformers import PreTrainedTokenizerBase
 from problems import BadInput, all_problems
 from run import parse_overrides
 
+TEMPLATE_S = 2  # seconds for one row, of which a usual template needs a thousandth
+TEMPLATE_BYTES = 2**30
+MOST_CHARACTERS = 8_000_000  # of one prompt; a context of a million tokens has some four
 SHORT = 20  # characters; a longer text that stands in the prompt is no accident
 
 
@@ -56,7 +64,7 @@ def _names_read(template: str) -> set[str]:
     )  # a tag of transformers' own
     try:
         parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, RecursionError) as error:
         raise BadInput(
             f"the tokenizer's chat template cannot be read ({error}): mend it"
         ) from error
@@ -100,12 +108,19 @@ def chat_text(
     options = parse_overrides(template_kwargs, flag="--chat-template-kwargs", fields=None)
 
     def render(messages: list[dict], tools: list[dict] | None) -> str:
-        return tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=True, tokenize=False, **options
-        )
+        with bounded(where):
+            text = tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, tokenize=False, **options
+            )
+        if len(text) > MOST_CHARACTERS:
+            size = f"writes {len(text)} characters, more than {MOST_CHARACTERS}"
+            raise EndlessTemplate(f"{where}: the tokenizer's chat template {size}: mend it")
+        return text
 
     try:
         text = render(messages, tools)
+    except EndlessTemplate:
+        raise
     except (
         Exception
     ) as error:  # a template is a program of the model's makers, and raises what it likes
@@ -116,6 +131,8 @@ def chat_text(
     for part, messages_without, tools_without in _parts(messages, tools, text):
         try:
             is_left_out = render(messages_without, tools_without) == text
+        except EndlessTemplate:
+            raise
         except Exception:  # the template cannot do without that part: it reads it
             is_left_out = False
         if is_left_out:
@@ -124,6 +141,46 @@ def chat_text(
                 "template that writes it"
             )
     return text
+
+
+class _TooLong(BaseException):
+    """Raised by the alarm. Jinja catches every Exception of a part that it computes beforehand."""
+
+
+class EndlessTemplate(BadInput):
+    """A chat template that takes too long, or too much memory, on one row."""
+
+
+@contextlib.contextmanager
+def bounded(where: str) -> Iterator[None]:
+    """Give a chat template TEMPLATE_S seconds and TEMPLATE_BYTES of memory more than there are.
+
+    Only a process's main thread can set an alarm; in another one there is no bound. What is checked
+    before the start is rendered in the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(signum, frame):
+        raise _TooLong
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    in_use = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    most = in_use + TEMPLATE_BYTES
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, TEMPLATE_S)
+    resource.setrlimit(resource.RLIMIT_AS, (most if soft == -1 else min(soft, most), hard))
+    try:
+        yield
+    except (_TooLong, MemoryError) as error:
+        bound = f"{TEMPLATE_S} s" if isinstance(error, _TooLong) else f"{TEMPLATE_BYTES} bytes"
+        rule = f"needs more than {bound} for one row: mend it, or use another model"
+        raise EndlessTemplate(f"{where}: the tokenizer's chat template {rule}") from error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
 
 
 def _message(message: Any, *, where: str) -> dict:

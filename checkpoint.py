@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import process_groups
 from megatron_model import generators, set_generators
-from problems import BadInput
+from problems import BadInput, read_file, read_json
 from processes import signal_when_parent_ends
 from run import EngineDied, all_gather_bytes
 from run_folder import FILES, checkpoints_of, has_whole_rows, remove_parts, step_of
@@ -79,11 +79,11 @@ class Checkpoint:
 def damage(folder: Path, *, share: int = 0, of: int = 1) -> str:
     """What is wrong with a checkpoint's files, "" if nothing. Every file's size is looked at, and the contents of each of-th file."""
     try:
-        written = (folder / "files.json").read_bytes()
+        written = read_file(folder / "files.json")
         files = msgspec.json.decode(written, type=dict[str, tuple[int, int]])
         if STATE not in files:
             return f"files.json does not list {STATE}"
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (BadInput, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return f"files.json cannot be read ({error})"
     for i, (name, (size, crc)) in enumerate(files.items()):
         path = folder / name
@@ -192,6 +192,9 @@ def find(settings, loop: str, read: dict[str, str]) -> Checkpoint:
     folders = checkpoints_of(run_folder)
     if not folders:
         raise BadInput(f"{run_folder} holds no checkpoint to resume from: run with --save-every N first, or leave --resume out and choose another --name")
+    about = run_folder / "settings.json"  # is written anew
+    if os.path.lexists(about) and not isinstance(read_json(about), dict):
+        raise BadInput(f"{about} is no object: remove it")
     newest = open_checkpoint(folders[-1])
     state, folder = newest.state, newest.folder
     if state["loop"] != loop:

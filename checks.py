@@ -14,7 +14,7 @@ from pathlib import Path
 
 import process_groups
 from losses import LossSettings, check_loss_settings
-from problems import BadInput, Problems, all_problems
+from problems import BadInput, Problems, all_problems, check_file
 from run import parse_overrides, rollouts_file
 from run_folder import name_problems
 from settings import GYM, InFlightSettings, PlanSettings, RewardSettings, RolloutSettings
@@ -112,12 +112,17 @@ def check_run_flags(settings: RunSettings) -> None:
     yield from name_problems(settings)
 
 
-def model_problem(folder: str | Path, *, flag: str = "--model") -> str:
+def model_problem(folder: str | Path) -> str:
     """Say why no model can be in a folder, "" if one can."""
-    if os.path.isfile(Path(folder) / "config.json"):  # unlike Path.is_file, it takes any text
-        return ""
-    fix = "give a Hugging Face model folder on this machine (hub names are not resolved)"
-    return f"{flag} {folder} has no config.json: {fix}"
+    config = Path(folder) / "config.json"
+    if not os.path.lexists(config):  # unlike Path.exists, it takes any text
+        fix = "give a Hugging Face model folder on this machine (hub names are not resolved)"
+        return f"--model {folder} has no config.json: {fix}"
+    try:
+        check_file(config)
+    except BadInput as error:
+        return str(error)
+    return ""
 
 
 @all_problems
@@ -213,10 +218,14 @@ def file_problem(path: str) -> str:
     """Say why a file of prompts cannot be opened, "" if it can."""
     if os.path.isdir(path):
         return f"prompts file {path} is a folder: name the JSONL or Parquet files in it"
-    if os.path.isfile(path):  # False also for what cannot be a path
-        return ""
-    fix = "give a JSONL or Parquet file, or leave the flag out for the toy task"
-    return f"prompts file {path} does not exist: {fix}"
+    if not os.path.lexists(path):  # False also for what cannot be a path
+        fix = "give a JSONL or Parquet file, or leave the flag out for the toy task"
+        return f"prompts file {path} does not exist: {fix}"
+    try:
+        check_file(path)
+    except BadInput as error:
+        return f"prompts file {error}"
+    return ""
 
 
 @all_problems

@@ -6,7 +6,7 @@ The dtype of the stored weights does not matter: --train-dtype and --rollout-dty
 computed with, and exports are BF16 or FP8.
 """
 
-import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig
 
 from checks import check_ranks, model_problem
-from problems import BadInput, Problems, all_problems
+from problems import BadInput, Problems, all_problems, read_json
 
 FAMILIES = {
     "qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "glm4_moe": "Glm4MoeForCausalLM",
@@ -68,10 +68,7 @@ def read_config(folder: str | Path) -> dict:
     path = Path(folder) / "config.json"
     if problem := model_problem(folder):
         raise BadInput(problem)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # also of bytes that are no text
-        raise BadInput(f"{path} is not JSON ({error})") from error
+    config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise BadInput(f"{path} must be an object with a model_type, one of {', '.join(FAMILIES)}")
     if config["model_type"] not in FAMILIES:
@@ -238,10 +235,10 @@ def is_grouped(config: dict) -> bool:
 def generation_eos(folder: str | Path) -> list:
     """The tokens that end a response by generation_config.json, as they stand there; [] without that file."""
     path = Path(folder) / "generation_config.json"
-    try:
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    except (OSError, ValueError, AttributeError) as error:
-        raise BadInput(f"{path} is no JSON object ({error}): copy it again, or remove it") from error
+    read = read_json(path) if os.path.lexists(path) else {}
+    if not isinstance(read, dict):
+        raise BadInput(f"{path} is no JSON object: copy it again, or remove it")
+    eos = read.get("eos_token_id")
     return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
 

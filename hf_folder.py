@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from hf_config import generation_eos
 from hf_names import fp8_config, hf_shapes, parameters_of, rule_of, split_stacked, stack_parts
-from problems import BadInput, Problems, all_problems
+from problems import BadInput, Problems, all_problems, check_file, read_json
 from run import ExportError
 from weight_sync import Layout, Weights, fp8_weights, quantize_named, trainer_buckets
 
@@ -53,6 +53,7 @@ class HFWeights:
 
 
 def _opened(file: Path):
+    check_file(file)
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
@@ -81,10 +82,7 @@ def _tensors_of_all_files(folder: Path) -> dict:
 def _indexed_tensors(folder: Path) -> dict:
     """Return {tensor: its opened file} as the folder's index says."""
     path = folder / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path} is not JSON ({error}): copy it again") from error
+    index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     is_map = isinstance(weight_map, dict) and len(weight_map) > 0
     if not is_map or not all(isinstance(name, str) for name in weight_map.values()):
@@ -96,7 +94,7 @@ def _indexed_tensors(folder: Path) -> dict:
         about = f"{path} names {shard!r} for {names[0]}{more}"
         if shard in ("", ".", "..") or set(shard) & set("/\\\0"):
             yield f"{about}: a shard must be the plain name of a file in this folder"
-        elif not (folder / shard).is_file():
+        elif not os.path.lexists(folder / shard):
             yield f"{about}, but there is no such file: copy it, or the whole folder, again"
         else:
             opened = _opened(folder / shard)
@@ -248,7 +246,7 @@ def export_hf(weights: Weights, target: Path, *, source: str | Path, dtype: str)
             writer.add(named, value)
     if writer is None:
         return
-    config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+    config = read_json(Path(source) / "config.json")
     for field in ("torch_dtype", "quantization_config"):  # an older name of dtype; may be null
         config.pop(field, None)
     config["dtype"] = "bfloat16"

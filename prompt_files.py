@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 from transformers import PreTrainedTokenizerBase
 
+from chat import EndlessTemplate
 from checks import file_problem
 from problems import BadInput, all_problems
 from sample import Sample, encode
@@ -62,6 +63,8 @@ def read_prompts(
             rows.append((where, sample))
         except BadInput as error:
             bad += error.problems
+            if isinstance(error, EndlessTemplate):  # other rows would take as long
+                break
     if marked is not None and any(_holds(sample.label, settings.label_after) for _, sample in rows):
         marked.add(path)
     bad = bad or cut_labels(rows, settings.label_after) or _unfit_labels(rows, label_problems)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import run
 import process_groups
+from problems import read_json
 from run import all_gather_bytes, broadcast_bytes
 from run_folder import FILES, check_shared, lock_run_folder, new_run_folder, remove_parts, unwritable
 from timeline import Stopwatch, renamed
@@ -122,7 +123,7 @@ class Record:
     def _wandb_id(self) -> str:
         """Return W&B's key of this run: that of before --resume, else a new one. A name may come again, in another folder; W&B would go on with that run."""
         before = self.folder / "settings.json"
-        known = json.loads(before.read_text(encoding="utf-8")).get("wandb_id") if before.exists() else None
+        known = read_json(before).get("wandb_id") if before.exists() else None
         return known or f"{self.name.replace('/', '-')}-{uuid.uuid4().hex[:8]}"
 
     def _remember(self, metrics: dict) -> None:

@@ -120,7 +120,7 @@ class Judge:
                 sample.error = _cut(repr(error))
                 if not self._failed:
                     trace = "\n".join(map(_cut, traceback.format_exc().splitlines()))
-                    shown = _cut(repr(sample.response))
+                    shown = _cut(repr(sample.response), most=80)
                     print(f"reward error, the first on this rank, on {shown}:\n{trace}", flush=True)
                 self._failed = True
             finally:
@@ -146,9 +146,9 @@ class Judge:
         self.row.mark("reward" if self._busy else "wait")
 
 
-def _cut(text: str) -> str:
+def _cut(text: str, *, most: int = 1000) -> str:
     """Return a text, without its end where it is long: an answer can have 100,000 characters."""
-    return text if len(text) <= 1000 else f"{text[:1000]} ... [{len(text)} characters]"
+    return text if len(text) <= most else f"{text[:most]} ... [{len(text)} characters]"
 
 
 def compute_rewards(samples: list[Sample], judge: Judge) -> None:

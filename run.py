@@ -91,6 +91,8 @@ def parse_overrides(pairs: tuple[str, ...], *, flag: str, fields: list[str] | No
                 overrides[key] = json.loads(text)
             except json.JSONDecodeError:
                 overrides[key] = text
+            except (ValueError, RecursionError) as error:  # JSON, but of a number or depth too large
+                yield f"{flag} {key} cannot be read as JSON ({error}): give another value"
         seen.add(key)
     return overrides
 

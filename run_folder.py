@@ -72,7 +72,7 @@ def new_run_folder(name: str, loop: str) -> Path:
 def _made(folder: Path) -> bool:
     """Make a folder, or tell that it is there: two runs that start together do not share it."""
     with contextlib.suppress(FileExistsError):
-        folder.mkdir()
+        folder.mkdir(mode=0o700)  # prompts and answers are the user's
         return True
     return False
 
@@ -173,5 +173,5 @@ def has_whole_rows(folder: Path, *, size: int) -> bool:
     rows = (folder / FILES["metrics"]).read_bytes()[:size]
     try:
         return rows.endswith(b"\n") and all(type(json.loads(row)) is dict for row in rows.split(b"\n")[:-1])
-    except ValueError:
+    except (ValueError, RecursionError):
         return False

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from chat import chat_text
 from hf_config import generation_eos
-from problems import BadInput, all_problems
+from problems import BadInput, Problems, all_problems, check_file, read_file, read_json
 from settings import DataSettings
 
 
@@ -70,9 +70,9 @@ def read_dump(path: str | Path, *, vocab_size: int | None = None) -> list[Sample
     vocab_size: of the model that is to train on them; None leaves the range of the ids unchecked.
     """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise BadInput(f"rollouts file {path} cannot be read: {error}") from error
+        lines = read_file(path, most=math.inf).split(b"\n")
+    except BadInput as error:
+        raise BadInput(f"rollouts file {error}") from error
     samples = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -143,10 +143,30 @@ def _element_problems(row: dict, name: str, kind: type | tuple, word: str) -> It
 # --- the tokenizer ----------------------------------------------------------------------------------------------------------------------------
 
 
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+@all_problems
+def check_tokenizer_files(folder: Path) -> Iterator[str]:
+    """Yield which files of a model folder cannot be read: what is no file would be waited for."""
+    found = Problems()
+    for file in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
+        is_special = file.exists() and not file.is_file() and not file.is_dir()
+        if is_special or file.name in TOKENIZER_FILES:
+            found.of(check_file, file)
+    yield from found.found
+
+
 def load_tokenizer(model_folder: str) -> PreTrainedTokenizerBase:
+    check_tokenizer_files(Path(model_folder))
     try:
         return AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise many kinds, and all are about these files
+        for file in Path(model_folder).glob("*.json"):
+            read_json(file)  # names the one that is no JSON
         raise BadInput(f"--model {model_folder}: no tokenizer loads ({error}); copy tokenizer.json and tokenizer_config.json there") from error
 
 

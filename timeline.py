@@ -51,11 +51,11 @@ class Row:
 def renamed(
     spans: list[tuple[str, float, float]], start: float, end: float
 ) -> list[tuple[str, float, float]]:
-    """Call "evaluation" what is no waiting in spans between start and end; cut those that cross."""
+    """Call "evaluation" what is generated and judged from start to end; cut spans that cross."""
     parts = []
     for activity, begin, stop in spans:
         cuts = [begin, *(cut for cut in (start, end) if begin < cut < stop), stop]
         for left, right in zip(cuts, cuts[1:]):
-            inside = start <= left and right <= end and activity != "wait"
+            inside = start <= left and right <= end and activity in ("rollout", "reward")
             parts.append(("evaluation" if inside else activity, left, right))
     return parts

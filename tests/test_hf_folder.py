@@ -152,7 +152,7 @@ def test_an_index_that_is_none_is_refused(split, text):
 def test_an_index_that_is_a_link_to_nowhere_is_refused(split):
     (split / INDEX).unlink()
     (split / INDEX).symlink_to(split / "absent")
-    with pytest.raises(BadInput, match="is not JSON"):
+    with pytest.raises(BadInput, match=f"{INDEX} is a broken link"):
         HFWeights(split)
 
 

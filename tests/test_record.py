@@ -393,11 +393,11 @@ def test_the_bars_clock_of_a_resumed_run_runs_from_its_first_step(one_rank, monk
 
 
 def test_an_evaluation_is_no_rollout_of_the_timeline():
-    """It began at 5 and ended at 8; the engine was busy until a step's rollout began at 8."""
-    spans = [("wait", 4.0, 5.5), ("rollout", 5.5, 9.0), ("wait", 9.0, 10.0), ("sync", 10.0, 11.0)]
+    """It was from 5 to 8, in front of it the first weights; a step's rollout followed at once."""
+    spans = [("sync", 5.0, 5.5), ("wait", 5.5, 6.0), ("rollout", 6.0, 9.0), ("wait", 9.0, 10.0)]
     assert renamed(spans, 5.0, 8.0) == [
-        ("wait", 4.0, 5.0), ("wait", 5.0, 5.5), ("evaluation", 5.5, 8.0), ("rollout", 8.0, 9.0),
-        ("wait", 9.0, 10.0), ("sync", 10.0, 11.0),
+        ("sync", 5.0, 5.5), ("wait", 5.5, 6.0), ("evaluation", 6.0, 8.0), ("rollout", 8.0, 9.0),
+        ("wait", 9.0, 10.0),
     ]  # fmt: skip
 
 

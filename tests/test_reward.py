@@ -251,6 +251,14 @@ def test_a_long_response_is_not_printed_or_kept_whole(capsys):
     assert len(sample.error) < 2000
 
 
+def test_an_answer_on_which_the_judge_hangs_is_not_printed_whole(capsys):
+    release = threading.Event()
+    compute_rewards([answer("9" * 5000)], Judge(lambda sample: release.wait(60), timeout_s=0.1))
+    release.set()
+    printed = capsys.readouterr().out
+    assert "9" * 70 in printed and "9" * 81 not in printed and "[5002 characters]" in printed
+
+
 def test_waiting_for_a_place_does_not_count_towards_the_timeout():
     """A function that judges one answer at a time takes longer for all of them than the timeout of one."""
     lock = threading.Lock()
