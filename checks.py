@@ -112,16 +112,16 @@ def check_run_flags(settings: RunSettings) -> None:
     yield from name_problems(settings)
 
 
-def model_problem(folder: str | Path) -> str:
+def model_problem(folder: str | Path, *, flag: str = "--model") -> str:
     """Say why no model can be in a folder, "" if one can."""
     config = Path(folder) / "config.json"
     if not os.path.lexists(config):  # unlike Path.exists, it takes any text
         fix = "give a Hugging Face model folder on this machine (hub names are not resolved)"
-        return f"--model {folder} has no config.json: {fix}"
+        return f"{flag} {folder} has no config.json: {fix}"
     try:
         check_file(config)
     except BadInput as error:
-        return str(error)
+        return f"{flag} {folder}: {error}"
     return ""
 
 
