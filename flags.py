@@ -59,9 +59,13 @@ class Flag:
 def parse_or_exit(settings_class: type, *checks: Callable):
     """Return the settings of this program's command line; end it, exit code 2, if they cannot work.
 
-    Without torchrun the process becomes the only rank. checks: called with the settings, each
-    raises BadInput.
+    With --help print all flags instead. Without torchrun the process becomes the only rank.
+    checks: called with the settings, each raises BadInput.
     """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        if os.environ.get("RANK", "0") == "0":
+            print(help_text(flags_of(settings_class), sys.modules["__main__"].__doc__ or ""))
+        sys.exit(0)
     try:
         be_the_only_rank()
         return parse_settings(settings_class, *checks)
@@ -86,15 +90,8 @@ def be_the_only_rank() -> None:
 
 
 def parse_settings(settings_class: type, *checks: Callable):
-    """Return the settings that sys.argv gives. Raises BadInput with all that is wrong with them.
-
-    With --help it prints the flags, and ends the program.
-    """
+    """Return the settings that sys.argv gives. Raises BadInput with all that is wrong with them."""
     words, flags = sys.argv[1:], flags_of(settings_class)
-    if {"-h", "--help"} & set(words):
-        if os.environ.get("RANK", "0") == "0":
-            print(help_text(flags, sys.modules["__main__"].__doc__ or ""))
-        sys.exit(0)
     found, unread = Problems(), []
     settings, complaint = _read(settings_class, words)
     if settings is None:
@@ -106,7 +103,8 @@ def parse_settings(settings_class: type, *checks: Callable):
             problem, about = _problem(group, flags)
             found.found.append(problem)
             unread += about.words if about else []
-            kept += group[:1] if about and group[0] in about.words and about.type is bool else []
+            if about and about.type is bool and group[0] in about.words:
+                kept.append(group[0])  # the switch alone is what was meant
         if not found.found:
             raise BadInput(complaint)
         settings, _ = _read(settings_class, kept)

@@ -72,6 +72,12 @@ def test_help_needs_no_torchrun_and_no_heavy_import(name):
     assert re.search(HEAVY, done.stderr) is None
 
 
+def test_help_is_given_where_no_run_could_start():
+    done = script("loop_sync.py", "--stps", "3", "-h", WORLD_SIZE="8")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "Most used" in done.stdout
+
+
 def test_packages_that_are_missing_are_named_after_the_flags_are_read(tmp_path):
     """A finder in front of all others hides sglang: its absence must not hide a mistake."""
     hide = "import sys\nclass F:\n    def find_spec(self, name, *_):\n"

@@ -30,7 +30,7 @@ class Started(Exception):
 
 
 @pytest.fixture
-def outcome(monkeypatch, tmp_path, capsys):
+def outcome(monkeypatch, tmp_path):
     """Call main() with these flags; "refused", or "started" where all of them were good. Any other end fails the test."""
     monkeypatch.chdir(tmp_path)
     for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():
@@ -47,9 +47,6 @@ def outcome(monkeypatch, tmp_path, capsys):
             start_main(loop_sync)
         except run.BadInput as error:
             assert len(str(error)) > 20, flags
-            return "refused"
-        except SystemExit as ended:  # tyro's, for what it can judge
-            assert ended.code == 2 and capsys.readouterr().err, flags
             return "refused"
         except Started:
             return "started"
