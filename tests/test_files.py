@@ -21,8 +21,10 @@ from hf_folder import INDEX, HFWeights
 from loop_sync import Settings
 from problems import SMALL_FILE, BadInput, check_file, read_file, read_json
 from prompt_files import read_prompts
-from run import RunSettings, new_run_folder, parse_overrides
-from sample import DataSettings, load_tokenizer, read_dump
+from run import parse_overrides
+from run_folder import new_run_folder
+from sample import load_tokenizer, read_dump
+from settings import DataSettings, RunSettings
 
 WAIT_S = 60
 BRACKETS = "[" * 100_000

@@ -27,10 +27,7 @@ from conftest import ROOT, metrics_of, torchrun
 import megatron_model
 import process_groups
 from run_folder import checkpoints_of
-from in_flight import InFlightSettings
-from reward import RewardSettings
-from rollout import RolloutSettings
-from train_step import TrainSettings
+from settings import InFlightSettings, RewardSettings, RolloutSettings, TrainSettings
 
 WORKERS = ROOT / "tests" / "workers"
 QUICK = ["--eval-every", "50", "--eval-samples", "8", "--prompts-per-step", "4", "--export"]

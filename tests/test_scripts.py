@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from run import EXTRAS
+from checks import EXTRAS
 from toy import make_toy
 
 # Each script beside the test that runs it.

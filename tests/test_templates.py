@@ -14,7 +14,8 @@ from conftest import ROOT
 import chat
 from problems import BadInput
 from prompt_files import read_prompts
-from sample import DataSettings, load_tokenizer
+from sample import load_tokenizer
+from settings import DataSettings
 
 
 @pytest.fixture
