@@ -133,7 +133,8 @@ class Engine(sglang_engine.Engine):
             for file in self.files:
                 file.unlink(missing_ok=True)
             if self.files:
-                resource_tracker.unregister(f"/{self.files.pop().name}", "shared_memory")
+                resource_tracker.unregister(f"/{self.files[-1].name}", "shared_memory")
+            self.files = []
         if hasattr(self, "loop") and self.loop.is_running():  # no loop: the engine died while it was being started
             asyncio.run_coroutine_threadsafe(self._cancel_tasks(), self.loop).result()
             self.loop.call_soon_threadsafe(self.loop.stop)
