@@ -24,7 +24,7 @@ from problems import BadInput, all_problems
 from run import parse_overrides
 
 TEMPLATE_S = 2  # seconds for one row, of which a usual template needs a thousandth
-TEMPLATE_BYTES = 2**30
+TEMPLATE_BYTES = 2**29
 MOST_CHARACTERS = 8_000_000  # of one prompt; a context of a million tokens has some four
 SHORT = 20  # characters; a longer text that stands in the prompt is no accident
 
@@ -172,13 +172,15 @@ def bounded(where: str) -> Iterator[None]:
     signal.setitimer(signal.ITIMER_REAL, TEMPLATE_S)
     resource.setrlimit(resource.RLIMIT_AS, (most if soft == -1 else min(soft, most), hard))
     try:
-        yield
+        try:
+            yield
+        finally:  # an alarm that is late, after much memory was asked for, is raised in here
+            signal.setitimer(signal.ITIMER_REAL, 0)
     except (_TooLong, MemoryError) as error:
         bound = f"{TEMPLATE_S} s" if isinstance(error, _TooLong) else f"{TEMPLATE_BYTES} bytes"
         rule = f"needs more than {bound} for one row: mend it, or use another model"
         raise EndlessTemplate(f"{where}: the tokenizer's chat template {rule}") from error
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
 

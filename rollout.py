@@ -173,7 +173,7 @@ def fill(samples: list[Sample], outputs: list[dict], data: Data) -> None:
         said = list(sample.response_ids)
         if sample.finish_reason == "stop" and said and said[-1] in data.end_ids:
             said.pop()
-        sample.response = data.tokenizer.decode(said, skip_special_tokens=True)
+        sample.response = data.tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         sample.rollout_logprobs = [logprob for logprob, *_ in output["meta_info"]["output_token_logprobs"]]
         sample.loss_mask = [1] * len(sample.response_ids)
         sample.weight_versions = output["weight_versions"]

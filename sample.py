@@ -256,7 +256,7 @@ def check_known(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, *
         covered = set() if broken else {at for start, end in spans for at in range(start, end)}
         unknown = next((c for at, c in enumerate(text) if c in lost and at not in covered), None)
         for token, (start, end) in zip(ids, spans):
-            own = (fillers.get(token, "").strip(), tokenizer.decode([token]).strip())
+            own = (fillers.get(token, "").strip(), tokenizer.decode([token], clean_up_tokenization_spaces=False).strip())
             if token in fillers and text[start:end].strip() not in own:
                 unknown = text[start:end]
                 break

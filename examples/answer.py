@@ -88,7 +88,8 @@ def answers(
             pad_token_id=end_ids[0],
         )
         response_ids = whole_1L[0, len(prompt_ids) :].tolist()
-        yield tokenizer.decode([token for token in response_ids if token not in end_ids])
+        response_ids = [token for token in response_ids if token not in end_ids]
+        yield tokenizer.decode(response_ids, clean_up_tokenization_spaces=False)
 
 
 if __name__ == "__main__":
