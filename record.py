@@ -235,7 +235,7 @@ class Record:
             return
         self.bar.close()
         self.files["trace"].write("]\n")
-        result = f"{self.accuracy[-1]:.3f}" if self.accuracy else "none, no answer could be judged"
+        result = f"{self.held_out[-1]:.3f}" if self.held_out else "none, no answer could be judged"
         files = f"metrics and samples are in {self.folder}"
         print(f"held-out reward of {self.evaluated_model}: {result}; {files}", flush=True)
 
