@@ -137,11 +137,13 @@ def flags_of(settings_class: type) -> list[Flag]:
 def _flags_of_stage(stage: type, values) -> list[Flag]:
     """values: an instance, with this program's defaults; None: those of the class."""
     types_of, flags = typing.get_type_hints(stage), []
+    annotated = typing.get_type_hints(stage, include_extras=True)
     for base in reversed([base for base in stage.__mro__ if is_dataclass(base)]):
         texts = _texts(base)
         for field in (field for field in fields(base) if field.name in base.__annotations__):
             default = field.default if values is None else getattr(values, field.name)
-            text, stage_text = texts.get(field.name, ""), (base.__doc__ or "").strip()
+            text = texts.get(field.name) or _text_of_type(annotated[field.name])
+            stage_text = (base.__doc__ or "").strip()
             name = "--" + field.name.replace("_", "-")
             flags.append(Flag(name, types_of[field.name], default, text, stage_text))
     return flags
@@ -155,6 +157,12 @@ def _texts(stage: type) -> dict[str, str]:
         for field, below in zip(body, body[1:])
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
     }
+
+
+def _text_of_type(kind) -> str:
+    """Return the text that a type brings, by tyro.conf.arg: one that follows from a table."""
+    metadata = getattr(kind, "__metadata__", ())
+    return next((about.help for about in metadata if getattr(about, "help", None)), "")
 
 
 def _read(settings_class: type, words: list[str]) -> tuple[typing.Any, str]:

@@ -23,6 +23,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -76,11 +77,12 @@ class Record:
         """Up to when the timeline is; from when to when the last evaluation was."""
         self.stopping, self.stop_signals = False, ""
         """Whether a rank was told to stop while steps are left, and how: the same on all ranks."""
+        self.files: dict[str, TextIO] = {}
         if not self.is_writer:
             return
         try:
-            how = dict(mode="a", buffering=1, encoding="utf-8")
-            self.files = {name: open(self.folder / file, **how) for name, file in FILES.items()}
+            for name, file in FILES.items():
+                self.files[name] = open(self.folder / file, "a", buffering=1, encoding="utf-8")
             if resumed:
                 self.started -= resumed.state["record"]["elapsed_s"]
                 dropped = (self.folder / FILES["metrics"]).read_bytes()[resumed.state["record"]["metrics"] :].count(b"\n")
