@@ -10,11 +10,11 @@ import importlib.util
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import fields
 
 import process_groups
 from losses import LossSettings, check_loss_settings
-from problems import BadInput, Problems, all_problems, check_file
+from problems import BadInput, Problems, all_problems, file_problem, model_problem
 from run import parse_overrides, rollouts_file
 from run_folder import name_problems
 from settings import GYM, InFlightSettings, PlanSettings, RewardSettings, RolloutSettings
@@ -53,6 +53,7 @@ def check_flags(settings) -> None:
     found.of(check_train_flags, settings.train, settings.loss, steps=steps, ranks=trainer_ranks)
     found.of(check_loss_settings, settings.loss)
     found.of(check_sync_flags, settings.sync)
+    found.of(check_modes, settings)
     if not settings.run.load_rollouts:  # rollout.longest_of_dumps looks at what is loaded
         answers = settings.rollout.prompts_per_step * settings.rollout.samples_per_prompt
         found.of(check_minibatches, settings.train.minibatches, answers=answers)
@@ -66,6 +67,23 @@ def world_size(settings) -> int:
 
 def _is_plan(settings) -> bool:
     return hasattr(settings, "plan") and settings.plan.plan  # the examples have none
+
+
+@all_problems
+def check_modes(settings) -> None:
+    """Refuse flags that would do nothing in a run of this kind. settings: a loop's."""
+    run, idle = settings.run, []
+    if run.eval_only or run.debug_rollout_only:
+        kind = "--eval-only" if run.eval_only else "--debug-rollout-only"
+        idle = [(settings.loss, "kl_coef"), (settings.train, "minibatches")]
+        idle += [(settings.reward, "dynamic_sampling")] if run.eval_only else []
+    elif run.load_rollouts:
+        kind, idle = "--load-rollouts", [(run, "check_sync"), (settings.reward, "dynamic_sampling")]
+        idle += [(settings.rollout, "sglang"), (settings.rollout, "eval_prompts")]
+    for stage, name in idle:
+        if (given := getattr(stage, name)) != getattr(type(stage)(), name):
+            given = " ".join(map(str, given)) if isinstance(given, tuple) else given
+            yield f"{_flag(name)} {given} has no effect with {kind}: leave one out"
 
 
 # --- the run ----------------------------------------------------------------------------------
@@ -112,22 +130,12 @@ def check_run_flags(settings: RunSettings) -> None:
     yield from name_problems(settings)
 
 
-def model_problem(folder: str | Path, *, flag: str = "--model") -> str:
-    """Say why no model can be in a folder, "" if one can."""
-    config = Path(folder) / "config.json"
-    if not os.path.lexists(config):  # unlike Path.exists, it takes any text
-        fix = "give a Hugging Face model folder on this machine (hub names are not resolved)"
-        return f"{flag} {folder} has no config.json: {fix}"
-    try:
-        check_file(config)
-    except BadInput as error:
-        return f"{flag} {folder}: {error}"
-    return ""
-
-
 @all_problems
 def check_plan_flags(settings: PlanSettings) -> None:
-    """Refuse sizes and bandwidths that cannot be."""
+    """Refuse sizes and bandwidths that cannot be, or are those of no plan."""
+    changed = [f.name for f in fields(PlanSettings) if getattr(settings, f.name) != f.default]
+    if changed and not settings.plan:
+        yield f"{_flag(changed[0])} has no effect without --plan: add that, or leave it out"
     names = ("gpus", "node_gpus", "prompt_tokens", "gpu_gb", "memory_gb_s", "nvlink_gb_s")
     for name in (*names, "network_gb_s"):
         if not 0 < (value := getattr(settings, f"plan_{name}")) < 1e9:
@@ -212,20 +220,6 @@ def check_prompt_files(settings: RolloutSettings) -> None:
     for source in dict.fromkeys(sources):
         if not is_generated(source) and (problem := file_problem(source)):
             yield problem
-
-
-def file_problem(path: str) -> str:
-    """Say why a file of prompts cannot be opened, "" if it can."""
-    if os.path.isdir(path):
-        return f"prompts file {path} is a folder: name the JSONL or Parquet files in it"
-    if not os.path.lexists(path):  # False also for what cannot be a path
-        fix = "give a JSONL or Parquet file, or leave the flag out for the toy task"
-        return f"prompts file {path} does not exist: {fix}"
-    try:
-        check_file(path)
-    except BadInput as error:
-        return f"prompts file {error}"
-    return ""
 
 
 @all_problems

@@ -34,7 +34,7 @@ ALONE = dict(
     RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
 )
 # How other launchers say that they have started several processes.
-OTHER_LAUNCHERS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+OTHER_LAUNCHERS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,10 @@ def be_the_only_rank() -> None:
         if missing := [name for name in ALONE if name not in os.environ]:
             yours = f"RANK is set, but {', '.join(missing)} is not"
             raise BadInput(f"{yours}: torchrun sets them all: use {command}, with RANK unset")
+        rank, size, local = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        if not all(map(str.isdecimal, (rank, size, local))) or not int(rank) < int(size):
+            yours = f"RANK {rank!r} of WORLD_SIZE {size!r}, LOCAL_RANK {local!r} is no rank"
+            raise BadInput(f"{yours}: use {command}, with RANK unset")
         return
     for name in OTHER_LAUNCHERS:
         if os.environ.get(name, "1") != "1":
@@ -93,6 +97,7 @@ def parse_settings(settings_class: type, *checks: Callable):
     """Return the settings that sys.argv gives. Raises BadInput with all that is wrong with them."""
     words, flags = sys.argv[1:], flags_of(settings_class)
     found, unread = Problems(), []
+    found.found += _odd_groups(words, flags)
     settings, complaint = _read(settings_class, words)
     if settings is None:
         kept = []
@@ -188,6 +193,29 @@ def _groups(words: list[str]) -> Iterator[list[str]]:
         group.append(word)
     if group:
         yield group
+
+
+def _odd_groups(words: list[str], flags: list[Flag]) -> Iterator[str]:
+    """Yield what tyro reads otherwise than meant.
+
+    Of a list given twice it keeps the last, 1_000 is 1000 to Python, and no run has a size of more
+    than 15 digits.
+    """
+    known, given = {word: flag for flag in flags for word in flag.words}, {}
+    for group in _groups(words):
+        name, separator, value = group[0].partition("=")
+        name, values = name.replace("_", "-"), [value, *group[1:]] if separator else group[1:]
+        if (flag := known.get(name)) is None:
+            continue
+        numbers = {int, float} & {flag.type, *typing.get_args(flag.type)}
+        for value in values if numbers else ():
+            if "_" in value or (value.lstrip("+-").isdigit() and len(value) > 15):
+                yield f"{name} {value}: write at most 15 digits, and no _"
+        if typing.get_origin(flag.type) is tuple and values:
+            if name in given:
+                both = f"{_shown(given[name])} and {_shown(values)}"
+                yield f"{name} is given twice, {both}: give all values after one {name}"
+            given[name] = values
 
 
 def _is_number(word: str) -> bool:

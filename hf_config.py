@@ -6,15 +6,14 @@ The dtype of the stored weights does not matter: --train-dtype and --rollout-dty
 computed with, and exports are BF16 or FP8.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch.nn.functional as F
 from transformers import AutoConfig
 
-from checks import check_ranks, model_problem
-from problems import BadInput, Problems, all_problems, read_json
+from checks import check_ranks
+from problems import BadInput, Problems, all_problems, model_problem, read_json
 
 FAMILIES = {
     "qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "glm4_moe": "Glm4MoeForCausalLM",
@@ -27,6 +26,7 @@ MAPPED = {
     "partial_rotary_factor", "attention_bias",
 }  # fmt: skip
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of their number
+OWN_EXPERTS = {"qwen3_moe": "num_experts", "glm4_moe": "n_routed_experts"}  # which the engine reads
 MAPPED_MOE = {*EXPERTS, "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
 MAPPED_OF = {
     "qwen3_moe": MAPPED_MOE,
@@ -59,6 +59,7 @@ FILLED_IN = (
     "partial_rotary_factor", "attention_bias", "use_qk_norm", "norm_topk_prob",
     "n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "routed_scaling_factor",
 )  # fmt: skip
+MOST_LAYERS = 10_000
 NUMBERS = ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "routed_scaling_factor")
 
 
@@ -73,6 +74,9 @@ def read_config(folder: str | Path) -> dict:
         raise BadInput(f"{path} must be an object with a model_type, one of {', '.join(FAMILIES)}")
     if config["model_type"] not in FAMILIES:
         raise BadInput(f"{path}: model_type {config['model_type']!r} is not supported; supported are {', '.join(FAMILIES)}")
+    layers = config.get("num_hidden_layers")
+    if type(layers) is int and layers > MOST_LAYERS:  # transformers would list them one by one
+        raise BadInput(f"{path}: num_hidden_layers {layers} must be at most {MOST_LAYERS}")
     try:
         known = AutoConfig.for_model(**config)  # transformers knows the type of every field
     except Exception as error:  # it raises many kinds, and all are about this file
@@ -96,7 +100,7 @@ def read_config(folder: str | Path) -> dict:
         elif field not in MAPPED | IGNORED | MAPPED_OF.get(config["model_type"], set()):
             yield f"{path}: field {field!r} is unknown to the mapping in hf_config.py; if it does not change the model, add it to IGNORED there"
     experts = {field: config[field] for field in EXPERTS if config.get(field)}
-    theirs = next((getattr(known, field) for field in EXPERTS if hasattr(known, field)), 0)
+    theirs = getattr(known, OWN_EXPERTS.get(config["model_type"], ""), 0)
     if theirs and any(count != theirs for count in experts.values()):
         yield (
             f"{path}: {experts} is read as {theirs} experts by transformers and the engine: keep one "
@@ -135,6 +139,11 @@ def _rope_problems(config: dict, known: dict, path: Path) -> Iterator[str]:
         yield (
             f"{path}: the rope settings {given} contradict one another: keep rope_parameters alone, "
             "or rope_theta and rope_scaling"
+        )
+    if config["model_type"] != "glm4_moe" and rope.get("rotary_percent", 1.0) != 1:
+        yield (
+            f"{path}: partial_rotary_factor {rope['rotary_percent']} is implemented for glm4_moe only: "
+            "the engine's model turns all dimensions of a head; use 1, or leave it out"
         )
     dimensions = int(config["head_dim"] * rope.get("rotary_percent", 1.0))
     if dimensions % 2 or not dimensions:
@@ -190,7 +199,7 @@ def _expert_problems(config: dict, path: Path) -> Iterator[str]:
             f"{path}: n_group {groups} must divide the {experts} experts, and topk_group "
             f"{config.get('topk_group', 1)} be at most n_group"
         )
-    elif groups > 1:
+    elif groups > 1 and config["model_type"] == "glm4_moe":
         yield from _group_problems(config, path)
     largest = {"first_k_dense_replace": config["num_hidden_layers"]}
     largest |= {"n_shared_experts": 2**16, "num_nextn_predict_layers": 2**16}
@@ -230,16 +239,6 @@ def _group_problems(config: dict, path: Path) -> Iterator[str]:
 def is_grouped(config: dict) -> bool:
     """Tell whether a token's experts must be of its best groups; not where all groups are chosen."""
     return config.get("topk_group", 1) < config.get("n_group", 1)
-
-
-def generation_eos(folder: str | Path) -> list:
-    """The tokens that end a response by generation_config.json, as they stand there; [] without that file."""
-    path = Path(folder) / "generation_config.json"
-    read = read_json(path) if os.path.lexists(path) else {}
-    if not isinstance(read, dict):
-        raise BadInput(f"{path} is no JSON object: copy it again, or remove it")
-    eos = read.get("eos_token_id")
-    return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
 
 def rope_of(config: dict) -> dict:

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hf_config import generation_eos
 from hf_names import fp8_config, hf_shapes, parameters_of, rule_of, split_stacked, stack_parts
 from problems import BadInput, Problems, all_problems, check_file, read_json
 from run import ExportError
+from sample import generation_eos
 from weight_sync import Layout, Weights, fp8_weights, quantize_named, trainer_buckets
 
 INDEX = "model.safetensors.index.json"

@@ -34,13 +34,20 @@ from run import parse_overrides
 from weight_sync import Layout
 
 
-# Fields that flags of their own set (layout, dtype, learning rate and its kind), and those that the loss and the checkpoint rely on: with another normaliser or
-# optimizer a run would train something else, or could not go on.
-DECIDED = {
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size",
-    "sequence_parallel", "virtual_pipeline_model_parallel_size", "num_layers_in_last_pipeline_stage", "params_dtype", "pipeline_dtype", "bf16", "fp16",
-    "calculate_per_token_loss", "variable_seq_lengths", "finalize_model_grads_func", "grad_scale_func",
-    "optimizer", "use_distributed_optimizer", "lr", "min_lr", "weight_decay", "adam_beta2", "clip_grad",
+# Fields that --megatron may set. Any other could make another model or another loss of it than the engine and config.json have, or is set by a flag of its own.
+TUNABLE = {
+    # memory
+    "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules", "distribute_saved_activations",
+    "deallocate_pipeline_outputs", "moe_layer_recompute", "optimizer_cpu_offload", "optimizer_offload_fraction",
+    # speed
+    "attention_backend", "masked_softmax_fusion", "bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion", "gradient_accumulation_fusion",
+    "persist_layer_norm", "memory_efficient_layer_norm", "deterministic_mode", "tp_comm_overlap", "overlap_p2p_comm", "batch_p2p_comm", "batch_p2p_sync",
+    "moe_token_dispatcher_type", "moe_grouped_gemm", "moe_permute_fusion", "moe_shared_expert_overlap", "moe_enable_deepep", "moe_deepep_num_sms",
+    # rounding
+    "fp32_residual_connection", "attention_softmax_in_fp32", "moe_router_dtype", "use_precision_aware_optimizer", "main_grads_dtype", "main_params_dtype",
+    "exp_avg_dtype", "exp_avg_sq_dtype",
+    # Adam's constants that have no flag
+    "adam_beta1", "adam_eps",
 }  # fmt: skip
 
 PLAIN = {bool, int, float, str, type(None)}  # types that a value of --megatron is compared with
@@ -58,10 +65,10 @@ def has_transformer_engine() -> bool:
 
 
 def overrides(settings, config: dict, config_class: type) -> dict:
-    """The part of --megatron that are fields of config_class. What config.json, another flag or the rest of the program decides is no field that can be set."""
-    fields = [field.name for cls in (TransformerConfig, OptimizerConfig) for field in dataclasses.fields(cls)]
-    decided = set(megatron_arguments(config, tp=1)[0]) | DECIDED
-    given = parse_overrides(settings.megatron, flag="--megatron", fields=[name for name in fields if name not in decided])
+    """Return the part of --megatron that are fields of config_class. What is not in TUNABLE is no field that can be set."""
+    own = {field.name for cls in (TransformerConfig, OptimizerConfig) for field in dataclasses.fields(cls)}
+    free = TUNABLE & own - set(megatron_arguments(config, tp=1)[0])
+    given = parse_overrides(settings.megatron, flag="--megatron", fields=sorted(free))
     return {name: value for name, value in given.items() if name in config_class.__dataclass_fields__}
 
 

@@ -169,12 +169,15 @@ def spans(folder: Path) -> list[tuple[str, str, float, float]]:
 def number(row: dict, key: str) -> float:
     """Return a measured number, or nan, which is drawn as a gap."""
     value = row.get(key)
-    return value if type(value) in (int, float) and math.isfinite(value) else math.nan
+    is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return value if is_number else math.nan
 
 
 def mean_age(row: dict) -> float:
     """Return the mean age of a step's tokens; nan where none was trained."""
-    counts = row.get("staleness") or []
+    counts = row.get("staleness")
+    if not isinstance(counts, list) or any(type(n) is not int for n in counts):
+        return math.nan
     return sum(age * n for age, n in enumerate(counts)) / sum(counts) if sum(counts) else math.nan
 
 
@@ -279,9 +282,19 @@ def draw_panel(axis, panel: Panel, lines: list[tuple[str, dict[str, list]]]) -> 
     axis.grid(alpha=0.3)
 
 
+def short_names(folders: list[Path]) -> list[str]:
+    """Return the shortest ends of the folders' paths that tell them apart: lr1/seed1, lr2/seed1."""
+    parts = [folder.resolve().parts for folder in folders]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(path[-n:]) for path in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
+
+
 def draw(runs: list[tuple[Path, tuple[list[dict], list[dict]]]], bars, *, shown: int) -> Figure:
     """Return the picture: the panels that say something, above the timeline."""
-    named = [(folder.resolve().name, rows) for folder, rows in runs]
+    named = list(zip(short_names([folder for folder, _ in runs]), (rows for _, rows in runs)))
     panels = []
     for panel in PANELS:
         lines = [(name, measured(panel, *rows)) for name, rows in named]

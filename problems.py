@@ -114,6 +114,33 @@ def check_file(path: str | Path) -> None:
         raise BadInput(f"{path} may not be read by this user: change its permissions")
 
 
+def model_problem(folder: str | Path, *, flag: str = "--model") -> str:
+    """Say why no model can be in a folder, "" if one can."""
+    config = Path(folder) / "config.json"
+    if not os.path.lexists(config):  # unlike Path.exists, it takes any text
+        fix = "give a Hugging Face model folder on this machine (hub names are not resolved)"
+        return f"{flag} {folder} has no config.json: {fix}"
+    try:
+        check_file(config)
+    except BadInput as error:
+        return f"{flag} {folder}: {error}"
+    return ""
+
+
+def file_problem(path: str) -> str:
+    """Say why a file of prompts cannot be opened, "" if it can."""
+    if os.path.isdir(path):
+        return f"prompts file {path} is a folder: name the JSONL or Parquet files in it"
+    if not os.path.lexists(path):  # False also for what cannot be a path
+        fix = "give a JSONL or Parquet file, or leave the flag out for the toy task"
+        return f"prompts file {path} does not exist: {fix}"
+    try:
+        check_file(path)
+    except BadInput as error:
+        return f"prompts file {error}"
+    return ""
+
+
 def read_file(path: str | Path, *, most: float = SMALL_FILE) -> bytes:
     """Return the bytes of a regular file. Raises BadInput, also for more than `most` bytes."""
     check_file(path)
@@ -136,6 +163,6 @@ def parse_json(text: bytes | str, *, where: str | Path) -> Any:
     RecursionError: thousands of brackets within one another.
     """
     try:
-        return json.loads(text)
+        return json.loads(text if isinstance(text, str) else text.decode())  # UTF-8, and no BOM
     except (ValueError, RecursionError) as error:  # ValueError: also bytes that are no UTF-8
         raise BadInput(f"{where} is not JSON ({error}): mend it, or copy it again") from error

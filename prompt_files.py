@@ -16,8 +16,7 @@ import orjson
 from transformers import PreTrainedTokenizerBase
 
 from chat import EndlessTemplate
-from checks import file_problem
-from problems import BadInput, all_problems
+from problems import BadInput, all_problems, file_problem
 from sample import Sample, encode
 from settings import DataSettings
 

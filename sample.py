@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ import orjson
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from chat import chat_text
-from hf_config import generation_eos
 from problems import BadInput, Problems, all_problems, check_file, read_file, read_json
 from settings import DataSettings
 
@@ -158,6 +158,16 @@ def check_tokenizer_files(folder: Path) -> Iterator[str]:
         if is_special or file.name in TOKENIZER_FILES:
             found.of(check_file, file)
     yield from found.found
+
+
+def generation_eos(folder: str | Path) -> list:
+    """The tokens that end a response by generation_config.json, as they stand there; [] without that file."""
+    path = Path(folder) / "generation_config.json"
+    read = read_json(path) if os.path.lexists(path) else {}
+    if not isinstance(read, dict):
+        raise BadInput(f"{path} is no JSON object: copy it again, or remove it")
+    eos = read.get("eos_token_id")
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
 
 def load_tokenizer(model_folder: str) -> PreTrainedTokenizerBase:

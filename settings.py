@@ -262,7 +262,7 @@ def weighted(prompts: tuple[str, ...], *, flag: str = "--prompts") -> dict[str, 
     for given in prompts:
         source, _, text = given.rpartition(":")
         try:
-            source, weight = (source, float(text)) if source else (given, 1.0)
+            source, weight = (source, float(text)) if source and "_" not in text else (given, 1.0)
         except ValueError:
             source, weight = given, 1.0
         if not (0 < weight and math.isfinite(weight)):

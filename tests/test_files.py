@@ -16,14 +16,14 @@ from conftest import ROOT
 
 import checkpoint
 import plot
-from hf_config import generation_eos, read_config
+from hf_config import read_config
 from hf_folder import INDEX, HFWeights
 from loop_sync import Settings
 from problems import SMALL_FILE, BadInput, check_file, read_file, read_json
 from prompt_files import read_prompts
 from run import parse_overrides
 from run_folder import new_run_folder
-from sample import load_tokenizer, read_dump
+from sample import generation_eos, load_tokenizer, read_dump
 from settings import DataSettings, RunSettings
 
 WAIT_S = 60

@@ -123,6 +123,10 @@ def refused(monkeypatch, *words: str, loop=loop_sync, ranks=1) -> tuple[str, ...
     (["--name", "a", "b"], "--name a b: it takes one value, and here are 2; quote a text that"),
     (["--resume", "yes"], "--resume yes: a switch takes no value: write --resume or --no-resume"),
     (["--no-resume=3"], "--no-resume 3: a switch takes no value"),
+    (["--steps", "1_000"], "--steps 1_000: write at most 15 digits, and no _"),
+    (["--lr=1_0.5"], "--lr 1_0.5: write at most 15 digits, and no _"),
+    (["--bucket-bytes", "9" * 400], "write at most 15 digits"),
+    (["--prompts", "toy:2", "--steps", "3", "--prompts=toy:1"], "--prompts is given twice, toy:2 and toy:1"),
 ])  # fmt: skip
 def test_words_that_cannot_be_read(monkeypatch, words, message):
     assert message in refused(monkeypatch, *words)[0]
@@ -275,3 +279,31 @@ def test_only_under_torchrun_a_rank_ends_with_its_parent(monkeypatch, launched):
     monkeypatch.setattr(run.dist, "is_initialized", lambda: False)
     run.run_main(lambda: None)
     assert len(bound) == launched
+
+
+@pytest.mark.parametrize("words, flag", [
+    (["--plan-gpus", "16"], "--plan-gpus has no effect without --plan"),
+    (["--eval-only", "--kl-coef", "0.1"], "--kl-coef 0.1 has no effect with --eval-only"),
+    (["--eval-only", "--dynamic-sampling", "3"], "--dynamic-sampling 3 has no effect with"),
+    (["--debug-rollout-only", "--minibatches", "2"], "--minibatches 2 has no effect with --debug"),
+    (["--load-rollouts", "dumps", "--check-sync"], "--check-sync True has no effect with --load"),
+    (["--load-rollouts", "dumps", "--sglang", "page_size=1"], "--sglang page_size=1 has no effect"),
+])  # fmt: skip
+def test_a_flag_that_would_do_nothing_in_such_a_run_is_refused(monkeypatch, words, flag):
+    assert any(flag in problem for problem in refused(monkeypatch, *words))
+
+
+def test_an_empty_list_may_be_given_before_a_full_one(monkeypatch):
+    """As scripts do that add flags to a common line."""
+    monkeypatch.setattr(sys, "argv", ["loop.py", "--export", "--steps", "2", "--export", "fp8"])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert flags.parse_settings(loop_sync.Settings, check_flags).run.export == ("fp8",)
+
+
+@pytest.mark.parametrize("rank, size", [("0", ""), ("0", "1.0"), ("5", "2"), ("-1", "2"), ("0", "0")])
+def test_what_is_no_rank_is_refused(monkeypatch, rank, size):
+    where = dict(LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="1")
+    for name, value in dict(RANK=rank, WORLD_SIZE=size, **where).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match="is no rank: use `torchrun"):
+        flags.be_the_only_rank()

@@ -16,6 +16,7 @@ import loop_sync
 import pyarrow
 import pyarrow.parquet
 import pytest
+from torch.distributed.checkpoint.metadata import Metadata
 from conftest import ROOT, start_main
 
 import checkpoint
@@ -145,7 +146,7 @@ def test_bytes_of_checkpoints(outcome, tmp_path):
     rng, saved = random.Random(2), tmp_path / "runs" / "old" / "checkpoints" / "step-000004"
     (saved / "model").mkdir(parents=True)
     (saved / "model" / "weights").write_bytes(rng.randbytes(3000))
-    (saved / "model" / ".metadata").write_bytes(pickle.dumps({"weights": 3000}))
+    (saved / "model" / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={})))
     settings = json.loads(json.dumps(dataclasses.asdict(loop_sync.Settings())))
     state = {"step": 4, "loop": "sync", "settings": settings, "read": {}, "record": {}, "ranks": [{"prompts": 64}]}
     (saved / "state.json").write_text(json.dumps(state), encoding="utf-8")

@@ -4,6 +4,7 @@ What is drawn is looked at in matplotlib's own objects: which panels, lines, lim
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -283,3 +284,18 @@ def test_an_evaluation_has_a_color_of_its_own(tmp_path):
     assert colors.keys() >= {"rollout", "train", "evaluation"}
     assert len({colors[name] for name in ("rollout", "train", "evaluation")}) == 3
     assert axis.get_title().startswith("the last 3 steps of")
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    runs = [tmp_path / "lr1" / "seed1", tmp_path / "lr2" / "seed1"]
+    assert plot.short_names(runs) == ["lr1/seed1", "lr2/seed1"]
+    assert plot.short_names(runs[:1]) == ["seed1"] and plot.short_names(runs[:1] * 2) == ["seed1"] * 2
+
+
+@pytest.mark.parametrize("staleness", [5, "abc", [None], None, [], {"0": 1}])
+def test_ages_that_are_none_are_a_gap(staleness):
+    assert math.isnan(plot.mean_age({"staleness": staleness}))
+
+
+def test_a_number_beyond_every_axis_is_a_gap():
+    assert math.isnan(plot.number({"reward": 10**400}, "reward"))

@@ -228,3 +228,21 @@ def test_a_stored_head_that_equals_the_embedding_is_not_refused(tmp_path):
 def test_rope_settings_of_published_models_are_not_refused():
     assert rope_of({"rope_theta": 1000000, "rope_scaling": None, "partial_rotary_factor": 0.5}) == {"rotary_base": 1000000, "rotary_percent": 0.5}
     assert rope_of({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": None}}) == {"rotary_base": 1e6, "rotary_percent": 1.0}
+
+
+@pytest.mark.parametrize("family, changes, message", [
+    ("qwen3", dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is implemented for glm4_moe"),
+    ("qwen3_moe", dict(n_group=2), "n_group"),
+    ("qwen3", dict(num_hidden_layers=10**9), "num_hidden_layers 1000000000 must be at most 10000"),
+])  # fmt: skip
+def test_a_config_that_the_engine_reads_otherwise_or_nobody_has_is_refused(tmp_path, family, changes, message):
+    with pytest.raises(BadInput, match=message):
+        read_config(changed_config(tmp_path, family, **changes))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_config_that_transformers_could_not_read_is_refused(tmp_path, encoding):
+    text = (changed_config(tmp_path, "qwen3") / "config.json").read_text(encoding="utf-8")
+    (tmp_path / "config.json").write_text(text, encoding=encoding)
+    with pytest.raises(BadInput, match="config.json is not JSON"):
+        read_config(tmp_path)

@@ -156,3 +156,10 @@ def test_a_router_field_that_would_be_lost_is_refused(tmp_path, family, changes,
 def test_scoring_functions_that_say_what_is_computed_are_accepted(tmp_path):
     for family, name in (("qwen3_moe", "softmax"), ("glm4_moe", "sigmoid")):
         read_config(changed_config(tmp_path, family, scoring_func=name))
+
+
+def test_the_number_of_experts_is_the_one_that_the_engine_reads(tmp_path):
+    """GLM's own field is n_routed_experts; where it is left out, the engine has GLM-4.5's 128."""
+    folder = changed_config(tmp_path, "glm4_moe", without=["n_routed_experts"], num_experts=4)
+    with pytest.raises(BadInput, match="experts"):
+        read_config(folder)
