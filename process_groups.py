@@ -123,7 +123,10 @@ def joins_exchange(group: dist.ProcessGroup) -> None:
     """Note, where other ranks can read it, that this rank has come to the next exchange of all."""
     if _Start.store is not None and group.size() == _Start.world_size:
         _Start.exchanges += 1
-        _Start.store.set(f"exchanges/{_Start.rank}", str(_Start.exchanges))
+        try:
+            _Start.store.set(f"exchanges/{_Start.rank}", str(_Start.exchanges))
+        except RuntimeError:  # torchrun is gone, and its store: the ranks still write a checkpoint
+            _Start.store = None
 
 
 def ranks_behind() -> list[int]:

@@ -33,7 +33,7 @@ RUN_BY = {
     "examples/tool_use.py": "test_tool_use.py",
     "toy/make_toy.py": "test_scripts.py",
     **{f"bench/{name}.py": "test_readme_commands.py" for name in (
-        "algorithms", "cpu_attention", "long_run", "overlap", "peers", "soak", "weight_sync",
+        "algorithms", "cpu_attention", "long_run", "no_bf16", "overlap", "peers", "soak", "weight_sync",
     )},
     "bench/our_side.py": "",  # bench/peers.py starts it.
     "bench/trl_side.py": "",  # It needs TRL, which bench/peers.py installs: 3 GB.
