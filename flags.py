@@ -7,6 +7,7 @@ is read alone, and what is wrong with each is said here, beside what the checks 
 import ast
 import contextlib
 import difflib
+import functools
 import inspect
 import io
 import os
@@ -128,6 +129,7 @@ def parse_settings(settings_class: type, *checks: Callable):
 # --- reading ----------------------------------------------------------------------------------
 
 
+@functools.cache
 def flags_of(settings_class: type) -> list[Flag]:
     """Return all flags of a settings class, whose fields may be the settings of stages."""
     types_of = typing.get_type_hints(settings_class)
