@@ -55,6 +55,7 @@ import json, os, resource, signal, time
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 import run
 codes = []
 def told(*numbers):
