@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import process_groups
-from problems import BadInput, all_problems
+from problems import RANK_0_SPEAKS_WITHIN_S, BadInput, all_problems
 from processes import signal_when_parent_ends, use_writable_home
 
 # The engines warn at import about what a CPU lacks; they say it in every process. Errors still show.
@@ -197,7 +197,7 @@ def _call(main: Callable[[], None]) -> None:
             dist.destroy_process_group()
     except BadInput as error:
         # All ranks usually see the same mistake. Rank 0 says it at once; torchrun then ends the others while they wait.
-        if os.environ.get("RANK", "0") == "0" or not _told_within(3):
+        if os.environ.get("RANK", "0") == "0" or not _told_within(RANK_0_SPEAKS_WITHIN_S):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except (EngineDied, ExportError) as error:

@@ -36,7 +36,9 @@ WORKLOADS = {
 
 def worker(loop: str, workload: str, stage: str, arguments: list[str]) -> None:
     """One rank of one run: the loop's own main(), with the workload's lengths and judge, and for the stage alone without what else a step does."""
-    import rollout
+    import rollout  # first: on a machine without a GPU it prepares the imports that follow
+    import checks
+    import flags
     import reward
     import run
     import train_step
@@ -61,7 +63,9 @@ def worker(loop: str, workload: str, stage: str, arguments: list[str]) -> None:
         train_step.score = lambda *args, **kwargs: []
         train_step.train_step = lambda *args, **kwargs: {}
     sys.argv = [f"loop_{loop}.py", *arguments]
-    run.run_main(__import__(f"loop_{loop}").main)
+    module = __import__(f"loop_{loop}")
+    settings = flags.parse_or_exit(module.Settings, checks.check_flags)
+    run.run_main(lambda: module.main(settings))
 
 
 def measure(loop: str, workload: str, *, steps: int | None, ranks: int = 2, stage: str = "all", more: tuple[str, ...] = ()) -> list[dict]:
