@@ -29,7 +29,8 @@ from processes import end_signals_blocked, ignore_end_signals, kill_at_exit, mai
 LIMIT_S = 5.0  # CPU seconds for one answer
 STUCK_S = 30.0  # A worker that uses no CPU time for so long is replaced.
 MOST_BYTES = 4 * 2**30  # address space of a worker
-WORKERS = max(1, len(os.sched_getaffinity(0)) // 4)  # of the processors this process may use
+# A quarter of the processors that this process may use, shared by the machine's ranks.
+WORKERS = max(1, len(os.sched_getaffinity(0)) // 4 // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 class TooHard(BaseException):

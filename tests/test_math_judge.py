@@ -173,6 +173,14 @@ def test_there_are_workers_for_the_processors_that_this_process_may_use():
     assert math_judge.WORKERS == max(1, len(os.sched_getaffinity(0)) // 4)
 
 
+@pytest.mark.parametrize("ranks, workers", [("1", "8"), ("2", "4"), ("64", "1")])
+def test_the_ranks_of_a_machine_share_its_processors(ranks, workers):
+    code = "import os; os.sched_getaffinity = lambda _: range(32); import math_judge; print(math_judge.WORKERS)"
+    command, environment = [sys.executable, "-c", code], {**os.environ, "LOCAL_WORLD_SIZE": ranks}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == workers
+
+
 def test_no_worker_outlives_its_parent():
     code = "import math_judge, os; print(math_judge.call_in_worker(os.getpid), flush=True); os.kill(os.getpid(), 9)"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
