@@ -197,6 +197,12 @@ def _groups(words: list[str]) -> Iterator[list[str]]:
         yield group
 
 
+def _split(group: list[str]) -> tuple[str, list[str]]:
+    """Return a flag as it was written, and its values, of which the first may follow a =."""
+    name, separator, value = group[0].partition("=")
+    return name, [value, *group[1:]] if separator else group[1:]
+
+
 def _odd_groups(words: list[str], flags: list[Flag]) -> Iterator[str]:
     """Yield what tyro reads otherwise than meant.
 
@@ -205,8 +211,8 @@ def _odd_groups(words: list[str], flags: list[Flag]) -> Iterator[str]:
     """
     known, given = {word: flag for flag in flags for word in flag.words}, {}
     for group in _groups(words):
-        name, separator, value = group[0].partition("=")
-        name, values = name.replace("_", "-"), [value, *group[1:]] if separator else group[1:]
+        name, values = _split(group)
+        name = name.replace("_", "-")
         if (flag := known.get(name)) is None:
             continue
         numbers = {int, float} & {flag.type, *typing.get_args(flag.type)}
@@ -230,8 +236,7 @@ def _is_number(word: str) -> bool:
 
 def _problem(group: list[str], flags: list[Flag]) -> tuple[str, Flag | None]:
     """Return what is wrong with a flag and its values, and which flag was meant."""
-    name, separator, value = group[0].partition("=")
-    values = [value, *group[1:]] if separator else group[1:]
+    name, values = _split(group)
     known = {word: flag for flag in flags for word in flag.words}
     given = name.replace("_", "-")
     if not name.startswith("-"):

@@ -212,8 +212,8 @@ class TrainSettings:
     offload_reference: bool = False
     """Keep the reference in CPU memory, and bring it to the GPU only for its forward pass."""
     megatron: tuple[str, ...] = ()
-    """Further TransformerConfig or OptimizerConfig fields, key=value; for instance
-    recompute_granularity=full."""
+    """Fields of TransformerConfig or OptimizerConfig for memory, speed, rounding and Adam, key=value
+    (TUNABLE in megatron_model.py); for instance recompute_granularity=full."""
 
 
 @dataclass(frozen=True)
