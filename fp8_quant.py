@@ -62,7 +62,7 @@ def quantize_blockwise(weight_NK: torch.Tensor, *, scale_format: str = "fp32") -
     codes_NK = torch.empty(N, K, dtype=torch.float8_e4m3fn, device=weight_NK.device)
     scale_nk = torch.empty(-(-N // BLOCK), -(-K // BLOCK), dtype=torch.float32, device=weight_NK.device)
     if weight_NK.is_cuda:
-        from fp8_kernel import quantize_into  # here: without a GPU nobody needs Triton
+        from backends.fp8_kernel import quantize_into  # here: without a GPU nobody needs Triton
 
         quantize_into(weight_NK, codes_NK, scale_nk, power_of_two=scale_format == "ue8m0")
     else:

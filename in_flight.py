@@ -25,12 +25,12 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from engine import Engine
-from prompts import Data
+from backends.sglang.engine import Engine
+from common.settings import InFlightSettings, RewardSettings, RolloutSettings
+from data.prompts import Data
+from data.sample import Sample
 from reward import Judge, is_uninformative
 from rollout import DROPPED, REPLACED, Prompts, check_aborts, copies, fill, marks, sampling_params, step_share, taken_before
-from sample import Sample
-from settings import InFlightSettings, RewardSettings, RolloutSettings
 
 
 @dataclass(eq=False)

@@ -16,12 +16,10 @@ steps all the while. Invariants: no trained token is older than --max-staleness 
 import contextlib
 from dataclasses import dataclass
 
-import checks
-import flags
+from common.errors import Problems
+from common.settings import InFlightSettings, PlanSettings, RewardSettings, RolloutSettings, RunSettings, SyncSettings, TrainSettings
+from harness import checks, flags
 from losses import LossSettings
-from problems import Problems
-from settings import InFlightSettings, PlanSettings, RewardSettings, RolloutSettings, RunSettings
-from settings import SyncSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -40,20 +38,18 @@ class Settings:
 if __name__ == "__main__":
     settings = flags.parse_or_exit(Settings, checks.check_flags)
 
-import rollout  # first: on a machine without a GPU it prepares the imports that follow
-import checkpoint
-import hf_folder
+from backends.huggingface import folder as hf_folder
+from backends.huggingface.config import read_config
+from common import distributed, process_groups
+from common.timeline import Stopwatch
+from data.prompts import check_held_out, load_data
+from harness import checkpoint, exits, export as hf_export, plan
+from harness.record import Record
 import in_flight
-import plan
-import process_groups
 import reward
-import run
+import rollout
 import train_step
 import weight_sync
-from hf_config import read_config
-from prompts import check_held_out, load_data
-from record import Record
-from timeline import Stopwatch
 
 
 def main(settings: Settings) -> None:
@@ -84,7 +80,7 @@ def main(settings: Settings) -> None:
 
     judged_by = reward.REWARDS[settings.reward.reward]
     wait_s = process_groups.longest_wait_s(settings, judged_by, rollout_ranks=rollout_ranks)
-    everyone = run.init_distributed(rollout_ranks, wait_s=wait_s)
+    everyone = distributed.init_distributed(rollout_ranks, wait_s=wait_s)
     trains = everyone.rank() < trainer_ranks
     record = Record(settings, "async", everyone, trains, resumed=resumed)
     split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)
@@ -132,9 +128,9 @@ def main(settings: Settings) -> None:
                 checkpoint.save(record, settings, trainer, step=step, read=read, rank_state=groups.state())
             if record.stopping:
                 return record.finish()
-    hf_folder.export_all(weights, record.exports(), source=model)
+    hf_export.export_all(weights, record.exports(), source=model)
     record.finish()
 
 
 if __name__ == "__main__":
-    run.run_main(lambda: main(settings))
+    exits.run_main(lambda: main(settings))

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from problems import all_problems
+from common.errors import all_problems
 
 
 # --- policy losses ----------------------------------------------------------------------------------------------------------------------------

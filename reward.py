@@ -26,16 +26,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import math_judge
-import reasoning_gym_tasks
 from advantages import ADVANTAGES, Scores, overlong_penalty
-from engine import Engine
+from backends.sglang.engine import Engine
+from common.settings import RewardSettings, RolloutSettings
+from common.timeline import Row
+from data import math_judge, reasoning_gym_tasks
+from data.prompts import Data
+from data.sample import Sample
 from losses import KL_ESTIMATORS, LossSettings
-from prompts import Data
-from timeline import Row
 from rollout import REPLACED, Prompts, all_gather_samples, generate, marks, my_share
-from sample import Sample
-from settings import RewardSettings, RolloutSettings
 
 Reward = Callable[[Sample], float | Awaitable[float]]
 

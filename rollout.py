@@ -16,20 +16,17 @@ from itertools import islice
 import torch
 import torch.distributed as dist
 
-from problems import BadInput, all_problems
-from run import EngineDied, all_gather_bytes, check_installation, rollouts_file
+from common.distributed import all_gather_bytes
+from common.errors import BadInput, EngineDied, all_problems
+from harness.run_folder import rollouts_file
 
-check_installation()
-if not torch.cuda.is_available():
-    import cpu
-
-
-from engine import Engine
-from engine_checks import server_overrides
-from hf_names import fp8_config
-from prompts import ENGINE_KEEPS, Data
-from sample import Sample, read_dump
-from settings import RolloutSettings
+from backends.cpu.sglang import SERVER_ARGS
+from backends.huggingface.names import fp8_config
+from backends.sglang.checks import server_overrides
+from backends.sglang.engine import Engine
+from common.settings import RolloutSettings
+from data.prompts import ENGINE_KEEPS, Data
+from data.sample import Sample, read_dump
 
 MEM_FRACTION_STATIC = 0.5  # of the GPU memory that is free when an engine starts, what it takes for weights and cache, unless --sglang says otherwise
 DROPPED, REPLACED = "dropped", "replaced"  # finish reasons of samples that are not trained: too old; in a group whose rewards are all equal
@@ -68,7 +65,7 @@ def check_rollout_settings(
             given = f"--max-response-tokens {settings.max_response_tokens}"
             yield f"{given} must lie below the model's context, {context}, {kept}"
     overrides = server_overrides(settings.sglang, on_gpu=on_gpu)
-    most = None if on_gpu else cpu.SERVER_ARGS["max_total_tokens"]
+    most = None if on_gpu else SERVER_ARGS["max_total_tokens"]
     server_args = {"max_total_tokens": most, **overrides}
     yield from _length_problems(settings, config, server_args, longest=longest)
 
@@ -119,7 +116,7 @@ def start_engine(
         tp_size=settings.engine_tp,
         ep_size=settings.engine_ep,
         skip_tokenizer_init=True,
-        custom_weight_loader=["buckets.load_bucket", "buckets.compare_loader"],
+        custom_weight_loader=["backends.sglang.buckets.load_bucket", "backends.sglang.buckets.compare_loader"],
         custom_sigquit_handler=signal.getsignal(signal.SIGQUIT),
         random_seed=seed + rank,
         log_level="error",
@@ -127,7 +124,7 @@ def start_engine(
     if torch.cuda.is_available():
         arguments.update(base_gpu_id=int(os.environ["LOCAL_RANK"]), enable_memory_saver=True, mem_fraction_static=MEM_FRACTION_STATIC)
     else:
-        arguments.update(cpu.SERVER_ARGS)
+        arguments.update(SERVER_ARGS)
     if settings.rollout_dtype == "fp8":
         quantization = fp8_config(config, engine_tp=settings.engine_tp, engine_ep=settings.engine_ep)
         arguments["json_model_override_args"] = json.dumps({"quantization_config": quantization})

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_model import check_overrides, init_parallel, load_model, overrides  # first of what imports Megatron: without a GPU it is prepared there
+from backends.megatron.model import check_overrides, init_parallel, load_model, overrides  # first of what imports Megatron: without a GPU it is prepared there
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -27,17 +27,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 
-from hf_config import check_layout, megatron_arguments, read_config
-from hf_folder import HFWeights, check_shapes
-from logprobs import logprobs_and_entropy
-from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES
-from losses import LossSettings, k3, mismatch
-from packing import MicroBatch, equal_parts, give_to_samples, global_sums, has_old_logprobs
-from packing import local_microbatches, microbatch_plan, minibatches, padded_length
-from problems import Problems, all_problems
-from sample import Sample
-from settings import TrainSettings
-from weight_sync import Layout
+from backends.huggingface.config import check_layout, megatron_arguments, read_config
+from backends.huggingface.folder import HFWeights, check_shapes
+from backends.megatron.batches import MicroBatch, equal_parts, give_to_samples, global_sums, has_old_logprobs, local_microbatches, microbatch_plan, minibatches, padded_length
+from backends.megatron.layout import Layout
+from backends.megatron.logprobs import logprobs_and_entropy
+from common.errors import Problems, all_problems
+from common.settings import TrainSettings
+from data.sample import Sample
+from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings, k3, mismatch
 
 
 @dataclass

@@ -28,11 +28,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from buckets import Named, entries, pack, phase, unpack, where
+from backends.huggingface.names import Rule, hf_shapes, merged_linears, parameters_of, rule_of, split_stacked, unquantized_linears
+from backends.megatron.layout import Layout
+from backends.sglang.buckets import Named, entries, pack, phase, unpack, where
+from common.distributed import broadcast_bytes
+from common.errors import EngineDied
 from fp8_quant import BLOCK, quantize_blockwise
-from hf_names import Rule, hf_shapes, merged_linears, parameters_of, rule_of, split_stacked
-from hf_names import unquantized_linears
-from run import EngineDied, broadcast_bytes
 
 
 # --- from Megatron to full Hugging Face tensors -----------------------------------------------------------------------------------------------
@@ -51,33 +52,6 @@ class Weights:
     bucket_bytes: int
     broadcast_group: dist.ProcessGroup | None = None
     """Asynchronous loop: the group of all ranks, over which its rank 0 sends every bucket. None where each trainer has its engine at its side."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The groups of ranks that weights are split over."""
-
-    tp_group: dist.ProcessGroup
-    expert_group: dist.ProcessGroup
-    """Ranks that hold one layer's experts: expert-parallel ranks times the tensor-parallel ranks of an expert, of which the latter count faster."""
-    ep: int
-    pp_group: dist.ProcessGroup
-    first_layer: int
-    """Number, in the whole model, of the first layer of this pipeline stage."""
-
-    def group(self, rule: Rule) -> dist.ProcessGroup:
-        return self.tp_group if rule.expert is None else self.expert_group
-
-    def tp(self, rule: Rule) -> int:
-        """Over how many ranks tensor parallelism splits what the rule is about."""
-        return self.tp_group.size() if rule.expert is None else self.expert_group.size() // self.ep
-
-    def names(self, rule: Rule, config: dict) -> list[list[str]]:
-        """The rule's Hugging Face names, once; for an expert's parameter, once for each expert-parallel rank, as each holds other experts."""
-        if rule.expert is None:
-            return [list(rule.hf)]
-        here = config["num_experts"] // self.ep
-        return [rule.names(rank * here + rule.expert) for rank in range(self.ep)]
 
 
 @dataclass

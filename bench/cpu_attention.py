@@ -16,24 +16,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import cpu  # at the top: the engine's child imports this file first, and needs it before sglang
+from backends.cpu import sglang as cpu_sglang  # at the top: the engine's child imports this file first, and needs it before sglang
 
 TOKENS, BEST_OF = 32, 3
 
 
 def run_scheduler_with_stock_attention(*args, **kwargs) -> None:
     """engine.run_scheduler with the two attention functions put back."""
-    import engine
+    from backends.sglang import engine
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend as Backend
 
     stock = Backend._run_sdpa_forward_decode, Backend._run_sdpa_forward_extend
-    patch = cpu.patch_sglang
+    patch = cpu_sglang.patch_sglang
 
     def patch_all_but_attention():
         patch()
         Backend._run_sdpa_forward_decode, Backend._run_sdpa_forward_extend = stock
 
-    cpu.patch_sglang = patch_all_but_attention
+    cpu_sglang.patch_sglang = patch_all_but_attention
     engine.run_scheduler(*args, **kwargs)
 
 
@@ -45,7 +45,7 @@ def measure(attention: str, requests: list[int]) -> None:
 
     if attention == "stock":
         rollout.Engine.run_scheduler_process_func = staticmethod(cpu_attention.run_scheduler_with_stock_attention)
-    arguments = dict(model_path=str(ROOT / "toy"), dtype="float32", skip_tokenizer_init=True, random_seed=1, log_level="error", **cpu.SERVER_ARGS)
+    arguments = dict(model_path=str(ROOT / "toy"), dtype="float32", skip_tokenizer_init=True, random_seed=1, log_level="error", **cpu_sglang.SERVER_ARGS)
     with rollout.Engine(**arguments) as engine:
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(3, 15, (max(64, *requests), 16), generator=generator).tolist()

@@ -18,8 +18,8 @@ from trl_side import answer_length, parity
 
 def force_lengths() -> None:
     """In a rank of a ragged run: answers of given lengths, and a reward for them."""
+    from backends.sglang.engine import Engine
     import reward
-    from engine import Engine
 
     generate = Engine.generate
 
@@ -33,36 +33,33 @@ def force_lengths() -> None:
 
 def worker(what: str, workload: str, arguments: list[str]) -> None:
     """One rank of one run: the loop's own main(), or the probes of the stages."""
-    import rollout  # noqa: F401  first, as in the loops
-    import checks
-    import flags
-    import run
+    from harness import checks, exits, flags
 
     if workload == "ragged":
         force_lengths()
     sys.argv = [f"{what}.py", *arguments]
     loop = __import__("loop_sync" if what == "bare" else f"loop_{what}")
     settings = flags.parse_or_exit(loop.Settings, checks.check_flags)
-    run.run_main(lambda: bare_stages(settings) if what == "bare" else loop.main(settings))
+    exits.run_main(lambda: bare_stages(settings) if what == "bare" else loop.main(settings))
 
 
 def bare_stages(settings) -> None:
     """Alternate between a stage of ours and the same work done by the bare stack; prints medians as JSON. The learning rate is 0: weights stay as they are."""
     import numpy as np
-    import packing
+    from backends.huggingface.config import read_config
+    from backends.megatron import batches
+    from common import distributed
     import reward
     import rollout
-    import run
     import train_step
     import weight_sync
-    from hf_config import read_config
     from megatron.core.pipeline_parallel import get_forward_backward_func
-    from prompts import load_data
+    from data.prompts import load_data
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     config, rounds, n = read_config(settings.run.model), settings.run.steps, settings.rollout.samples_per_prompt
     data = load_data(settings.run.model, settings.rollout, config, seed=1)
-    everyone = run.init_distributed()
+    everyone = distributed.init_distributed()
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=1)
     trainer = train_step.build_trainer(settings.run.model, settings.train, config, steps=rounds, seed=1)
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
@@ -109,7 +106,7 @@ def bare_stages(settings) -> None:
             timed("score", lambda: train_step.score(trainer, samples, settings.loss, temperature=1.0))  # noqa: B023
             timed("advantages", lambda: reward.compute_advantages(samples, settings.reward, settings.loss, **limits))  # noqa: B023
             timed("train", lambda: train_step.train_step(trainer, samples, settings.loss, temperature=1.0, **limits))  # noqa: B023
-            batches = packing.local_microbatches(trainer, samples)
+            batches = batches.local_microbatches(trainer, samples)
             timed("bare Megatron", lambda: megatron_step(batches))  # noqa: B023
             sync_bytes = timed("hand-off", lambda: weight_sync.sync_weights(weights, engine, version=version, check=False))  # noqa: B023
             timed("settled", engine.settle)

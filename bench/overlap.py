@@ -36,13 +36,11 @@ WORKLOADS = {
 
 def worker(loop: str, workload: str, stage: str, arguments: list[str]) -> None:
     """One rank of one run: the loop's own main(), with the workload's lengths and judge, and for the stage alone without what else a step does."""
-    import rollout  # first: on a machine without a GPU it prepares the imports that follow
-    import checks
-    import flags
+    from backends.sglang.engine import Engine
+    from harness import checks, exits, flags
     import reward
-    import run
+    import rollout
     import train_step
-    from engine import Engine
 
     generate = Engine.generate
 
@@ -65,7 +63,7 @@ def worker(loop: str, workload: str, stage: str, arguments: list[str]) -> None:
     sys.argv = [f"loop_{loop}.py", *arguments]
     module = __import__(f"loop_{loop}")
     settings = flags.parse_or_exit(module.Settings, checks.check_flags)
-    run.run_main(lambda: module.main(settings))
+    exits.run_main(lambda: module.main(settings))
 
 
 def measure(loop: str, workload: str, *, steps: int | None, ranks: int = 2, stage: str = "all", more: tuple[str, ...] = ()) -> list[dict]:

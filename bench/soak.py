@@ -37,11 +37,8 @@ class SoakSettings:
 
 def worker(plan: dict) -> None:
     """A rank: loop_sync.py, and on rank 0 the end of the victim, `after_s` into the `call`-th call of a stage."""
-    import rollout  # noqa: F401  first, as in the loop
-    import checks
-    import flags
+    from harness import checks, exits, flags
     import loop_sync
-    import run
 
     if plan and os.environ["RANK"] == "0":
         module_name, name = STAGES[plan["stage"]]
@@ -62,7 +59,7 @@ def worker(plan: dict) -> None:
 
         setattr(module, name, until_killed)
     settings = flags.parse_or_exit(loop_sync.Settings, checks.check_flags)
-    run.run_main(lambda: loop_sync.main(settings))
+    exits.run_main(lambda: loop_sync.main(settings))
 
 
 def start(folder: Path, settings: SoakSettings, plan: dict | None, *flags: str) -> int:

@@ -38,7 +38,7 @@ def usual(weights) -> Iterator[list]:
     """The usual path, in this project's terms: whole parameters gathered in BF16, quantized by rank 0 alone, a bucket for every tensor."""
     import torch
     import torch.distributed as dist
-    from hf_names import parameters_of, rule_of, split_stacked
+    from backends.huggingface.names import parameters_of, rule_of, split_stacked
     from weight_sync import quantize_named
 
     group, config = weights.trainer.layout.tp_group, weights.config
@@ -70,12 +70,11 @@ def peak_bytes() -> int:
 
 def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
     """One rank of tp trainers and a receiver; rank 0 prints the measurements as JSON."""
-    import rollout  # noqa: F401  first, as in the loops
     import numpy as np
-    import run
+    from common import distributed
     import torch.distributed as dist
-    import megatron_model
-    from settings import TrainSettings
+    from backends.megatron import model as megatron_model
+    from common.settings import TrainSettings
     import weight_sync
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -84,7 +83,7 @@ def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
     heads = dict(num_attention_heads=hidden // 128, num_key_value_heads=4, head_dim=128)
     shape = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=intermediate, vocab_size=1024, max_position_embeddings=1024)
     config = dict(model_type="qwen3", tie_word_embeddings=True, num_experts=0, rms_norm_eps=1e-6, **heads, **shape)
-    everyone = run.init_distributed(rollout_ranks=1)
+    everyone = distributed.init_distributed(rollout_ranks=1)
     trainer, receives = None, everyone.rank() == tp
     if not receives:
         mpu.initialize_model_parallel(tp)
@@ -127,7 +126,7 @@ def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
         np.copyto(target, source)
         floor.append(time.perf_counter() - started)
     mine = {path: {**run, "seconds": statistics.median(run["seconds"]), "peak": max(run["peak"])} for path, run in runs.items()}
-    ranks = [json.loads(line) for line in run.all_gather_bytes(json.dumps(mine).encode(), everyone)]
+    ranks = [json.loads(line) for line in distributed.all_gather_bytes(json.dumps(mine).encode(), everyone)]
     if everyone.rank() == 0:
         receiver_peaks = {path: ranks[tp][path]["peak"] for path in paths}
         sent = {path: ranks[tp][path]["sent"] for path in paths}
@@ -166,10 +165,8 @@ def main() -> None:
 
 def estimate() -> None:
     """Seconds of one hand-off in the synchronous loop, from plan.py's bytes and stated bandwidths. No latency, no imbalance, nothing overlapped."""
-    import rollout  # noqa: F401  first, as in the loops
-    import memory
-    import plan
-    from hf_config import read_config
+    from backends.huggingface.config import read_config
+    from harness import memory, plan
 
     config, tp, pp, engine_tp, gpus = read_config(ROOT / "docs" / "configs" / "GLM-4.5"), 8, 4, 8, 64
     bandwidths = dict(memory_bytes_s=2.0e12, nvlink_bytes_s=300e9, network_bytes_s=40e9)  # HBM3, NVLink 4, one 400 Gb/s adapter: 60 to 80 % of their ratings

@@ -17,7 +17,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # cpu.py would use one.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from problems import BadInput
+from common.errors import BadInput
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def check_folder(folder: Path) -> None:
         raise BadInput(f"{folder} has no config.json: {fix}")
     if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         rule = "transformers loads that only with packages that requirements.txt does not have"
-        fix = "give the same model in BF16, as --export bf16 and export.py write it"
+        fix = "give the same model in BF16, as --export bf16 and tools/export.py write it"
         raise BadInput(f"{folder} is quantized, and {rule}: {fix}")
 
 
@@ -56,18 +56,17 @@ def answers(
         raise BadInput(f"--max-response-tokens {max_response_tokens} must be at least 1")
     import torch
 
-    if not torch.cuda.is_available():
-        import cpu  # noqa: F401  before transformers
+    import backends  # noqa: F401  before transformers
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    import sample
+    from data import tokenizer
 
     logging.disable_progress_bar()
-    tokenizer = sample.load_tokenizer(str(folder))
-    end_ids = sample.end_tokens(str(folder), tokenizer, tuple(stop))
-    settings = sample.DataSettings(chat=chat)
-    ids = [sample.encode(text, tokenizer, settings, where=repr(text[:80]))[1] for text in prompts]
+    tokenizer = tokenizer.load_tokenizer(str(folder))
+    end_ids = tokenizer.end_tokens(str(folder), tokenizer, tuple(stop))
+    settings = tokenizer.DataSettings(chat=chat)
+    ids = [tokenizer.encode(text, tokenizer, settings, where=repr(text[:80]))[1] for text in prompts]
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     context = model.config.max_position_embeddings

@@ -33,11 +33,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checks
-import flags
+from common.errors import Problems, all_problems
+from common.settings import RewardSettings, RolloutSettings, RunSettings, SyncSettings, TrainSettings
+from harness import checks, flags
 from losses import LossSettings
-from problems import Problems, all_problems
-from settings import RewardSettings, RolloutSettings, RunSettings, SyncSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -104,21 +103,21 @@ def check_critic_flags(settings: Settings) -> None:
 if __name__ == "__main__":
     settings = flags.parse_or_exit(Settings, checks.check_flags, check_critic_flags)
 
-import rollout  # first: on a machine without a GPU it prepares the imports that follow
-import hf_folder
-import packing
-import process_groups
-import reward
-import run
-import train_step
-import weight_sync
 from advantages import gae, overlong_penalty, whiten
-from hf_config import read_config
-from prompts import check_held_out, load_data
-from record import Record
-from sample import Sample
-from timeline import Stopwatch
+from backends.huggingface import folder as hf_folder
+from backends.huggingface.config import read_config
+from backends.megatron import batches
+from common import distributed, process_groups
+from common.timeline import Stopwatch
+from data.prompts import check_held_out, load_data
+from data.sample import Sample
+from harness import exits, export as hf_export
+from harness.record import Record
+import reward
+import rollout
+import train_step
 from train_step import Trainer
+import weight_sync
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -152,9 +151,9 @@ def score_values(critic: Trainer, samples: list[Sample]) -> None:
     def loss_function(batch, output_T1):
         return output_T1.sum() * 0, torch.tensor(0, dtype=torch.int), {"values": output_T1[:, 0].float()}
 
-    batches = packing.local_microbatches(critic, samples)
-    reports = train_step.run_schedule(critic, batches, loss_function, forward_only=True)
-    packing.give_to_samples(critic, samples, batches, [report["values"] for report in reports], "values")
+    microbatches = batches.local_microbatches(critic, samples)
+    reports = train_step.run_schedule(critic, microbatches, loss_function, forward_only=True)
+    batches.give_to_samples(critic, samples, microbatches, [report["values"] for report in reports], "values")
 
 
 def compute_advantages(samples: list[Sample], settings: CriticSettings, *, overlong_buffer: int, max_response_tokens: int) -> None:
@@ -206,7 +205,7 @@ def critic_backward(critic: Trainer, samples: list[Sample], *, value_clip: float
 
     critic.ddp.zero_grad_buffer()
     critic.optimizer.zero_grad()
-    reports = train_step.run_schedule(critic, packing.local_microbatches(critic, samples), loss_function, forward_only=False)
+    reports = train_step.run_schedule(critic, batches.local_microbatches(critic, samples), loss_function, forward_only=False)
     sums = torch.stack([report["sums"] for report in reports]).sum(0)
     dist.all_reduce(sums, group=critic.dp_cp_group)
     return tuple(sums.tolist())
@@ -267,7 +266,7 @@ def main(settings: Settings) -> None:
 
     judged_by = reward.REWARDS[settings.reward.reward]
     wait_s = process_groups.longest_wait_s(settings, judged_by, rollout_ranks=checks.world_size(settings))
-    everyone = run.init_distributed(wait_s=wait_s)
+    everyone = distributed.init_distributed(wait_s=wait_s)
     record = Record(settings, "ppo-critic", everyone)
     split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, **split)
@@ -315,9 +314,9 @@ def main(settings: Settings) -> None:
             record.log({"step": step, **metrics})
             if record.stopping:
                 raise KeyboardInterrupt  # SIGTERM ends this run as Ctrl-C does, at the end of the step
-    hf_folder.export_all(weights, record.exports(), source=model)
+    hf_export.export_all(weights, record.exports(), source=model)
     record.finish()
 
 
 if __name__ == "__main__":
-    run.run_main(lambda: main(settings))
+    exits.run_main(lambda: main(settings))

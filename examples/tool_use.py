@@ -35,11 +35,10 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checks
-import flags
+from common.errors import Problems, all_problems
+from common.settings import RewardSettings, RolloutSettings, RunSettings, SyncSettings, TrainSettings
+from harness import checks, flags
 from losses import LossSettings
-from problems import Problems, all_problems
-from settings import RewardSettings, RolloutSettings, RunSettings, SyncSettings, TrainSettings
 from toy.task import DIGITS
 
 CALL = re.compile(r"(\+[0-9]{1,9}){2,4}=")
@@ -107,22 +106,21 @@ def check_tool_flags(settings: Settings) -> None:
 if __name__ == "__main__":
     settings = flags.parse_or_exit(Settings, checks.check_flags, check_tool_flags)
 
-import rollout  # first: on a machine without a GPU it prepares the imports that follow
+import rollout
 import numpy as np
 import torch.distributed as dist
-import checkpoint
-import hf_folder
-import process_groups
+from backends.huggingface import folder as hf_folder
+from backends.huggingface.config import read_config
+from backends.sglang.engine import Engine
+from common import distributed, process_groups
+from common.timeline import Stopwatch
+from data.prompts import Data, check_held_out, load_data, toy_prompts
+from data.sample import Sample
+from harness import checkpoint, exits, export as hf_export
+from harness.record import Record
 import reward
-import run
 import train_step
 import weight_sync
-from engine import Engine
-from hf_config import read_config
-from prompts import Data, check_held_out, load_data, toy_prompts
-from record import Record
-from sample import Sample
-from timeline import Stopwatch
 
 
 # --- the tool ---------------------------------------------------------------------------------------------------------------------------------
@@ -261,8 +259,8 @@ def warm_start(record: Record, data: Data, settings: Settings, config: dict) -> 
     logprobs_T, mask_T = (np.concatenate([getattr(sample, name) for sample in samples]) for name in ("old_logprobs", "loss_mask"))
     record.say(f"warm start: {tools.warm_steps} steps; log-prob of a demonstrated token {(logprobs_T * mask_T).sum() / mask_T.sum():.2f}")
     weights = weight_sync.Weights(trainer, config, frozenset(), settings.sync.bucket_bytes)
-    hf_folder.export_hf(weights, folder, source=settings.run.model, dtype="bf16")
-    run.all_gather_bytes(b"", record.group)  # rank 0 has written it
+    hf_export.export_hf(weights, folder, source=settings.run.model, dtype="bf16")
+    distributed.all_gather_bytes(b"", record.group)  # rank 0 has written it
     return str(folder)
 
 
@@ -288,7 +286,7 @@ def main(settings: Settings) -> None:
 
     asked = dict(rollout_ranks=checks.world_size(settings), turns=max_turns)
     wait_s = process_groups.longest_wait_s(settings, right_answer, **asked)
-    everyone = run.init_distributed(wait_s=wait_s)
+    everyone = distributed.init_distributed(wait_s=wait_s)
     record = Record(settings, "tool", everyone, resumed=resumed)
     split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, **split)
@@ -339,9 +337,9 @@ def main(settings: Settings) -> None:
                 checkpoint.save(record, settings, trainer, step=step, read=read, rank_state={"prompts": prompts.taken} if engine else {})
             if record.stopping:
                 return record.finish()
-    hf_folder.export_all(weights, record.exports(), source=model)
+    hf_export.export_all(weights, record.exports(), source=model)
     record.finish()
 
 
 if __name__ == "__main__":
-    run.run_main(lambda: main(settings))
+    exits.run_main(lambda: main(settings))

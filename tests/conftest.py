@@ -20,10 +20,15 @@ import psutil
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    import cpu  # noqa: F401  before transformers
+import backends  # noqa: F401  before transformers
 import transformers
 
+# Every Python file of the project.
+SOURCES = [
+    path
+    for path in sorted(ROOT.rglob("*.py"))
+    if not {".venv", "runs"} & set(path.relative_to(ROOT).parts)
+]
 SMALL = dict(  # 97 tokens: tensor parallelism must pad the vocabulary
     vocab_size=97, hidden_size=128, intermediate_size=512, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
@@ -101,8 +106,8 @@ def torchrun(*arguments, ranks: int, timeout: int = 600, cwd: Path = ROOT, check
 
 def start_main(loop, *checks) -> None:
     """Call the main() of a loop as its script does, with sys.argv. checks: more than a loop's own."""
-    from checks import check_flags
-    from flags import parse_settings
+    from harness.checks import check_flags
+    from harness.flags import parse_settings
 
     loop.main(parse_settings(loop.Settings, check_flags, *checks))
 
@@ -180,13 +185,11 @@ def start_loop(tmp_path):
 @pytest.fixture(scope="session")
 def one_rank():
     """A default process group of one rank in the test process itself, as torchrun would make it."""
-    import run
-
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
     os.environ["MASTER_PORT"] = str(store.port)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield run
+    yield
     torch.distributed.destroy_process_group()
 
 

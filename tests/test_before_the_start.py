@@ -12,11 +12,11 @@ import loop_sync
 import pytest
 from conftest import ROOT, start_main
 
-import run
+from common import distributed
+from common.errors import BadInput
+from common.settings import RunSettings
+from data.sample import Sample
 from rollout import replay
-from run import BadInput
-from sample import Sample
-from settings import RunSettings
 
 
 class Started(Exception):
@@ -35,7 +35,7 @@ def start(monkeypatch, tmp_path):
         start_main(loop)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "init_distributed", started)
+    monkeypatch.setattr(distributed, "init_distributed", started)
     return call
 
 

@@ -18,18 +18,18 @@ import torch
 from conftest import ROOT, false_alarms, metrics_of, torchrun
 from megatron.core import dist_checkpointing
 
-import checkpoint
+from backends.huggingface.config import read_config
+from common import process_groups
+from common.errors import BadInput, EngineDied
+from common.settings import RewardSettings, RolloutSettings, RunSettings, TrainSettings
+from data.prompts import load_data
+from data.sample import Sample
+from harness import checkpoint
+from harness.run_folder import checkpoints_of
 import loop_async
-import process_groups
-import train_step
-from hf_config import read_config
 from loop_sync import Settings
 from losses import LossSettings
-from prompts import load_data
-from run import BadInput, EngineDied
-from run_folder import checkpoints_of
-from sample import Sample
-from settings import RewardSettings, RolloutSettings, RunSettings, TrainSettings
+import train_step
 
 QUICK = ["--eval-every", "3", "--eval-samples", "32", "--prompts-per-step", "4", "--samples-per-prompt", "8", "--lr-schedule", "cosine", "--export"]
 QUICK += ["--prompts", "toy:3", "more.jsonl", "--eval-samples-per-prompt", "2"]
@@ -152,11 +152,11 @@ def test_training_on_a_dump_of_rollouts_writes_the_same_metrics_digit_for_digit(
 
 
 def test_a_checkpoint_is_exported_at_another_layout(undisturbed, tmp_path):
-    torchrun(ROOT / "export.py", "--checkpoint", undisturbed, "--dtype", "bf16", "fp8", "--tp", "2", "--out", tmp_path / "out", ranks=2)
+    torchrun(ROOT / "tools" / "export.py", "--checkpoint", undisturbed, "--dtype", "bf16", "fp8", "--tp", "2", "--out", tmp_path / "out", ranks=2)
     for dtype in ("bf16", "fp8"):
         theirs, ours = undisturbed / f"model-{dtype}", tmp_path / f"out-{dtype}"
         assert {path.name: path.read_bytes() for path in theirs.iterdir()} == {path.name: path.read_bytes() for path in ours.iterdir()}
-    done = torchrun(ROOT / "export.py", "--checkpoint", tmp_path, ranks=1, check=False)
+    done = torchrun(ROOT / "tools" / "export.py", "--checkpoint", tmp_path, ranks=1, check=False)
     assert done.returncode != 0 and f"error: --checkpoint {tmp_path} holds no checkpoint" in done.stderr
 
 

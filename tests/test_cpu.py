@@ -20,7 +20,7 @@ torch.cpu._is_amx_tile_supported = lambda: {amx}
 stock = torch.nn.functional.linear
 x, w = (torch.randn(64, 96, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (0, 1))
 expected = (x.float() @ w.float().T).bfloat16()
-import cpu
+import backends
 print(torch.nn.functional.linear is not stock, torch.equal(torch.nn.functional.linear(x, w), expected))
 """
 
@@ -54,7 +54,7 @@ def run_python(program: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("name", ["torchvision.transforms", "torchvision.transforms.v2.functional", "sgl_kernel"])
 def test_what_is_absent_imports_and_says_so_when_it_is_called(name):
-    program = f"import cpu, {name} as it\ntry: it.resize()\nexcept NotImplementedError as error: print(error)"
+    program = f"import backends, {name} as it\ntry: it.resize()\nexcept NotImplementedError as error: print(error)"
     assert run_python(program).stdout == f"{name}.resize is not used on a machine without a GPU\n"
 
 
@@ -75,11 +75,11 @@ class Output(ModelOutput):
 def test_an_engine_prints_nothing_about_the_documentation_of_models(tmp_path):
     (tmp_path / "undocumented.py").write_text(UNDOCUMENTED, encoding="utf-8")
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import undocumented"
-    assert "[ERROR] `strange_name`" in run_python(f"import cpu; {program}").stdout
-    assert "[ERROR]" not in run_python(f"import cpu; cpu.patch_sglang(); {program}").stdout
+    assert "[ERROR] `strange_name`" in run_python(f"import backends; {program}").stdout
+    assert "[ERROR]" not in run_python(f"from backends.cpu.sglang import patch_sglang; patch_sglang(); {program}").stdout
 
 
 def test_torch_built_for_cuda_does_not_warn_that_there_is_no_gpu(tmp_path):
     program = "import torch.utils.cpp_extension as it; it._find_cuda_home()"
     assert "No CUDA runtime" in run_python(program, CUDA_HOME=str(tmp_path)).stderr
-    assert run_python(f"import cpu; {program}", CUDA_HOME=str(tmp_path)).stderr == ""
+    assert run_python(f"import backends; {program}", CUDA_HOME=str(tmp_path)).stderr == ""

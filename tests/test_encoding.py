@@ -7,16 +7,8 @@ opens text must say which encoding it means. Not covered: what other programs wr
 import ast
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SOURCES
 
-SOURCES = [
-    path
-    for pattern in (
-        "*.py",
-        *(f"{folder}/**/*.py" for folder in ("examples", "toy", "bench", "tests")),
-    )
-    for path in ROOT.glob(pattern)
-]
 OTHER_OPENS = {"os.open", "zipfile.ZipFile.open", "Image.open", "webbrowser.open"}
 
 

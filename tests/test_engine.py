@@ -19,18 +19,17 @@ import torch
 from megatron.core import parallel_state as mpu
 from sglang.srt.managers import io_struct
 
-import engine as engine_module
-import hf_folder
+from backends.sglang import engine as engine_module
+from harness import exits, export as hf_export
 import rollout
-import run
 import train_step
 import weight_sync
 from conftest import write_model
-from hf_config import read_config
-from prompts import ENGINE_KEEPS, load_data
+from backends.huggingface.config import read_config
+from common.errors import BadInput, EngineDied
+from common.settings import REPOSITORY, RolloutSettings, TrainSettings
+from data.prompts import ENGINE_KEEPS, load_data
 from reward import exact_match
-from run import BadInput, EngineDied
-from settings import REPOSITORY, RolloutSettings, TrainSettings
 
 TOY = str(REPOSITORY / "toy")
 
@@ -228,7 +227,7 @@ def test_a_death_of_which_the_notice_is_lost_is_noticed_by_the_next_call(exact, 
     lost = []
     monkeypatch.setattr(sys, "unraisablehook", lambda what: lost.append(what.exc_type))
     monkeypatch.setattr(exact.engine, "answer_timeout_s", 40.0)
-    before = signal.signal(signal.SIGQUIT, run._engine_child_died)
+    before = signal.signal(signal.SIGQUIT, exits._engine_child_died)
     try:
         (process,) = exact.engine.processes
         process.kill()
@@ -271,7 +270,7 @@ def test_fp8_mismatch_is_small_but_there(fp8):
 
 def test_sglang_loads_the_fp8_export(fp8, tmp_path):
     """SGLang reads the exported folder from disk, over other weights, and then holds what the hand-off would have delivered."""
-    hf_folder.export_hf(fp8.weights, tmp_path / "fp8", source=TOY, dtype="fp8")
+    hf_export.export_hf(fp8.weights, tmp_path / "fp8", source=TOY, dtype="fp8")
     with pytest.raises(BadInput, match="quantization_config"):  # to train from, it is refused: FP8 is for inference
         read_config(tmp_path / "fp8")
     originals = [parameter.detach().clone() for parameter in fp8.trainer.gpt.parameters()]

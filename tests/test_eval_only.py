@@ -8,12 +8,12 @@ import sys
 import loop_async
 import loop_sync
 import pytest
-from checks import check_run_flags
+from common import distributed
+from harness.checks import check_run_flags
 from conftest import ROOT, start_main
 
-import run
-from problems import BadInput
-from settings import RunSettings
+from common.errors import BadInput
+from common.settings import RunSettings
 
 sys.path.insert(0, str(ROOT / "examples"))
 import ppo_critic
@@ -57,7 +57,7 @@ def start(monkeypatch, tmp_path):
         for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0).items():
             monkeypatch.setenv(name, str(value))
         fail = lambda *_: pytest.fail("a process group was started")  # noqa: E731
-        monkeypatch.setattr(run, "init_distributed", fail)
+        monkeypatch.setattr(distributed, "init_distributed", fail)
         start_main(module, *checks)
 
     return call

@@ -14,17 +14,18 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import checkpoint
-import plot
-from hf_config import read_config
-from hf_folder import INDEX, HFWeights
+from backends.huggingface.config import generation_eos, read_config
+from backends.huggingface.folder import INDEX, HFWeights
+from common.errors import SMALL_FILE, BadInput, check_file, read_file, read_json
+from common.overrides import parse_overrides
+from common.settings import DataSettings, RunSettings
+from data.prompt_files import read_prompts
+from data.sample import read_dump
+from data.tokenizer import load_tokenizer
+from harness import checkpoint
+from harness.run_folder import new_run_folder
 from loop_sync import Settings
-from problems import SMALL_FILE, BadInput, check_file, read_file, read_json
-from prompt_files import read_prompts
-from run import parse_overrides
-from run_folder import new_run_folder
-from sample import generation_eos, load_tokenizer, read_dump
-from settings import DataSettings, RunSettings
+from tools import plot
 
 WAIT_S = 60
 BRACKETS = "[" * 100_000

@@ -20,14 +20,13 @@ sys.path.insert(0, str(ROOT / "examples"))
 import tool_use
 
 import advantages
-import flags
+from common.errors import BadInput
+from common.settings import RewardSettings, RunSettings
+from harness import exits, flags
+from harness.checks import check_flags
 import losses
-import reward
-import run
-from checks import check_flags
 from losses import LossSettings
-from problems import BadInput
-from settings import RewardSettings, RunSettings
+import reward
 
 HEAVY = r"\|\s+(sglang|transformers|megatron)\b"  # in the output of -X importtime
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -55,7 +54,7 @@ def script(name: str, *words: str, options=(), cwd=ROOT, timeout=300, **environm
     ("loop_async.py", [], "a rank that trains and one that generates: use `torchrun --nproc-per-"),
     ("examples/ppo_critic.py", ["--lam", "2"], "--lam 2.0 must lie in [0, 1]"),
     ("examples/tool_use.py", ["--warm-calls", "2"], "--warm-calls 2.0 must lie between 0 and 1"),
-    ("export.py", ["--checkpoint", "nothing"], "--checkpoint 'nothing' is no folder"),
+    ("tools/export.py", ["--checkpoint", "nothing"], "--checkpoint 'nothing' is no folder"),
 ])  # fmt: skip
 def test_a_mistake_is_said_before_the_heavy_imports(tmp_path, name, words, message):
     done = script(name, *words, options=["-X", "importtime"], cwd=tmp_path)
@@ -65,7 +64,7 @@ def test_a_mistake_is_said_before_the_heavy_imports(tmp_path, name, words, messa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", [*LOOPS, "export.py"])
+@pytest.mark.parametrize("name", [*LOOPS, "tools/export.py"])
 def test_help_needs_no_torchrun_and_no_heavy_import(name):
     done = script(name, "--help", options=["-X", "importtime"])
     assert done.returncode == 0
@@ -273,11 +272,11 @@ def test_what_torchrun_has_set_stays(monkeypatch):
 def test_only_under_torchrun_a_rank_ends_with_its_parent(monkeypatch, launched):
     """A shell may end before the run that it has started (nohup)."""
     bound = []
-    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(run, "signal_when_parent_ends", bound.append)
-    monkeypatch.setattr(run.dist, "is_torchelastic_launched", lambda: launched)
-    monkeypatch.setattr(run.dist, "is_initialized", lambda: False)
-    run.run_main(lambda: None)
+    monkeypatch.setattr(exits.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(exits, "signal_when_parent_ends", bound.append)
+    monkeypatch.setattr(exits.dist, "is_torchelastic_launched", lambda: launched)
+    monkeypatch.setattr(exits.dist, "is_initialized", lambda: False)
+    exits.run_main(lambda: None)
     assert len(bound) == launched
 
 

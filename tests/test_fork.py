@@ -15,7 +15,7 @@ import pytest
 import tyro
 from conftest import ROOT
 
-from problems import BadInput
+from common.errors import BadInput
 
 FUNCTION = '''
 def tanh(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_high, dual_clip):

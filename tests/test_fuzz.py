@@ -19,8 +19,8 @@ import pytest
 from torch.distributed.checkpoint.metadata import Metadata
 from conftest import ROOT, start_main
 
-import checkpoint
-import run
+from common import distributed, errors
+from harness import checkpoint
 
 ODD = ["-1", "0", "-0.5", "1e9", "nan", "inf", "x", "", "3.7", "99999999999999999999", "None", "true", "[1]", "a=b", "--", "\x00", "é" * 300]
 VALUES = [None, -1, 0, 1.5, "x", "", [], {}, [1], {"a": 1}, True, False, 10**12, float("inf"), -(10**12), "128", [[]], {"rope_type": 3}, {"rope_theta": "x"}]
@@ -40,13 +40,13 @@ def outcome(monkeypatch, tmp_path):
     def started(*args, **kwargs):
         raise Started
 
-    monkeypatch.setattr(run, "init_distributed", started)
+    monkeypatch.setattr(distributed, "init_distributed", started)
 
     def call(*flags: str) -> str:
         monkeypatch.setattr("sys.argv", ["loop_sync.py", *flags])
         try:
             start_main(loop_sync)
-        except run.BadInput as error:
+        except errors.BadInput as error:
             assert len(str(error)) > 20, flags
             return "refused"
         except Started:

@@ -13,18 +13,12 @@ from conftest import write_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import hf_folder
-from hf_config import read_config
-from hf_folder import (
-    INDEX,
-    ExportError,
-    HFWeights,
-    check_model_folder,
-    check_shapes,
-    export_all,
-    export_hf,
-)
-from problems import BadInput
+from backends.huggingface import folder as hf_folder
+from backends.huggingface.config import read_config
+from backends.huggingface.folder import INDEX, ExportError, HFWeights, check_model_folder, check_shapes
+from common.errors import BadInput
+from harness import export as hf_export
+from harness.export import export_all, export_hf
 
 
 @pytest.fixture
@@ -336,13 +330,13 @@ def test_an_export_says_its_dtype_once(export, tmp_path, given):
 @pytest.mark.parametrize("cut", ["_place_weights", "_copy_files"])
 def test_an_export_that_is_cut_short_has_no_config(export, tmp_path, monkeypatch, cut):
     export(tmp_path / "out")
-    stock = getattr(hf_folder._Writer, cut)
+    stock = getattr(hf_export._Writer, cut)
 
     def killed(*arguments):
         stock(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hf_folder._Writer, cut, killed)
+    monkeypatch.setattr(hf_export._Writer, cut, killed)
     with pytest.raises(KeyboardInterrupt):
         export(tmp_path / "out")
     with pytest.raises(BadInput, match="no config.json"):

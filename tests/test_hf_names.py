@@ -9,9 +9,9 @@ import json
 import pytest
 import torch
 
-from hf_config import read_config, rope_of
-from hf_names import merged_linears, split_stacked, stack_parts, unquantized_linears
-from run import BadInput
+from backends.huggingface.config import read_config, rope_of
+from backends.huggingface.names import merged_linears, split_stacked, stack_parts, unquantized_linears
+from common.errors import BadInput
 
 
 def test_qkv_stacking_by_hand():

@@ -11,16 +11,16 @@ import time
 
 import pytest
 
-from hf_config import read_config
-from checks import check_in_flight_flags
+from backends.huggingface.config import read_config
+from common.errors import BadInput, EngineDied
+from common.settings import REPOSITORY, InFlightSettings, RewardSettings, RolloutSettings
+from common.timeline import Row
+from data.prompts import load_data
+from data.sample import Sample
+from harness.checks import check_in_flight_flags
 from in_flight import InFlight, check_staleness
-from prompts import load_data
-from timeline import Row
 from reward import Judge
 from rollout import DROPPED, REPLACED, without_marks
-from run import BadInput, EngineDied
-from sample import Sample
-from settings import REPOSITORY, InFlightSettings, RewardSettings, RolloutSettings
 
 TOY = str(REPOSITORY / "toy")
 PER_STEP, STEPS = 3, 25

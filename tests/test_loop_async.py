@@ -13,7 +13,7 @@ import loop_async
 import pytest
 from conftest import ROOT, metrics_of, start_main, torchrun
 
-import run
+from common import errors
 
 TESTS = Path(__file__).parent
 QUICK = ["--eval-samples", "8", "--prompts-per-step", "4", "--samples-per-prompt", "4", "--export"]
@@ -125,7 +125,7 @@ def test_one_rank_is_an_error_that_names_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["loop_async.py"])
     for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(run.BadInput, match="torchrun --nproc-per-node 2 loop_async.py"):
+    with pytest.raises(errors.BadInput, match="torchrun --nproc-per-node 2 loop_async.py"):
         start_main(loop_async)
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 
+from common import distributed
 import loop_sync
 import pytest
 import torch
@@ -19,8 +20,8 @@ from conftest import ROOT, false_alarms, metrics_of, start_main, torchrun, write
 from safetensors.torch import load_file, save_file
 from test_answer import PLAIN, python
 
-import run
-from run_folder import checkpoints_of
+from common import errors
+from harness.run_folder import checkpoints_of
 from toy.task import problems
 
 QUICK = ["--steps", "2", "--eval-every", "2", "--eval-samples", "16", "--prompts-per-step", "4", "--samples-per-prompt", "4"]
@@ -97,7 +98,7 @@ def start(monkeypatch, tmp_path):
         for name, value in dict(RANK=0, WORLD_SIZE=ranks, LOCAL_RANK=0).items():
             monkeypatch.setenv(name, str(value))
         fail = lambda **_: pytest.fail("a process group was started")  # noqa: E731
-        monkeypatch.setattr(run, "init_distributed", fail)
+        monkeypatch.setattr(distributed, "init_distributed", fail)
         start_main(loop_sync)
 
     return call
@@ -121,24 +122,24 @@ def start(monkeypatch, tmp_path):
     (["--resume", "--name", "nothing"], "holds no checkpoint"),
 ])  # fmt: skip
 def test_bad_flags_stop_before_anything_starts(start, arguments, message):
-    with pytest.raises(run.BadInput, match=message):
+    with pytest.raises(errors.BadInput, match=message):
         start(*arguments)
 
 
 def test_a_batch_that_does_not_divide(start):
-    with pytest.raises(run.BadInput, match="not divisible by the 2 engines: use a multiple of 2"):
+    with pytest.raises(errors.BadInput, match="not divisible by the 2 engines: use a multiple of 2"):
         start("--prompts-per-step", "5", ranks=2)
 
 
 def test_a_used_run_name_is_refused(start, tmp_path):
     (tmp_path / "runs" / "old").mkdir(parents=True)
     (tmp_path / "runs" / "old" / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
-    with pytest.raises(run.BadInput, match="already exists: choose another --name"):
+    with pytest.raises(errors.BadInput, match="already exists: choose another --name"):
         start("--name", "old")
 
 
 def test_a_foreign_tokenizer_is_refused(start, tmp_path):
-    with pytest.raises(run.BadInput, match="do not belong together"):
+    with pytest.raises(errors.BadInput, match="do not belong together"):
         start("--model", write_model(tmp_path / "tiny", "qwen3", vocab_size=16))
 
 
@@ -152,7 +153,7 @@ def test_weights_that_do_not_fit_the_config(fresh_megatron, tmp_path, damage, me
     weights = load_file(folder / "model.safetensors")
     damage(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(run.BadInput, match=message):
+    with pytest.raises(errors.BadInput, match=message):
         loop_sync.train_step.build_trainer(str(folder), loop_sync.TrainSettings(), loop_sync.read_config(folder), steps=1, seed=1)
 
 
@@ -160,7 +161,7 @@ def test_a_truncated_weights_file_is_named(tmp_path):
     folder = write_model(tmp_path, "qwen3")
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(run.BadInput, match="not a complete safetensors file"):
+    with pytest.raises(errors.BadInput, match="not a complete safetensors file"):
         loop_sync.hf_folder.HFWeights(folder)
 
 

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from logprobs import logprobs_and_entropy
+from backends.megatron.logprobs import logprobs_and_entropy
+from common.errors import BadInput
 from losses import CORRECTIONS, LossSettings, check_loss_settings, mismatch, ratio
-from run import BadInput
 
 T, V, TEMPERATURE = 7, 12, 0.7
 

@@ -13,14 +13,13 @@ import time
 import psutil
 import pytest
 
-import math_judge
-import math_rules
+from data import math_judge, math_rules
 from conftest import ROOT
-from math_judge import TooHard, call_in_worker, judged_in_worker
+from data.math_judge import TooHard, call_in_worker, judged_in_worker
 from math_pairs import PAIRS
+from common.settings import RewardSettings
+from data.sample import Sample
 from reward import Judge, compute_rewards, label_problems, math_reward
-from sample import Sample
-from settings import RewardSettings
 
 CASES = [pytest.param(*pair, id=f"{kind}: {pair[0]} | {pair[1]}") for kind, pairs in PAIRS.items() for pair in pairs]
 HARD = r"\boxed{9^{9^{9}}}"  # SymPy computes all of its 369,693,100 digits.
@@ -167,7 +166,7 @@ def test_a_worker_that_was_killed_while_it_waited_costs_no_answer():
 
 
 def test_there_are_workers_for_the_processors_that_this_process_may_use():
-    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); import math_judge; print(math_judge.WORKERS)"
+    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); from data import math_judge; print(math_judge.WORKERS)"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert found.stdout == "1\n", found.stderr
     assert math_judge.WORKERS == max(1, len(os.sched_getaffinity(0)) // 4)
@@ -175,14 +174,14 @@ def test_there_are_workers_for_the_processors_that_this_process_may_use():
 
 @pytest.mark.parametrize("ranks, workers", [("1", "8"), ("2", "4"), ("64", "1")])
 def test_the_ranks_of_a_machine_share_its_processors(ranks, workers):
-    code = "import os; os.sched_getaffinity = lambda _: range(32); import math_judge; print(math_judge.WORKERS)"
+    code = "import os; os.sched_getaffinity = lambda _: range(32); from data import math_judge; print(math_judge.WORKERS)"
     command, environment = [sys.executable, "-c", code], {**os.environ, "LOCAL_WORLD_SIZE": ranks}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == workers
 
 
 def test_no_worker_outlives_its_parent():
-    code = "import math_judge, os; print(math_judge.call_in_worker(os.getpid), flush=True); os.kill(os.getpid(), 9)"
+    code = "import os; from data import math_judge; print(math_judge.call_in_worker(os.getpid), flush=True); os.kill(os.getpid(), 9)"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for _ in range(200):
         if not psutil.pid_exists(pid := int(found.stdout)) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:

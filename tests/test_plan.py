@@ -20,16 +20,15 @@ import torch
 import tyro
 from conftest import ROOT, start_main, torchrun, write_model
 
-import memory
-import plan
+from backends.huggingface.config import read_config
+from backends.huggingface.names import hf_shapes, layer_shapes
+from backends.megatron.batches import collate
+from common.errors import BadInput
+from common.settings import TrainSettings
+from data.sample import Sample
+from harness import memory, plan
 import train_step
 import weight_sync
-from hf_config import read_config
-from hf_names import hf_shapes, layer_shapes
-from packing import collate
-from problems import BadInput
-from sample import Sample
-from settings import TrainSettings
 
 CONFIGS = ROOT / "docs" / "configs"
 sys.path.append(str(ROOT / "tests" / "workers"))

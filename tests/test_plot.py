@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 
-import plot
+from tools import plot
 import pytest
 from conftest import ROOT
 
@@ -172,7 +172,7 @@ def test_what_cannot_be_drawn_or_written_is_refused(monkeypatch, tmp_path, argum
 def test_a_console_that_is_not_utf_8_shows_the_help(tmp_path, encoding):
     environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
     done = subprocess.run(
-        [sys.executable, ROOT / "plot.py", "--help"],
+        [sys.executable, ROOT / "tools" / "plot.py", "--help"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -182,7 +182,7 @@ def test_a_console_that_is_not_utf_8_shows_the_help(tmp_path, encoding):
 
 def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "plot.py", "--timeline-steps", "0"],
+        [sys.executable, ROOT / "tools" / "plot.py", "--timeline-steps", "0"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -9,16 +9,17 @@ import sys
 import numpy as np
 import pytest
 import torch
+from common import distributed
 from conftest import ROOT, metrics_of, start_main, torchrun
 
 sys.path.insert(0, str(ROOT / "examples"))
 import ppo_critic
 
-import run
-from hf_config import read_config
+from backends.huggingface.config import read_config
+from common import errors
 from ppo_critic import CriticSettings
-from sample import Sample
-from settings import TrainSettings
+from common.settings import TrainSettings
+from data.sample import Sample
 from train_step import build_trainer
 
 
@@ -127,8 +128,8 @@ def test_bad_flags_stop_before_anything_starts(monkeypatch, tmp_path, arguments,
     monkeypatch.setattr(sys, "argv", ["ppo_critic.py", "--steps", "3", *arguments])
     for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(run, "init_distributed", lambda **_: pytest.fail("a process group was started"))
-    with pytest.raises(run.BadInput, match=message):
+    monkeypatch.setattr(distributed, "init_distributed", lambda **_: pytest.fail("a process group was started"))
+    with pytest.raises(errors.BadInput, match=message):
         start_main(ppo_critic, ppo_critic.check_critic_flags)
 
 

@@ -12,14 +12,13 @@ import pytest
 from conftest import FAMILIES, ROOT, SMALL, start_main, write_model
 from safetensors.torch import load_file, save_file
 
-import run
-from hf_config import FAMILIES as ARCHITECTURES
-from hf_config import read_config, rope_of
-from hf_folder import check_model_folder
-from problems import BadInput, Problems, all_problems
-from prompts import read_prompts
-from sample import load_tokenizer
-from settings import DataSettings
+from backends.huggingface.config import FAMILIES as ARCHITECTURES, read_config, rope_of
+from backends.huggingface.folder import check_model_folder
+from common import distributed
+from common.errors import BadInput, Problems, all_problems
+from common.settings import DataSettings
+from data.prompts import read_prompts
+from data.tokenizer import load_tokenizer
 
 
 @all_problems
@@ -54,7 +53,7 @@ def problems_of(monkeypatch, loop, *arguments, ranks: int) -> tuple[str, ...]:
     monkeypatch.setattr("sys.argv", ["loop.py", *map(str, arguments)])
     for name, value in dict(RANK=0, WORLD_SIZE=ranks, LOCAL_RANK=0).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(run, "init_distributed", lambda *_, **__: pytest.fail("a process group was started"))
+    monkeypatch.setattr(distributed, "init_distributed", lambda *_, **__: pytest.fail("a process group was started"))
     with pytest.raises(BadInput) as refused:
         start_main(loop)
     return refused.value.problems

@@ -24,10 +24,10 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from conftest import ROOT, metrics_of, torchrun
 
-import megatron_model
-import process_groups
-from run_folder import checkpoints_of
-from settings import InFlightSettings, RewardSettings, RolloutSettings, TrainSettings
+from backends.megatron import model as megatron_model
+from common import process_groups
+from common.settings import InFlightSettings, RewardSettings, RolloutSettings, TrainSettings
+from harness.run_folder import checkpoints_of
 
 WORKERS = ROOT / "tests" / "workers"
 QUICK = ["--eval-every", "50", "--eval-samples", "8", "--prompts-per-step", "4", "--export"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from processes import end_signals_blocked
+from common.processes import end_signals_blocked
 
 
 def python(code: str, **changes) -> subprocess.CompletedProcess:
@@ -26,7 +26,7 @@ def python(code: str, **changes) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_child_outlives_a_signal_that_comes_while_it_starts(number):
-    code = "import processes; processes.ignore_end_signals(); print('lives')"
+    code = "from common import processes; processes.ignore_end_signals(); print('lives')"
     with end_signals_blocked():
         child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     child.send_signal(number)
@@ -95,7 +95,7 @@ print("went on")
     assert python(code, preexec_fn=ignore).stdout == "went on\n"
 
 
-HOME = "import os, processes; processes.use_writable_home(); print(os.environ['HOME'])"
+HOME = "import os; from common import processes; processes.use_writable_home(); print(os.environ['HOME'])"
 
 
 @pytest.mark.parametrize("home", ["/proc/nothing", "/dev/null/x"])

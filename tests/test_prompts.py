@@ -25,16 +25,17 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-import reasoning_gym_tasks
-from chat import check_template_kwargs
-from hf_config import read_config
-from prompts import fitting, generated, load_data, mixture, names, read_prompts, toy_prompts
-from checks import check_reward_flags, check_rollout_flags
+from backends.huggingface.config import read_config
+from common.errors import BadInput
+from common.settings import REPOSITORY, DataSettings, RewardSettings, RolloutSettings, weighted
+from data import reasoning_gym_tasks
+from data.chat import check_template_kwargs
+from data.prompts import fitting, generated, load_data, mixture, names, read_prompts, toy_prompts
+from data.sample import Sample, read_dump
+from data.tokenizer import encode, end_tokens, load_tokenizer
+from harness.checks import check_reward_flags, check_rollout_flags
 from reward import reasoning_gym_reward
 from rollout import Prompts, fill
-from run import BadInput
-from sample import Sample, encode, end_tokens, load_tokenizer, read_dump
-from settings import REPOSITORY, DataSettings, RewardSettings, RolloutSettings, weighted
 from toy.task import is_held_out, problems
 
 TOY = str(REPOSITORY / "toy")

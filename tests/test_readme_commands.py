@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 
+from common import distributed
 import loop_async
 import loop_sync
 import pyarrow
@@ -19,8 +20,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, metrics_of, start_main, torchrun
 
-import plot
-import run
+from tools import plot
 from test_prompts import gym  # noqa: F401  the stand-in for reasoning-gym
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ ELSEWHERE = [line for line in LINES if line.startswith("torchrun") and line not 
 
 
 def test_nothing_is_left_out():
-    kinds = ("python3 -m venv .venv", "torchrun", "python plot.py", "python loop_sync.py --plan")
+    kinds = ("python3 -m venv .venv", "torchrun", "python tools/plot.py", "python loop_sync.py --plan")
     assert [line for line in LINES if not line.startswith(kinds)] == [] and len(HERE) >= 7 and len(ELSEWHERE) >= 7
 
 
@@ -78,7 +78,7 @@ def test_what_needs_files_of_the_readers_own_gets_as_far_as_the_start(line, read
     def started(*args, **kwargs):
         raise Started
 
-    monkeypatch.setattr(run, "init_distributed", started)
+    monkeypatch.setattr(distributed, "init_distributed", started)
     for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1).items():
         monkeypatch.setenv(name, str(value))
     if "reasoning-gym" in line:
@@ -106,7 +106,7 @@ def test_one_picture_of_two_runs(tmp_path):
         events = [*names, {"name": "train", "ph": "X", "ts": 0, "dur": 1_000_000, "pid": 0, "tid": 0}]
         (folder / "trace.json").write_text("[" + ",\n".join(map(json.dumps, events)) + ("]" if name == "A" else ""), encoding="utf-8")  # B has not ended
     assert plot.spans(tmp_path / "runs/A") == plot.spans(tmp_path / "runs/B") == [("rank 0 trainer", "train", 0.0, 1.0)]
-    (line,) = [line for line in LINES if line.startswith("python plot.py")]
+    (line,) = [line for line in LINES if line.startswith("python tools/plot.py")]
     words = shlex.split(line)
     done = subprocess.run([sys.executable, ROOT / words[1], *words[2:]], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG"), done.stderr

@@ -17,19 +17,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import record as record_module
-import run
-from checkpoint import Checkpoint
+from harness import exits, record as record_module
+from harness.checkpoint import Checkpoint
 from conftest import ROOT
+from common.errors import BadInput
+from common.settings import RunSettings
+from common.timeline import renamed
+from data.sample import Sample
+from harness.checks import check_run_flags
+from harness.record import Record
+from harness.run_folder import lock_run_folder, new_run_folder
 from loop_sync import Settings
-from record import Record
 from reward import eval_metrics
-from checks import check_run_flags
-from problems import BadInput
-from run_folder import lock_run_folder, new_run_folder
-from sample import Sample
-from settings import RunSettings
-from timeline import renamed
 
 
 @pytest.fixture
@@ -156,7 +155,7 @@ def test_two_runs_of_one_name_do_not_share_a_folder(monkeypatch, tmp_path):
 
 def test_unnamed_runs_of_one_second_have_folders_of_their_own(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("run.time.strftime", lambda _: "20261125-120000")
+    monkeypatch.setattr("harness.run_folder.time.strftime", lambda _: "20261125-120000")
     folders = [new_run_folder("", "sync").name for _ in range(3)]
     assert folders == ["sync-20261125-120000", "sync-20261125-120000-2", "sync-20261125-120000-3"]
 
@@ -190,7 +189,7 @@ def test_a_name_that_comes_again_is_a_new_run_to_wandb(one_rank, monkeypatch, tm
 
 def test_a_stopped_run_says_the_whole_name_to_go_on_with(one_rank, monkeypatch, tmp_path, capsys):
     record = record_of(monkeypatch, tmp_path, name="exp/a")
-    monkeypatch.setattr(run, "told_to_stop", [signal.SIGTERM])
+    monkeypatch.setattr(exits, "told_to_stop", [signal.SIGTERM])
     record.log({"step": 1})
     record.finish()
     said = capsys.readouterr().out
@@ -278,7 +277,7 @@ def test_a_run_that_is_told_to_stop_writes_a_checkpoint_now(
 ):
     record = record_of(monkeypatch, tmp_path, save_every=save_every)
     assert not record.checkpoint_due(1)
-    monkeypatch.setattr(run, "told_to_stop", [signal.SIGHUP])
+    monkeypatch.setattr(exits, "told_to_stop", [signal.SIGHUP])
     record.log({"step": 1})
     assert record.checkpoint_due(1) and record.stopping
 
@@ -288,7 +287,7 @@ def test_a_run_that_is_told_to_stop_in_its_last_step_saves_and_finishes(
 ):
     """There is nothing to go on with: its weights are exported."""
     record = record_of(monkeypatch, tmp_path)
-    monkeypatch.setattr(run, "told_to_stop", [signal.SIGTERM])
+    monkeypatch.setattr(exits, "told_to_stop", [signal.SIGTERM])
     record.log({"step": 3})
     assert record.checkpoint_due(3) and not record.stopping
 

@@ -7,16 +7,16 @@ import dataclasses
 import json
 import pickle
 
+from common import distributed
 import loop_async
 import loop_sync
 import pytest
 from conftest import start_main
 from torch.distributed.checkpoint.metadata import Metadata
 
-import checkpoint
-import run
-from run import BadInput
-from settings import RolloutSettings, RunSettings
+from common.errors import BadInput
+from common.settings import RolloutSettings, RunSettings
+from harness import checkpoint
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_link_to_nowhere_in_the_place_of_runs_is_refused(monkeypatch, tmp_path
     (tmp_path / "runs").symlink_to("nowhere")
     for key, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():
         monkeypatch.setenv(key, str(value))
-    monkeypatch.setattr(run, "init_distributed", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr(distributed, "init_distributed", lambda *_, **__: pytest.fail("started"))
     monkeypatch.setattr("sys.argv", ["loop_sync.py", *(["--name", name] if name else [])])
     with pytest.raises(BadInput, match="cannot be written, because of"):
         start_main(loop_sync)

@@ -17,12 +17,11 @@ import pytest
 
 import reward
 from conftest import ROOT
+from common.settings import RewardSettings, RolloutSettings
+from data.sample import Sample
 from losses import LossSettings
-from reward import Judge, batch_metrics, compute_advantages, compute_rewards, eval_metrics, exact_match, is_uninformative
-from reward import majority_is_right, math_reward, pass_at_k
+from reward import Judge, batch_metrics, compute_advantages, compute_rewards, eval_metrics, exact_match, is_uninformative, majority_is_right, math_reward, pass_at_k
 from rollout import without_marks
-from sample import Sample
-from settings import RewardSettings, RolloutSettings
 
 
 def answer(response="", label="", *, group=0, reward=None, finish="stop") -> Sample:

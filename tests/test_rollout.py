@@ -15,15 +15,15 @@ import pytest
 import torch
 from conftest import ROOT
 
-import engine_checks
+from backends.huggingface.config import read_config
+from backends.sglang import checks as engine_checks
+from backends.sglang.checks import check_environment, server_overrides
+from common.errors import BadInput
+from common.settings import RolloutSettings
+from data.sample import Sample
+from harness.checks import check_rollout_flags
 import rollout
-from checks import check_rollout_flags
-from engine_checks import check_environment, server_overrides
-from hf_config import read_config
 from rollout import check_rollout_settings
-from run import BadInput
-from sample import Sample
-from settings import RolloutSettings
 
 TOY = ROOT / "toy"
 

@@ -15,8 +15,8 @@ from test_problems import changed_config
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from hf_config import megatron_arguments, read_config
-from problems import BadInput
+from backends.huggingface.config import megatron_arguments, read_config
+from common.errors import BadInput
 
 EXPERTS = 8
 ROUTERS = [

@@ -15,18 +15,18 @@ import gguf
 import numpy as np
 
 import torch
-from conftest import ROOT
+from conftest import ROOT, SOURCES
 from safetensors.torch import load_file
 
-from checks import EXTRAS
+from harness.checks import EXTRAS
 from toy import make_toy
 
 # Each script beside the test that runs it.
 RUN_BY = {
     "loop_sync.py": "test_loop_sync.py",
     "loop_async.py": "test_loop_async.py",
-    "export.py": "test_checkpoint.py",
-    "plot.py": "test_readme_commands.py",
+    "tools/export.py": "test_checkpoint.py",
+    "tools/plot.py": "test_readme_commands.py",
     "examples/answer.py": "test_answer.py",
     "examples/get_smollm2.py": "test_scripts.py",
     "examples/ppo_critic.py": "test_ppo_critic.py",
@@ -39,9 +39,8 @@ RUN_BY = {
     "bench/trl_side.py": "",  # It needs TRL, which bench/peers.py installs: 3 GB.
 }  # fmt: skip
 # What README.md or a message says to install beside the requirements. bench/peers.py installs TRL.
+BESIDE_ITSELF = {"bench", "examples", "tests"}  # Their files import one another by name.
 BESIDE = {"reasoning_gym", "transformer_engine", "trl", "datasets", *EXTRAS}
-NOT_OURS = {".venv", "runs"}
-SHIPPED = [path for path in ROOT.rglob("*.py") if not NOT_OURS & set(path.relative_to(ROOT).parts)]
 
 
 def is_script(path) -> bool:
@@ -49,7 +48,7 @@ def is_script(path) -> bool:
 
 
 def test_every_script_is_run_by_a_test():
-    paths = {path.relative_to(ROOT) for path in SHIPPED if is_script(path)}
+    paths = {path.relative_to(ROOT) for path in SOURCES if is_script(path)}
     assert {str(path) for path in paths if path.parts[0] != "tests"} == set(RUN_BY)
     for script, test in RUN_BY.items():
         name = script.rpartition("/")[2].removesuffix(".py")
@@ -76,11 +75,12 @@ def test_what_is_imported_is_required():
     lines = "".join((ROOT / file).read_text(encoding="utf-8") for file in files).splitlines()
     required = {plain(line.partition("==")[0]) for line in lines if line and not line.startswith("#")}
     of = importlib.metadata.packages_distributions()
-    own = {path.stem for path in SHIPPED} | {path.parent.name for path in SHIPPED}
+    own = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in SOURCES}
+    own |= {path.stem for path in SOURCES if path.relative_to(ROOT).parts[0] in BESIDE_ITSELF}
     known = own | BESIDE | set(sys.stdlib_module_names)
     missing = {
         f"{path.relative_to(ROOT)}: {name}"
-        for path in SHIPPED
+        for path in SOURCES
         for name in imported(path) - known
         if not {plain(distribution) for distribution in of.get(name, [name])} & required
     }

@@ -11,11 +11,11 @@ import signal
 import pytest
 from conftest import ROOT
 
-import chat
-from problems import BadInput
-from prompt_files import read_prompts
-from sample import load_tokenizer
-from settings import DataSettings
+from common.errors import BadInput
+from common.settings import DataSettings
+from data import chat
+from data.prompt_files import read_prompts
+from data.tokenizer import load_tokenizer
 
 
 @pytest.fixture

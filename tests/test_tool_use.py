@@ -11,18 +11,18 @@ import time
 
 import pytest
 import torch
+from common import distributed
 from conftest import ROOT, metrics_of, start_main, torchrun
 
 sys.path.insert(0, str(ROOT / "examples"))
 import tool_use
 
-import run
-from hf_config import read_config
+from backends.huggingface.config import read_config
+from common.errors import BadInput, EngineDied
+from common.settings import REPOSITORY, RolloutSettings
+from data.prompts import load_data
+from data.sample import Sample
 from losses import LossSettings, ppo
-from prompts import load_data
-from run import BadInput, EngineDied
-from sample import Sample
-from settings import REPOSITORY, RolloutSettings
 from tool_use import CALL_END, LONGEST_DEMONSTRATION, calculator, converse, demonstration, right_answer
 
 TOY = str(REPOSITORY / "toy")
@@ -214,7 +214,7 @@ def test_flags_that_cannot_work(monkeypatch, tmp_path, flags, message):
     monkeypatch.setattr(sys, "argv", ["tool_use.py", *flags])
     for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(run, "init_distributed", lambda **_: pytest.fail("a process group was started"))
+    monkeypatch.setattr(distributed, "init_distributed", lambda **_: pytest.fail("a process group was started"))
     with pytest.raises(BadInput, match=message):
         start_main(tool_use, tool_use.check_tool_flags)
 

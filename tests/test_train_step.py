@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train_step
-from checks import check_train_flags
-from hf_config import read_config
+from backends.huggingface.config import read_config
+from backends.megatron.batches import collate, microbatch_plan, plan_microbatches
+from common.errors import BadInput
+from common.settings import TrainSettings
+from data.sample import Sample
+from harness.checks import check_train_flags
 from losses import LossSettings
-from packing import collate, microbatch_plan, plan_microbatches
-from run import BadInput
-from sample import Sample
-from settings import TrainSettings
+import train_step
 from train_step import check_train_settings
 
 

@@ -16,14 +16,14 @@ import pytest
 import torch
 from conftest import ROOT, torchrun
 
-import weight_sync
-from buckets import compare_loader, load_bucket, pack, phase, unpack, where
+from backends.huggingface.config import read_config
+from backends.huggingface.names import hf_shapes
+from backends.sglang.buckets import compare_loader, load_bucket, pack, phase, unpack, where
+from common.errors import BadInput
+from common.settings import REPOSITORY, SyncSettings
 from fp8_quant import quantize_blockwise
-from hf_config import read_config
-from hf_names import hf_shapes
-from run import BadInput
-from checks import check_sync_flags
-from settings import REPOSITORY, SyncSettings
+from harness.checks import check_sync_flags
+import weight_sync
 
 TOY = read_config(REPOSITORY / "toy")
 K_NORM, Q_NORM = (f"model.layers.0.self_attn.{which}_norm.weight" for which in "kq")  # of one shape

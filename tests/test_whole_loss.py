@@ -20,18 +20,17 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "tests" / "oracle"))
 import oracle
 
-import rollout  # noqa: F401  first, as in the loops
+from backends.huggingface.config import read_config
+from backends.megatron import model as megatron_model
 import losses
-import megatron_model
+from losses import KL_ESTIMATORS, POLICY_LOSSES, LossSettings, PolicyLoss
 import reward
 import train_step
-from hf_config import read_config
-from losses import KL_ESTIMATORS, POLICY_LOSSES, LossSettings, PolicyLoss
 from megatron.core import parallel_state as mpu
 from megatron.core.enums import ModelType
-from packing import local_microbatches
-from sample import Sample
-from settings import RewardSettings, TrainSettings
+from backends.megatron.batches import local_microbatches
+from common.settings import RewardSettings, TrainSettings
+from data.sample import Sample
 
 V, TEMPERATURE, MAX_RESPONSE = 32, 0.7, 8
 SEED = 55  # of the noise; test_the_batch_reaches_every_branch says what it must reach

@@ -20,8 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 
-if not torch.cuda.is_available():
-    import cpu  # noqa: F401  before transformers: see there
+import backends  # noqa: F401  before transformers: see there
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from toy.task import ALPHABET, DIGITS, problems
 

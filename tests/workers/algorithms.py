@@ -13,15 +13,16 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
-import rollout
+from advantages import ADVANTAGES
+from backends.huggingface.config import read_config
+from common import distributed
+from common.settings import RewardSettings, TrainSettings
+from harness import exits
+from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings
 import reward
-import run
+import rollout
 import train_step
 import weight_sync
-from hf_config import read_config
-from advantages import ADVANTAGES
-from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings
-from settings import RewardSettings, TrainSettings
 from megatron.core import parallel_state as mpu
 
 import torch
@@ -125,7 +126,7 @@ def without_a_token(trainer, weights) -> list[bool]:
 
 def main() -> None:
     out, (tp, pp, cp, microbatch_tokens), order, folder = Path(sys.argv[1]), map(int, sys.argv[2:6]), sys.argv[6], sys.argv[7]
-    run.init_distributed()
+    distributed.init_distributed()
     config = read_config(folder)
     settings = TrainSettings(
         tp=tp, pp=pp, cp=cp, train_dtype="fp32", microbatch_tokens=microbatch_tokens, lr=LR, lr_schedule="constant", clip_grad=1e9, megatron=("adam_eps=1.0",)
@@ -161,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.run_main(main)
+    exits.run_main(main)

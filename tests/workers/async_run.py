@@ -14,14 +14,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
-import rollout  # first, as in the loop
-import checks
-import flags
+from backends.sglang.engine import Engine
+from harness import checks, exits, flags
 import in_flight
 import loop_async
-import run
+import rollout
 import train_step
-from engine import Engine
 
 OUT, SLOW = Path(sys.argv[1]), sys.argv[2].split(",")
 started, steps, versions = [], [], []
@@ -72,5 +70,5 @@ if __name__ == "__main__":
     train_step.train_step, rollout.without_marks, in_flight.check_staleness = slow_train, recorded_step, recorded_version
     sys.argv = ["loop_async.py", *sys.argv[3:]]
     settings = flags.parse_or_exit(loop_async.Settings, checks.check_flags)
-    run.run_main(lambda: loop_async.main(settings))
+    exits.run_main(lambda: loop_async.main(settings))
     (OUT / f"rank-{os.environ['RANK']}.json").write_text(json.dumps({"started": started, "steps": steps, "versions": versions}), encoding="utf-8")

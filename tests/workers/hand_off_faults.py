@@ -15,13 +15,14 @@ from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
+from backends.huggingface.config import read_config
+from backends.sglang import buckets
+from common import distributed, errors
+from common.settings import REPOSITORY, RolloutSettings, TrainSettings
+from harness import exits
 import rollout
-import buckets
-import run
 import train_step
 import weight_sync
-from hf_config import read_config
-from settings import REPOSITORY, RolloutSettings, TrainSettings
 
 import torch
 import torch.distributed as dist
@@ -62,7 +63,7 @@ def misshapen(trainer):
     def pack(named):
         return stock([(name, tensor[:-1] if name == "model.layers.1.input_layernorm.weight" else tensor) for name, tensor in named])
 
-    with mock.patch("engine.pack", pack):
+    with mock.patch("backends.sglang.engine.pack", pack):
         yield
 
 
@@ -87,7 +88,7 @@ def answers(engine) -> bool:
 
 
 def main() -> None:
-    run.init_distributed()
+    distributed.init_distributed()
     config = read_config(TOY)
     trainer = train_step.build_trainer(TOY, TrainSettings(tp=2), config, steps=1, seed=1)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
@@ -99,7 +100,7 @@ def main() -> None:
         "quantize": not_a_number(trainer),
         "gather": mock.patch("weight_sync.dist.all_gather", failing_from(3, dist.all_gather)),
         "send": mock.patch("weight_sync.broadcast_bytes", failing_from(3, weight_sync.broadcast_bytes)),
-        "end of update": mock.patch("engine.Engine._close_update", failing_from(1, None)) if engine else contextlib.nullcontext(),
+        "end of update": mock.patch("backends.sglang.engine.Engine._close_update", failing_from(1, None)) if engine else contextlib.nullcontext(),
         "refusal": refusing(engine) if engine else contextlib.nullcontext(),
         "load": misshapen(trainer),
     }
@@ -110,7 +111,7 @@ def main() -> None:
                 weight_sync.hand_over(weights, engine, version=version + 1)
                 if engine:
                     engine.settle()
-            except (RuntimeError, ValueError, run.EngineDied) as raised:
+            except (RuntimeError, ValueError, errors.EngineDied) as raised:
                 error = raised
         report[fault] = {"error": repr(error), "notes": getattr(error, "__notes__", [])}
         if fault == "load":
@@ -127,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.run_main(main)
+    exits.run_main(main)

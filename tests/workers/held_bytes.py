@@ -11,15 +11,15 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
-import rollout  # noqa: F401  first, as in the loops
 import torch
 from megatron.core import parallel_state as mpu
 
-import run
+from backends.huggingface.config import read_config
+from common import distributed
+from common.settings import TrainSettings
+from harness import exits
+from harness.checkpoint import _give_adam_its_state
 import train_step
-from checkpoint import _give_adam_its_state
-from hf_config import read_config
-from settings import TrainSettings
 
 CASES = {  # name: (folder, settings)
     "dense dp 4": (0, dict()),
@@ -54,18 +54,18 @@ def held(trainer) -> dict[str, int]:
 
 def main() -> None:
     out, *folders = sys.argv[1:]
-    everyone, found = run.init_distributed(), {}
+    everyone, found = distributed.init_distributed(), {}
     for name, (folder, settings) in CASES.items():
         if mpu.model_parallel_is_initialized():
             mpu.destroy_model_parallel()
         config = read_config(folders[folder])
         trainer = train_step.build_trainer(folders[folder], TrainSettings(**settings), config, steps=1, seed=1)
         mine = held(trainer)
-        found[name] = [json.loads(row) for row in run.all_gather_bytes(json.dumps(mine).encode(), everyone)]
+        found[name] = [json.loads(row) for row in distributed.all_gather_bytes(json.dumps(mine).encode(), everyone)]
         del trainer
     if torch.distributed.get_rank() == 0:
         Path(out).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    run.run_main(main)  # destroys the process groups: with gloo's threads still there, the interpreter's end now and then aborts
+    exits.run_main(main)  # destroys the process groups: with gloo's threads still there, the interpreter's end now and then aborts

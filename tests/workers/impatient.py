@@ -7,13 +7,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-import checks
-import flags
+from common import process_groups
+from harness import checks, exits, flags
 import loop_sync
-import process_groups
-import run
 
 if __name__ == "__main__":
     process_groups.UNLIMITED_WORK_S = 2.0
     settings = flags.parse_or_exit(loop_sync.Settings, checks.check_flags)
-    run.run_main(lambda: loop_sync.main(settings))
+    exits.run_main(lambda: loop_sync.main(settings))

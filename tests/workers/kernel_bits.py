@@ -7,7 +7,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
 import torch
 
-from fp8_kernel import quantize_into
+from backends.fp8_kernel import quantize_into
 from fp8_quant import quantize_slab
 
 

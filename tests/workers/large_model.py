@@ -11,18 +11,17 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
-import rollout  # noqa: F401  first, as in the loops
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import megatron_model
+from backends.huggingface.config import read_config
+from backends.megatron import model as megatron_model
+from common.settings import TrainSettings
 import train_step
 import weight_sync
-from hf_config import read_config
-from settings import TrainSettings
 
 FOLDER, (TP, EP, PP) = sys.argv[1], map(int, sys.argv[2:])
 

@@ -20,16 +20,16 @@ from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
+from backends.huggingface.config import read_config
+from backends.megatron.layers import zigzag
+from common import distributed
+from common.settings import TrainSettings
+from fp8_quant import quantize_blockwise
+from harness import exits, export as hf_export
+from losses import LossSettings
 import rollout
-import hf_folder
-import run
 import train_step
 import weight_sync
-from fp8_quant import quantize_blockwise
-from hf_config import read_config
-from local_spec import zigzag
-from losses import LossSettings
-from settings import TrainSettings
 from megatron.core import parallel_state as mpu
 
 import torch
@@ -121,7 +121,7 @@ def report_of(folder: str, splits: list[int], out: Path, *, trains: bool) -> dic
         "errors": errors(trainer, folder, 0.7),
         "hand_off_errors": hand_off_errors(weights, folder),
     }
-    hf_folder.export_hf(weights, out, source=folder, dtype="bf16")
+    hf_export.export_hf(weights, out, source=folder, dtype="bf16")
     if trains:
         mine["steps_4096"] = [one_step(trainer) for _ in range(2)]
         trainer, _ = build(folder, *splits, "fp32", 64)
@@ -133,7 +133,7 @@ def report_of(folder: str, splits: list[int], out: Path, *, trains: bool) -> dic
 
 def main() -> None:
     out, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
-    run.init_distributed()
+    distributed.init_distributed()
     report = {}
     for layout, case in cases.items():
         if mpu.model_parallel_is_initialized():
@@ -149,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.run_main(main)
+    exits.run_main(main)

@@ -8,19 +8,19 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
-import rollout  # noqa: F401  first, as in the loops
-import run
-import train_step
-from hf_config import read_config
+from backends.huggingface.config import read_config
+from common import distributed
+from common.settings import TrainSettings
+from data.sample import Sample
+from harness import exits
 from losses import LossSettings
-from sample import Sample
-from settings import TrainSettings
+import train_step
 
 import torch.distributed as dist
 
 
 def main() -> None:
-    run.init_distributed()
+    distributed.init_distributed()
     folder = sys.argv[1]
     trainer = train_step.build_trainer(folder, TrainSettings(train_dtype="fp32"), read_config(folder), steps=4, seed=1)
     answer = dict(response_ids=[7, 8], rollout_logprobs=[-1.0, -1.0], loss_mask=[1, 1], advantages=[1.0, 1.0], group=5)
@@ -34,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.run_main(main)
+    exits.run_main(main)

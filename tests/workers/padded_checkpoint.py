@@ -15,8 +15,8 @@ from types import SimpleNamespace
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
 import layout
-import checkpoint
-import run
+from common import distributed
+from harness import checkpoint, exits
 import weight_sync
 from megatron.core import parallel_state as mpu
 from loop_sync import Settings
@@ -44,7 +44,7 @@ def next_steps(trainer) -> list[float]:
 
 def main() -> None:
     out, folder, tp, other_tp = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
-    run.init_distributed()
+    distributed.init_distributed()
     trainer, weights = build(folder, tp)
     layout.one_step(trainer)
     is_writer, everyone = dist.get_rank() == 0, dist.group.WORLD
@@ -65,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.run_main(main)
+    exits.run_main(main)

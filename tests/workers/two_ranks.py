@@ -12,14 +12,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-import cpu  # noqa: F401  before sglang, for the group of the asynchronous loop
+import backends  # noqa: F401  before sglang, for the group of the asynchronous loop
 import torch
 import torch.distributed as dist
 
-import record
-import run
-import run_folder
-from settings import RunSettings
+from common import distributed
+from common.settings import RunSettings
+from harness import exits, record, run_folder
 
 
 @dataclass(frozen=True)
@@ -29,17 +28,17 @@ class Settings:
 
 def stopped(folder: Path) -> None:
     """Rank 1 stands still before the second exchange."""
-    everyone = run.init_distributed(wait_s=4)
-    run.all_gather_bytes(b"", everyone)
+    everyone = distributed.init_distributed(wait_s=4)
+    distributed.all_gather_bytes(b"", everyone)
     if everyone.rank() == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
-    run.all_gather_bytes(b"", everyone)
+    distributed.all_gather_bytes(b"", everyone)
 
 
 def stopped_inside(folder: Path) -> None:
     """Rank 1 stands still in a collective that is no exchange, as megatron-core's are."""
-    everyone = run.init_distributed(wait_s=4)
-    run.all_gather_bytes(b"", everyone)
+    everyone = distributed.init_distributed(wait_s=4)
+    distributed.all_gather_bytes(b"", everyone)
     if everyone.rank() == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     dist.all_reduce(torch.ones(1))
@@ -48,12 +47,12 @@ def stopped_inside(folder: Path) -> None:
 def killed_once(folder: Path) -> None:
     """Rank 1 is killed when all have met; then every rank says in which start it is."""
     is_second = (folder / "killed").exists()
-    everyone = run.init_distributed(int(os.environ["ROLLOUT_RANKS"]), wait_s=30)
-    run.all_gather_bytes(b"", everyone)
+    everyone = distributed.init_distributed(int(os.environ["ROLLOUT_RANKS"]), wait_s=30)
+    distributed.all_gather_bytes(b"", everyone)
     if everyone.rank() == 1 and not is_second:
         (folder / "killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    seen = run.all_gather_bytes(os.environ["TORCHELASTIC_RESTART_COUNT"].encode(), everyone)
+    seen = distributed.all_gather_bytes(os.environ["TORCHELASTIC_RESTART_COUNT"].encode(), everyone)
     if everyone.rank() == 0:
         counts = [count.decode() for count in seen]
         (folder / "seen.json").write_text(json.dumps(counts), encoding="utf-8")
@@ -63,8 +62,8 @@ def apart(folder: Path) -> None:
     """Each rank has a file system of its own, or so it looks: another working folder."""
     os.chdir(folder / os.environ["RANK"])
     run_folder.SHARED_S = 1.0
-    record.Record(Settings(RunSettings(name="a")), "sync", run.init_distributed())
+    record.Record(Settings(RunSettings(name="a")), "sync", distributed.init_distributed())
 
 
 if __name__ == "__main__":
-    run.run_main(lambda: globals()[sys.argv[1]](Path(sys.argv[2])))
+    exits.run_main(lambda: globals()[sys.argv[1]](Path(sys.argv[2])))

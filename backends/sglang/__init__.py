@@ -1,0 +1,1 @@
+"""SGLang: the engine in this process, its child process, and the loader of weights there."""

@@ -1,0 +1,258 @@
+"""What of an engine is checked before it starts: its settings, and what it needs of the machine.
+
+SGLang reports what the machine lacks only after a start of half a minute. Some settings it never
+reports: it samples from something else in silence.
+"""
+
+import os
+import resource
+import shutil
+import tempfile
+from collections.abc import Iterator
+from math import prod
+from typing import get_args, get_type_hints
+
+import msgspec
+import torch
+
+from backends.huggingface.names import hf_shapes
+from backends.sglang.engine import SERVER_FIELDS, ServerArgs
+from common.errors import Problems, all_problems
+from common.overrides import parse_overrides
+
+# --- settings ---------------------------------------------------------------------------------
+
+# ServerArgs fields of speed, memory, kernels and messages. No other may be set: it could change
+# what is sampled, or what its log-probs are.
+TUNABLE = frozenset(
+    """
+    mem_fraction_static max_running_requests max_total_tokens max_prefill_tokens
+    chunked_prefill_size prefill_max_requests prefill_decode_interval page_size schedule_policy
+    schedule_conservativeness retraction_policy num_continuous_decode_steps scheduler_recv_interval
+    enable_mixed_chunk disable_overlap_schedule disable_chunked_prefix_cache radix_eviction_policy
+    disable_radix_cache attention_backend prefill_attention_backend decode_attention_backend
+    sampling_backend fp8_gemm_runner_backend bf16_gemm_backend moe_runner_backend moe_a2a_backend
+    deepep_mode disable_shared_experts_fusion kv_cache_dtype enable_fp32_lm_head
+    triton_attention_reduce_in_fp32 triton_attention_num_kv_splits triton_attention_split_tile_size
+    disable_flashinfer_autotune disable_cuda_graph disable_cuda_graph_padding cuda_graph_max_bs
+    cuda_graph_bs cuda_graph_max_bs_decode cuda_graph_max_bs_prefill cuda_graph_bs_decode
+    cuda_graph_bs_prefill cuda_graph_backend_decode cuda_graph_backend_prefill
+    disable_decode_cuda_graph disable_prefill_cuda_graph enable_torch_compile torch_compile_max_bs
+    enable_two_batch_overlap enable_single_batch_overlap disable_custom_all_reduce enable_nccl_nvls
+    enable_symm_mem enable_torch_symm_mem enable_mscclpp pre_warm_nccl enable_p2p_check
+    enable_deterministic_inference dist_timeout watchdog_timeout soft_watchdog_timeout sleep_on_idle
+    numa_node gc_threshold log_level log_requests log_requests_level show_time_cost
+    decode_log_interval gc_warning_threshold_secs crash_dump_folder
+    """.split()
+)
+# Who asks for such a field learns what decides it.
+_SAMPLING, _HAND_OFF = "--temperature and --max-response-tokens", "the hand-off of weights"
+DECIDED_BY = {
+    "model_path": "--model",
+    "tokenizer_path": "--model",
+    "dtype": "--rollout-dtype",
+    "quantization": "--rollout-dtype",
+    "tp_size": "--engine-tp",
+    "ep_size": "--engine-ep",
+    "random_seed": "--seed",
+    "base_gpu_id": "torchrun",
+    "device": "the machine",
+    "nnodes": "torchrun",
+    "node_rank": "torchrun",
+    "context_length": "max_position_embeddings in the model's config.json",
+    "json_model_override_args": "the model's config.json and --rollout-dtype",
+    "preferred_sampling_params": _SAMPLING,
+    "sampling_defaults": _SAMPLING,
+    "load_format": _HAND_OFF,
+    "custom_weight_loader": _HAND_OFF,
+    "weight_version": _HAND_OFF,
+    "enable_memory_saver": "the kind of machine",
+    "skip_tokenizer_init": "--model, whose tokenizer runs outside the engine",
+    "chat_template": "the model's tokenizer, outside the engine",
+    "custom_sigquit_handler": "this program",
+}
+# Without a GPU: cpu.py is written for one value of each.
+CPU_KERNELS = (
+    "attention_backend", "prefill_attention_backend", "decode_attention_backend", "sampling_backend",
+    "kv_cache_dtype", "fp8_gemm_runner_backend", "bf16_gemm_backend", "moe_runner_backend",
+    "moe_a2a_backend", "disable_cuda_graph", "disable_overlap_schedule", "enable_torch_compile",
+    "enable_deterministic_inference",
+)  # fmt: skip
+CHOICES = {
+    "log_level": ("debug", "info", "warning", "error", "critical")
+}  # beside those that ServerArgs names
+# Environment variables by which SGLang changes every request without a word.
+ENGINE_VARIABLES = {
+    "SGLANG_RETURN_ORIGINAL_LOGPROB": "reports log-probs of temperature 1",
+    "SGLANG_MAX_NEW_TOKENS_LIMIT": "cuts answers short",
+}
+
+
+@all_problems
+def server_overrides(pairs: tuple[str, ...], *, on_gpu: bool) -> dict:
+    """Return --sglang as a dict.
+
+    Raises BadInput for what something else decides, and for what could change samples in silence.
+    on_gpu: whether the engine will have a GPU; without one cpu.py replaces its kernels.
+    """
+    decided = (
+        DECIDED_BY
+        if on_gpu
+        else DECIDED_BY
+        | dict.fromkeys(CPU_KERNELS, "cpu.py, which replaces the engine's kernels without a GPU")
+    )
+    allowed = [name for name in SERVER_FIELDS if name in TUNABLE and name not in decided]
+    found, rest = Problems(), []
+    for pair in pairs:
+        name, has_value, _ = pair.partition("=")
+        if has_value and name in decided:
+            yield f"--sglang {name} is decided by {decided[name]}: leave it out"
+        elif has_value and name in SERVER_FIELDS and name not in allowed:
+            yield (
+                f"--sglang {name} cannot be set: only fields of speed, memory, kernels and messages "
+                "can, as the others may change samples in silence"
+            )
+        else:
+            rest.append(pair)
+    overrides = found.of(parse_overrides, tuple(rest), flag="--sglang", fields=allowed)
+    yield from found.found
+    for name, value in (overrides or {}).items():
+        yield from _value_problems(name, value)
+    return overrides
+
+
+def _value_problems(name: str, value) -> Iterator[str]:
+    """Yield what is wrong with the value of a ServerArgs field: its type, its choice, its size."""
+    kind = FIELD_TYPES[name]
+    choices = [getattr(note, "choices", None) for note in get_args(kind)[1:]]
+    choices = CHOICES.get(name) or next((c for c in choices if isinstance(c, list)), None)
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        yield f"--sglang {name}={value}: {str(error).lower()}"
+        return
+    numbers = [
+        number
+        for number in (value if isinstance(value, list) else [value])
+        if type(number) in (int, float)
+    ]
+    least = 0 if name in NOUGHT_IS_RIGHT else 1 if numbers and type(numbers[0]) is int else 1e-9
+    if value is not None and choices and value not in choices:
+        yield f"--sglang {name}={value} must be one of {', '.join(map(str, choices))}"
+    elif name == "mem_fraction_static" and not (value is not None and 0 < value < 1):
+        yield f"--sglang mem_fraction_static={value} must be a number between 0 and 1"
+    elif not all(least <= number < 1e12 for number in numbers) and not (
+        name == "chunked_prefill_size" and value == -1
+    ):  # -1: not in chunks
+        yield (
+            f"--sglang {name}={value} must be "
+            f"{'at least ' + str(least) if least != 1e-9 else 'above 0'}, and finite"
+        )
+
+
+def _field_types() -> dict:
+    if hasattr(ServerArgs, "__struct_fields__"):
+        return {field.name: field.type for field in msgspec.structs.fields(ServerArgs)}
+    return get_type_hints(ServerArgs, include_extras=True)
+
+
+FIELD_TYPES = _field_types()
+NOUGHT_IS_RIGHT = ("log_requests_level", "numa_node", "gc_threshold", "torch_compile_max_bs")
+
+
+# --- the machine ------------------------------------------------------------------------------
+
+SHARED_MEMORY = "/dev/shm"
+SOCKET_PATH_BYTES = 107  # of sockaddr_un.sun_path, without the zero at its end
+# The longest name that is made below the temporary folder: the socket by which multiprocessing
+# passes a tensor's memory to another process (multiprocessing.util.get_temp_dir,
+# connection.arbitrary_address). The names of SGLang's zmq sockets are shorter.
+SOCKET_NAME_BYTES = len("/pymp-xxxxxxxx/listener-xxxxxxxx")
+BUCKETS_SHARED = (
+    2  # at a time: one that the engine loads, and one before whose memory it gives back
+)
+FILES_OF_A_RANK = 256  # an allowance for all open files and sockets but those of a bucket
+
+
+@all_problems
+def check_environment(
+    config: dict | None, *, bucket_bytes: int, element_bytes: int, engines_here: int
+) -> None:
+    """Yield what of this machine keeps an engine from working.
+
+    That is environment variables, the temporary folder, shared memory and open files.
+    config: None where it could not be read.
+    element_bytes: of an unquantized weight as it is handed over, 2 or 4.
+    engines_here: engines on this machine; 0 for a run that starts none.
+    """
+    if engines_here < 1:
+        return
+    for name, effect in ENGINE_VARIABLES.items():
+        if os.environ.get(name, "").lower() not in ("", "0", "false"):
+            yield (
+                f"the environment variable {name}={os.environ[name]} must not be set: by it SGLang "
+                f"{effect}"
+            )
+    yield from _temporary_folder_problems()
+    if config is None or torch.cuda.is_available() or bucket_bytes < 1:
+        yield from _open_files_problems([], 0)
+        return  # on a GPU, buckets travel by CUDA IPC
+    sizes = sorted(prod(shape) * element_bytes for shape in hf_shapes(config).values())
+    bucket = min(bucket_bytes + sizes[-1], sum(sizes))
+    needed = BUCKETS_SHARED * bucket * engines_here
+    if not os.path.isdir(SHARED_MEMORY) or not os.access(SHARED_MEMORY, os.W_OK | os.X_OK):
+        yield (
+            f"{SHARED_MEMORY} cannot be written: weights travel through it to the engine; mount a "
+            "tmpfs there"
+        )
+    elif needed > (free := shutil.disk_usage(SHARED_MEMORY).free):
+        what = (
+            f"{BUCKETS_SHARED} buckets of {bucket / 1e6:,.1f} MB for each of {engines_here} engines"
+        )
+        fix = "lower --bucket-bytes, or mount it larger (docker run --shm-size)"
+        yield (
+            f"{SHARED_MEMORY} has {free / 1e6:,.1f} MB free, but the hand-off of weights needs "
+            f"{needed / 1e6:,.1f} MB: {what}; {fix}"
+        )
+    yield from _open_files_problems(sizes, bucket)
+
+
+def _temporary_folder_problems() -> Iterator[str]:
+    """Yield what is wrong with the folder of temporary files.
+
+    Where Python cannot write to TMPDIR, it takes another folder without a word.
+    """
+    name = next((name for name in ("TMPDIR", "TEMP", "TMP") if os.environ.get(name)), None)
+    try:
+        folder = os.environ[name] if name else tempfile.gettempdir()
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except (OSError, ValueError) as error:
+        given = f"{name} {os.environ[name]!r}" if name else "the folder of temporary files"
+        yield f"{given} cannot be written ({error}): set TMPDIR to a folder that can"
+        return
+    length, most = len(os.fsencode(os.path.abspath(folder))), SOCKET_PATH_BYTES - SOCKET_NAME_BYTES
+    if length > most:
+        yield (
+            f"{name or 'TMPDIR'} {folder} has {length} bytes; sockets below it allow at most "
+            f"{most}: set TMPDIR to a shorter path, such as /tmp"
+        )
+
+
+def _open_files_problems(sizes: list[int], bucket: int) -> Iterator[str]:
+    """Yield if the read-back of a bucket could not share its tensors.
+
+    Each takes an open file, and its copy for the engine another. run_main raises the soft limit.
+    """
+    hard, taken, tensors = resource.getrlimit(resource.RLIMIT_NOFILE)[1], 0, -1
+    for tensors, size in enumerate(sizes):  # the smallest first: most of them fit
+        if taken > bucket or tensors == len(sizes) - 1:
+            break
+        taken += size
+    needed = FILES_OF_A_RANK + 2 * (tensors + 1)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        helps = tensors > 0 and hard >= FILES_OF_A_RANK + 2
+        yield (
+            f"a process may open {hard} files, but a rank with its engine needs up to {needed}: "
+            f"raise the hard limit (ulimit -Hn){', or lower --bucket-bytes' if helps else ''}"
+        )

@@ -1,0 +1,1 @@
+"""What every folder may use: settings, errors, processes, process groups, time."""

@@ -1,0 +1,1 @@
+"""Prompts, labels and samples."""

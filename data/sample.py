@@ -1,0 +1,135 @@
+"""A Sample: one prompt and its answer, and how a line of a dump becomes one."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from common.errors import BadInput, read_file
+
+
+@dataclass
+class Sample:
+    """One prompt and, once generated, one response. Plain data: one JSON line holds all of it."""
+
+    prompt_ids: list[int]
+    prompt: str = ""
+    label: Any = None
+    group: int = -1
+    """The prompt's number in the run's prompt stream: the samples of one group answer the same prompt."""
+    index: int = 0
+    """Place in its group; (group, index) names a sample."""
+    response_ids: list[int] = field(default_factory=list)
+    response: str = ""
+    rollout_logprobs: list[float] = field(default_factory=list)
+    """Per response token, by the engine, at the sampling temperature."""
+    loss_mask: list[int] = field(default_factory=list)
+    """Per response token: 1 if the policy sampled it, 0 if it came from elsewhere (a tool's output)."""
+    weight_versions: list[int] = field(default_factory=list)
+    """Per response token: the version of the weights that sampled it."""
+    finish_reason: str = ""
+    """stop, length or abort; or what became of a sample that is not trained, rollout.DROPPED or REPLACED."""
+    reward: float | None = None
+    old_logprobs: Sequence[float] = field(default_factory=list)
+    """Per response token, by the trainer before it learns from the batch; empty where the batch has one update only, which starts from them."""
+    ref_logprobs: Sequence[float] = field(default_factory=list)
+    """Per response token, by the frozen reference, where there is one."""
+    advantages: Sequence[float] = field(default_factory=list)
+    """Per response token."""
+    metadata: dict = field(default_factory=dict)
+    """The row's own object of that name, as it was read. The program never writes to it: what it has to say goes to the fields below."""
+    source: str = ""
+    """Short name of what the prompt is from: a file, or a generator."""
+    answer: str | None = None
+    """What the reward function took for the answer; None where it does not say."""
+    error: str = ""
+    """Why the sample has no reward, or why the engine aborted it."""
+    notes: dict = field(default_factory=dict)
+    """What generators, rollouts and reward functions leave for one another: the problem of reasoning-gym, the calls of a tool."""
+
+    def to_json(self) -> bytes:
+        return orjson.dumps(self, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+
+    @classmethod
+    def from_json(cls, line: bytes | str) -> "Sample":
+        return cls(**orjson.loads(line))
+
+
+def read_dump(path: str | Path, *, vocab_size: int | None = None) -> list[Sample]:
+    """Read a step's samples as --save-rollouts writes them. Raises BadInput naming file, line and field.
+
+    vocab_size: of the model that is to train on them; None leaves the range of the ids unchecked.
+    """
+    try:
+        lines = read_file(path, most=math.inf).split(b"\n")
+    except BadInput as error:
+        raise BadInput(f"rollouts file {error}") from error
+    samples = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = orjson.loads(line)
+        except ValueError as error:
+            raise BadInput(f"{path} line {number} is not JSON ({error}): a dump has a sample a line") from error
+        problem = next(_dump_problems(row, vocab_size), None)
+        if problem:
+            raise BadInput(f"{path} line {number}: {problem}; give a folder that --save-rollouts wrote")
+        samples.append(Sample(**row))
+    if not samples:
+        raise BadInput(f"{path} holds no samples; give a folder that --save-rollouts wrote")
+    return samples
+
+
+PER_TOKEN = ("response_ids", "rollout_logprobs", "loss_mask", "weight_versions")
+
+
+def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
+    """What keeps a line of a dump from being a Sample that can be trained on."""
+    if not isinstance(row, dict):
+        yield "it is no object, and a sample is one"
+        return
+    names = [spec.name for spec in dataclasses.fields(Sample)]
+    yield from (f"{name!r} is no field of a sample" for name in row if name not in names)
+    yield from (f"the field {name!r} is missing" for name in names if name not in row)
+    for name in ("prompt_ids", "response_ids", "loss_mask", "weight_versions"):
+        yield from _element_problems(row, name, int, "integer")
+    for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs", "advantages"):
+        yield from _element_problems(row, name, (int, float), "number")
+    if not row["prompt_ids"]:
+        yield "prompt_ids is empty"
+    for name in ("prompt_ids", "response_ids"):
+        for token in row[name]:
+            if token < 0 or (vocab_size is not None and token >= vocab_size):
+                limit = "" if vocab_size is None else f" and below the model's vocabulary, {vocab_size}"
+                yield f"{name} holds {token}; a token id must be at least 0{limit}"
+    if any(value not in (0, 1) for value in row["loss_mask"]):
+        yield "loss_mask holds another value than 0 and 1"
+    lengths = {name: len(row[name]) for name in PER_TOKEN}
+    if len(set(lengths.values())) > 1:
+        shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        yield f"its lists differ in length, and each has one value a response token: {shown}"
+    for name in ("old_logprobs", "ref_logprobs", "advantages"):
+        if len(row[name]) not in (0, len(row["response_ids"])):
+            yield f"{name} has {len(row[name])} values for {len(row['response_ids'])} response tokens"
+    kinds = dict(prompt=str, response=str, source=str, error=str, finish_reason=str, group=int)
+    kinds |= dict(index=int, metadata=dict, notes=dict)
+    kinds |= dict(reward=(int, float, type(None)), answer=(str, type(None)))
+    for name, kind in kinds.items():
+        if not isinstance(row[name], kind) or isinstance(row[name], bool):
+            yield f"{name} is a {type(row[name]).__name__}"
+
+
+def _element_problems(row: dict, name: str, kind: type | tuple, word: str) -> Iterator[str]:
+    """What is wrong with a list of a dump's line; it must hold values of one kind."""
+    if not isinstance(row[name], list):
+        yield f"{name} is a {type(row[name]).__name__}; it must be a list"
+        return
+    for at, value in enumerate(row[name]):
+        if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+            shown = "null" if value is None else repr(value)
+            yield f"{name} holds {shown} at place {at}, which is no {word}"

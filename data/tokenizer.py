@@ -1,0 +1,144 @@
+"""A model's tokenizer: what settings make of a prompt, and where an answer ends."""
+
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import backends  # noqa: F401  first: without a GPU it prepares the import of transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from backends.huggingface.config import generation_eos
+from common.errors import BadInput, Problems, all_problems, check_file, read_json
+from common.settings import DataSettings
+from data.chat import chat_text
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+@all_problems
+def check_tokenizer_files(folder: Path) -> Iterator[str]:
+    """Yield which files of a model folder cannot be read: what is no file would be waited for."""
+    found = Problems()
+    for file in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
+        is_special = file.exists() and not file.is_file() and not file.is_dir()
+        if is_special or file.name in TOKENIZER_FILES:
+            found.of(check_file, file)
+    yield from found.found
+
+
+def load_tokenizer(model_folder: str) -> PreTrainedTokenizerBase:
+    check_tokenizer_files(Path(model_folder))
+    try:
+        return AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many kinds, and all are about these files
+        for file in Path(model_folder).glob("*.json"):
+            read_json(file)  # names the one that is no JSON
+        raise BadInput(f"--model {model_folder}: no tokenizer loads ({error}); copy tokenizer.json and tokenizer_config.json there") from error
+
+
+@all_problems
+def end_tokens(model_folder: str, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> list[int]:
+    """Token ids that end a response: of generation_config.json, of the tokenizer, and of --stop."""
+    ids = {token for token in generation_eos(model_folder) if type(token) is int} | {tokenizer.eos_token_id}  # others: see hf_folder.check_model_folder
+    for text in stop:
+        token = tokenizer.convert_tokens_to_ids(text)
+        if token is None or token == tokenizer.unk_token_id:
+            yield f"--stop {text!r} is not one token of this tokenizer: give a token such as {tokenizer.eos_token!r}"
+        ids.add(token)
+    ids.discard(None)
+    if not ids:
+        yield f"{model_folder} names no end-of-sequence token in generation_config.json or its tokenizer: give one with --stop"
+    return sorted(ids)
+
+
+def encode(
+    prompt: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataSettings,
+    *,
+    where: str,
+    tools: list[dict] | None = None,
+) -> tuple[str, list[int]]:
+    """Return a prompt as text and as tokens. Raises BadInput.
+
+    A chat template writes its own special tokens; to plain text the tokenizer adds its own.
+    """
+    if isinstance(prompt, str) and settings.chat:
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list):
+        own = dict(system_prompt=settings.system_prompt, template_kwargs=settings.chat_template_kwargs)
+        text = chat_text(prompt, tokenizer, where=where, tools=tools, **own)
+        return text, prompt_tokens(text, tokenizer, where=where, is_chat=True)
+    if not isinstance(prompt, str):
+        raise BadInput(f"{where}: the prompt is a {type(prompt).__name__}; it must be text or a list of chat messages")
+    given = {
+        "--system-prompt": settings.system_prompt,
+        "--chat-template-kwargs": settings.chat_template_kwargs,
+        'the row\'s "tools"': tools,
+    }
+    for name in [name for name, value in given.items() if value]:
+        raise BadInput(f"{name} needs chat messages, and the prompt of {where} is text: add --chat, or leave {name} out")
+    return prompt, prompt_tokens(prompt, tokenizer, where=where, is_chat=False)
+
+
+def prompt_tokens(text: str, tokenizer: PreTrainedTokenizerBase, *, where: str, is_chat: bool) -> list[int]:
+    """Return the tokens of a prompt's text; of plain text with what the tokenizer puts before it.
+
+    What a tokenizer appends (the end token, [SEP]) would end the prompt, so it is left out. A start
+    token that the text has already is not put before it again.
+    """
+    try:
+        bare = tokenizer(text, add_special_tokens=False).input_ids
+        whole = bare if is_chat else tokenizer(text).input_ids
+    except Exception as error:  # tokenizers raise many kinds, and all are about this text
+        raise BadInput(f"{where}: the tokenizer cannot read the prompt ({error}): change its text") from error
+    check_known(text, bare, tokenizer, where=where)
+    places = range(len(whole) - len(bare) + 1)
+    before = next((n for n in places if whole[n : n + len(bare)] == bare), None)
+    if before is None:  # the text has other tokens beside special ones; only an end token is told apart
+        appended = whole[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
+        return whole[:-1] if appended else whole
+    return bare if bare[:before] == whole[:before] else whole[:before] + bare
+
+
+def check_known(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, *, where: str) -> None:
+    """Refuse a text of which the tokenizer does not know a part. Raises BadInput naming that part.
+
+    Such a part becomes the unknown token (or a pad token), or has no token at all. Tokenizers also
+    change blanks, case and accents; so a character counts as lost only if it is a letter, number,
+    sign or symbol, the decoded tokens lack it, and no token covers its place.
+    """
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    names = {tokenizer.unk_token, tokenizer.pad_token, getattr(model, "unk_token", None)} - {None}
+    fillers = {tokenizer.convert_tokens_to_ids(name): name for name in names}
+    decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    lost = {c for c in set(text) - set(decoded) if _is_visible(c)}
+    if not lost and fillers.keys().isdisjoint(ids):
+        return
+    unknown = None
+    if tokenizer.is_fast:
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        broken = "\ufffd" in decoded and "\ufffd" not in text  # bytes of a character are missing
+        covered = set() if broken else {at for start, end in spans for at in range(start, end)}
+        unknown = next((c for at, c in enumerate(text) if c in lost and at not in covered), None)
+        for token, (start, end) in zip(ids, spans):
+            own = (fillers.get(token, "").strip(), tokenizer.decode([token], clean_up_tokenization_spaces=False).strip())
+            if token in fillers and text[start:end].strip() not in own:
+                unknown = text[start:end]
+                break
+    else:  # it does not say which part of the text a token is
+        unknown = next((name for token, name in fillers.items() if ids.count(token) > text.count(name)), None)
+    if unknown is not None:
+        raise BadInput(
+            f"{where}: the model's tokenizer does not know {unknown!r}, so the model would not see it: "
+            "change the prompt (or --system-prompt), or use a model that knows it"
+        )
+
+
+def _is_visible(character: str) -> bool:
+    kind = unicodedata.category(character)
+    return kind[0] in "LNPS" and (character.isascii() or kind not in ("Lm", "Sk"))  # no accents

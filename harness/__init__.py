@@ -1,0 +1,1 @@
+"""What surrounds the stages: flags, checks, plan, record, checkpoint, export, exit codes."""

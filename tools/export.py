@@ -1,0 +1,99 @@
+"""A checkpoint -> Hugging Face folders, in BF16 or block FP8, that transformers or SGLang loads.
+
+    python tools/export.py --checkpoint runs/NAME                                                 its newest checkpoint, in BF16
+    python tools/export.py --checkpoint runs/NAME/checkpoints/step-000040 --dtype bf16 fp8
+    torchrun --nproc-per-node 8 tools/export.py --checkpoint runs/NAME --tp 8                     a model that one rank does not hold
+
+The layout is this command's own: any layout reads what any other has written. Only weights are read, no optimizer state.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.errors import BadInput, all_problems
+from common.settings import TrainSettings
+from harness import flags
+
+BUCKET_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """The export: from a checkpoint to Hugging Face folders"""
+
+    checkpoint: str = ""
+    """A checkpoint's folder, or a run's, of which the newest is taken."""
+    dtype: tuple[str, ...] = ("bf16",)
+    """bf16, fp8, or both."""
+    out: str = ""
+    """The folders are OUT-bf16 and OUT-fp8; empty: runs/NAME/step-000040-bf16 and so on."""
+    model: str = ""
+    """Hugging Face folder that config and tokenizer are copied from; empty: the run's --model."""
+    tp: int = 1
+    """Tensor-parallel size of this command."""
+    pp: int = 1
+    """Pipeline-parallel size of this command."""
+    ep: int = 1
+    """Expert-parallel size of this command."""
+
+
+@all_problems
+def check_export_flags(settings: ExportSettings) -> None:
+    """Refuse what cannot work, whatever the checkpoint holds."""
+    if not settings.dtype or set(settings.dtype) - {"bf16", "fp8"}:
+        yield f"--dtype {' '.join(settings.dtype)!r} must be bf16, fp8, or both"
+    if not os.path.isdir(settings.checkpoint):
+        fix = "give runs/NAME of a run that has written a checkpoint, or a folder of its checkpoints/"
+        yield f"--checkpoint {settings.checkpoint!r} is no folder: {fix}"
+
+
+# The imports below take half a minute: what is wrong with a flag is said before them.
+if __name__ == "__main__":
+    settings = flags.parse_or_exit(ExportSettings, check_export_flags)
+
+import torch.distributed as dist
+
+from backends.huggingface.config import read_config
+from backends.megatron import model as megatron_model
+from common import distributed
+from harness import checkpoint, exits, export as hf_export
+from harness.run_folder import checkpoints_of
+import train_step
+from weight_sync import Weights
+
+
+def main(settings: ExportSettings) -> None:
+    folder = Path(settings.checkpoint)
+    newest = next(reversed(checkpoints_of(folder)), folder)
+    if not (newest / "files.json").is_file():
+        raise BadInput(f"--checkpoint {folder} holds no checkpoint: give runs/NAME of a run that has written one, or a folder of its checkpoints/")
+    saved = checkpoint.open_checkpoint(newest)
+    model = settings.model or saved.state["settings"]["run"]["model"]
+    config = read_config(model)
+    train = TrainSettings(train_dtype=saved.state["settings"]["train"]["train_dtype"], tp=settings.tp, pp=settings.pp, ep=settings.ep)
+    train_step.check_train_settings(train, config, world_size=int(os.environ["WORLD_SIZE"]), longest=None)
+    out = Path(settings.out or saved.folder.parent.parent / saved.folder.name)
+    above = next(path for path in out.absolute().parents if os.path.exists(path))
+    if out.name in ("", "..") or not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
+        raise BadInput(f"--out {out} must be the name of folders that can be made; {above} is where they would be")
+    targets = {dtype: out.with_name(f"{out.name}-{dtype}") for dtype in dict.fromkeys(settings.dtype)}
+    for target in targets.values():
+        hf_export.check_export_target(target, model)
+
+    distributed.init_distributed()
+    megatron_model.init_parallel(train, seed=1)
+    gpt, layout, _ = megatron_model.load_model(model, train, config)
+    checkpoint.restore_weights(saved, gpt)
+    weights = Weights(SimpleNamespace(gpt=gpt, layout=layout), config, frozenset(), BUCKET_BYTES)
+    hf_export.export_all(weights, targets, source=model)
+    if dist.get_rank() == 0:
+        for dtype, target in targets.items():
+            print(f"step {saved.step} in {dtype}: {target}", flush=True)
+
+
+if __name__ == "__main__":
+    exits.run_main(lambda: main(settings))
