@@ -1,21 +1,31 @@
-"""The synchronous loop: rollout -> reward -> advantage -> train -> sync, one after the other; every rank is a trainer with an engine at its side.
+"""The synchronous loop: rollout -> reward -> advantage -> train -> sync, one after the other; every
+rank is a trainer with an engine at its side.
 
     python loop_sync.py                                     the toy, on one CPU core or one GPU
     torchrun --nproc-per-node 2 loop_sync.py                two ranks, data parallel
     torchrun --nproc-per-node 2 loop_sync.py --tp 2         two ranks, tensor parallel
 
              prompts                  samples with rewards                gradient               FP8 weights, version v + 1
-    stream ----------> rank's engine ----------------------> every rank ----------> optimizer --------------------------> rank's engine
+    stream ----------> rank's engine ----------------------> every rank ----------> optimizer
+    --------------------------> rank's engine
                        FP8, version v      all_gather          BF16                 FP32
 
-Nothing overlaps, so every token of a step was sampled by the weights that the step starts from: staleness is 0.
+Nothing overlaps, so every token of a step was sampled by the weights that the step starts from:
+staleness is 0.
 """
 
 import contextlib
 from dataclasses import dataclass
 
 from common.errors import Problems
-from common.settings import PlanSettings, RewardSettings, RolloutSettings, RunSettings, SyncSettings, TrainSettings
+from common.settings import (
+    PlanSettings,
+    RewardSettings,
+    RolloutSettings,
+    RunSettings,
+    SyncSettings,
+    TrainSettings,
+)
 from harness import checks, flags
 from losses import LossSettings
 
@@ -49,29 +59,60 @@ import weight_sync
 
 
 def main(settings: Settings) -> None:
-    # What model, data and machine do not allow is found before anything is started, and said at once.
+    # What model, data and machine do not allow is found before anything is started, and said at
+    # once.
     problems, world_size = Problems(), checks.world_size(settings)
     model, seed, steps = settings.run.model, settings.run.seed, settings.run.steps
     config = problems.of(read_config, model)
     trainer_ranks = rollout_ranks = world_size
     label_problems = reward.label_problems(settings.reward)
-    data = None if settings.plan.plan else problems.of(load_data, model, settings.rollout, config, seed=seed, label_problems=label_problems)
+    data = (
+        None
+        if settings.plan.plan
+        else problems.of(
+            load_data, model, settings.rollout, config, seed=seed, label_problems=label_problems
+        )
+    )
     longest = problems.of(plan.longest_sample, settings, config, data)
     planned = settings.plan.plan  # on GPUs; how long its prompts are is a guess
     sizes = dict(longest=None if planned else longest, on_gpu=planned or None)
     problems.of(rollout.check_rollout_settings, settings.rollout, config, **sizes)
-    problems.of(train_step.check_train_settings, settings.train, config, world_size=trainer_ranks, longest=longest)
-    load = dict(world_size=world_size, trainer_ranks=trainer_ranks, rollout_ranks=rollout_ranks, longest=longest)
+    problems.of(
+        train_step.check_train_settings,
+        settings.train,
+        config,
+        world_size=trainer_ranks,
+        longest=longest,
+    )
+    load = dict(
+        world_size=world_size,
+        trainer_ranks=trainer_ranks,
+        rollout_ranks=rollout_ranks,
+        longest=longest,
+    )
     if settings.plan.plan:
         problems.refuse()
         return plan.report(settings, config, **load)
-    problems.of(hf_folder.check_model_folder, model, config, data and data.tokenizer, stop=settings.rollout.stop)
+    problems.of(
+        hf_folder.check_model_folder,
+        model,
+        config,
+        data and data.tokenizer,
+        stop=settings.rollout.stop,
+    )
     problems.of(check_held_out, settings.run, data and data.held_out)
     problems.of(plan.check_machine, settings, config, **load)
     read = problems.of(checkpoint.what_was_read, settings, data) if data else {}
-    resumed = problems.of(checkpoint.find, settings, "sync", read) if settings.run.resume and settings.run.name else None
+    resumed = (
+        problems.of(checkpoint.find, settings, "sync", read)
+        if settings.run.resume and settings.run.name
+        else None
+    )
     problems.refuse()
-    temperature, max_response_tokens = settings.rollout.temperature, settings.rollout.max_response_tokens
+    temperature, max_response_tokens = (
+        settings.rollout.temperature,
+        settings.rollout.max_response_tokens,
+    )
     start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
     judged_by = reward.REWARDS[settings.reward.reward]
@@ -82,49 +123,102 @@ def main(settings: Settings) -> None:
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, **split)
     record.say(weight_sync.describe(config, fp8))
     with_reference = settings.loss.kl_coef > 0
-    trainer = train_step.build_trainer(model, settings.train, config, steps=steps, seed=seed, with_reference=with_reference)
+    trainer = train_step.build_trainer(
+        model, settings.train, config, steps=steps, seed=seed, with_reference=with_reference
+    )
     checkpoint.restore(resumed, trainer)
     learner = None if settings.run.debug_rollout_only else trainer
     weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
-    engine = None if settings.run.load_rollouts else rollout.start_engine(model, settings.rollout, config, seed=seed, longest=longest)
+    engine = (
+        None
+        if settings.run.load_rollouts
+        else rollout.start_engine(model, settings.rollout, config, seed=seed, longest=longest)
+    )
     judge = reward.Judge(judged_by, settings.reward.judges, settings.reward.judge_timeout_s)
     with engine or contextlib.nullcontext(), record:
         weight_sync.sync_weights(weights, engine, version=start, check=True)
         if not resumed or settings.run.eval_only:
-            record.log(record.log_eval(start, *reward.evaluate(engine, data, settings.rollout, judge, everyone)))
+            record.log(
+                record.log_eval(
+                    start, *reward.evaluate(engine, data, settings.rollout, judge, everyone)
+                )
+            )
         else:
             record.profile(start)
         if settings.run.eval_only:
             return record.finish_evaluation()
-        prompts = rollout.Prompts(data, settings.rollout, taken=rollout.taken_before(ranks, settings.rollout))
+        prompts = rollout.Prompts(
+            data, settings.rollout, taken=rollout.taken_before(ranks, settings.rollout)
+        )
         for step in range(start + 1, steps + 1):
             watch = Stopwatch()
             n = settings.rollout.samples_per_prompt
-            samples = rollout.generate(engine, prompts.take(rollout.step_share(settings.rollout)), data, settings.rollout, n=n)
+            samples = rollout.generate(
+                engine,
+                prompts.take(rollout.step_share(settings.rollout)),
+                data,
+                settings.rollout,
+                n=n,
+            )
             rollout_s = watch.lap("rollout")
 
             reward.compute_rewards(samples, judge)
-            samples = reward.refill(samples, engine, prompts, data, settings.rollout, settings.reward, judge)  # with --dynamic-sampling
-            samples, set_aside = rollout.without_marks(rollout.replay(record, step, rollout.all_gather_samples(samples, everyone)))
+            samples = reward.refill(
+                samples, engine, prompts, data, settings.rollout, settings.reward, judge
+            )  # with --dynamic-sampling
+            samples, set_aside = rollout.without_marks(
+                rollout.replay(record, step, rollout.all_gather_samples(samples, everyone))
+            )
             reward_s = watch.lap("reward")
 
             rollout.release_memory(engine)  # on a GPU; the hand-off takes it back
-            batch = train_step.score(learner, samples, settings.loss, temperature=temperature)  # log-probs of trainer and reference, where needed
-            reward.compute_advantages(batch, settings.reward, settings.loss, max_response_tokens=max_response_tokens)
-            metrics = train_step.train_step(learner, batch, settings.loss, temperature=temperature, max_response_tokens=max_response_tokens)
+            batch = train_step.score(
+                learner, samples, settings.loss, temperature=temperature
+            )  # log-probs of trainer and reference, where needed
+            reward.compute_advantages(
+                batch, settings.reward, settings.loss, max_response_tokens=max_response_tokens
+            )
+            metrics = train_step.train_step(
+                learner,
+                batch,
+                settings.loss,
+                temperature=temperature,
+                max_response_tokens=max_response_tokens,
+            )
             train_s = watch.lap("train")
 
-            sync_bytes = weight_sync.sync_weights(weights, engine, version=step, check=settings.run.check_sync or step == steps)
+            sync_bytes = weight_sync.sync_weights(
+                weights, engine, version=step, check=settings.run.check_sync or step == steps
+            )
             sync_s = watch.lap("sync")
 
-            metrics |= set_aside | reward.batch_metrics(samples, version=step - 1) | record.trace(watch, engine, judge)
-            metrics |= {"rollout_s": rollout_s, "reward_s": reward_s, "train_s": train_s, "sync_s": sync_s, "sync_bytes": sync_bytes}
+            metrics |= (
+                set_aside
+                | reward.batch_metrics(samples, version=step - 1)
+                | record.trace(watch, engine, judge)
+            )
+            metrics |= {
+                "rollout_s": rollout_s,
+                "reward_s": reward_s,
+                "train_s": train_s,
+                "sync_s": sync_s,
+                "sync_bytes": sync_bytes,
+            }
             record.log_samples(step, samples)
             if step % settings.run.eval_every == 0 or step == steps:
-                metrics |= record.log_eval(step, *reward.evaluate(engine, data, settings.rollout, judge, everyone))
+                metrics |= record.log_eval(
+                    step, *reward.evaluate(engine, data, settings.rollout, judge, everyone)
+                )
             record.log({"step": step, **metrics})
             if record.checkpoint_due(step):
-                checkpoint.save(record, settings, trainer, step=step, read=read, rank_state={"prompts": prompts.taken} if engine else {})
+                checkpoint.save(
+                    record,
+                    settings,
+                    trainer,
+                    step=step,
+                    read=read,
+                    rank_state={"prompts": prompts.taken} if engine else {},
+                )
             if record.stopping:
                 return record.finish()
     hf_export.export_all(weights, record.exports(), source=model)

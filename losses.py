@@ -2,17 +2,21 @@
 
 Log-probs and entropy, which they start from, are computed in logprobs.py.
 
-An algorithm is one choice from each of five tables: POLICY_LOSSES, AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS here, ADVANTAGES in advantages.py. A fork adds
-a function and its line in the table: flags, default bounds and refusals follow from the line. Over the tokens of the global batch, in the terms of the tables:
+An algorithm is one choice from each of five tables: POLICY_LOSSES, AGGREGATIONS, CORRECTIONS,
+KL_ESTIMATORS here, ADVANTAGES in advantages.py. A fork adds a function and its line in the table:
+flags, default bounds and refusals follow from the line. Over the tokens of the global batch, in the
+terms of the tables:
 
-    loss = sum of weight_T (correction_T policy_loss_T + kl_coef kl_T - entropy_coef entropy_T) / sum of units_N
+    loss = sum of weight_T (correction_T policy_loss_T + kl_coef kl_T - entropy_coef entropy_T) /
+    sum of units_N
 
 Three log-probs of the same token, three names, here and everywhere:
     rollout_logprobs   by the engine that sampled it, from FP8 weights, at sampling time
     old_logprobs       by the trainer, before the first optimizer step on this batch
     logprobs           by the trainer now, with a gradient
-and, where there is one, ref_logprobs by the frozen reference model.
-old - rollout measures how far engine and trainer disagree about the same policy (the mismatch); logprobs - old, how far the policy has moved.
+and, where there is one, ref_logprobs by the frozen reference model. old - rollout measures how far
+engine and trainer disagree about the same policy (the mismatch); logprobs - old, how far the policy
+has moved.
 
 Shape letters: T packed tokens of a micro-batch, N its samples.
 """
@@ -28,27 +32,34 @@ import tyro
 
 from common.errors import all_problems
 
-
-# --- policy losses ----------------------------------------------------------------------------------------------------------------------------
+# --- policy losses ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Which sample each packed token belongs to, and which tokens count: what is needed by all that looks at whole responses."""
+    """Which sample each packed token belongs to, and which tokens count: what is needed by all that
+    looks at whole responses.
+    """
 
     sample_T: torch.Tensor
     """int64: place of the token's sample in the micro-batch."""
     mask_T: torch.Tensor
     """float: 1 where the token is the policy's own and counts."""
     counts_N: torch.Tensor
-    """float: how many tokens of each sample count, those of other context-parallel ranks included."""
+    """float: how many tokens of each sample count, those of other context-parallel ranks included.
+    """
     cp_group: dist.ProcessGroup | None = None
     """Ranks that hold other tokens of the same samples; None: there are none."""
 
     @torch.no_grad()
     def mean(self, x_T: torch.Tensor) -> torch.Tensor:
-        """The mean over a sample's counting tokens, at each of its tokens; 0 where no token counts. A constant: no gradient flows. Collective over cp_group."""
-        sums_N = torch.zeros_like(self.counts_N, dtype=x_T.dtype).index_add_(0, self.sample_T, x_T * self.mask_T)
+        """The mean over a sample's counting tokens, at each of its tokens; 0 where no token counts.
+
+        A constant: no gradient flows. Collective over cp_group.
+        """
+        sums_N = torch.zeros_like(self.counts_N, dtype=x_T.dtype).index_add_(
+            0, self.sample_T, x_T * self.mask_T
+        )
         if self.cp_group is not None:
             dist.all_reduce(sums_N, group=self.cp_group)
         return (sums_N / self.counts_N.clamp(min=1))[self.sample_T]
@@ -63,33 +74,58 @@ def ratio(log_ratio_T: torch.Tensor) -> torch.Tensor:
     return log_ratio_T.clamp(-20, 20).exp()
 
 
-# Each takes (logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_high, dual_clip) and returns (loss_T, ratio_T, clipped_T), not masked:
-# the loss, the ratio it looks at, and where the clip took the gradient away. float [T], float [T], bool [T].
+# Each takes (logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_high,
+# dual_clip) and returns (loss_T, ratio_T, clipped_T), not masked: the loss, the ratio it looks at,
+# and where the clip took the gradient away. float [T], float [T], bool [T].
 
 
-def ppo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low: float, clip_high: float, dual_clip: float):
-    """PPO's clipped objective, arXiv 1707.06347, equation 7, with DAPO's asymmetric bounds (arXiv 2503.14476, equation 10):
+def ppo(
+    logprobs_T,
+    old_logprobs_T,
+    advantages_T,
+    sequences,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+):
+    """PPO's clipped objective, arXiv 1707.06347, equation 7, with DAPO's asymmetric bounds (arXiv
+    2503.14476, equation 10):
 
         r    = exp(logprobs - old)
         loss = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A)
 
-    dual_clip c > 1 (arXiv 1912.09729, equation 5; 0: off): where A < 0 the loss is at most -c A. The plain objective has no bound there: a token that has
-    become likely although it was bad would dominate the batch.
+    dual_clip c > 1 (arXiv 1912.09729, equation 5; 0: off): where A < 0 the loss is at most -c A.
+    The plain objective has no bound there: a token that has become likely although it was bad would
+    dominate the batch.
     """
     clips = dict(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     return _clipped(ratio(logprobs_T - old_logprobs_T), advantages_T, **clips)
 
 
-def gspo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low: float, clip_high: float, dual_clip: float):
-    """GSPO, arXiv 2507.18071, in its token form (equation 17): PPO's objective with one ratio for all tokens of a response,
+def gspo(
+    logprobs_T,
+    old_logprobs_T,
+    advantages_T,
+    sequences,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+):
+    """GSPO, arXiv 2507.18071, in its token form (equation 17): PPO's objective with one ratio for
+    all tokens of a response,
 
         log s = logprobs - sg(logprobs) + sg(mean over the response of (logprobs - old))
 
-    whose value is the geometric mean of the token ratios, and whose gradient at each token is that token's. Together with --aggregation sequence it is
-    equation 5. The mean of many logarithms moves little, hence the bounds of 3e-4 and 4e-4.
+    whose value is the geometric mean of the token ratios, and whose gradient at each token is that
+    token's. Together with --aggregation sequence it is equation 5. The mean of many logarithms
+    moves little, hence the bounds of 3e-4 and 4e-4.
     """
     ratio_T = ratio(logprobs_T - logprobs_T.detach() + sequences.mean(logprobs_T - old_logprobs_T))
-    return _clipped(ratio_T, advantages_T, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    return _clipped(
+        ratio_T, advantages_T, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
+    )
 
 
 def _clipped(ratio_T, advantages_T, *, clip_low, clip_high, dual_clip):
@@ -97,16 +133,29 @@ def _clipped(ratio_T, advantages_T, *, clip_low, clip_high, dual_clip):
     bounded_T = -ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T
     loss_T = torch.maximum(plain_T, bounded_T)
     if dual_clip > 0:
-        loss_T = torch.where(advantages_T < 0, torch.minimum(loss_T, -dual_clip * advantages_T), loss_T)
+        loss_T = torch.where(
+            advantages_T < 0, torch.minimum(loss_T, -dual_clip * advantages_T), loss_T
+        )
     return loss_T, ratio_T, bounded_T > plain_T
 
 
-def cispo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low: float, clip_high: float, dual_clip: float):
-    """CISPO, MiniMax-M1, arXiv 2506.13585, equations 4 and 5: the ratio is a clipped weight without gradient, so that no token is cut out of the batch,
+def cispo(
+    logprobs_T,
+    old_logprobs_T,
+    advantages_T,
+    sequences,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+):
+    """CISPO, MiniMax-M1, arXiv 2506.13585, equations 4 and 5: the ratio is a clipped weight without
+    gradient, so that no token is cut out of the batch,
 
         loss = -sg(clip(r, 1 - clip_low, 1 + clip_high)) A logprobs
 
-    clip_low 1 is no lower bound, as in the paper. dual_clip has no meaning here; the table refuses it.
+    clip_low 1 is no lower bound, as in the paper. dual_clip has no meaning here; the table refuses
+    it.
     """
     ratio_T = ratio(logprobs_T.detach() - old_logprobs_T)
     weight_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
@@ -126,16 +175,18 @@ class PolicyLoss:
 
 POLICY_LOSSES = {
     "ppo": PolicyLoss(ppo, 0.2, 0.28),  # DAPO's
-    "gspo": PolicyLoss(gspo, 3e-4, 4e-4, only={"aggregation": ("sequence",)}),  # one ratio a response
+    "gspo": PolicyLoss(
+        gspo, 3e-4, 4e-4, only={"aggregation": ("sequence",)}
+    ),  # one ratio a response
     # No lower bound and weights up to 5, as ScaleRL (arXiv 2510.13786) uses it.
     "cispo": PolicyLoss(cispo, 1.0, 4.0, only={"dual_clip": (0.0,)}),
 }
 
 
-# --- aggregation: one number from the tokens of the global batch --------------------------------------------------------------------------------
+# --- aggregation: one number from the tokens of the global batch --------------------------------
 #
-# Each takes (sequences, *, max_response_tokens) and returns (weight_T, units_N): loss = sum of weight_T loss_T / sum of units_N, both sums over all samples
-# of the global batch, on whatever rank they are. Averages of averages would depend on who holds which sample: the means of ranks with 2 and 8 tokens, 1 and 3,
+# Each takes (sequences, *, max_response_tokens) and returns (weight_T, units_N): loss = sum of we
+# of the global batch, on whatever rank they are. Averages of averages would depend on who holds w
 # average to 2.0, where the mean over tokens is 2.6.
 
 
@@ -145,19 +196,29 @@ def per_token(sequences: Sequences, *, max_response_tokens: int):
 
 
 def per_sequence(sequences: Sequences, *, max_response_tokens: int):
-    """Every response alike, the mean of its tokens: GRPO, arXiv 2402.03300, equation 3. A token of a long response weighs less."""
-    return sequences.mask_T / sequences.counts_N.clamp(min=1)[sequences.sample_T], (sequences.counts_N > 0).to(sequences.counts_N.dtype)
+    """Every response alike, the mean of its tokens: GRPO, arXiv 2402.03300, equation 3.
+
+    A token of a long response weighs less.
+    """
+    return sequences.mask_T / sequences.counts_N.clamp(min=1)[sequences.sample_T], (
+        sequences.counts_N > 0
+    ).to(sequences.counts_N.dtype)
 
 
 def constant(sequences: Sequences, *, max_response_tokens: int):
-    """The sum of a response's tokens over a constant: Dr. GRPO, arXiv 2503.20783, appendix A. A token's weight does not depend on its response's length."""
-    return sequences.mask_T / max_response_tokens, (sequences.counts_N > 0).to(sequences.counts_N.dtype)
+    """The sum of a response's tokens over a constant: Dr.
+
+    GRPO, arXiv 2503.20783, appendix A. A token's weight does not depend on its response's length.
+    """
+    return sequences.mask_T / max_response_tokens, (sequences.counts_N > 0).to(
+        sequences.counts_N.dtype
+    )
 
 
 AGGREGATIONS = {"token": per_token, "sequence": per_sequence, "constant": constant}
 
 
-# --- off-policy corrections: weights for tokens that the engine sampled from other numerics or older weights ------------------------------------
+# --- off-policy corrections: weights for tokens that the engine sampled from other numerics or ol
 #
 # Each takes (log_weight_T = old - rollout, sequences, *, low, high), returns (weight_T, cut_T): a
 # weight for the policy loss of each token, without gradient, and where the correction has truncated
@@ -171,29 +232,37 @@ def no_correction(log_weight_T, sequences, *, low: None, high: None):
 
 
 def tis(log_weight_T, sequences, *, low: None, high: float):
-    """Truncated importance sampling, min(exp(old - rollout), high): Yao et al., "Your efficient RL framework secretly brings you off-policy training", 2025."""
+    """Truncated importance sampling, min(exp(old - rollout), high): Yao et al., "Your efficient RL
+    framework secretly brings you off-policy training", 2025.
+    """
     weight_T = ratio(log_weight_T)
     return weight_T.clamp(max=high), weight_T > high
 
 
 def icepop(log_weight_T, sequences, *, low: float, high: float):
-    """exp(old - rollout) where it lies in [low, high], else 0: IcePop, Ring-1T, arXiv 2510.18855. A token on which the two disagree teaches nothing."""
+    """exp(old - rollout) where it lies in [low, high], else 0: IcePop, Ring-1T, arXiv 2510.18855.
+
+    A token on which the two disagree teaches nothing.
+    """
     weight_T = ratio(log_weight_T)
     cut_T = (weight_T < low) | (weight_T > high)
     return weight_T.masked_fill(cut_T, 0), cut_T
 
 
 def decoupled(log_weight_T, sequences, *, low: None, high: float):
-    """The behaviour weight of decoupled PPO, AReaL, arXiv 2505.24298, equation 5: exp(old - rollout), and as in AReaL's code 0 above a cap.
+    """The behaviour weight of decoupled PPO, AReaL, arXiv 2505.24298, equation 5: exp(old -
+    rollout), and as in AReaL's code 0 above a cap.
 
-    The other half, that old_logprobs are recomputed by the trainer with the weights it starts the step from, holds here under every correction.
+    The other half, that old_logprobs are recomputed by the trainer with the weights it starts the
+    step from, holds here under every correction.
     """
     weight_T = ratio(log_weight_T)
     return weight_T.masked_fill(weight_T > high, 0), weight_T > high
 
 
 def sequence_mask(log_weight_T, sequences, *, low: float, high: float):
-    """1 for responses whose geometric mean of exp(old - rollout) lies in [low, high], 0 for all tokens of others: a few tokens can spoil a whole response.
+    """1 for responses whose geometric mean of exp(old - rollout) lies in [low, high], 0 for all
+    tokens of others: a few tokens can spoil a whole response.
 
     The mean's logarithm is an estimate of -KL(rollout || old). NeMo-RL uses 0.999 to 1.002 where
     rollouts are BF16; FP8 rollouts of short answers differ more, hence the bounds of 0.9 and 1.1.
@@ -221,14 +290,18 @@ CORRECTIONS = {
 }
 
 
-# --- KL to a frozen reference -------------------------------------------------------------------------------------------------------------------
+# --- KL to a frozen reference -------------------------------------------------------------------
 #
-# Each takes (logprobs_T, ref_logprobs_T, old_logprobs_T); with d = logprobs - ref every one's mean over the policy's own samples is KL(policy || reference),
-# exactly or nearly. As a value in the reward that is all that matters. As a loss its gradient matters, and that is another thing: tests/oracle proves it.
+# Each takes (logprobs_T, ref_logprobs_T, old_logprobs_T); with d = logprobs - ref every one's mea
+# exactly or nearly. As a value in the reward that is all that matters. As a loss its gradient mat
 
 
 def k1(logprobs_T, ref_logprobs_T, old_logprobs_T):
-    """d. Unbiased, of large variance. As a loss: its expected gradient is 0, only noise; use it in the reward."""
+    """d.
+
+    Unbiased, of large variance. As a loss: its expected gradient is 0, only noise; use it in the
+    reward.
+    """
     return logprobs_T - ref_logprobs_T
 
 
@@ -248,13 +321,17 @@ def k3(logprobs_T, ref_logprobs_T, old_logprobs_T):
 
 
 def low_var_kl(logprobs_T, ref_logprobs_T, old_logprobs_T):
-    """k3, bounded by 10, as verl and slime name it. As a loss: k3's gradient, and none beyond the bound."""
+    """k3, bounded by 10, as verl and slime name it.
+
+    As a loss: k3's gradient, and none beyond the bound.
+    """
     return k3(logprobs_T, ref_logprobs_T, old_logprobs_T).clamp(-10, 10)
 
 
 def unbiased_k3(logprobs_T, ref_logprobs_T, old_logprobs_T):
     """exp(logprobs - old) k3, the ratio with its gradient: DeepSeek-V3.2, arXiv 2512.02556, section 3.1. As a loss: the gradient of KL(policy || reference),
-    and without bias also where the policy has moved since it sampled."""
+    and without bias also where the policy has moved since it sampled.
+    """
     return ratio(logprobs_T - old_logprobs_T) * k3(logprobs_T, ref_logprobs_T, old_logprobs_T)
 
 
@@ -275,7 +352,7 @@ KL_ESTIMATORS = {
 }
 
 
-# --- the choice of an algorithm -----------------------------------------------------------------------------------------------------------------
+# --- the choice of an algorithm -----------------------------------------------------------------
 
 
 def _choice(table: dict[str, Any], text: str) -> Any:
@@ -296,12 +373,16 @@ class LossSettings:
 
     policy_loss: _choice(
         POLICY_LOSSES,
-        "Objective of a token: PPO's clip; GSPO's sequence ratio; CISPO's clipped weight; see losses.py.",
+        "Objective of a token: PPO's clip; GSPO's sequence ratio; CISPO's clipped weight; see"
+        " losses.py.",
     ) = "ppo"
     clip_low: _bound(POLICY_LOSSES, "clip_low", "The ratio is clipped below 1 - clip_low.") = None
-    clip_high: _bound(POLICY_LOSSES, "clip_high", "The ratio is clipped above 1 + clip_high.") = None
+    clip_high: _bound(POLICY_LOSSES, "clip_high", "The ratio is clipped above 1 + clip_high.") = (
+        None
+    )
     dual_clip: float = 0.0
-    """Bound of the loss of bad tokens, as a multiple of |advantage| above 1, for instance 3; 0: no bound."""
+    """Bound of the loss of bad tokens, as a multiple of |advantage| above 1, for instance 3; 0: no bound.
+    """
     aggregation: _choice(
         AGGREGATIONS,
         "Every token of the batch counts alike (DAPO), every response (GRPO), or tokens over the "
@@ -309,8 +390,8 @@ class LossSettings:
     ) = "token"
     correction: _choice(
         CORRECTIONS,
-        "What becomes of tokens whose log-prob differs between trainer and engine: weights or masks; "
-        "see losses.py.",
+        "What becomes of tokens whose log-prob differs between trainer and engine: weights or"
+        " masks; see losses.py.",
     ) = "tis"
     correction_low: _bound(CORRECTIONS, "low", "Lower bound of the correction.") = None
     correction_high: _bound(CORRECTIONS, "high", "Upper bound of the correction.") = None
@@ -320,7 +401,8 @@ class LossSettings:
         KL_ESTIMATORS, "How that KL is estimated from a sampled token; see losses.py."
     ) = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
-    """The KL is a term of the loss, with its gradient, or is taken from the reward at each token."""
+    """The KL is a term of the loss, with its gradient, or is taken from the reward at each token.
+    """
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
 
@@ -343,7 +425,9 @@ def check_loss_settings(settings: LossSettings) -> None:
     yield from _misfits("policy_loss", POLICY_LOSSES, settings)
     if settings.kl_coef:
         yield from _misfits("kl_estimator", KL_ESTIMATORS, settings)
-    yield from _bounds_without_effect("policy_loss", POLICY_LOSSES, ("clip_low", "clip_high"), settings)
+    yield from _bounds_without_effect(
+        "policy_loss", POLICY_LOSSES, ("clip_low", "clip_high"), settings
+    )
     bounds = ("correction_low", "correction_high")
     yield from _bounds_without_effect("correction", CORRECTIONS, bounds, settings)
     low, high = settings.clips
@@ -386,7 +470,9 @@ def _bounds_without_effect(kind: str, table: dict[str, Any], bounds, settings) -
             yield f"{found}: --{flags[1]} {name} has no such bound; leave it out"
 
 
-def mismatch(trainer_logprobs_T: torch.Tensor, rollout_logprobs_T: torch.Tensor) -> dict[str, torch.Tensor]:
+def mismatch(
+    trainer_logprobs_T: torch.Tensor, rollout_logprobs_T: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Disagreement of trainer and engine about tokens that the engine sampled, per token.
 
     k3 = exp(d) - 1 - d with d = trainer - rollout estimates KL(rollout || trainer) without bias, and is never negative (Schulman, "Approximating KL").

@@ -1,16 +1,19 @@
-"""Samples -> rewards -> advantages: judges, dynamic sampling, evaluation. The estimators themselves are in advantages.py.
+"""Samples -> rewards -> advantages: judges, dynamic sampling, evaluation.
 
-A reward is a function of one finished sample, plain or a coroutine; a fork writes its own and gives it to Judge:
+The estimators themselves are in advantages.py.
+
+A reward is a function of one finished sample, plain or a coroutine; a fork writes its own and gives
+it to Judge:
 
     def my_reward(sample: Sample) -> float:
         return float(len(sample.response) < 100)
 
 A reward function that raises, or returns something that is not a finite number, is a fault of the
-judge and not of the answer. Such a sample is not scored 0 in silence: its tokens are masked, it does
-not count in its group's mean, and the metric reward_errors shows it. The run goes on.
+judge and not of the answer. Such a sample is not scored 0 in silence: its tokens are masked, it
+does not count in its group's mean, and the metric reward_errors shows it. The run goes on.
 
-A reward function may carry an attribute at_a_time: how many answers it can judge at once. Others wait
-their turn, and their waiting does not count towards --judge-timeout-s.
+A reward function may carry an attribute at_a_time: how many answers it can judge at once. Others
+wait their turn, and their waiting does not count towards --judge-timeout-s.
 """
 
 import asyncio
@@ -66,7 +69,9 @@ def reasoning_gym_reward(sample: Sample) -> float:
     """Return the score of reasoning-gym's scorer for its problems, math_reward for other prompts."""
     if "reasoning_gym" not in sample.notes:
         return math_reward(sample)
-    score, sample.answer = reasoning_gym_tasks.score(sample.response, *sample.notes["reasoning_gym"])
+    score, sample.answer = reasoning_gym_tasks.score(
+        sample.response, *sample.notes["reasoning_gym"]
+    )
     return score
 
 
@@ -81,24 +86,41 @@ def label_problems(settings: RewardSettings) -> Callable[[list], list[str]]:
     return functools.partial(math_judge.label_problems, reward=settings.reward)
 
 
-REWARDS: dict[str, Reward] = {"exact": exact_match, "math": math_reward, "reasoning_gym": reasoning_gym_reward}
+REWARDS: dict[str, Reward] = {
+    "exact": exact_match,
+    "math": math_reward,
+    "reasoning_gym": reasoning_gym_reward,
+}
 
 
 class Judge:
-    """A reward function, and the thread whose event loop judges: all of a batch at once, as many at a time as `judges` says.
+    """A reward function, and the thread whose event loop judges: all of a batch at once, as many at
+    a time as `judges` says.
 
-    A coroutine function runs on the loop itself; it is the right form for a judge that waits for a service. A plain function gets a thread for each answer,
-    which is left behind should it hang: no later answer waits for it, nor does the end of the process.
+    A coroutine function runs on the loop itself; it is the right form for a judge that waits for a
+    service. A plain function gets a thread for each answer, which is left behind should it hang: no
+    later answer waits for it, nor does the end of the process.
     """
 
     def __init__(self, reward: Reward, judges: int = 32, timeout_s: float = 120.0):
-        self.reward, self.timeout_s, self.row, self._busy, self._failed = reward, timeout_s, Row(), 0, False
-        places = min(judges, getattr(reward, "at_a_time", judges))  # what waits here is in front of the clock
+        self.reward, self.timeout_s, self.row, self._busy, self._failed = (
+            reward,
+            timeout_s,
+            Row(),
+            0,
+            False,
+        )
+        places = min(
+            judges, getattr(reward, "at_a_time", judges)
+        )  # what waits here is in front of the clock
         self._places, self._loop = asyncio.Semaphore(places), asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="judge-loop", daemon=True).start()
 
     def submit(self, samples: list[Sample]) -> Future:
-        """Start judging: sets every sample's reward. Where the function fails it stays None, sample.error says why, and the tokens are masked."""
+        """Start judging: sets every sample's reward.
+
+        Where the function fails it stays None, sample.error says why, and the tokens are masked.
+        """
         return asyncio.run_coroutine_threadsafe(self._score_all(samples), self._loop)
 
     async def _score_all(self, samples: list[Sample]) -> None:
@@ -108,13 +130,19 @@ class Judge:
         async with self._places:
             self._count(1)
             try:
-                done, _ = await asyncio.wait([asyncio.ensure_future(self._call(sample))], timeout=self.timeout_s)
+                done, _ = await asyncio.wait(
+                    [asyncio.ensure_future(self._call(sample))], timeout=self.timeout_s
+                )
                 if not done:
-                    raise TimeoutError(f"the reward function has not returned within --judge-timeout-s {self.timeout_s:g}")
+                    raise TimeoutError(
+                        "the reward function has not returned within --judge-timeout-s"
+                        f" {self.timeout_s:g}"
+                    )
                 sample.reward = float(done.pop().result())
                 if not math.isfinite(sample.reward):
                     raise ValueError(f"the reward function returned {sample.reward}")
-            except Exception as error:  # whatever a user's reward function may raise: counted, shown, and the sample set aside
+            # Whatever a user's reward function may raise: counted, shown, and the sample set aside
+            except Exception as error:
                 sample.reward, sample.loss_mask = None, [0] * len(sample.response_ids)
                 sample.error = _cut(repr(error))
                 if not self._failed:
@@ -156,16 +184,26 @@ def compute_rewards(samples: list[Sample], judge: Judge) -> None:
 
 
 def is_uninformative(samples: list[Sample]) -> bool:
-    """Whether all rewards of a group are equal: compared with one another its answers teach nothing."""
+    """Whether all rewards of a group are equal: compared with one another its answers teach
+    nothing.
+    """
     return len({sample.reward for sample in samples if sample.reward is not None}) < 2
 
 
 def refill(
-    samples: list[Sample], engine: Engine | None, prompts: Prompts, data: Data, settings: RolloutSettings, rewards: RewardSettings, judge: Judge
+    samples: list[Sample],
+    engine: Engine | None,
+    prompts: Prompts,
+    data: Data,
+    settings: RolloutSettings,
+    rewards: RewardSettings,
+    judge: Judge,
 ) -> list[Sample]:
-    """Dynamic sampling, DAPO, arXiv 2503.14476, section 3.2: groups whose rewards are all equal are replaced by answers to new prompts, and only marked.
+    """Dynamic sampling, DAPO, arXiv 2503.14476, section 3.2: groups whose rewards are all equal are
+    replaced by answers to new prompts, and only marked.
 
-    Each round answers as many prompts as groups are to be replaced. What teaches nothing after the last round is trained as it is, with advantage 0.
+    Each round answers as many prompts as groups are to be replaced. What teaches nothing after the
+    last round is trained as it is, with advantage 0.
     """
     replaced = []
     for _ in range(rewards.dynamic_sampling):
@@ -173,10 +211,14 @@ def refill(
         dull = [group for group in groups if is_uninformative(group)]
         if not dull:
             break
-        fresh = generate(engine, prompts.take(len(dull)), data, settings, n=settings.samples_per_prompt)
+        fresh = generate(
+            engine, prompts.take(len(dull)), data, settings, n=settings.samples_per_prompt
+        )
         compute_rewards(fresh, judge)
         replaced += [mark for group in dull for mark in marks(group, REPLACED)]
-        samples = [sample for group in groups if not is_uninformative(group) for sample in group] + fresh
+        samples = [
+            sample for group in groups if not is_uninformative(group) for sample in group
+        ] + fresh
     return samples + replaced
 
 
@@ -187,19 +229,29 @@ def by_group(samples: list[Sample]) -> list[list[Sample]]:
     return list(groups.values())
 
 
-def compute_advantages(samples: list[Sample], settings: RewardSettings, loss: LossSettings, *, max_response_tokens: int) -> None:
-    """Set every sample's advantages, float64 [L], from the whole batch; every rank computes the same.
+def compute_advantages(
+    samples: list[Sample], settings: RewardSettings, loss: LossSettings, *, max_response_tokens: int
+) -> None:
+    """Set every sample's advantages, float64 [L], from the whole batch; every rank computes the
+    same.
 
-    With --kl-in reward the samples have old_logprobs and ref_logprobs. Samples without a reward are in no group and get advantages 0.
+    With --kl-in reward the samples have old_logprobs and ref_logprobs. Samples without a reward are
+    in no group and get advantages 0.
     """
     for sample in samples:
         sample.advantages = np.zeros(len(sample.response_ids))
     scored = [sample for sample in samples if sample.reward is not None]
     lengths = [len(sample.response_ids) for sample in scored]
-    penalties = [overlong_penalty(length, max_tokens=max_response_tokens, buffer=settings.overlong_buffer) for length in lengths]
+    penalties = [
+        overlong_penalty(length, max_tokens=max_response_tokens, buffer=settings.overlong_buffer)
+        for length in lengths
+    ]
     kl_T = np.zeros(sum(lengths))
     if loss.kl_coef and loss.kl_in == "reward":
-        old_T, ref_T = (torch.from_numpy(_joined([getattr(sample, name) for sample in scored])) for name in ("old_logprobs", "ref_logprobs"))
+        old_T, ref_T = (
+            torch.from_numpy(_joined([getattr(sample, name) for sample in scored]))
+            for name in ("old_logprobs", "ref_logprobs")
+        )
         kl_T = KL_ESTIMATORS[loss.kl_estimator].function(old_T, ref_T, old_T).numpy()
     scores = Scores(
         rewards_N=np.array([sample.reward for sample in scored]) + penalties,
@@ -208,7 +260,9 @@ def compute_advantages(samples: list[Sample], settings: RewardSettings, loss: Lo
         mask_T=_joined([sample.loss_mask for sample in scored]),
         penalties_T=loss.kl_coef * kl_T,
     )
-    for sample, mine in zip(scored, np.split(ADVANTAGES[settings.advantage](scores), np.cumsum(lengths)[:-1])):
+    for sample, mine in zip(
+        scored, np.split(ADVANTAGES[settings.advantage](scores), np.cumsum(lengths)[:-1])
+    ):
         sample.advantages = mine
 
 
@@ -217,13 +271,21 @@ def _joined(rows: list) -> np.ndarray:
 
 
 def evaluate(
-    engine: Engine | None, data: Data, settings: RolloutSettings, judge: Judge, group: dist.ProcessGroup
+    engine: Engine | None,
+    data: Data,
+    settings: RolloutSettings,
+    judge: Judge,
+    group: dist.ProcessGroup,
 ) -> tuple[list[Sample], dict[str, float]]:
-    """--eval-samples-per-prompt scored answers to every held-out prompt and what they amount to, on every rank of the group; nothing where there are none.
+    """--eval-samples-per-prompt scored answers to every held-out prompt and what they amount to, on
+    every rank of the group; nothing where there are none.
 
-    Collective."""
+    Collective.
+    """
     mine = list(my_share(data.held_out, settings.engine_tp))
-    samples = generate(engine, mine, data, settings, n=settings.eval_samples_per_prompt, cache="held-out")
+    samples = generate(
+        engine, mine, data, settings, n=settings.eval_samples_per_prompt, cache="held-out"
+    )
     compute_rewards(samples, judge)
     samples = sorted(all_gather_samples(samples, group), key=lambda sample: sample.group)
     return samples, eval_metrics(samples)
@@ -234,8 +296,8 @@ def eval_metrics(samples: list[Sample]) -> dict[str, float]:
 
     k is 1, 2, 4, ... and N. An answer is right if its reward is 1 or more. Answers that the reward
     function failed on count in held_out_errors only: held_out is the mean of the others, and pass@k
-    that of the prompts with at least k others. A metric is missing where nothing is left of it. With
-    several held-out sets KEY/SET is that of a set, and KEY the mean of the sets.
+    that of the prompts with at least k others. A metric is missing where nothing is left of it.
+    With several held-out sets KEY/SET is that of a set, and KEY the mean of the sets.
     """
     sets = defaultdict(list)
     for group in by_group(samples):
@@ -269,18 +331,25 @@ def _set_metrics(groups: list[list[Sample]]) -> dict[str, float]:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """The chance that one of k answers is right, estimated without bias from n of which `right` are: 1 - C(n - right, k) / C(n, k); Chen et al. 2021,
-    arXiv 2107.03374, equation 1."""
+    """The chance that one of k answers is right, estimated without bias from n of which `right`
+    are: 1 - C(n - right, k) / C(n, k); Chen et al. 2021, arXiv 2107.03374, equation 1.
+    """
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def majority_is_right(answers: list[str], is_right: list[bool]) -> bool:
-    """Whether the most frequent answer is right; of equally frequent ones, the one that was given first. An empty answer has no vote.
+    """Whether the most frequent answer is right; of equally frequent ones, the one that was given
+    first. An empty answer has no vote.
 
-    Right answers are one answer however they are written, since the reward function found them equal to the label; wrong ones are told apart by their text,
-    which is what the reward function took for the answer (math, reasoning_gym) or else the whole response.
+    Right answers are one answer however they are written, since the reward function found them
+    equal to the label; wrong ones are told apart by their text, which is what the reward function
+    took for the answer (math, reasoning_gym) or else the whole response.
     """
-    votes = Counter("right" if right else ("wrong", answer) for answer, right in zip(answers, is_right) if answer or right)
+    votes = Counter(
+        "right" if right else ("wrong", answer)
+        for answer, right in zip(answers, is_right)
+        if answer or right
+    )
     return bool(votes) and votes.most_common(1)[0][0] == "right"
 
 

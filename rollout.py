@@ -1,7 +1,10 @@
-"""Prompts -> Samples: engine settings, generation, and the exchange of samples between ranks. What the prompts are is in prompts.py.
+"""Prompts -> Samples: engine settings, generation, and the exchange of samples between ranks.
 
-Tokens go into the engine and tokens come out; the text of a response is for judges and readers and is never tokenized again. Each engine starts with empty
-weights of the right shapes and quantization; weight_sync.py gives it its first.
+What the prompts are is in prompts.py.
+
+Tokens go into the engine and tokens come out; the text of a response is for judges and readers and
+is never tokenized again. Each engine starts with empty weights of the right shapes and
+quantization; weight_sync.py gives it its first.
 """
 
 import json
@@ -28,11 +31,16 @@ from common.settings import RolloutSettings
 from data.prompts import ENGINE_KEEPS, Data
 from data.sample import Sample, read_dump
 
-MEM_FRACTION_STATIC = 0.5  # of the GPU memory that is free when an engine starts, what it takes for weights and cache, unless --sglang says otherwise
-DROPPED, REPLACED = "dropped", "replaced"  # finish reasons of samples that are not trained: too old; in a group whose rewards are all equal
+# Of the GPU memory that is free when an engine starts, what it takes for weights and cache, unless
+# --sglang says otherwise
+MEM_FRACTION_STATIC = 0.5
+DROPPED, REPLACED = (
+    "dropped",
+    "replaced",
+)  # finish reasons of samples that are not trained: too old; in a group whose rewards are all equal
 
 
-# --- settings and engine ---------------------------------------------------------------------------------------------------------------------
+# --- settings and engine ------------------------------------------------------------------------
 
 
 @all_problems
@@ -84,8 +92,8 @@ def _length_problems(
         what = "prompt and answer of the longest sample have" if longest else alone
         fix = f"raise --sglang max_total_tokens={cached}, or lower --max-response-tokens"
         yield (
-            f"{what} {needed} tokens, but the engine keeps {max(room, 0)} and would cut the answer: "
-            f"{fix}"
+            f"{what} {needed} tokens, but the engine keeps {max(room, 0)} and would cut the answer:"
+            f" {fix}"
         )
     elif config is not None and longest is not None:
         prompt = longest - settings.max_response_tokens
@@ -98,7 +106,12 @@ def _length_problems(
 
 
 def start_engine(
-    model_folder: str, settings: RolloutSettings, config: dict, *, seed: int, longest: int | None = None
+    model_folder: str,
+    settings: RolloutSettings,
+    config: dict,
+    *,
+    seed: int,
+    longest: int | None = None,
 ) -> Engine | None:
     """Start the engine of this rank's group of --engine-tp ranks, on the group's first rank.
 
@@ -116,17 +129,26 @@ def start_engine(
         tp_size=settings.engine_tp,
         ep_size=settings.engine_ep,
         skip_tokenizer_init=True,
-        custom_weight_loader=["backends.sglang.buckets.load_bucket", "backends.sglang.buckets.compare_loader"],
+        custom_weight_loader=[
+            "backends.sglang.buckets.load_bucket",
+            "backends.sglang.buckets.compare_loader",
+        ],
         custom_sigquit_handler=signal.getsignal(signal.SIGQUIT),
         random_seed=seed + rank,
         log_level="error",
     )
     if torch.cuda.is_available():
-        arguments.update(base_gpu_id=int(os.environ["LOCAL_RANK"]), enable_memory_saver=True, mem_fraction_static=MEM_FRACTION_STATIC)
+        arguments.update(
+            base_gpu_id=int(os.environ["LOCAL_RANK"]),
+            enable_memory_saver=True,
+            mem_fraction_static=MEM_FRACTION_STATIC,
+        )
     else:
         arguments.update(SERVER_ARGS)
     if settings.rollout_dtype == "fp8":
-        quantization = fp8_config(config, engine_tp=settings.engine_tp, engine_ep=settings.engine_ep)
+        quantization = fp8_config(
+            config, engine_tp=settings.engine_tp, engine_ep=settings.engine_ep
+        )
         arguments["json_model_override_args"] = json.dumps({"quantization_config": quantization})
     arguments |= server_overrides(settings.sglang, on_gpu=torch.cuda.is_available())
     engine = Engine(settings.answer_timeout_s, **arguments)
@@ -142,21 +164,40 @@ def start_engine(
     return engine
 
 
-# --- generation -------------------------------------------------------------------------------------------------------------------------------
+# --- generation ---------------------------------------------------------------------------------
 
 
 def sampling_params(data: Data, settings: RolloutSettings, samples: list[Sample]) -> list[dict]:
-    """How the engine samples each response. Each has a seed of its own, so that what a resumed run samples does not depend on what was sampled before.
+    """How the engine samples each response.
 
-    On a CPU cpu.py makes the sampler keep to it; on a GPU SGLang does with --sglang enable_deterministic_inference=true, and samples from one stream without.
+    Each has a seed of its own, so that what a resumed run samples does not depend on what was
+    sampled before.
+
+    On a CPU cpu.py makes the sampler keep to it; on a GPU SGLang does with --sglang
+    enable_deterministic_inference=true, and samples from one stream without.
     """
-    common = {"temperature": settings.temperature, "max_new_tokens": settings.max_response_tokens, "stop_token_ids": data.end_ids}
-    return [{**common, "sampling_seed": zlib.crc32(f"{data.seed} {s.group} {s.index} {s.prompt}".encode()) // 2} for s in samples]
+    common = {
+        "temperature": settings.temperature,
+        "max_new_tokens": settings.max_response_tokens,
+        "stop_token_ids": data.end_ids,
+    }
+    return [
+        {
+            **common,
+            "sampling_seed": (
+                zlib.crc32(f"{data.seed} {s.group} {s.index} {s.prompt}".encode()) // 2
+            ),
+        }
+        for s in samples
+    ]
 
 
 def copies(prompt: Sample, n: int) -> list[Sample]:
     """A group: n samples of one prompt, still without responses."""
-    return [replace(prompt, index=index, metadata=dict(prompt.metadata), notes=dict(prompt.notes)) for index in range(n)]
+    return [
+        replace(prompt, index=index, metadata=dict(prompt.metadata), notes=dict(prompt.notes))
+        for index in range(n)
+    ]
 
 
 def fill(samples: list[Sample], outputs: list[dict], data: Data) -> None:
@@ -170,29 +211,54 @@ def fill(samples: list[Sample], outputs: list[dict], data: Data) -> None:
         said = list(sample.response_ids)
         if sample.finish_reason == "stop" and said and said[-1] in data.end_ids:
             said.pop()
-        sample.response = data.tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        sample.rollout_logprobs = [logprob for logprob, *_ in output["meta_info"]["output_token_logprobs"]]
+        sample.response = data.tokenizer.decode(
+            said, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        sample.rollout_logprobs = [
+            logprob for logprob, *_ in output["meta_info"]["output_token_logprobs"]
+        ]
         sample.loss_mask = [1] * len(sample.response_ids)
         sample.weight_versions = output["weight_versions"]
         if sample.finish_reason == "abort":
             sample.error = str(output["meta_info"]["finish_reason"].get("message"))
 
 
-def generate(engine: Engine | None, prompts: list[Sample], data: Data, settings: RolloutSettings, *, n: int, cache: str = "") -> list[Sample]:
-    """n responses to each of this engine's prompts, with log-probs at the sampling temperature, in order. Raises EngineDied if one was aborted.
+def generate(
+    engine: Engine | None,
+    prompts: list[Sample],
+    data: Data,
+    settings: RolloutSettings,
+    *,
+    n: int,
+    cache: str = "",
+) -> list[Sample]:
+    """n responses to each of this engine's prompts, with log-probs at the sampling temperature, in
+    order. Raises EngineDied if one was aborted.
 
     cache: calls of one name share cached prefixes.
     """
     if engine is None or not prompts:
         return []
     samples = [sample for prompt in prompts for sample in copies(prompt, n)]
-    fill(samples, engine.call(engine.generate([s.prompt_ids for s in samples], sampling_params(data, settings, samples), cache=cache)), data)
+    fill(
+        samples,
+        engine.call(
+            engine.generate(
+                [s.prompt_ids for s in samples],
+                sampling_params(data, settings, samples),
+                cache=cache,
+            )
+        ),
+        data,
+    )
     check_aborts(samples)
     return samples
 
 
 def release_memory(engine: Engine | None) -> None:
-    """Let the trainer have the GPU memory of this rank's engine, if it has one, until the next hand-off."""
+    """Let the trainer have the GPU memory of this rank's engine, if it has one, until the next
+    hand-off.
+    """
     if engine is not None:
         engine.release_memory()
 
@@ -201,11 +267,15 @@ def check_aborts(samples: list[Sample]) -> None:
     """Raise EngineDied if the engine gave up on one of these."""
     for sample in samples:
         if sample.finish_reason == "abort":
-            raise EngineDied(f"the engine aborted sample {sample.index} of group {sample.group}: {sample.error}")
+            raise EngineDied(
+                f"the engine aborted sample {sample.index} of group {sample.group}: {sample.error}"
+            )
 
 
 def my_share(prompts: Iterable[Sample], engine_tp: int) -> Iterator[Sample]:
-    """The prompts that this rank's engine answers: every engine takes its turn; none on ranks without one."""
+    """The prompts that this rank's engine answers: every engine takes its turn; none on ranks
+    without one.
+    """
     engine, engines = dist.get_rank() // engine_tp, dist.get_world_size() // engine_tp
     return islice(prompts, engine, None, engines) if dist.get_rank() % engine_tp == 0 else iter(())
 
@@ -225,12 +295,16 @@ class Prompts:
 
 
 def taken_before(ranks: list[dict] | None, settings: RolloutSettings) -> int:
-    """How many prompts this rank's engine had taken at a checkpoint, of whose ranks these are the states; if there were other engines, so many that none
-    comes twice. 0 without a checkpoint."""
+    """How many prompts this rank's engine had taken at a checkpoint, of whose ranks these are the
+    states; if there were other engines, so many that none comes twice. 0 without a checkpoint.
+    """
     if ranks is None or dist.get_rank() % settings.engine_tp:
         return 0
     before = [state["prompts"] for state in ranks if state.get("prompts") is not None] or [0]
-    engine, engines = dist.get_rank() // settings.engine_tp, dist.get_world_size() // settings.engine_tp
+    engine, engines = (
+        dist.get_rank() // settings.engine_tp,
+        dist.get_world_size() // settings.engine_tp,
+    )
     return before[engine] if len(before) == engines else -(-max(before) * len(before) // engines)
 
 
@@ -241,17 +315,25 @@ def step_share(settings: RolloutSettings) -> int:
 
 def marks(samples: list[Sample], reason: str) -> list[Sample]:
     """What is left of samples that are not trained, so that they are counted."""
-    return [Sample(sample.prompt_ids, group=sample.group, index=sample.index, finish_reason=reason) for sample in samples]
+    return [
+        Sample(sample.prompt_ids, group=sample.group, index=sample.index, finish_reason=reason)
+        for sample in samples
+    ]
 
 
 def without_marks(samples: list[Sample]) -> tuple[list[Sample], dict[str, int]]:
     """The samples to train, and how many others were set aside, for which reason."""
     kept = [sample for sample in samples if sample.finish_reason not in (DROPPED, REPLACED)]
-    return kept, {reason: sum(sample.finish_reason == reason for sample in samples) for reason in (DROPPED, REPLACED)}
+    return kept, {
+        reason: sum(sample.finish_reason == reason for sample in samples)
+        for reason in (DROPPED, REPLACED)
+    }
 
 
 def all_gather_samples(samples: list[Sample], group: dist.ProcessGroup) -> list[Sample]:
-    """Every rank's samples on every rank of the group, in rank order; as JSON lines in tensors of bytes, never pickled. Collective (gloo)."""
+    """Every rank's samples on every rank of the group, in rank order; as JSON lines in tensors of
+    bytes, never pickled. Collective (gloo).
+    """
     gathered = all_gather_bytes(b"\n".join(sample.to_json() for sample in samples), group)
     return [Sample.from_json(line) for lines in gathered for line in lines.split(b"\n") if line]
 
@@ -262,7 +344,11 @@ def longest_of_dumps(settings, config: dict | None) -> int:
 
     Raises BadInput for a step that cannot be trained on.
     """
-    longest, minibatches, vocab_size = 0, settings.train.minibatches, config and config["vocab_size"]
+    longest, minibatches, vocab_size = (
+        0,
+        settings.train.minibatches,
+        config and config["vocab_size"],
+    )
     for step in range(1, settings.run.steps + 1):
         file = rollouts_file(settings.run.load_rollouts, step)
         if not os.path.isfile(file):
@@ -284,9 +370,13 @@ def longest_of_dumps(settings, config: dict | None) -> int:
 
 
 def replay(record, step: int, samples: list[Sample]) -> list[Sample]:
-    """A step's samples, of all ranks: given, and with --save-rollouts written; with --load-rollouts read in their place. record: record.Record."""
+    """A step's samples, of all ranks: given, and with --save-rollouts written; with --load-rollouts
+    read in their place. record: record.Record.
+    """
     if record.settings.load_rollouts:
         return read_dump(rollouts_file(record.settings.load_rollouts, step))
     if record.settings.save_rollouts and record.is_writer:
-        rollouts_file(record.folder / "rollouts", step).write_bytes(b"".join(sample.to_json() + b"\n" for sample in samples))
+        rollouts_file(record.folder / "rollouts", step).write_bytes(
+            b"".join(sample.to_json() + b"\n" for sample in samples)
+        )
     return samples

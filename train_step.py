@@ -1,4 +1,5 @@
-"""Samples -> updated weights: a Megatron GPTModel built from a Hugging Face folder, and one optimizer step on a batch of samples.
+"""Samples -> updated weights: a Megatron GPTModel built from a Hugging Face folder, and one
+optimizer step on a batch of samples.
 
     samples  -> micro-batches     packing.py: packed without padding, balanced over data-parallel ranks by tokens
     tokens   -> logits            Megatron's GPTModel under its own forward-backward schedule
@@ -6,10 +7,12 @@
                                   the aggregation, divided once by its units in the global batch
     gradient -> weights           Megatron's distributed optimizer: FP32 main weights and Adam state split over data-parallel ranks, BF16 model weights
 
-The normaliser is global: Megatron all-reduces what it calls the number of tokens, here the units of the aggregation, before it scales the gradient
-(calculate_per_token_loss), so how samples fall on ranks and micro-batches changes nothing but rounding.
+The normaliser is global: Megatron all-reduces what it calls the number of tokens, here the units of
+the aggregation, before it scales the gradient (calculate_per_token_loss), so how samples fall on
+ranks and micro-batches changes nothing but rounding.
 
-Shape letters: T packed tokens of a micro-batch, N its samples, V vocabulary on this tensor-parallel rank.
+Shape letters: T packed tokens of a micro-batch, N its samples, V vocabulary on this tensor-parallel
+rank.
 """
 
 from dataclasses import dataclass
@@ -18,9 +21,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from backends.megatron.model import check_overrides, init_parallel, load_model, overrides  # first of what imports Megatron: without a GPU it is prepared there
+from backends.megatron.model import (
+    check_overrides,
+    init_parallel,
+    load_model,
+    overrides,
+)  # first of what imports Megatron: without a GPU it is prepared there
 from megatron.core import parallel_state as mpu
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -29,13 +41,31 @@ from megatron.core.transformer import TransformerConfig
 
 from backends.huggingface.config import check_layout, megatron_arguments, read_config
 from backends.huggingface.folder import HFWeights, check_shapes
-from backends.megatron.batches import MicroBatch, equal_parts, give_to_samples, global_sums, has_old_logprobs, local_microbatches, microbatch_plan, minibatches, padded_length
+from backends.megatron.batches import (
+    MicroBatch,
+    equal_parts,
+    give_to_samples,
+    global_sums,
+    has_old_logprobs,
+    local_microbatches,
+    microbatch_plan,
+    minibatches,
+    padded_length,
+)
 from backends.megatron.layout import Layout
 from backends.megatron.logprobs import logprobs_and_entropy
 from common.errors import Problems, all_problems
 from common.settings import TrainSettings
 from data.sample import Sample
-from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings, k3, mismatch
+from losses import (
+    AGGREGATIONS,
+    CORRECTIONS,
+    KL_ESTIMATORS,
+    POLICY_LOSSES,
+    LossSettings,
+    k3,
+    mismatch,
+)
 
 
 @dataclass
@@ -68,39 +98,79 @@ def check_train_settings(
     found = Problems()
     reference = found.of(read_config, settings.reference) if settings.reference else None
     if reference and config:
-        theirs, ours = ({**model, **gpt} for model, gpt in (megatron_arguments(c, tp=1) for c in (reference, config)))
-        if differing := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
-            yield f"--reference {settings.reference} differs from the model in {', '.join(differing)}: it must have the same architecture"
+        theirs, ours = (
+            {**model, **gpt}
+            for model, gpt in (megatron_arguments(c, tp=1) for c in (reference, config))
+        )
+        if differing := sorted(
+            name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)
+        ):
+            yield (
+                f"--reference {settings.reference} differs from the model in"
+                f" {', '.join(differing)}: it must have the same architecture"
+            )
         else:
             found.of(lambda: check_shapes(HFWeights(settings.reference), reference))
     if config:
-        found.of(check_layout, config, world_size=world_size, tp=settings.tp, pp=settings.pp, cp=settings.cp, ep=settings.ep)
+        found.of(
+            check_layout,
+            config,
+            world_size=world_size,
+            tp=settings.tp,
+            pp=settings.pp,
+            cp=settings.cp,
+            ep=settings.ep,
+        )
         found.of(overrides, settings, config, TransformerConfig)
         if settings.megatron and not found.found:
             found.of(check_overrides, settings, config)
-    if longest and (cp := settings.cp) > 0 and settings.microbatch_tokens * cp < padded_length(longest, cp):
+    if (
+        longest
+        and (cp := settings.cp) > 0
+        and settings.microbatch_tokens * cp < padded_length(longest, cp)
+    ):
         room = f"--microbatch-tokens {settings.microbatch_tokens} times --cp {cp}"
-        yield f"{room} is less than the longest possible sample, {padded_length(longest, cp)} tokens: raise one of them"
+        yield (
+            f"{room} is less than the longest possible sample, {padded_length(longest, cp)} tokens:"
+            " raise one of them"
+        )
     yield from found.found
 
 
 def build_trainer(
-    model_folder: str, settings: TrainSettings, config: dict, *, steps: int, seed: int, with_reference: bool = False, head=None
+    model_folder: str,
+    settings: TrainSettings,
+    config: dict,
+    *,
+    steps: int,
+    seed: int,
+    with_reference: bool = False,
+    head=None,
 ) -> Trainer:
-    """Megatron's process groups, unless they are there, the model with the folder's weights, its optimizer, and the reference. Collective.
+    """Megatron's process groups, unless they are there, the model with the folder's weights, its
+    optimizer, and the reference. Collective.
 
-    head(transformer_config) -> module that takes the place of the output layer, for a model that computes something else than logits, such as a critic.
+    head(transformer_config) -> module that takes the place of the output layer, for a model that
+    computes something else than logits, such as a critic.
     """
     init_parallel(settings, seed=seed)
     gpt, layout, wrapped = load_model(model_folder, settings, config)
     if head is not None and gpt.post_process:
         gpt.output_layer = head(gpt.config)
-    reference = load_model(settings.reference or model_folder, settings, config)[-1].requires_grad_(False) if with_reference else None
+    reference = (
+        load_model(settings.reference or model_folder, settings, config)[-1].requires_grad_(False)
+        if with_reference
+        else None
+    )
     if with_reference and settings.offload_reference:
         reference.to("cpu")
 
     transformer, dtype = gpt.config, gpt.config.params_dtype
-    ddp = DistributedDataParallel(transformer, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True), wrapped)
+    ddp = DistributedDataParallel(
+        transformer,
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        wrapped,
+    )
     optimizer_arguments = dict(
         optimizer="adam",
         lr=settings.lr,
@@ -112,7 +182,10 @@ def build_trainer(
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    optimizer = get_megatron_optimizer(OptimizerConfig(**{**optimizer_arguments, **overrides(settings, config, OptimizerConfig)}), [ddp])
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(**{**optimizer_arguments, **overrides(settings, config, OptimizerConfig)}),
+        [ddp],
+    )
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -128,18 +201,30 @@ def build_trainer(
     )
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = optimizer.scale_loss
-    groups = mpu.get_data_parallel_group(), mpu.get_context_parallel_group(), mpu.get_data_parallel_group(with_context_parallel=True)
+    groups = (
+        mpu.get_data_parallel_group(),
+        mpu.get_context_parallel_group(),
+        mpu.get_data_parallel_group(with_context_parallel=True),
+    )
     return Trainer(settings, config, ddp, gpt, optimizer, scheduler, layout, *groups, reference)
 
 
-# --- forward, backward, step ------------------------------------------------------------------------------------------------------------------
+# --- forward, backward, step --------------------------------------------------------------------
 
 
-def run_schedule(trainer: Trainer, batches: list[MicroBatch], loss_function, *, model: torch.nn.Module | None = None, forward_only: bool) -> list[dict]:
-    """Run Megatron's schedule over the micro-batches. loss_function(batch, output_TX) -> (sum to differentiate, units it is a sum over, dict).
+def run_schedule(
+    trainer: Trainer,
+    batches: list[MicroBatch],
+    loss_function,
+    *,
+    model: torch.nn.Module | None = None,
+    forward_only: bool,
+) -> list[dict]:
+    """Run Megatron's schedule over the micro-batches. loss_function(batch, output_TX) -> (sum to
+    differentiate, units it is a sum over, dict).
 
-    output_TX: the model's output, float [T, X], on the last pipeline stage. Returns the dicts, which are empty on the other stages. model: the trainer's
-    unless given.
+    output_TX: the model's output, float [T, X], on the last pipeline stage. Returns the dicts,
+    which are empty on the other stages. model: the trainer's unless given.
     """
     # Else Float16Module would make an fp32 copy of all logits; logprobs.py does so for few tokens.
     more = {"fp32_output": False} if trainer.settings.train_dtype == "bf16" else {}
@@ -160,93 +245,172 @@ def run_schedule(trainer: Trainer, batches: list[MicroBatch], loss_function, *, 
     )
 
 
-def logprobs_of(trainer: Trainer, batch: MicroBatch, logits_TV: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def logprobs_of(
+    trainer: Trainer, batch: MicroBatch, logits_TV: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-prob of each next token, entropy), float32 [T]."""
     vocabulary = dict(vocab_size=trainer.config["vocab_size"], group=trainer.layout.tp_group)
     return logprobs_and_entropy(logits_TV, batch.labels_T, temperature=temperature, **vocabulary)
 
 
 @torch.no_grad()
-def compute_logprobs(trainer: Trainer, batches: list[MicroBatch], *, temperature: float, model: torch.nn.Module | None = None) -> list[torch.Tensor]:
-    """The log-prob of every next token by the trainer, or another model, float32 [T] per micro-batch, in a forward pass of its own."""
+def compute_logprobs(
+    trainer: Trainer,
+    batches: list[MicroBatch],
+    *,
+    temperature: float,
+    model: torch.nn.Module | None = None,
+) -> list[torch.Tensor]:
+    """The log-prob of every next token by the trainer, or another model, float32 [T] per
+    micro-batch, in a forward pass of its own.
+    """
 
     def loss_function(batch, logits_TV):
         logprobs_T, _ = logprobs_of(trainer, batch, logits_TV, temperature)
         return logprobs_T.sum() * 0, torch.tensor(0, dtype=torch.int), {"logprobs": logprobs_T}
 
-    return [report["logprobs"] for report in run_schedule(trainer, batches, loss_function, model=model, forward_only=True)]
+    return [
+        report["logprobs"]
+        for report in run_schedule(trainer, batches, loss_function, model=model, forward_only=True)
+    ]
 
 
-def score(trainer: Trainer | None, samples: list[Sample], settings: LossSettings | None = None, *, temperature: float) -> list[Sample]:
-    """Set every sample's old_logprobs, and its ref_logprobs where there is a reference: a forward pass over the batch for each. Collective.
+def score(
+    trainer: Trainer | None,
+    samples: list[Sample],
+    settings: LossSettings | None = None,
+    *,
+    temperature: float,
+) -> list[Sample]:
+    """Set every sample's old_logprobs, and its ref_logprobs where there is a reference: a forward
+    pass over the batch for each. Collective.
 
-    Returns the samples; on ranks that do not train, none. The batch is packed as train_step packs it: the first ratio is then exactly 1.
-    settings: leave out old_logprobs where nothing needs them: a batch's only update starts from the very weights that they would be computed with.
+    Returns the samples; on ranks that do not train, none. The batch is packed as train_step packs
+    it: the first ratio is then exactly 1. settings: leave out old_logprobs where nothing needs
+    them: a batch's only update starts from the very weights that they would be computed with.
     """
     if trainer is None:
         return []
-    needs_old = settings is None or trainer.settings.minibatches > 1 or (settings.kl_coef > 0 and settings.kl_in == "reward")
+    needs_old = (
+        settings is None
+        or trainer.settings.minibatches > 1
+        or (settings.kl_coef > 0 and settings.kl_in == "reward")
+    )
     device = next(trainer.gpt.parameters()).device
     if not needs_old and trainer.reference is None:
         return samples
     for part in equal_parts(samples, trainer.settings.minibatches):
         batches = local_microbatches(trainer, part)
         if needs_old:
-            give_to_samples(trainer, part, batches, compute_logprobs(trainer, batches, temperature=temperature), "old_logprobs")
+            give_to_samples(
+                trainer,
+                part,
+                batches,
+                compute_logprobs(trainer, batches, temperature=temperature),
+                "old_logprobs",
+            )
         if trainer.reference is not None:
             trainer.reference.to(device)
-            logprobs = compute_logprobs(trainer, batches, temperature=temperature, model=trainer.reference)
+            logprobs = compute_logprobs(
+                trainer, batches, temperature=temperature, model=trainer.reference
+            )
             give_to_samples(trainer, part, batches, logprobs, "ref_logprobs")
             if trainer.settings.offload_reference:
                 trainer.reference.to("cpu")
     return samples
 
 
-def backward(trainer: Trainer, samples: list[Sample], settings: LossSettings, *, temperature: float, max_response_tokens: int) -> dict[str, float]:
-    """Gradient of the loss of these samples, into the trainer's buffers; returns sums over all their tokens, equal on every rank. Collective."""
+def backward(
+    trainer: Trainer,
+    samples: list[Sample],
+    settings: LossSettings,
+    *,
+    temperature: float,
+    max_response_tokens: int,
+) -> dict[str, float]:
+    """Gradient of the loss of these samples, into the trainer's buffers; returns sums over all
+    their tokens, equal on every rank. Collective.
+    """
     clips = dict(zip(("clip_low", "clip_high"), settings.clips), dual_clip=settings.dual_clip)
     bounds = dict(zip(("low", "high"), settings.correction_bounds))
     scored = has_old_logprobs(samples, with_reference=settings.kl_coef > 0)
 
     def loss_function(batch, logits_TV):
         logprobs_T, entropy_T = logprobs_of(trainer, batch, logits_TV, temperature)
-        # What does not count is set to 0 before anything is computed from it: 0 times infinity is not 0.
+        # What does not count is set to 0 before anything is computed from it: 0 times infinity is
+        # not 0.
         zero = batch.mask_T == 0
         old_T = batch.old_logprobs_T if scored else logprobs_T.detach()
         logprobs_T, entropy_T, old_T, rollout_T, ref_T, advantages_T = (
             x_T.masked_fill(zero, 0)
-            for x_T in (logprobs_T, entropy_T, old_T, batch.rollout_logprobs_T, batch.ref_logprobs_T, batch.advantages_T)
+            for x_T in (
+                logprobs_T,
+                entropy_T,
+                old_T,
+                batch.rollout_logprobs_T,
+                batch.ref_logprobs_T,
+                batch.advantages_T,
+            )
         )
-        policy_T, ratio_T, clipped_T = POLICY_LOSSES[settings.policy_loss].function(logprobs_T, old_T, advantages_T, batch.sequences, **clips)
+        policy_T, ratio_T, clipped_T = POLICY_LOSSES[settings.policy_loss].function(
+            logprobs_T, old_T, advantages_T, batch.sequences, **clips
+        )
         correction = CORRECTIONS[settings.correction].weight
         correction_T, cut_T = correction(old_T - rollout_T, batch.sequences, **bounds)
-        kl_T = KL_ESTIMATORS[settings.kl_estimator].function(logprobs_T, ref_T, old_T) if settings.kl_coef else torch.zeros_like(logprobs_T)
+        kl_T = (
+            KL_ESTIMATORS[settings.kl_estimator].function(logprobs_T, ref_T, old_T)
+            if settings.kl_coef
+            else torch.zeros_like(logprobs_T)
+        )
         kl_coef = settings.kl_coef if settings.kl_in == "loss" else 0.0
         loss_T = correction_T * policy_T + kl_coef * kl_T - settings.entropy_coef * entropy_T
-        weight_T, units_N = AGGREGATIONS[settings.aggregation](batch.sequences, max_response_tokens=max_response_tokens)
-        loss, units = (weight_T * loss_T).sum(), units_N.sum() if trainer.cp_group.rank() == 0 else units_N.sum() * 0
+        weight_T, units_N = AGGREGATIONS[settings.aggregation](
+            batch.sequences, max_response_tokens=max_response_tokens
+        )
+        loss, units = (
+            (weight_T * loss_T).sum(),
+            units_N.sum() if trainer.cp_group.rank() == 0 else units_N.sum() * 0,
+        )
 
         mismatch_T, approx_kl_T = mismatch(old_T, rollout_T), k3(old_T, logprobs_T, None)
         per_token = {"entropy": entropy_T, "ratio": ratio_T, "clipfrac": clipped_T, "kl": kl_T}
         per_token |= {"approx_kl": approx_kl_T, "logprob_shift": logprobs_T - old_T}
         per_token |= {"tis_clipfrac": cut_T, **mismatch_T}
-        sums = {name: (value_T.detach() * batch.mask_T).sum() for name, value_T in per_token.items()}
+        sums = {
+            name: (value_T.detach() * batch.mask_T).sum() for name, value_T in per_token.items()
+        }
         report = {"loss": loss.detach(), "units": units, "tokens": batch.mask_T.sum(), **sums}
-        return loss, units.int(), {"sums": report, "max": (mismatch_T["mismatch_abs"] * batch.mask_T).max()}
+        return (
+            loss,
+            units.int(),
+            {"sums": report, "max": (mismatch_T["mismatch_abs"] * batch.mask_T).max()},
+        )
 
     trainer.ddp.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    return global_sums(trainer, run_schedule(trainer, local_microbatches(trainer, samples), loss_function, forward_only=False))
+    return global_sums(
+        trainer,
+        run_schedule(
+            trainer, local_microbatches(trainer, samples), loss_function, forward_only=False
+        ),
+    )
 
 
 def train_step(
-    trainer: Trainer | None, samples: list[Sample], settings: LossSettings, *, temperature: float, max_response_tokens: int
+    trainer: Trainer | None,
+    samples: list[Sample],
+    settings: LossSettings,
+    *,
+    temperature: float,
+    max_response_tokens: int,
 ) -> dict[str, float]:
-    """One optimizer step on each mini-batch of the global batch; returns metrics that are equal on every rank that trains, {} on others. Collective.
+    """One optimizer step on each mini-batch of the global batch; returns metrics that are equal on
+    every rank that trains, {} on others. Collective.
 
-    samples: with advantages, and what score() has set. temperature: of the rollout; log-probs are those of the distribution that was sampled from. Raises
-    RuntimeError on every rank when loss or gradient are not finite: a step that is skipped in silence is a run that fails later. The weights are then those
-    of before the step.
+    samples: with advantages, and what score() has set. temperature: of the rollout; log-probs are
+    those of the distribution that was sampled from. Raises RuntimeError on every rank when loss or
+    gradient are not finite: a step that is skipped in silence is a run that fails later. The
+    weights are then those of before the step.
 
     A batch in which no token counts has no gradient. Weights and optimizer stay as they are, the
     schedule goes on, and the metrics are {"tokens": 0, "lr": lr}: the caller says so.
@@ -267,7 +431,14 @@ def train_step(
     loss, units, tokens = (sums.pop(name) for name in ("loss", "units", "tokens"))
     means = {name: value / tokens for name, value in sums.items()}
     largest = max(total["mismatch_max"] for total in totals)
-    return {"tokens": int(tokens), "loss": loss / units, **means, "mismatch_max": largest, "grad_norm": sum(grad_norms) / len(grad_norms), "lr": lr}
+    return {
+        "tokens": int(tokens),
+        "loss": loss / units,
+        **means,
+        "mismatch_max": largest,
+        "grad_norm": sum(grad_norms) / len(grad_norms),
+        "lr": lr,
+    }
 
 
 def gradient_norm(trainer: Trainer) -> float:
@@ -276,15 +447,24 @@ def gradient_norm(trainer: Trainer) -> float:
     return float(trainer.optimizer.get_grad_norm())
 
 
-def explain_not_finite(trainer: Trainer, samples: list[Sample], settings: LossSettings, **arguments) -> str:
-    """Which sample makes loss or gradient not finite, in which step, on which rank: each is tried alone, on all ranks, until one does. Collective."""
+def explain_not_finite(
+    trainer: Trainer, samples: list[Sample], settings: LossSettings, **arguments
+) -> str:
+    """Which sample makes loss or gradient not finite, in which step, on which rank: each is tried
+    alone, on all ranks, until one does. Collective.
+    """
     step = trainer.scheduler.num_steps + 1
     for i, sample in enumerate(samples):
         loss = backward(trainer, [sample], settings, **arguments)["loss"]
         norm = gradient_norm(trainer)
         if not np.isfinite(loss) or not np.isfinite(norm):
             plan = microbatch_plan(trainer, samples)
-            rank = dist.get_process_group_ranks(trainer.dp_group)[next(r for r, bins in enumerate(plan) for bin in bins if i in bin)]
+            rank = dist.get_process_group_ranks(trainer.dp_group)[
+                next(r for r, bins in enumerate(plan) for bin in bins if i in bin)
+            ]
             culprit = f"step {step}, rank {rank}: sample {sample.index} of group {sample.group}"
             return f"{culprit} has loss {loss} and gradient norm {norm}; the weights are unchanged"
-    return f"step {step}: loss or gradient of {len(samples)} samples together is not finite, though each sample's alone is; the weights are unchanged"
+    return (
+        f"step {step}: loss or gradient of {len(samples)} samples together is not finite, though"
+        " each sample's alone is; the weights are unchanged"
+    )

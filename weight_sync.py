@@ -8,15 +8,19 @@ What happens to one tensor on its way, for example linear_fc1 at tensor parallel
       -> gather codes and scales                  one all_gather of bytes per bucket over the tensor-parallel group: half of what BF16 would move
       -> hand the bucket to the engine            buckets.load_bucket, in the engine's process: shared memory on a CPU, CUDA IPC on a GPU
 
-Contract: whatever the parallel layout, the engine holds exactly quantize(full Hugging Face tensor), byte for byte. read_back proves it: it computes the
-expected bytes another way (gather BF16, then quantize the whole tensor), sends them through the same loader, and has every write replaced by a
+Contract: whatever the parallel layout, the engine holds exactly quantize(full Hugging Face tensor),
+byte for byte. read_back proves it: it computes the expected bytes another way (gather BF16, then
+quantize the whole tensor), sends them through the same loader, and has every write replaced by a
 comparison with what the engine already holds.
 
-An update is all or nothing. A failure in any phase (quantize, gather, send, load, end of update) ends the run and names the phase and the tensors; the
-engine is paused from the first tensor to the last, so it cannot generate with half of the new weights. Memory on top of the model is a few times
-bucket_bytes, or a few times the largest tensor where that is larger: bench/weight_sync.py measures it.
+An update is all or nothing. A failure in any phase (quantize, gather, send, load, end of update)
+ends the run and names the phase and the tensors; the engine is paused from the first tensor to the
+last, so it cannot generate with half of the new weights. Memory on top of the model is a few times
+bucket_bytes, or a few times the largest tensor where that is larger: bench/weight_sync.py measures
+it.
 
-Unlike slime, no converted checkpoint is needed and no weights are loaded by the engine itself: it starts empty, and its first weights are a hand-off.
+Unlike slime, no converted checkpoint is needed and no weights are loaded by the engine itself: it
+starts empty, and its first weights are a hand-off.
 """
 
 import re
@@ -28,35 +32,52 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from backends.huggingface.names import Rule, hf_shapes, merged_linears, parameters_of, rule_of, split_stacked, unquantized_linears
+from backends.huggingface.names import (
+    Rule,
+    hf_shapes,
+    merged_linears,
+    parameters_of,
+    rule_of,
+    split_stacked,
+    unquantized_linears,
+)
 from backends.megatron.layout import Layout
 from backends.sglang.buckets import Named, entries, pack, phase, unpack, where
 from common.distributed import broadcast_bytes
 from common.errors import EngineDied
 from fp8_quant import BLOCK, quantize_blockwise
 
-
-# --- from Megatron to full Hugging Face tensors -----------------------------------------------------------------------------------------------
+# --- from Megatron to full Hugging Face tensors -------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A rank's end of the path that weights take: the trainer's, or in the asynchronous loop also a rollout rank's, where they only arrive."""
+    """A rank's end of the path that weights take: the trainer's, or in the asynchronous loop also a
+    rollout rank's, where they only arrive.
+    """
 
     trainer: Any
-    """train_step.Trainer: its gpt has this rank's shards as parameters. None on a rank that does not train."""
+    """train_step.Trainer: its gpt has this rank's shards as parameters.
+
+    None on a rank that does not train.
+    """
     config: dict
     """config.json, checked."""
     fp8: frozenset[str]
     """Hugging Face names of the weights that the engine holds in FP8."""
     bucket_bytes: int
     broadcast_group: dist.ProcessGroup | None = None
-    """Asynchronous loop: the group of all ranks, over which its rank 0 sends every bucket. None where each trainer has its engine at its side."""
+    """Asynchronous loop: the group of all ranks, over which its rank 0 sends every bucket.
+
+    None where each trainer has its engine at its side.
+    """
 
 
 @dataclass
 class Shard:
-    """This rank's part of one Hugging Face tensor; of an expert's tensor, its part of one of those that the expert-parallel ranks hold at this place."""
+    """This rank's part of one Hugging Face tensor; of an expert's tensor, its part of one of those
+    that the expert-parallel ranks hold at this place.
+    """
 
     names: list[str]
     """One name; of an expert's tensor, one for each expert-parallel rank."""
@@ -66,8 +87,12 @@ class Shard:
     """Quantize after the gather, because the cut does not fall on a block boundary."""
 
 
-def fp8_weights(config: dict, *, rollout_dtype: str, engine_tp: int, engine_ep: int = 1) -> frozenset[str]:
-    """Hugging Face names of the weights that are handed over in FP8: under "fp8", every linear layer that the engine's config does not exempt."""
+def fp8_weights(
+    config: dict, *, rollout_dtype: str, engine_tp: int, engine_ep: int = 1
+) -> frozenset[str]:
+    """Hugging Face names of the weights that are handed over in FP8: under "fp8", every linear
+    layer that the engine's config does not exempt.
+    """
     if rollout_dtype != "fp8":
         return frozenset()
     kept = set(unquantized_linears(config, engine_tp=engine_tp, engine_ep=engine_ep))
@@ -77,14 +102,21 @@ def fp8_weights(config: dict, *, rollout_dtype: str, engine_tp: int, engine_ep: 
 def linear_modules(config: dict) -> list[str]:
     """Full Hugging Face names of all linear modules in decoder layers, without routers."""
     layers = range(config["num_hidden_layers"])
-    return [f"model.layers.{layer}.{name}" for layer in layers for names, *_ in merged_linears(config, layer).values() for name in names]
+    return [
+        f"model.layers.{layer}.{name}"
+        for layer in layers
+        for names, *_ in merged_linears(config, layer).values()
+        for name in names
+    ]
 
 
 @torch.no_grad()
 def walk(weights: Weights, *, quantize: bool) -> Iterator[Shard]:
-    """Every weight as shards of Hugging Face tensors, in the model's own order, which is the same on every rank.
+    """Every weight as shards of Hugging Face tensors, in the model's own order, which is the same
+    on every rank.
 
-    quantize: turn each weight that the engine holds in FP8 into two shards, `name` (float8_e4m3fn) and `name_scale_inv` (float32).
+    quantize: turn each weight that the engine holds in FP8 into two shards, `name` (float8_e4m3fn)
+    and `name_scale_inv` (float32).
     """
     config, layout = weights.config, weights.trainer.layout
     for megatron_name, parameter in parameters_of(weights.trainer.gpt):
@@ -92,7 +124,12 @@ def walk(weights: Weights, *, quantize: bool) -> Iterator[Shard]:
             continue  # the last pipeline stage's copy of the first stage's embedding
         rule = rule_of(megatron_name, first_layer=layout.first_layer)
         tp = layout.tp(rule)
-        parts = split_stacked(parameter.detach(), len(rule.hf), head_dim=config["head_dim"], groups=config["num_key_value_heads"] // tp)
+        parts = split_stacked(
+            parameter.detach(),
+            len(rule.hf),
+            head_dim=config["head_dim"],
+            groups=config["num_key_value_heads"] // tp,
+        )
         for names, part in zip(map(list, zip(*layout.names(rule, config))), parts):
             if not quantize or names[0] not in weights.fp8:
                 yield Shard(names, part, rule)
@@ -106,30 +143,48 @@ def walk(weights: Weights, *, quantize: bool) -> Iterator[Shard]:
 
 
 def buckets_of(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]:
-    """Full tensors, a list of about bucket_bytes at a time, on trainers and rollout ranks alike. Collective: every rank must iterate to the end."""
+    """Full tensors, a list of about bucket_bytes at a time, on trainers and rollout ranks alike.
+
+    Collective: every rank must iterate to the end.
+    """
     gathered = None if weights.trainer is None else trainer_buckets(weights, quantize=quantize)
-    return gathered if weights.broadcast_group is None else broadcast_buckets(gathered, weights.broadcast_group)
+    return (
+        gathered
+        if weights.broadcast_group is None
+        else broadcast_buckets(gathered, weights.broadcast_group)
+    )
 
 
 def trainer_buckets(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]:
     """Full tensors of the whole model on every trainer: one pipeline stage after the other.
 
-    A stage's tensor-parallel ranks all have the bucket. Each sends its own part of the bytes to the other stages, where the parts are gathered: tensor-parallel
-    ranks share a machine and stages do not, so the slow links carry every byte once per machine.
+    A stage's tensor-parallel ranks all have the bucket. Each sends its own part of the bytes to the
+    other stages, where the parts are gathered: tensor-parallel ranks share a machine and stages do
+    not, so the slow links carry every byte once per machine.
     """
     layout = weights.trainer.layout
     for stage in range(layout.pp_group.size()):
-        gathered = gather_buckets(weights, quantize=quantize) if stage == layout.pp_group.rank() else None
-        yield from gathered if layout.pp_group.size() == 1 else broadcast_buckets(gathered, layout.pp_group, source=stage, parts=layout.tp_group)
+        gathered = (
+            gather_buckets(weights, quantize=quantize) if stage == layout.pp_group.rank() else None
+        )
+        yield from (
+            gathered
+            if layout.pp_group.size() == 1
+            else broadcast_buckets(gathered, layout.pp_group, source=stage, parts=layout.tp_group)
+        )
 
 
 def broadcast_buckets(
-    gathered: Iterator[list[Named]] | None, group: dist.ProcessGroup, *, source: int = 0, parts: dist.ProcessGroup | None = None
+    gathered: Iterator[list[Named]] | None,
+    group: dist.ProcessGroup,
+    *,
+    source: int = 0,
+    parts: dist.ProcessGroup | None = None,
 ) -> Iterator[list[Named]]:
     """One rank's buckets on all ranks of the group. gathered: None on ranks that have none.
 
-    parts: ranks that are each the source, or each not, of such a group of their own, and have the same buckets: each sends or receives a part, and they
-    gather what they have received.
+    parts: ranks that are each the source, or each not, of such a group of their own, and have the
+    same buckets: each sends or receives a part, and they gather what they have received.
     """
     n = parts.size() if parts else 1
     while True:
@@ -152,7 +207,11 @@ def broadcast_buckets(
 
 
 def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def gather_buckets(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]:
@@ -160,7 +219,11 @@ def gather_buckets(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]
     bucket, size = [], 0
     for shard in walk(weights, quantize=quantize):
         bucket.append(shard)
-        size += shard.local.nbytes * (len(shard.names) if shard.rule.tp_dim is None else weights.trainer.layout.group(shard.rule).size())
+        size += shard.local.nbytes * (
+            len(shard.names)
+            if shard.rule.tp_dim is None
+            else weights.trainer.layout.group(shard.rule).size()
+        )
         if size >= weights.bucket_bytes:
             gathered, bucket, size = _gather(bucket, weights), [], 0
             yield gathered
@@ -170,14 +233,18 @@ def gather_buckets(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]
 
 
 def _gather(bucket: list[Shard], weights: Weights) -> list[Named]:
-    """One all_gather of the bytes of all split tensors in the bucket, and one of its experts'; then each tensor is put together from the ranks' parts."""
+    """One all_gather of the bytes of all split tensors in the bucket, and one of its experts'; then
+    each tensor is put together from the ranks' parts.
+    """
     with phase("gather", [name for shard in bucket for name in shard.names]):
         whole = _whole(bucket, weights.trainer.layout)
     named = []
     for shard, tensors in zip(bucket, whole):
         for name, tensor in zip(shard.names, tensors):
             if name in ("model.embed_tokens.weight", "lm_head.weight"):
-                tensor = tensor[: weights.config["vocab_size"]]  # without the rows that pad the vocabulary to a multiple of tp
+                tensor = tensor[
+                    : weights.config["vocab_size"]
+                ]  # without the rows that pad the vocabulary to a multiple of tp
             named += quantize_named(name, tensor) if shard.quantize_whole else [(name, tensor)]
     return named
 
@@ -185,8 +252,16 @@ def _gather(bucket: list[Shard], weights: Weights) -> list[Named]:
 def _whole(bucket: list[Shard], layout: Layout) -> list[list[torch.Tensor]]:
     """For every shard its full tensors, one for each of its names."""
     whole = {id(shard): [shard.local] for shard in bucket}  # one tensor for each name
-    for group in dict.fromkeys((layout.tp_group, layout.expert_group)):  # Megatron may have one group for both
-        split = [shard for shard in bucket if shard.rule.tp_dim is not None and group.size() > 1 and layout.group(shard.rule) is group]
+    for group in dict.fromkeys(
+        (layout.tp_group, layout.expert_group)
+    ):  # Megatron may have one group for both
+        split = [
+            shard
+            for shard in bucket
+            if shard.rule.tp_dim is not None
+            and group.size() > 1
+            and layout.group(shard.rule) is group
+        ]
         if not split:
             continue
         mine = torch.cat([shard.local.contiguous().view(torch.uint8).flatten() for shard in split])
@@ -194,10 +269,14 @@ def _whole(bucket: list[Shard], layout: Layout) -> list[list[torch.Tensor]]:
         dist.all_gather(list(theirs), mine, group=group)
         offset = 0
         for shard in split:
-            # Concatenated as bytes: torch.cat has no float8 kernel everywhere, and bytes are what the contract is about.
+            # Concatenated as bytes: torch.cat has no float8 kernel everywhere, and bytes are what
+            # the contract is about.
             shape, tp = (*shard.local.shape[:-1], -1), layout.tp(shard.rule)
             parts = [row[offset : offset + shard.local.nbytes].view(shape) for row in theirs]
-            whole[id(shard)] = [torch.cat(parts[i : i + tp], dim=shard.rule.tp_dim).view(shard.local.dtype) for i in range(0, len(parts), tp)]
+            whole[id(shard)] = [
+                torch.cat(parts[i : i + tp], dim=shard.rule.tp_dim).view(shard.local.dtype)
+                for i in range(0, len(parts), tp)
+            ]
             offset += shard.local.nbytes
     return [whole[id(shard)] for shard in bucket]
 
@@ -209,15 +288,28 @@ def quantize_named(name: str, tensor: torch.Tensor) -> list[Named]:
     return [(name, codes), (f"{name}_scale_inv", scale_inv)]
 
 
-# --- into the engine --------------------------------------------------------------------------------------------------------------------------
+# --- into the engine ----------------------------------------------------------------------------
 
 
 def describe(config: dict, fp8: frozenset[str]) -> str:
-    """One line: which weights the engine holds in FP8, and which linear layers SGLang's block rule keeps from it."""
+    """One line: which weights the engine holds in FP8, and which linear layers SGLang's block rule
+    keeps from it.
+    """
     if not fp8:
         return "hand-off: every weight as the trainer holds it"
-    kept = sorted({re.sub(r"model\.layers\.\d+\.|\.\d+", "", module) for module in linear_modules(config) if f"{module}.weight" not in fp8})
-    reason = "; kept in BF16, because a merged layer's parts must have a multiple of 128 rows in SGLang: " + ", ".join(kept) if kept else ""
+    kept = sorted(
+        {
+            re.sub(r"model\.layers\.\d+\.|\.\d+", "", module)
+            for module in linear_modules(config)
+            if f"{module}.weight" not in fp8
+        }
+    )
+    reason = (
+        "; kept in BF16, because a merged layer's parts must have a multiple of 128 rows in"
+        " SGLang: " + ", ".join(kept)
+        if kept
+        else ""
+    )
     return f"hand-off: {len(fp8)} weights in block FP8{reason}"
 
 
@@ -230,10 +322,14 @@ def sync_weights(weights: Weights, engine, *, version: int, check: bool) -> int:
 
 
 def hand_over(weights: Weights, engine, *, version: int) -> int:
-    """Give the engine this version of the weights; returns the bytes handed over. Every rank calls it; engine is None on ranks without one.
+    """Give the engine this version of the weights; returns the bytes handed over.
 
-    The engine is paused when the first bucket is there, and goes on when the last has been loaded. Whatever raises in between leaves it paused for good.
-    A bucket is loaded while the next is on its way. The asynchronous loop does not wait for the last one either: new requests do, and raise what went wrong.
+    Every rank calls it; engine is None on ranks without one.
+
+    The engine is paused when the first bucket is there, and goes on when the last has been loaded.
+    Whatever raises in between leaves it paused for good. A bucket is loaded while the next is on
+    its way. The asynchronous loop does not wait for the last one either: new requests do, and raise
+    what went wrong.
     """
     sent_bytes = 0
     try:
@@ -249,7 +345,9 @@ def hand_over(weights: Weights, engine, *, version: int) -> int:
             if weights.broadcast_group is None:
                 engine.settle()
     except EngineDied as error:
-        if engine is not None:  # what it was given last is what it died of, whatever this rank has done since
+        if (
+            engine is not None
+        ):  # what it was given last is what it died of, whatever this rank has done since
             error.add_note(where(*engine.last_phase))
         raise
     return sent_bytes
@@ -257,7 +355,8 @@ def hand_over(weights: Weights, engine, *, version: int) -> int:
 
 @torch.no_grad()
 def read_back(weights: Weights, engine) -> int:
-    """Prove that the engine holds quantize(full tensor) for every weight; returns the bytes compared. Collective, like hand_over.
+    """Prove that the engine holds quantize(full tensor) for every weight; returns the bytes
+    compared. Collective, like hand_over.
 
     Raises RuntimeError naming the first tensors that differ, that the engine has no place for (0 of
     0 bytes), that are missing or that come twice, or saying how many of the engine's bytes no
@@ -265,7 +364,11 @@ def read_back(weights: Weights, engine) -> int:
     """
     compared_bytes, uncompared_bytes, names = 0, 0, Counter()
     for bucket in buckets_of(weights, quantize=False):
-        named = [pair for name, tensor in bucket for pair in (quantize_named(name, tensor) if name in weights.fp8 else [(name, tensor)])]
+        named = [
+            pair
+            for name, tensor in bucket
+            for pair in (quantize_named(name, tensor) if name in weights.fp8 else [(name, tensor)])
+        ]
         if engine is None:
             continue
         names.update(name for name, _ in named)
@@ -275,7 +378,10 @@ def read_back(weights: Weights, engine) -> int:
         counts = zip([name for name, _ in named], different, compared)
         bad = [f"{name} ({wrong} of {n} bytes)" for name, wrong, n in counts if wrong or not n]
         if bad:
-            raise RuntimeError(f"read-back failed: the engine's weights are not quantize(full tensor) for {', '.join(bad[:5])}; {len(bad)} tensors in all")
+            raise RuntimeError(
+                "read-back failed: the engine's weights are not quantize(full tensor) for"
+                f" {', '.join(bad[:5])}; {len(bad)} tensors in all"
+            )
         compared_bytes += sum(compared)
         uncompared_bytes = int(report[:, 0, 2].sum())
     if engine is not None:

@@ -4,9 +4,11 @@
     python bench/algorithms.py figure OUT.png       mismatch and accuracy over 80 steps of BF16 rollouts, FP8 rollouts, FP8 rollouts with TIS
                               … [--steps N] [--seeds 3]
 
-Runs are on one rank, two at a time, which two cores have room for: trainer and engine of a synchronous run take turns. What is compared is accuracy, which
-does not depend on speed. Accuracy is over 1,024 held-out prompts, one answer each at temperature 1, so that a run's has a standard error of 0.01. Every row
-has the loop's defaults but for the flags shown: no tuning, so that this says that an algorithm works, not which is best.
+Runs are on one rank, two at a time, which two cores have room for: trainer and engine of a
+synchronous run take turns. What is compared is accuracy, which does not depend on speed. Accuracy
+is over 1,024 held-out prompts, one answer each at temperature 1, so that a run's has a standard
+error of 0.01. Every row has the loop's defaults but for the flags shown: no tuning, so that this
+says that an algorithm works, not which is best.
 """
 
 import argparse
@@ -51,33 +53,85 @@ ROLLOUTS = {
 
 def measure(flags: str, seed: int, *, steps: int, every: int) -> list[dict]:
     """The rows of metrics.jsonl of one run. flags may begin with another script than loop_sync.py."""
-    script, *flags = flags.split() if flags.startswith("examples/") else ["loop_sync.py", *flags.split()]
-    flags += ["--steps", str(steps), "--seed", str(seed), "--eval-samples", "1024", "--eval-every", str(every), "--export", "--name", "run"]
+    script, *flags = (
+        flags.split() if flags.startswith("examples/") else ["loop_sync.py", *flags.split()]
+    )
+    flags += [
+        "--steps",
+        str(steps),
+        "--seed",
+        str(seed),
+        "--eval-samples",
+        "1024",
+        "--eval-every",
+        str(every),
+        "--export",
+        "--name",
+        "run",
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(ROOT / script), *flags]
-        done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "1",
+            str(ROOT / script),
+            *flags,
+        ]
+        done = subprocess.run(
+            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-5000:]}")
-        return [json.loads(line) for line in (Path(folder) / "runs/run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+            raise RuntimeError(
+                f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-5000:]}"
+            )
+        return [
+            json.loads(line)
+            for line in (
+                (Path(folder) / "runs/run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            )
+        ]
 
 
 def all_runs(variants: dict[str, str], *, seeds: int, steps: int, every: int):
     """(name, rows of each seed) of every variant, in order, as they are finished."""
     with ThreadPoolExecutor(2) as pool:
-        futures = {name: [pool.submit(measure, flags, seed, steps=steps, every=every) for seed in range(1, seeds + 1)] for name, flags in variants.items()}
+        futures = {
+            name: [
+                pool.submit(measure, flags, seed, steps=steps, every=every)
+                for seed in range(1, seeds + 1)
+            ]
+            for name, flags in variants.items()
+        }
         for name, runs in futures.items():
             yield name, [future.result() for future in runs]
 
 
 def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):.3f}" + (
+        f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    )
 
 
 def table(names: list[str], *, seeds: int, steps: int) -> None:
-    print(f"| algorithm | flags | held-out reward after {steps} steps | best and worst seed |\n|---|---|---|---|")
-    for name, runs in all_runs({name: ALGORITHMS[name] for name in names or ALGORITHMS}, seeds=seeds, steps=steps, every=steps):
+    print(
+        f"| algorithm | flags | held-out reward after {steps} steps | best and worst seed"
+        " |\n|---|---|---|---|"
+    )
+    for name, runs in all_runs(
+        {name: ALGORITHMS[name] for name in names or ALGORITHMS},
+        seeds=seeds,
+        steps=steps,
+        every=steps,
+    ):
         start, end = ([rows[place]["held_out"] for rows in runs] for place in (0, -1))
-        print(f"| {name} | `{ALGORITHMS[name]}` | {spread(start)} → {spread(end)} | {max(end):.3f}, {min(end):.3f} |".replace("``", "none"), flush=True)
+        print(
+            f"| {name} | `{ALGORITHMS[name]}` | {spread(start)} → {spread(end)} | {max(end):.3f},"
+            f" {min(end):.3f} |".replace("``", "none"),
+            flush=True,
+        )
 
 
 def figure(path: str, *, seeds: int, steps: int) -> None:
@@ -87,13 +141,22 @@ def figure(path: str, *, seeds: int, steps: int) -> None:
     import matplotlib.pyplot as plt
 
     drawing, (mean_abs, k3, accuracy) = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
-    for color, (name, runs) in zip(("C0", "C1", "C2"), all_runs(ROLLOUTS, seeds=seeds, steps=steps, every=10)):
+    for color, (name, runs) in zip(
+        ("C0", "C1", "C2"), all_runs(ROLLOUTS, seeds=seeds, steps=steps, every=10)
+    ):
         for axis, key in ((mean_abs, "mismatch_abs"), (k3, "mismatch_k3"), (accuracy, "held_out")):
             series = [[(row["step"], row[key]) for row in rows if key in row] for rows in runs]
-            places, *values = zip(*[(points[0][0], *(value for _, value in points)) for points in zip(*series)])
+            places, *values = zip(
+                *[(points[0][0], *(value for _, value in points)) for points in zip(*series)]
+            )
             middle = [statistics.mean(column) for column in zip(*values)]
             axis.plot(places, middle, color=color, label=name)
-            axis.fill_between(places, *([f(column) for column in zip(*values)] for f in (min, max)), color=color, alpha=0.2)
+            axis.fill_between(
+                places,
+                *([f(column) for column in zip(*values)] for f in (min, max)),
+                color=color,
+                alpha=0.2,
+            )
             print(f"{name:18} {key:12}  first {middle[0]:.5f}  last {middle[-1]:.5f}", flush=True)
     mean_abs.set(title="mean |log-prob of trainer - of engine|", xlabel="step", yscale="log")
     k3.set(title="k3 between trainer and engine", xlabel="step", yscale="log")
@@ -106,7 +169,9 @@ def figure(path: str, *, seeds: int, steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["table", "figure"])
     parser.add_argument("names", nargs="*", metavar="NAME|OUT.png")
     parser.add_argument("--steps", type=int)
@@ -115,7 +180,9 @@ def main() -> None:
     if flags.what == "figure" and len(flags.names) != 1:
         parser.error("figure takes one file to draw to")
     if flags.what == "table" and (unknown := set(flags.names) - set(ALGORITHMS)):
-        parser.error(f"{', '.join(map(repr, unknown))} is none of: {', '.join(map(repr, ALGORITHMS))}")
+        parser.error(
+            f"{', '.join(map(repr, unknown))} is none of: {', '.join(map(repr, ALGORITHMS))}"
+        )
     if flags.what == "table":
         table(flags.names, seeds=flags.seeds, steps=flags.steps or 40)
     else:

@@ -37,7 +37,9 @@ def train_seconds(dtype: str, steps: int) -> float:
     flags = ["--train-dtype", dtype, "--steps", str(steps), "--export", "--name", "run"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", __file__, "--loop"]
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([*command, *flags], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [*command, *flags], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL
+        )
         lines = (Path(folder) / "runs/run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return statistics.median([row["train_s"] for row in rows if "train_s" in row][2:])

@@ -12,15 +12,19 @@ from common import process_groups
 def init_distributed(
     rollout_ranks: int = 0, *, wait_s: float = process_groups.UNLIMITED_WORK_S
 ) -> dist.ProcessGroup:
-    """Join torchrun's process groups and return the one that all ranks share: gloo for CPU tensors, NCCL for CUDA tensors where there are any.
+    """Join torchrun's process groups and return the one that all ranks share: gloo for CPU tensors,
+    NCCL for CUDA tensors where there are any.
 
     wait_s: how long any rank may wait for another in a collective, process_groups.longest_wait_s.
 
-    With rollout_ranks, the last so many ranks are a default world of their own and the others, the trainers, another: megatron-core builds its groups from
-    the default world. The shared group is made beside the two from the same store, as SGLang makes its weight-update groups.
+    With rollout_ranks, the last so many ranks are a default world of their own and the others, the
+    trainers, another: megatron-core builds its groups from the default world. The shared group is
+    made beside the two from the same store, as SGLang makes its weight-update groups.
     """
     gc.collect()
-    gc.freeze()  # what imports have made is never garbage; to look through it would take 0.3 s now and then, in which every other rank waits
+    # What imports have made is never garbage; to look through it would take 0.3 s now and then, in
+    # which every other rank waits
+    gc.freeze()
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -28,7 +32,11 @@ def init_distributed(
     store, rank, world_size = process_groups.join_store()
     process_groups.set_wait(wait_s)
     trainers = world_size - rollout_ranks
-    name, size, rank_there = ("trainers", trainers, rank) if rank < trainers else ("rollout", rollout_ranks, rank - trainers)
+    name, size, rank_there = (
+        ("trainers", trainers, rank)
+        if rank < trainers
+        else ("rollout", rollout_ranks, rank - trainers)
+    )
     world = dict(store=dist.PrefixStore(name, store), timeout=process_groups.timeout())
     dist.init_process_group(backend, world_size=size, rank=rank_there, **world)
     everyone = dist.group.WORLD
@@ -49,7 +57,9 @@ def all_gather_bytes(mine: bytes, group: dist.ProcessGroup) -> list[bytes]:
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
     dist.all_gather(sizes, torch.tensor([len(mine)]), group=group)
     padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
-    padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else padded[:0]
+    padded[: len(mine)] = (
+        torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else padded[:0]
+    )
     rows = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(rows, padded, group=group)
     return [row[: int(size)].numpy().tobytes() for row, size in zip(rows, sizes)]
@@ -60,6 +70,10 @@ def broadcast_bytes(mine: bytes, group: dist.ProcessGroup, *, source: int = 0) -
     process_groups.joins_exchange(group)
     size = torch.tensor([len(mine)])
     dist.broadcast(size, group=group, group_src=source)
-    data = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if group.rank() == source else torch.empty(int(size), dtype=torch.uint8)
+    data = (
+        torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+        if group.rank() == source
+        else torch.empty(int(size), dtype=torch.uint8)
+    )
     dist.broadcast(data, group=group, group_src=source)
     return data.numpy().tobytes()

@@ -1,6 +1,8 @@
-"""What is wrong with the input of a run: all of it is found before anything is started, and said at once.
+"""What is wrong with the input of a run: all of it is found before anything is started, and said at
+once.
 
-A check is a generator that yields one text for each problem and goes on, so that a second mistake does not wait for the first to be mended:
+A check is a generator that yields one text for each problem and goes on, so that a second mistake
+does not wait for the first to be mended:
 
     @all_problems
     def check_lamp(lamp, config):
@@ -9,7 +11,8 @@ A check is a generator that yields one text for each problem and goes on, so tha
         if config is not None and lamp.volts != config["volts"]:        # config: None where it could not be read; what needs it is left out
             yield ...
 
-Called, it raises one BadInput with all its texts. A loop's main() gathers those of all checks in Problems.
+Called, it raises one BadInput with all its texts. A loop's main() gathers those of all checks in
+Problems.
 """
 
 import functools
@@ -31,14 +34,24 @@ KINDS = {
 
 
 class BadInput(Exception):
-    """What the user gave cannot work. Each of its problems names the value, the rule and the fix; they are shown without a traceback, exit code 2."""
+    """What the user gave cannot work.
+
+    Each of its problems names the value, the rule and the fix; they are shown without a traceback,
+    exit code 2.
+    """
 
     def __init__(self, *problems: str):
         super().__init__(*problems)
         self.problems = problems
 
     def __str__(self) -> str:
-        return self.problems[0] if len(self.problems) == 1 else "\n  ".join([f"{len(self.problems)} problems:", *(f"- {text}" for text in self.problems)])
+        return (
+            self.problems[0]
+            if len(self.problems) == 1
+            else "\n  ".join(
+                [f"{len(self.problems)} problems:", *(f"- {text}" for text in self.problems)]
+            )
+        )
 
 
 class EngineDied(Exception):
@@ -59,9 +72,11 @@ def engine_died() -> EngineDied:
 
 
 def all_problems(find: Callable) -> Callable:
-    """Decorator of a generator that yields what is wrong, one text a problem, and goes on as far as it can; what follows from a problem it leaves out.
+    """Decorator of a generator that yields what is wrong, one text a problem, and goes on as far as
+    it can; what follows from a problem it leaves out.
 
-    A call returns what the generator returns, or raises one BadInput with all problems: with those of a BadInput too beyond which nothing can be found.
+    A call returns what the generator returns, or raises one BadInput with all problems: with those
+    of a BadInput too beyond which nothing can be found.
     """
 
     @functools.wraps(find)
@@ -82,7 +97,9 @@ def all_problems(find: Callable) -> Callable:
 
 
 class Problems:
-    """All that is wrong with the input of a run, found by one check after the other, and said at once."""
+    """All that is wrong with the input of a run, found by one check after the other, and said at
+    once.
+    """
 
     def __init__(self):
         self.found: list[str] = []
@@ -111,7 +128,7 @@ def end_refused(error: BadInput) -> NoReturn:
     sys.exit(2)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------
 
 
 def check_file(path: str | Path) -> None:
@@ -120,7 +137,9 @@ def check_file(path: str | Path) -> None:
     A pipe would be waited for without end, and a device may be read without end.
     """
     if os.path.islink(path) and not os.path.exists(path):
-        raise BadInput(f"{path} is a broken link (to {os.readlink(path)}): put the file itself there")
+        raise BadInput(
+            f"{path} is a broken link (to {os.readlink(path)}): put the file itself there"
+        )
     try:
         kind = KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
@@ -167,7 +186,9 @@ def read_file(path: str | Path, *, most: float = SMALL_FILE) -> bytes:
             raise BadInput(f"{path} has {size} bytes, more than {most}: it is no file of this kind")
         return Path(path).read_bytes()
     except OSError as error:
-        raise BadInput(f"{path} cannot be read ({error.strerror}): mend that, or copy it again") from error
+        raise BadInput(
+            f"{path} cannot be read ({error.strerror}): mend that, or copy it again"
+        ) from error
 
 
 def read_json(path: str | Path) -> Any:

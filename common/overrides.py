@@ -8,10 +8,11 @@ from common.errors import all_problems
 
 @all_problems
 def parse_overrides(pairs: tuple[str, ...], *, flag: str, fields: list[str] | None) -> dict:
-    """("key=value", …) -> {key: value}; values are read as JSON where they are JSON (true, 4, 0.1, null), else as text.
+    """("key=value", …) -> {key: value}; values are read as JSON where they are JSON (true, 4, 0.1,
+    null), else as text.
 
-    fields: the names that may be set; None: any. Raises BadInput for others, naming the nearest of each,
-    and for a name that is given twice.
+    fields: the names that may be set; None: any. Raises BadInput for others, naming the nearest of
+    each, and for a name that is given twice.
     """
     overrides, seen = {}, set()
     for pair in pairs:
@@ -28,7 +29,10 @@ def parse_overrides(pairs: tuple[str, ...], *, flag: str, fields: list[str] | No
                 overrides[key] = json.loads(text)
             except json.JSONDecodeError:
                 overrides[key] = text
-            except (ValueError, RecursionError) as error:  # JSON, but of a number or depth too large
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # JSON, but of a number or depth too large
                 yield f"{flag} {key} cannot be read as JSON ({error}): give another value"
         seen.add(key)
     return overrides

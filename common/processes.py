@@ -53,7 +53,9 @@ def use_writable_home() -> None:
 
 @contextlib.contextmanager
 def main_module_hidden():
-    """Spawned children run the parent's main script again, to find functions that were defined there. Ours need none of it, and save its imports."""
+    """Spawned children run the parent's main script again, to find functions that were defined
+    there. Ours need none of it, and save its imports.
+    """
     main = sys.modules["__main__"]
     file, spec = main.__dict__.pop("__file__", None), main.__spec__
     main.__spec__ = None
@@ -87,17 +89,26 @@ def ignore_end_signals() -> None:
 
 
 def signal_when_parent_ends(number: int) -> None:
-    """Ask Linux to send this process a signal when the one that started it is gone (PR_SET_PDEATHSIG; children do not inherit it)."""
+    """Ask Linux to send this process a signal when the one that started it is gone
+    (PR_SET_PDEATHSIG; children do not inherit it).
+    """
     ctypes.CDLL(None).prctl(1, number)
 
 
 def end_with_parent() -> None:
-    """In a spawned child: end when the parent is gone, however it went, and be it before this is called."""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    """In a spawned child: end when the parent is gone, however it went, and be it before this is
+    called.
+    """
+    threading.Thread(
+        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
+    ).start()
 
 
 def kill_with_children(processes: Iterable[multiprocessing.Process]) -> None:
-    """Kill children and all below them, and wait until they are gone. Those that have ended are passed over."""
+    """Kill children and all below them, and wait until they are gone.
+
+    Those that have ended are passed over.
+    """
     below = []
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):

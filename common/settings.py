@@ -64,7 +64,9 @@ class RunSettings:
     profile: tuple[int, ...] = ()
     """Steps of which every rank writes PyTorch's profile; open it at ui.perfetto.dev."""
     eval_only: bool = False
-    """Evaluate --model, or with --resume the newest checkpoint of --name, on the held-out prompts; train, save and export nothing."""
+    """Evaluate --model, or with --resume the newest checkpoint of --name, on the held-out prompts;
+    train, save and export nothing.
+    """
 
 
 @dataclass(frozen=True)
@@ -212,8 +214,9 @@ class TrainSettings:
     offload_reference: bool = False
     """Keep the reference in CPU memory, and bring it to the GPU only for its forward pass."""
     megatron: tuple[str, ...] = ()
-    """Fields of TransformerConfig or OptimizerConfig for memory, speed, rounding and Adam, key=value
-    (TUNABLE in megatron_model.py); for instance recompute_granularity=full."""
+    """Fields of TransformerConfig or OptimizerConfig for memory, speed, rounding and Adam,
+    key=value (TUNABLE in megatron_model.py); for instance recompute_granularity=full.
+    """
 
 
 @dataclass(frozen=True)

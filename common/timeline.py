@@ -5,7 +5,9 @@ import time
 
 
 class Stopwatch:
-    """Seconds between calls of lap(), which are also kept as spans of the timeline: (stage, from, to), in seconds since the epoch."""
+    """Seconds between calls of lap(), which are also kept as spans of the timeline: (stage, from,
+    to), in seconds since the epoch.
+    """
 
     def __init__(self):
         self.started = self.last = time.time()
@@ -21,7 +23,12 @@ class Row:
     """What a part of this rank does when, as spans of the timeline; any thread may mark a change."""
 
     def __init__(self):
-        self._lock, self._spans, self._activity, self._since = threading.Lock(), [], "wait", time.time()
+        self._lock, self._spans, self._activity, self._since = (
+            threading.Lock(),
+            [],
+            "wait",
+            time.time(),
+        )
 
     def mark(self, activity: str) -> None:
         """From now on it does this."""
@@ -39,7 +46,9 @@ class Row:
 
     def _close(self) -> None:
         now = time.time()
-        short_wait = self._activity == "wait" and now - self._since < 1e-4  # hundreds of answers, judged in microseconds each, are one span
+        short_wait = (
+            self._activity == "wait" and now - self._since < 1e-4
+        )  # hundreds of answers, judged in microseconds each, are one span
         if self._spans and (short_wait or self._spans[-1][0] == self._activity):
             activity, start, _ = self._spans.pop()
             self._spans.append((activity, start, now))

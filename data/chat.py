@@ -166,7 +166,10 @@ def bounded(where: str) -> Iterator[None]:
         raise _TooLong
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    in_use = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    in_use = (
+        int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        * resource.getpagesize()
+    )
     most = in_use + TEMPLATE_BYTES
     before = signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, TEMPLATE_S)

@@ -4,9 +4,9 @@ math_rules/ says which answers are right. SymPy can compute for ever on what a m
 thread cannot be stopped, so a process judges. The limit counts the CPU time of that process only:
 waiting for a worker, and the load of other processes, change no verdict.
 
-An answer passes the limit in one of two ways. A timer raises TooHard in the worker's Python code, and
-the worker goes on with the next answer. Where one call of C delays that, the kernel ends the process
-(RLIMIT_CPU), and a new one takes its place.
+An answer passes the limit in one of two ways. A timer raises TooHard in the worker's Python code,
+and the worker goes on with the next answer. Where one call of C delays that, the kernel ends the
+process (RLIMIT_CPU), and a new one takes its place.
 """
 
 import multiprocessing
@@ -23,7 +23,12 @@ from typing import Any
 
 import psutil
 
-from common.processes import end_signals_blocked, ignore_end_signals, kill_at_exit, main_module_hidden
+from common.processes import (
+    end_signals_blocked,
+    ignore_end_signals,
+    kill_at_exit,
+    main_module_hidden,
+)
 from data import math_rules
 
 LIMIT_S = 5.0  # CPU seconds for one answer
@@ -44,8 +49,8 @@ class WorkerLost(Exception):
 def judged_in_worker(response: str, label: str) -> tuple[bool, str, bool]:
     """Return math_rules.judged() of both, and whether the answer was too hard, and wrong for that.
 
-    Any thread may call it. Raises ValueError for a label that is no mathematics, and WorkerLost where
-    two workers were killed from outside.
+    Any thread may call it. Raises ValueError for a label that is no mathematics, and WorkerLost
+    where two workers were killed from outside.
     """
     try:
         return *call_in_worker(math_rules.judged, response, label), False

@@ -1,12 +1,15 @@
-"""Prompt data -> Samples without a response: files, generated problems, mixtures of them. All of it is checked before anything is started.
+"""Prompt data -> Samples without a response: files, generated problems, mixtures of them.
+
+All of it is checked before anything is started.
 
     toy                            the toy's additions, endless                                                     what --prompts and --eval-prompts take
     FILE.jsonl, FILE.parquet       a prompt a row; endless passes over the file, each in a new order
     reasoning-gym:TASK             the problems of a task of that package, endless; see reasoning_gym_tasks.py
     any of these with :WEIGHT      in a mixture: how often it is drawn, over the sum of the weights; 1 unless given
 
-The order of prompts and what is drawn from a mixture follow from the seed, the same on every rank. prompt_files.py says what a row holds. rollout.py must be
-imported first: it prepares transformers' import.
+The order of prompts and what is drawn from a mixture follow from the seed, the same on every rank.
+prompt_files.py says what a row holds. rollout.py must be imported first: it prepares transformers'
+import.
 """
 
 import hashlib
@@ -30,11 +33,15 @@ from data.sample import Sample
 from data.tokenizer import encode, end_tokens, load_tokenizer
 from toy.task import problems
 
-ENGINE_KEEPS = 2  # positions of a model's context that SGLang does not use: it would cut such an answer short
-PROBE = 64  # so many problems of a generated source are looked at before the start, for their lengths
+ENGINE_KEEPS = (
+    2  # positions of a model's context that SGLang does not use: it would cut such an answer short
+)
+PROBE = (
+    64  # so many problems of a generated source are looked at before the start, for their lengths
+)
 
 
-# --- sources --------------------------------------------------------------------------------------------------------------------------------
+# --- sources ------------------------------------------------------------------------------------
 
 
 def shuffled(samples: list[Sample], *, seed: int) -> Iterator[Sample]:
@@ -45,11 +52,14 @@ def shuffled(samples: list[Sample], *, seed: int) -> Iterator[Sample]:
             yield samples[i]
 
 
-# --- generated problems -----------------------------------------------------------------------------------------------------------------------
+# --- generated problems -------------------------------------------------------------------------
 
 
-def generated(rows: Iterator[dict], tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, name: str) -> Iterator[Sample]:
-    """Endless problems, rows with a prompt, a label and perhaps notes, as samples without a response.
+def generated(
+    rows: Iterator[dict], tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, name: str
+) -> Iterator[Sample]:
+    """Endless problems, rows with a prompt, a label and perhaps notes, as samples without a
+    response.
 
     Raises BadInput if one of the first PROBE cannot be a prompt; a later one is passed over.
     """
@@ -63,18 +73,29 @@ def generated(rows: Iterator[dict], tokenizer: PreTrainedTokenizerBase, settings
         yield Sample(ids, text, row["label"], group, source=name, notes=row.get("notes", {}))
 
 
-def toy_prompts(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, seed: int, held_out: bool) -> Iterator[Sample]:
+def toy_prompts(
+    tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, seed: int, held_out: bool
+) -> Iterator[Sample]:
     """Endless problems of the toy task."""
     return generated(problems(seed=seed, held_out=held_out), tokenizer, settings, name="toy")
 
 
-def fitting(stream: Iterator[Sample], *, name: str, max_prompt_tokens: int) -> tuple[Iterator[Sample], int]:
-    """A generated stream, and the length of its longest prompt: of the first PROBE that is; later prompts that are longer are passed over."""
+def fitting(
+    stream: Iterator[Sample], *, name: str, max_prompt_tokens: int
+) -> tuple[Iterator[Sample], int]:
+    """A generated stream, and the length of its longest prompt: of the first PROBE that is; later
+    prompts that are longer are passed over.
+    """
     first = list(islice(stream, PROBE))
     longest = max(len(sample.prompt_ids) for sample in first)
     if longest > max_prompt_tokens:
-        room = f"{max_prompt_tokens}, the model's context less --max-response-tokens, and 2 positions that SGLang keeps"
-        raise BadInput(f"a prompt of {name} has {longest} tokens, more than {room}: lower that flag")
+        room = (
+            f"{max_prompt_tokens}, the model's context less --max-response-tokens, and 2 positions"
+            " that SGLang keeps"
+        )
+        raise BadInput(
+            f"a prompt of {name} has {longest} tokens, more than {room}: lower that flag"
+        )
     return (sample for sample in chain(first, stream) if len(sample.prompt_ids) <= longest), longest
 
 
@@ -88,20 +109,24 @@ def open_generated(
     is_eval: bool,
     room: float,
 ) -> tuple[Iterator[Sample], int, list]:
-    """Return endless problems, the length of the longest prompt, and what the checksum is of: the first."""
+    """Return endless problems, the length of the longest prompt, and what the checksum is of: the
+    first.
+    """
     if tokenizer is None:
         return iter(()), 0, []
     if given == "toy":
         stream = toy_prompts(tokenizer, settings, seed=0 if is_eval else seed, held_out=is_eval)
     else:
-        rows = reasoning_gym_tasks.problems(given.removeprefix(GYM), seed="held-out" if is_eval else seed)
+        rows = reasoning_gym_tasks.problems(
+            given.removeprefix(GYM), seed="held-out" if is_eval else seed
+        )
         stream = generated(rows, tokenizer, settings, name=name)
     stream, length = fitting(stream, name=name, max_prompt_tokens=room)
     first = list(islice(stream, PROBE))
     return chain(first, stream), length, [given, *first]
 
 
-# --- what a run generates from ----------------------------------------------------------------------------------------------------------------
+# --- what a run generates from ------------------------------------------------------------------
 
 
 @dataclass
@@ -118,7 +143,9 @@ class Data:
     """Prompt and response tokens of the longest possible sample."""
     seed: int
     digest: dict[str, str] = field(default_factory=dict)
-    """Checksum of what was read from each source of --prompts, by its place there: "1", "2", …; wherever the file is."""
+    """Checksum of what was read from each source of --prompts, by its place there: "1", "2", …;
+    wherever the file is.
+    """
 
 
 @all_problems
@@ -141,7 +168,8 @@ def load_data(
     """Load tokenizer and prompts, all checked. Raises BadInput.
 
     config: None where it could not be read; the form of files is checked all the same.
-    label_problems: for each of a file's labels "", or a phrase such as "is null, and --reward math needs one".
+    label_problems: for each of a file's labels "", or a phrase such as "is null, and --reward math
+    needs one".
     """
     found = Problems()
     tokenizer = None if config is None else found.of(load_tokenizer, model_folder)
@@ -152,15 +180,26 @@ def load_data(
     tokens = {} if tokenizer is None else tokenizer.get_vocab()  # may have gaps
     size = max(tokens.values(), default=-1) + 1
     if tokenizer is not None and size > config["vocab_size"]:
-        yield f"{model_folder}: the tokenizer has {size} tokens, the model {config['vocab_size']}: they do not belong together"
-    room = math.inf if config is None else config["max_position_embeddings"] - ENGINE_KEEPS - settings.max_response_tokens
+        yield (
+            f"{model_folder}: the tokenizer has {size} tokens, the model {config['vocab_size']}:"
+            " they do not belong together"
+        )
+    room = (
+        math.inf
+        if config is None
+        else config["max_position_embeddings"] - ENGINE_KEEPS - settings.max_response_tokens
+    )
     streams, held_out, longest, digest, marked = [], [], 0, {}, set()
 
     def opened(given: str, name: str, *, is_eval: bool) -> tuple[Iterator[Sample], int, list]:
         if is_generated(given):
-            return open_generated(given, name, tokenizer, settings, seed=seed, is_eval=is_eval, room=room)
+            return open_generated(
+                given, name, tokenizer, settings, seed=seed, is_eval=is_eval, room=room
+            )
         labels = dict(label_problems=label_problems, marked=marked)
-        samples = read_prompts(given, tokenizer, settings, name=name, max_prompt_tokens=room, **labels)
+        samples = read_prompts(
+            given, tokenizer, settings, name=name, max_prompt_tokens=room, **labels
+        )
         stream = iter(samples) if is_eval else shuffled(samples, seed=seed)
         return stream, max(len(sample.prompt_ids) for sample in samples), samples
 
@@ -172,32 +211,51 @@ def load_data(
     own = [given for given in sources if is_generated(given)]
     for given, name in names(list(settings.eval_prompts) or own).items():
         prompts, length, _ = found.of(opened, given, name, is_eval=True) or (iter(()), 0, [])
-        held_out, longest = [*held_out, *islice(prompts, settings.eval_samples)], max(longest, length)
+        held_out, longest = (
+            [*held_out, *islice(prompts, settings.eval_samples)],
+            max(longest, length),
+        )
     if settings.label_after and not marked and not found.found:
-        yield f"--label-after {settings.label_after!r}: no label of any file holds it, so nothing would be cut: mend it or leave it out"
+        yield (
+            f"--label-after {settings.label_after!r}: no label of any file holds it, so nothing"
+            " would be cut: mend it or leave it out"
+        )
     held_out = [replace(sample, group=group) for group, sample in enumerate(held_out)]
-    end_ids = None if tokenizer is None else found.of(end_tokens, model_folder, tokenizer, settings.stop)
+    end_ids = (
+        None if tokenizer is None else found.of(end_tokens, model_folder, tokenizer, settings.stop)
+    )
     yield from found.found
     stream = mixture(streams, list(sources.values()), seed=seed)
-    return Data(tokenizer, stream, held_out, end_ids, longest + settings.max_response_tokens, seed, digest)
+    return Data(
+        tokenizer, stream, held_out, end_ids, longest + settings.max_response_tokens, seed, digest
+    )
 
 
 def checksum(weight: float, read: Iterable[str | Sample]) -> str:
     """Return a short checksum of a source: its weight, and all that was read from it but its place."""
     digest = hashlib.blake2b(repr(weight).encode(), digest_size=8)
     for part in read:
-        plain = part if isinstance(part, str) else [part.prompt_ids, part.prompt, part.label, part.metadata]
+        plain = (
+            part
+            if isinstance(part, str)
+            else [part.prompt_ids, part.prompt, part.label, part.metadata]
+        )
         digest.update(orjson.dumps(plain) + b"\n")
     return digest.hexdigest()
 
 
 def names(sources: list[str]) -> dict[str, str]:
-    """{"toy": "toy", "a/gsm8k/train.parquet": "gsm8k/train", "a/math/train.parquet": "math/train"}: short names that tell the sources apart.
+    """{"toy": "toy", "a/gsm8k/train.parquet": "gsm8k/train", "a/math/train.parquet": "math/train"}:
+    short names that tell the sources apart.
 
     Bytes of a path that are no UTF-8 are written out, as a sample's source must fit in JSON.
     """
-    printable = {source: os.fsencode(source).decode("utf-8", "backslashreplace") for source in sources}
-    paths = {source: Path(text.replace(GYM, "reasoning-gym/")) for source, text in printable.items()}
+    printable = {
+        source: os.fsencode(source).decode("utf-8", "backslashreplace") for source in sources
+    }
+    paths = {
+        source: Path(text.replace(GYM, "reasoning-gym/")) for source, text in printable.items()
+    }
     parts = {source: (*path.parent.parts, path.stem) for source, path in paths.items()}
     for n in range(1, max(map(len, parts.values()), default=0) + 1):
         short = {source: "/".join(parts[source][-n:]) for source in sources}
@@ -206,8 +264,12 @@ def names(sources: list[str]) -> dict[str, str]:
     return printable
 
 
-def mixture(streams: list[Iterator[Sample]], weights: list[float], *, seed: int) -> Iterator[Sample]:
-    """Prompts of all streams, each drawn with its weight, numbered in the order in which they are drawn."""
+def mixture(
+    streams: list[Iterator[Sample]], weights: list[float], *, seed: int
+) -> Iterator[Sample]:
+    """Prompts of all streams, each drawn with its weight, numbered in the order in which they are
+    drawn.
+    """
     rng = random.Random(f"mixture {seed}")
     for group in count():
         yield replace(next(rng.choices(streams, weights)[0]), group=group)

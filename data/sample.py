@@ -20,7 +20,9 @@ class Sample:
     prompt: str = ""
     label: Any = None
     group: int = -1
-    """The prompt's number in the run's prompt stream: the samples of one group answer the same prompt."""
+    """The prompt's number in the run's prompt stream: the samples of one group answer the same
+    prompt.
+    """
     index: int = 0
     """Place in its group; (group, index) names a sample."""
     response_ids: list[int] = field(default_factory=list)
@@ -28,20 +30,29 @@ class Sample:
     rollout_logprobs: list[float] = field(default_factory=list)
     """Per response token, by the engine, at the sampling temperature."""
     loss_mask: list[int] = field(default_factory=list)
-    """Per response token: 1 if the policy sampled it, 0 if it came from elsewhere (a tool's output)."""
+    """Per response token: 1 if the policy sampled it, 0 if it came from elsewhere (a tool's
+    output).
+    """
     weight_versions: list[int] = field(default_factory=list)
     """Per response token: the version of the weights that sampled it."""
     finish_reason: str = ""
-    """stop, length or abort; or what became of a sample that is not trained, rollout.DROPPED or REPLACED."""
+    """stop, length or abort; or what became of a sample that is not trained, rollout.DROPPED or
+    REPLACED.
+    """
     reward: float | None = None
     old_logprobs: Sequence[float] = field(default_factory=list)
-    """Per response token, by the trainer before it learns from the batch; empty where the batch has one update only, which starts from them."""
+    """Per response token, by the trainer before it learns from the batch; empty where the batch has
+    one update only, which starts from them.
+    """
     ref_logprobs: Sequence[float] = field(default_factory=list)
     """Per response token, by the frozen reference, where there is one."""
     advantages: Sequence[float] = field(default_factory=list)
     """Per response token."""
     metadata: dict = field(default_factory=dict)
-    """The row's own object of that name, as it was read. The program never writes to it: what it has to say goes to the fields below."""
+    """The row's own object of that name, as it was read.
+
+    The program never writes to it: what it has to say goes to the fields below.
+    """
     source: str = ""
     """Short name of what the prompt is from: a file, or a generator."""
     answer: str | None = None
@@ -49,7 +60,9 @@ class Sample:
     error: str = ""
     """Why the sample has no reward, or why the engine aborted it."""
     notes: dict = field(default_factory=dict)
-    """What generators, rollouts and reward functions leave for one another: the problem of reasoning-gym, the calls of a tool."""
+    """What generators, rollouts and reward functions leave for one another: the problem of
+    reasoning-gym, the calls of a tool.
+    """
 
     def to_json(self) -> bytes:
         return orjson.dumps(self, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
@@ -60,7 +73,9 @@ class Sample:
 
 
 def read_dump(path: str | Path, *, vocab_size: int | None = None) -> list[Sample]:
-    """Read a step's samples as --save-rollouts writes them. Raises BadInput naming file, line and field.
+    """Read a step's samples as --save-rollouts writes them.
+
+    Raises BadInput naming file, line and field.
 
     vocab_size: of the model that is to train on them; None leaves the range of the ids unchecked.
     """
@@ -75,10 +90,14 @@ def read_dump(path: str | Path, *, vocab_size: int | None = None) -> list[Sample
         try:
             row = orjson.loads(line)
         except ValueError as error:
-            raise BadInput(f"{path} line {number} is not JSON ({error}): a dump has a sample a line") from error
+            raise BadInput(
+                f"{path} line {number} is not JSON ({error}): a dump has a sample a line"
+            ) from error
         problem = next(_dump_problems(row, vocab_size), None)
         if problem:
-            raise BadInput(f"{path} line {number}: {problem}; give a folder that --save-rollouts wrote")
+            raise BadInput(
+                f"{path} line {number}: {problem}; give a folder that --save-rollouts wrote"
+            )
         samples.append(Sample(**row))
     if not samples:
         raise BadInput(f"{path} holds no samples; give a folder that --save-rollouts wrote")
@@ -105,7 +124,9 @@ def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
     for name in ("prompt_ids", "response_ids"):
         for token in row[name]:
             if token < 0 or (vocab_size is not None and token >= vocab_size):
-                limit = "" if vocab_size is None else f" and below the model's vocabulary, {vocab_size}"
+                limit = (
+                    "" if vocab_size is None else f" and below the model's vocabulary, {vocab_size}"
+                )
                 yield f"{name} holds {token}; a token id must be at least 0{limit}"
     if any(value not in (0, 1) for value in row["loss_mask"]):
         yield "loss_mask holds another value than 0 and 1"
@@ -115,7 +136,9 @@ def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
         yield f"its lists differ in length, and each has one value a response token: {shown}"
     for name in ("old_logprobs", "ref_logprobs", "advantages"):
         if len(row[name]) not in (0, len(row["response_ids"])):
-            yield f"{name} has {len(row[name])} values for {len(row['response_ids'])} response tokens"
+            yield (
+                f"{name} has {len(row[name])} values for {len(row['response_ids'])} response tokens"
+            )
     kinds = dict(prompt=str, response=str, source=str, error=str, finish_reason=str, group=int)
     kinds |= dict(index=int, metadata=dict, notes=dict)
     kinds |= dict(reward=(int, float, type(None)), answer=(str, type(None)))

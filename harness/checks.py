@@ -15,7 +15,18 @@ from dataclasses import fields
 from common import process_groups
 from common.errors import BadInput, Problems, all_problems, file_problem, model_problem
 from common.overrides import parse_overrides
-from common.settings import GYM, InFlightSettings, PlanSettings, RewardSettings, RolloutSettings, RunSettings, SyncSettings, TrainSettings, is_generated, weighted
+from common.settings import (
+    GYM,
+    InFlightSettings,
+    PlanSettings,
+    RewardSettings,
+    RolloutSettings,
+    RunSettings,
+    SyncSettings,
+    TrainSettings,
+    is_generated,
+    weighted,
+)
 from harness.run_folder import name_problems, rollouts_file
 from losses import LossSettings, check_loss_settings
 

@@ -15,8 +15,6 @@ from common import process_groups
 from common.errors import RANK_0_SPEAKS_WITHIN_S, BadInput, EngineDied, ExportError, engine_died
 from common.processes import signal_when_parent_ends
 
-
-
 # The signals that asked this rank to stop. No Event: a second signal, while the handler of the
 # first holds its lock, would wait for that lock for ever.
 told_to_stop: list[int] = []
@@ -37,7 +35,10 @@ def run_main(main: Callable[[], None]) -> None:
     themselves.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # an answer may hold what the console's encoding has not; to print it must not end the run
+        stream.reconfigure(
+            errors="backslashreplace"
+            # An answer may hold what the console's encoding has not; to print it must not end the run
+        )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -68,18 +69,24 @@ def _call(main: Callable[[], None]) -> None:
         if dist.is_initialized():  # not after --plan
             dist.destroy_process_group()
     except BadInput as error:
-        # All ranks usually see the same mistake. Rank 0 says it at once; torchrun then ends the others while they wait.
+        # All ranks usually see the same mistake. Rank 0 says it at once; torchrun then ends the
+        # others while they wait.
         if os.environ.get("RANK", "0") == "0" or not _told_within(RANK_0_SPEAKS_WITHIN_S):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except (EngineDied, ExportError) as error:
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
+        print(
+            "\n".join([f"error: {error}", *getattr(error, "__notes__", [])]),
+            file=sys.stderr,
+            flush=True,
+        )
         sys.exit(1)
     except RuntimeError as error:
         if not (explained := process_groups.explain(error)):
             raise
         print(f"error: {explained}", file=sys.stderr, flush=True)
-        # A rank that is gone is the cause, and torchrun must see it first: it then ends this rank while it waits.
+        # A rank that is gone is the cause, and torchrun must see it first: it then ends this rank
+        # while it waits.
         if "by peer" in str(error) and _told_within(2 if told_to_stop else 20):
             sys.exit(1)
         raise

@@ -1,4 +1,7 @@
-"""Trained weights -> Hugging Face folders. Writing gathers as the hand-off does, bucket by bucket; the first rank writes."""
+"""Trained weights -> Hugging Face folders.
+
+Writing gathers as the hand-off does, bucket by bucket; the first rank writes.
+"""
 
 import contextlib
 import json
@@ -42,21 +45,26 @@ def export_all(weights: Weights, targets: dict[str, Path], *, source: str | Path
 
 
 def export_hf(weights: Weights, target: Path, *, source: str | Path, dtype: str) -> None:
-    """Write the weights as a Hugging Face folder that transformers (bf16) or SGLang (bf16, fp8) loads. Collective; the first rank writes.
+    """Write the weights as a Hugging Face folder that transformers (bf16) or SGLang (bf16, fp8)
+    loads. Collective; the first rank writes.
 
-    dtype: "bf16", or "fp8" for block-scaled e4m3 with quantization_config in config.json. Config, tokenizer and templates are copied from source.
-    The weights stand in files named *.part until all are there.
-    Until then an older export in target stays whole. config.json comes last and marks a whole one.
-    A file that cannot be copied does not keep the others from being written.
+    dtype: "bf16", or "fp8" for block-scaled e4m3 with quantization_config in config.json. Config,
+    tokenizer and templates are copied from source. The weights stand in files named *.part until
+    all are there. Until then an older export in target stays whole. config.json comes last and
+    marks a whole one. A file that cannot be copied does not keep the others from being written.
     Raises ExportError at the end, on the first rank.
     """
     check_export_target(target, source)
     fp8 = fp8_weights(weights.config, rollout_dtype=dtype, engine_tp=1)
     writer = _Writer(Path(target)) if dist.get_rank() == 0 else None
-    for name, tensor in (pair for bucket in trainer_buckets(weights, quantize=False) for pair in bucket):
+    for name, tensor in (
+        pair for bucket in trainer_buckets(weights, quantize=False) for pair in bucket
+    ):
         if writer is None:
             continue  # the walk is collective: every rank goes to its end
-        tensor = tensor if name.endswith("e_score_correction_bias") else tensor.to(torch.bfloat16)  # the router's choice is made in fp32
+        tensor = (
+            tensor if name.endswith("e_score_correction_bias") else tensor.to(torch.bfloat16)
+        )  # the router's choice is made in fp32
         for named, value in quantize_named(name, tensor) if name in fp8 else [(name, tensor)]:
             writer.add(named, value)
     if writer is None:
@@ -132,7 +140,11 @@ class _Writer:
             path.unlink(missing_ok=True)
         index = {"metadata": {"total_size": sum(size for *_, size in self.files)}, "weight_map": {}}
         for i, (path, names, _) in enumerate(self.files):
-            final = f"model-{i + 1:05d}-of-{len(self.files):05d}.safetensors" if len(self.files) > 1 else "model.safetensors"
+            final = (
+                f"model-{i + 1:05d}-of-{len(self.files):05d}.safetensors"
+                if len(self.files) > 1
+                else "model.safetensors"
+            )
             path.rename(self.target / final)
             index["weight_map"].update(dict.fromkeys(names, final))
         if len(self.files) > 1:

@@ -31,9 +31,7 @@ MOST_USED = (
     "max_response_tokens", "lr", "tp", "name",
 )  # fmt: skip
 # What torchrun sets. A lone rank has port 0: its store takes a free one, and nobody else needs it.
-ALONE = dict(
-    RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
-)
+ALONE = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 # How other launchers say that they have started several processes.
 OTHER_LAUNCHERS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 

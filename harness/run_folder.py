@@ -117,7 +117,10 @@ def checkpoints_of(run_folder: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """Return the number in a checkpoint's name. As text, step 1,000,000 would come before step 999,999."""
+    """Return the number in a checkpoint's name.
+
+    As text, step 1,000,000 would come before step 999,999.
+    """
     return int(folder.name.removeprefix("step-"))
 
 
@@ -177,6 +180,8 @@ def has_whole_rows(folder: Path, *, size: int) -> bool:
         return True
     rows = (folder / FILES["metrics"]).read_bytes()[:size]
     try:
-        return rows.endswith(b"\n") and all(type(json.loads(row)) is dict for row in rows.split(b"\n")[:-1])
+        return rows.endswith(b"\n") and all(
+            type(json.loads(row)) is dict for row in rows.split(b"\n")[:-1]
+        )
     except (ValueError, RecursionError):
         return False

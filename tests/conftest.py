@@ -1,7 +1,7 @@
 """Shared by all tests: import paths, small models, and engines that are started once.
 
-Starting an engine costs about twenty seconds of imports, so the tests of one file share theirs (module-scoped fixtures) and so do all ranks of a
-torchrun worker script in tests/workers/.
+Starting an engine costs about twenty seconds of imports, so the tests of one file share theirs
+(module-scoped fixtures) and so do all ranks of a torchrun worker script in tests/workers/.
 """
 
 import contextlib
@@ -38,24 +38,53 @@ FAMILIES = {
     "qwen2": (transformers.Qwen2Config, dict(tie_word_embeddings=True)),
     "qwen3_moe": (
         transformers.Qwen3MoeConfig,
-        dict(head_dim=64, tie_word_embeddings=False, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256, norm_topk_prob=True),
+        dict(
+            head_dim=64,
+            tie_word_embeddings=False,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=256,
+            norm_topk_prob=True,
+        ),
     ),
     "glm4_moe": (
         transformers.Glm4MoeConfig,
         dict(
-            head_dim=64, tie_word_embeddings=False, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=256, n_shared_experts=1,
-            first_k_dense_replace=1, routed_scaling_factor=1.7, norm_topk_prob=True, n_group=1, topk_group=1, use_qk_norm=True, attention_bias=True,
+            head_dim=64,
+            tie_word_embeddings=False,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=256,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            routed_scaling_factor=1.7,
+            norm_topk_prob=True,
+            n_group=1,
+            topk_group=1,
+            use_qk_norm=True,
+            attention_bias=True,
         ),
     ),
-    "llama": (transformers.LlamaConfig, dict(tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 50000.0})),
+    "llama": (
+        transformers.LlamaConfig,
+        dict(
+            tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 50000.0},
+        ),
+    ),
 }
 
 
 def write_model(folder: Path, family: str, *, dtype=torch.float32, **changes) -> Path:
-    """A random model of a family as a Hugging Face folder, with the toy's tokenizer. Norms and biases are random too, so that a lost one shows."""
+    """A random model of a family as a Hugging Face folder, with the toy's tokenizer.
+
+    Norms and biases are random too, so that a lost one shows.
+    """
     config_class, fields = FAMILIES[family]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**{**SMALL, **fields, **changes}))
+    model = transformers.AutoModelForCausalLM.from_config(
+        config_class(**{**SMALL, **fields, **changes})
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
@@ -74,30 +103,58 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 
 LOOKS_LIKE_AN_ERROR = re.compile(
-    "traceback|error|exception|warning|leaked|destroyed|never awaited|terminate called|dumped|segmentation|crashed|fatal|killed",
+    "traceback|error|exception|warning|leaked|destroyed|never awaited|terminate"
+    " called|dumped|segmentation|crashed|fatal|killed",
     re.IGNORECASE,
 )
-# What torchrun, the launcher, says of a signal that it has passed on: lines of its log, and a traceback.
+# What torchrun, the launcher, says of a signal that it has passed on: lines of its log, and a
+# traceback.
 TORCHRUN_S_OWN = re.compile(
-    r"^[WE]\d{4} .*torch/distributed/elastic/.*$|^Traceback \(most recent call last\):\n(?:  .*\n)+\S+\.SignalException: .*$",
+    r"^[WE]\d{4} .*torch/distributed/elastic/.*$|^Traceback \(most recent call last\):\n(?: "
+    r" .*\n)+\S+\.SignalException: .*$",
     re.MULTILINE,
 )
 
 
 def false_alarms(output: str) -> list[str]:
-    """Return the lines of a run that look like an error. A run that ends as it was asked to has none."""
+    """Return the lines of a run that look like an error.
+
+    A run that ends as it was asked to has none.
+    """
     lines = TORCHRUN_S_OWN.sub("", output.replace("\r", "\n")).splitlines()
     return [line for line in lines if LOOKS_LIKE_AN_ERROR.search(line)]
 
 
-def torchrun(*arguments, ranks: int, timeout: int = 600, cwd: Path = ROOT, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a script under torchrun with this interpreter; standalone picks a free port. Output is captured as text.
+def torchrun(
+    *arguments, ranks: int, timeout: int = 600, cwd: Path = ROOT, check: bool = True
+) -> subprocess.CompletedProcess:
+    """Run a script under torchrun with this interpreter; standalone picks a free port.
+
+    Output is captured as text.
 
     A shipped script that ends well must not have printed what looks like an error.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout)
-    assert not check or done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        *map(str, arguments),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert not check or done.returncode == 0, (
+        f"{' '.join(command)} ended with"
+        f" {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    )
     script = next(ROOT / word for word in arguments if str(word).endswith(".py"))
     if done.returncode == 0 and "tests" not in script.relative_to(ROOT).parts:
         assert false_alarms(done.stdout + done.stderr) == []
@@ -113,23 +170,47 @@ def start_main(loop, *checks) -> None:
 
 
 def metrics_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 class Started:
-    """A long run on two ranks, in a process group of its own as a terminal gives it, waited for until rows lines of metrics are there.
+    """A long run on two ranks, in a process group of its own as a terminal gives it, waited for
+    until rows lines of metrics are there.
 
     rows=0: only until both ranks have begun to start.
     """
 
     def __init__(self, folder: Path, script: str, *flags: str, rows: int):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / script)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(ROOT / script),
+        ]
         command += ["--steps", "5000", "--name", "long", *flags]
         self.output = open(folder / "output", "w+", encoding="utf-8")
-        self.process = subprocess.Popen(command, cwd=folder, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True)
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         self.metrics = folder / "runs" / "long" / "metrics.jsonl"
         self.family = []
-        self.wait_for(lambda: self.metrics.exists() and len(self.metrics.read_text(encoding="utf-8").splitlines()) >= rows, 240)
+        self.wait_for(
+            lambda: (
+                self.metrics.exists()
+                and len(self.metrics.read_text(encoding="utf-8").splitlines()) >= rows
+            ),
+            240,
+        )
         self.family = psutil.Process(self.process.pid).children(recursive=True)
 
     def wait_for(self, condition, seconds):
@@ -139,11 +220,19 @@ class Started:
             time.sleep(0.2)
 
     def rank(self, rank: int) -> psutil.Process:
-        return next(p for p in psutil.Process(self.process.pid).children() if p.environ().get("RANK") == str(rank))
+        return next(
+            p
+            for p in psutil.Process(self.process.pid).children()
+            if p.environ().get("RANK") == str(rank)
+        )
 
     def engine(self) -> psutil.Process:
         """The scheduler process of one rank, by the title it gives itself."""
-        return next(process for process in self.family if process.cmdline()[0].startswith("sglang::scheduler"))
+        return next(
+            process
+            for process in self.family
+            if process.cmdline()[0].startswith("sglang::scheduler")
+        )
 
     def engines(self) -> list[psutil.Process]:
         """Engines that start, in the order of their ranks: what the ranks have spawned."""
@@ -155,7 +244,9 @@ class Started:
     def end(self, seconds: float) -> int:
         """Exit code; fails if the run or any process of it is still there after so many seconds."""
         code = self.process.wait(seconds)
-        _, alive = psutil.wait_procs(self.family, timeout=30)  # a child that was just importing notices after its imports
+        _, alive = psutil.wait_procs(
+            self.family, timeout=30
+        )  # a child that was just importing notices after its imports
         assert not alive, [process.cmdline() for process in alive]
         return code
 
@@ -185,7 +276,9 @@ def start_loop(tmp_path):
 @pytest.fixture(scope="session")
 def one_rank():
     """A default process group of one rank in the test process itself, as torchrun would make it."""
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+    )
     store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
     os.environ["MASTER_PORT"] = str(store.port)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

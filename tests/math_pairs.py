@@ -1,4 +1,6 @@
-r"""What the mathematical reward must say: (response, label, whether it is right), by kind. test_math_judge.py judges them all."""
+r"""What the mathematical reward must say: (response, label, whether it is right), by kind.
+test_math_judge.py judges them all.
+"""
 
 PAIRS = {
     "boxes": [

@@ -39,7 +39,9 @@ def test_the_script_answers_each_prompt_on_a_line(tmp_path):
     prompts = ["123+456=", "200+008="]
     done = python(ROOT / "examples" / "answer.py", ROOT / "toy", *prompts, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert [len(line) for line in done.stdout.splitlines()] == [3, 3] and done.stdout.startswith("975")
+    assert [len(line) for line in done.stdout.splitlines()] == [3, 3] and done.stdout.startswith(
+        "975"
+    )
 
 
 @pytest.mark.parametrize("words, message", [
@@ -55,7 +57,9 @@ def test_what_cannot_be_answered_is_refused(words, message, tmp_path, monkeypatc
     shutil.copytree(ROOT / "toy", tmp_path / "toy")
     shutil.copytree(ROOT / "toy", tmp_path / "run" / "model-bf16")
     (tmp_path / "quantized").mkdir()
-    (tmp_path / "quantized" / "config.json").write_text('{"quantization_config": {}}', encoding="utf-8")
+    (tmp_path / "quantized" / "config.json").write_text(
+        '{"quantization_config": {}}', encoding="utf-8"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["answer.py", *words])
     with pytest.raises(SystemExit) as ended:

@@ -72,15 +72,21 @@ def write_dumps(folder, *versions: int, answers: int = 4) -> None:
     folder.mkdir()
     for step, version in enumerate(versions, start=1):
         fields = dict(response_ids=[5], rollout_logprobs=[-1.0], loss_mask=[1])
-        samples = [Sample([4], weight_versions=[version], reward=1.0, **fields) for _ in range(answers)]
+        samples = [
+            Sample([4], weight_versions=[version], reward=1.0, **fields) for _ in range(answers)
+        ]
         lines = b"\n".join(sample.to_json() for sample in samples)
-        (folder / f"step-{step:06d}.jsonl").write_bytes(lines + b"\n\n")  # a blank line is no sample
+        (folder / f"step-{step:06d}.jsonl").write_bytes(
+            lines + b"\n\n"
+        )  # a blank line is no sample
 
 
 def test_dumps_older_than_the_bound_are_refused(start, tmp_path):
     write_dumps(tmp_path / "dumps", 0, 1, 0)
     flags = ["--load-rollouts", tmp_path / "dumps", "--steps", "3"]
-    with pytest.raises(BadInput, match="step-000003.jsonl has tokens 2 versions old, --max-staleness is 1"):
+    with pytest.raises(
+        BadInput, match="step-000003.jsonl has tokens 2 versions old, --max-staleness is 1"
+    ):
         start(*flags, loop=loop_async, ranks=2)
     with pytest.raises(Started):
         start(*flags, "--max-staleness", "2", loop=loop_async, ranks=2)

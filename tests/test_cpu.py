@@ -1,4 +1,6 @@
-"""cpu.py: what a processor without BF16 instructions does instead. Speed is measured by bench/; here is what decides, and that the numbers stay.
+"""cpu.py: what a processor without BF16 instructions does instead.
+
+Speed is measured by bench/; here is what decides, and that the numbers stay.
 
 Each case needs a process of its own, as cpu.py replaces torch's functions once, at its import.
 """
@@ -11,7 +13,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="cpu.py is for machines without a GPU")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="cpu.py is for machines without a GPU"
+)
 
 PROGRAM = """
 import torch
@@ -26,7 +30,12 @@ print(torch.nn.functional.linear is not stock, torch.equal(torch.nn.functional.l
 
 
 def linear_of(**supported: bool) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", PROGRAM.format(**supported)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(**supported)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
@@ -41,7 +50,7 @@ def test_without_them_products_go_through_fp32_also_where_there_is_avx512():
     assert linear_of(avx512_bf16=False, amx=False) == ["True", "True"]
 
 
-# --- imports ----------------------------------------------------------------------------------------------------------------------------------
+# --- imports ------------------------------------------------------------------------------------
 
 
 def run_python(program: str, **environment: str) -> subprocess.CompletedProcess:
@@ -52,9 +61,14 @@ def run_python(program: str, **environment: str) -> subprocess.CompletedProcess:
     return done
 
 
-@pytest.mark.parametrize("name", ["torchvision.transforms", "torchvision.transforms.v2.functional", "sgl_kernel"])
+@pytest.mark.parametrize(
+    "name", ["torchvision.transforms", "torchvision.transforms.v2.functional", "sgl_kernel"]
+)
 def test_what_is_absent_imports_and_says_so_when_it_is_called(name):
-    program = f"import backends, {name} as it\ntry: it.resize()\nexcept NotImplementedError as error: print(error)"
+    program = (
+        f"import backends, {name} as it\ntry: it.resize()\nexcept NotImplementedError as error:"
+        " print(error)"
+    )
     assert run_python(program).stdout == f"{name}.resize is not used on a machine without a GPU\n"
 
 
@@ -76,7 +90,12 @@ def test_an_engine_prints_nothing_about_the_documentation_of_models(tmp_path):
     (tmp_path / "undocumented.py").write_text(UNDOCUMENTED, encoding="utf-8")
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import undocumented"
     assert "[ERROR] `strange_name`" in run_python(f"import backends; {program}").stdout
-    assert "[ERROR]" not in run_python(f"from backends.cpu.sglang import patch_sglang; patch_sglang(); {program}").stdout
+    assert (
+        "[ERROR]"
+        not in run_python(
+            f"from backends.cpu.sglang import patch_sglang; patch_sglang(); {program}"
+        ).stdout
+    )
 
 
 def test_torch_built_for_cuda_does_not_warn_that_there_is_no_gpu(tmp_path):

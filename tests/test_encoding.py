@@ -1,7 +1,8 @@
 """Text files are UTF-8 on every machine, whatever its locale.
 
-Without an encoding Python takes the locale's, and a prompt with an é then ends a run, or reads as two other letters. The sources are read: every call that
-opens text must say which encoding it means. Not covered: what other programs write to a pipe, and consoles.
+Without an encoding Python takes the locale's, and a prompt with an é then ends a run, or reads as
+two other letters. The sources are read: every call that opens text must say which encoding it
+means. Not covered: what other programs write to a pipe, and consoles.
 """
 
 import ast
@@ -13,7 +14,9 @@ OTHER_OPENS = {"os.open", "zipfile.ZipFile.open", "Image.open", "webbrowser.open
 
 
 def opens_text(call: ast.Call) -> bool:
-    """Whether a call opens a file as text, with an encoding or without: open, Path.open, os.fdopen, read_text, write_text."""
+    """Whether a call opens a file as text, with an encoding or without: open, Path.open, os.fdopen,
+    read_text, write_text.
+    """
     name = ast.unparse(call.func).rpartition(".")[2]
     if name in ("read_text", "write_text"):
         return True

@@ -1,7 +1,8 @@
-"""A real SGLang engine beside a real Megatron trainer in one process: hand-off, read-back, and that both compute the same log-probs.
+"""A real SGLang engine beside a real Megatron trainer in one process: hand-off, read-back, and that
+both compute the same log-probs.
 
-Two engines are started for the whole file: one in fp32, where every difference is an error, and one in FP8, as runs use it. Not covered: CUDA, engine
-tensor parallelism.
+Two engines are started for the whole file: one in fp32, where every difference is an error, and one
+in FP8, as runs use it. Not covered: CUDA, engine tensor parallelism.
 """
 
 import asyncio
@@ -43,14 +44,20 @@ class Pair:
         self.config = read_config(folder)
         self.settings = RolloutSettings(rollout_dtype=rollout_dtype)
         self.data = load_data(folder, self.settings, self.config, seed=3)
-        self.trainer = train_step.build_trainer(folder, TrainSettings(train_dtype=train_dtype), self.config, steps=50, seed=1)
+        self.trainer = train_step.build_trainer(
+            folder, TrainSettings(train_dtype=train_dtype), self.config, steps=50, seed=1
+        )
         fp8 = weight_sync.fp8_weights(self.config, rollout_dtype=rollout_dtype, engine_tp=1)
-        self.weights = weight_sync.Weights(self.trainer, self.config, fp8, bucket_bytes=400_000)  # several buckets
+        self.weights = weight_sync.Weights(
+            self.trainer, self.config, fp8, bucket_bytes=400_000
+        )  # several buckets
         self.engine = rollout.start_engine(folder, self.settings, self.config, seed=1)
         self.sync()
 
     def sync(self) -> None:
-        weight_sync.sync_weights(self.weights, self.engine, version=self.engine.version + 1, check=True)
+        weight_sync.sync_weights(
+            self.weights, self.engine, version=self.engine.version + 1, check=True
+        )
 
     def generate(self, prompts: int = 16, n: int = 2, **changes) -> list[rollout.Sample]:
         settings = RolloutSettings(rollout_dtype=self.settings.rollout_dtype, **changes)
@@ -60,7 +67,12 @@ class Pair:
         """|log-prob by the trainer - by the engine| of every response token."""
         batches = train_step.local_microbatches(self.trainer, samples)
         logprobs = train_step.compute_logprobs(self.trainer, batches, temperature=temperature)
-        return np.concatenate([(ours - batch.rollout_logprobs_T)[batch.mask_T > 0].abs().numpy() for ours, batch in zip(logprobs, batches)])
+        return np.concatenate(
+            [
+                (ours - batch.rollout_logprobs_T)[batch.mask_T > 0].abs().numpy()
+                for ours, batch in zip(logprobs, batches)
+            ]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -91,45 +103,79 @@ def test_responses_end_where_they_should(exact):
     assert sum(sample.finish_reason == "stop" for sample in whole) > len(whole) * 0.9
     cut = exact.generate(max_response_tokens=2)
     assert all(len(sample.response_ids) == 2 and sample.finish_reason == "length" for sample in cut)
-    assert all(len(s.rollout_logprobs) == len(s.loss_mask) == len(s.weight_versions) == len(s.response_ids) for s in whole + cut)
+    assert all(
+        len(s.rollout_logprobs) == len(s.loss_mask) == len(s.weight_versions) == len(s.response_ids)
+        for s in whole + cut
+    )
 
 
 def test_a_prompt_may_fill_the_context_up_to_the_answer(exact):
-    """The longest prompt that load_data lets pass, and an answer that is never done, which SGLang cuts short if ENGINE_KEEPS is too small."""
-    context, answer = exact.config["max_position_embeddings"] - ENGINE_KEEPS, exact.settings.max_response_tokens
-    samples = [replace(exact.data.held_out[0], prompt_ids=[3 + i % 10 for i in range(context - answer)])]
-    sampling = [{**one, "ignore_eos": True} for one in rollout.sampling_params(exact.data, exact.settings, samples)]
-    rollout.fill(samples, exact.engine.call(exact.engine.generate([samples[0].prompt_ids], sampling)), exact.data)
+    """The longest prompt that load_data lets pass, and an answer that is never done, which SGLang
+    cuts short if ENGINE_KEEPS is too small.
+    """
+    context, answer = (
+        exact.config["max_position_embeddings"] - ENGINE_KEEPS,
+        exact.settings.max_response_tokens,
+    )
+    samples = [
+        replace(exact.data.held_out[0], prompt_ids=[3 + i % 10 for i in range(context - answer)])
+    ]
+    sampling = [
+        {**one, "ignore_eos": True}
+        for one in rollout.sampling_params(exact.data, exact.settings, samples)
+    ]
+    rollout.fill(
+        samples,
+        exact.engine.call(exact.engine.generate([samples[0].prompt_ids], sampling)),
+        exact.data,
+    )
     assert len(samples[0].response_ids) == answer and samples[0].finish_reason == "length"
     assert exact.differences(samples).max() < 1e-4
 
 
 def test_the_toy_starts_undecided(exact):
-    # Between 0.2 and 0.5 at temperature 1: most groups of 16 answers then hold right and wrong ones, and there is something to learn.
+    # Between 0.2 and 0.5 at temperature 1: most groups of 16 answers then hold right and wrong
+    # ones, and there is something to learn.
     samples = exact.generate(prompts=512, n=1)
     assert 0.2 < sum(exact_match(sample) for sample in samples) / 512 < 0.5
 
 
 def test_a_response_follows_from_its_own_seed_alone(exact):
-    """Whatever else is sampled beside it or was before: that is what makes a resumed run repeat the one that was stopped."""
+    """Whatever else is sampled beside it or was before: that is what makes a resumed run repeat the
+    one that was stopped.
+    """
     together, alone = exact.generate(prompts=8, n=2), exact.generate(prompts=3, n=2)
-    assert [sample.response_ids for sample in alone] == [sample.response_ids for sample in together[:6]]
-    assert together[0].response_ids != together[1].response_ids or together[2].response_ids != together[3].response_ids  # but samples of a group differ
+    assert [sample.response_ids for sample in alone] == [
+        sample.response_ids for sample in together[:6]
+    ]
+    assert (
+        together[0].response_ids != together[1].response_ids
+        or together[2].response_ids != together[3].response_ids
+    )  # but samples of a group differ
 
 
 def test_a_group_answers_its_prompt_in_order(exact):
     samples = exact.generate(prompts=3, n=4)
     assert [sample.group for sample in samples] == [0] * 4 + [1] * 4 + [2] * 4
-    assert all(sample.prompt_ids == exact.data.held_out[sample.group].prompt_ids for sample in samples)
+    assert all(
+        sample.prompt_ids == exact.data.held_out[sample.group].prompt_ids for sample in samples
+    )
 
 
 def test_what_a_group_begins_with_is_computed_once(exact):
     prompts = [sample.prompt_ids for sample in exact.data.held_out[:3]]
     asked = [prompts[0], prompts[1], prompts[0], prompts[2], prompts[0]]
-    outputs = exact.engine.call(exact.engine.generate(asked, {"max_new_tokens": 4}, cache="a cache of its own"))
+    outputs = exact.engine.call(
+        exact.engine.generate(asked, {"max_new_tokens": 4}, cache="a cache of its own")
+    )
     cached = [output["meta_info"]["cached_tokens"] for output in outputs]
-    alone = [cached[1], cached[3]]  # may share their beginnings with others, here the first token of every prompt
-    assert [cached[i] for i in (0, 2, 4)] == [len(prompts[0]) - 1] * 3  # the last token always is computed: its logits are what is sampled from
+    alone = [
+        cached[1],
+        cached[3],
+    ]  # may share their beginnings with others, here the first token of every prompt
+    assert [cached[i] for i in (0, 2, 4)] == [
+        len(prompts[0]) - 1
+    ] * 3  # the last token always is computed: its logits are what is sampled from
     assert max(alone) < min(map(len, prompts)) - 1
 
 
@@ -138,7 +184,9 @@ def test_new_weights_reach_the_engine(exact):
     with torch.no_grad():
         for parameter in exact.trainer.gpt.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
-    assert exact.differences(before).max() > 1e-2  # the engine's samples were drawn from the old weights
+    assert (
+        exact.differences(before).max() > 1e-2
+    )  # the engine's samples were drawn from the old weights
     exact.sync()
     after = exact.generate()
     assert exact.differences(after).max() < 1e-4  # nor is anything left in its prefix cache
@@ -147,14 +195,24 @@ def test_new_weights_reach_the_engine(exact):
 
 @pytest.mark.parametrize("reported", [True, False])
 def test_an_update_in_flight(exact, monkeypatch, reported):
-    """Requests are paused, get new weights, and go on. Each token's version names the weights that sampled it: by SGLang's spans, and counted on arrival.
+    """Requests are paused, get new weights, and go on.
 
-    In fp32 the tokens from before the update have the old weights' log-probs to 1e-4. Those after it have the new weights' within the mismatch that FP8
-    rollouts have as well, not to 1e-4: an update in flight leaves keys and values in the cache that older weights computed.
+    Each token's version names the weights that sampled it: by SGLang's spans, and counted on
+    arrival.
+
+    In fp32 the tokens from before the update have the old weights' log-probs to 1e-4. Those after
+    it have the new weights' within the mismatch that FP8 rollouts have as well, not to 1e-4: an
+    update in flight leaves keys and values in the cache that older weights computed.
     """
     monkeypatch.setattr(engine_module, "REPORTS_VERSIONS", reported)
-    engine, samples = exact.engine, [sample for prompt in exact.data.held_out[:8] for sample in rollout.copies(prompt, 2)]
-    sampling = [{**one, "max_new_tokens": 150, "ignore_eos": True} for one in rollout.sampling_params(exact.data, exact.settings, samples)]
+    engine, samples = (
+        exact.engine,
+        [sample for prompt in exact.data.held_out[:8] for sample in rollout.copies(prompt, 2)],
+    )
+    sampling = [
+        {**one, "max_new_tokens": 150, "ignore_eos": True}
+        for one in rollout.sampling_params(exact.data, exact.settings, samples)
+    ]
     before, prompts = engine.version, [sample.prompt_ids for sample in samples]
     started = time.perf_counter()
     engine.call(engine.generate(prompts, sampling))
@@ -164,17 +222,28 @@ def test_an_update_in_flight(exact, monkeypatch, reported):
     old_weights = [parameter.detach().clone() for parameter in exact.trainer.gpt.parameters()]
     with torch.no_grad():
         for parameter in exact.trainer.gpt.parameters():
-            parameter.add_(torch.randn_like(parameter) * 1e-3)  # several optimizer steps at --lr 2e-4
-    weight_sync.sync_weights(exact.weights, engine, version=before + 1, check=True)  # comparing needs no idle engine either
+            parameter.add_(
+                torch.randn_like(parameter) * 1e-3
+            )  # several optimizer steps at --lr 2e-4
+    weight_sync.sync_weights(
+        exact.weights, engine, version=before + 1, check=True
+    )  # comparing needs no idle engine either
     rollout.fill(samples, running.result(), exact.data)
     versions = np.concatenate([sample.weight_versions for sample in samples])
-    assert all(sample.weight_versions == sorted(sample.weight_versions) for sample in samples) and set(versions) == {before, before + 1}
+    assert all(
+        sample.weight_versions == sorted(sample.weight_versions) for sample in samples
+    ) and set(versions) == {before, before + 1}
     new_differences = by_sample(exact, samples)
     for parameter, old in zip(exact.trainer.gpt.parameters(), old_weights):
         parameter.data.copy_(old)
     old_differences = by_sample(exact, samples)
     early, late = versions == before, versions == before + 1
-    print(new_differences[late].mean(), old_differences[late].mean(), new_differences[early].mean(), old_differences[early].max())
+    print(
+        new_differences[late].mean(),
+        old_differences[late].mean(),
+        new_differences[early].mean(),
+        old_differences[early].max(),
+    )
     assert old_differences[early].max() < 1e-4 < new_differences[early].mean()
     assert new_differences[late].mean() < 0.05 and old_differences[late].mean() > 1e-3
     exact.sync()
@@ -202,7 +271,9 @@ def test_the_gate_finds_one_changed_value(exact):
         weight_sync.read_back(exact.weights, exact.engine)
     with torch.no_grad():
         parameter.copy_(original)
-    assert weight_sync.read_back(exact.weights, exact.engine) > 0  # comparing has not written anything
+    assert (
+        weight_sync.read_back(exact.weights, exact.engine) > 0
+    )  # comparing has not written anything
 
 
 def test_the_gate_names_a_tensor_that_is_not_handed_over(exact, monkeypatch):
@@ -243,14 +314,20 @@ def test_a_death_of_which_the_notice_is_lost_is_noticed_by_the_next_call(exact, 
 
 
 def test_fp8_engine_holds_the_quantized_weights(fp8):
-    # sync() ran the gate; here: what it compared is every byte of the engine, about one per linear weight.
+    # sync() ran the gate; here: what it compared is every byte of the engine, about one per linear
+    # weight.
     compared = weight_sync.read_back(fp8.weights, fp8.engine)
-    linear = sum(p.numel() for name, p in fp8.trainer.gpt.named_parameters() if "linear" in name and "norm" not in name)
+    linear = sum(
+        p.numel()
+        for name, p in fp8.trainer.gpt.named_parameters()
+        if "linear" in name and "norm" not in name
+    )
     assert linear < compared < linear * 1.1
 
 
 def test_fp8_gate_finds_one_flipped_code(fp8):
-    # The largest value of a block must stay, or its scale would change too: halve a value that is neither.
+    # The largest value of a block must stay, or its scale would change too: halve a value that is
+    # neither.
     parameter = fp8.trainer.gpt.decoder.layers[0].self_attention.linear_proj.weight
     original = parameter.detach().clone()
     with torch.no_grad():
@@ -269,9 +346,13 @@ def test_fp8_mismatch_is_small_but_there(fp8):
 
 
 def test_sglang_loads_the_fp8_export(fp8, tmp_path):
-    """SGLang reads the exported folder from disk, over other weights, and then holds what the hand-off would have delivered."""
+    """SGLang reads the exported folder from disk, over other weights, and then holds what the
+    hand-off would have delivered.
+    """
     hf_export.export_hf(fp8.weights, tmp_path / "fp8", source=TOY, dtype="fp8")
-    with pytest.raises(BadInput, match="quantization_config"):  # to train from, it is refused: FP8 is for inference
+    with pytest.raises(
+        BadInput, match="quantization_config"
+    ):  # to train from, it is refused: FP8 is for inference
         read_config(tmp_path / "fp8")
     originals = [parameter.detach().clone() for parameter in fp8.trainer.gpt.parameters()]
     with torch.no_grad():
@@ -283,14 +364,22 @@ def test_sglang_loads_the_fp8_export(fp8, tmp_path):
             parameter.copy_(original)
     with pytest.raises(RuntimeError, match="read-back failed"):
         weight_sync.read_back(fp8.weights, fp8.engine)
-    request = io_struct.UpdateWeightFromDiskReqInput(model_path=str(tmp_path / "fp8"), load_format="auto")
-    success, message, *_ = fp8.engine.call(fp8.engine.tokenizer_manager.update_weights_from_disk(request, None))
+    request = io_struct.UpdateWeightFromDiskReqInput(
+        model_path=str(tmp_path / "fp8"), load_format="auto"
+    )
+    success, message, *_ = fp8.engine.call(
+        fp8.engine.tokenizer_manager.update_weights_from_disk(request, None)
+    )
     assert success, message
     assert weight_sync.read_back(fp8.weights, fp8.engine) > 0
 
 
 def test_shutdown_leaves_no_process_and_no_file(fp8):
-    children = [child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(child.cmdline())]
+    children = [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "resource_tracker" not in " ".join(child.cmdline())
+    ]
     files = [file for file in fp8.engine.files if file.exists()]
     assert children and any("sglang_loads" in file.name for file in files) and len(files) > 3
     other = subprocess.Popen(["sleep", "600"])  # a judge, or W&B's service
@@ -309,24 +398,48 @@ def test_shutdown_leaves_no_task_that_python_would_complain_of_at_exit(fp8):
     assert not fp8.engine.loop.is_running() and not asyncio.all_tasks(fp8.engine.loop)
 
 
-RAGGED = dict(hidden_size=192, num_attention_heads=3, num_key_value_heads=1, head_dim=64, intermediate_size=384)
+RAGGED = dict(
+    hidden_size=192,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+    head_dim=64,
+    intermediate_size=384,
+)
 
 
-@pytest.mark.parametrize("family, shape, kept", [("llama", RAGGED, 3), ("qwen2", dict(num_attention_heads=2), 0), ("qwen3_moe", {}, 0), ("glm4_moe", {}, 0)])
+@pytest.mark.parametrize(
+    "family, shape, kept",
+    [
+        ("llama", RAGGED, 3),
+        ("qwen2", dict(num_attention_heads=2), 0),
+        ("qwen3_moe", {}, 0),
+        ("glm4_moe", {}, 0),
+    ],
+)
 def test_fp8_of_other_families(fp8, tmp_path, family, shape, kept):
-    """Llama in SmolLM2's proportions: q, k, v stay BF16 (192 and 64 rows), o and down have ragged blocks. Qwen2 with biases. Experts. The gate ran."""
+    """Llama in SmolLM2's proportions: q, k, v stay BF16 (192 and 64 rows), o and down have ragged
+    blocks. Qwen2 with biases. Experts. The gate ran.
+    """
     fp8.engine.shutdown()
     pair = Pair("bf16", "fp8", str(write_model(tmp_path, family, dtype=torch.bfloat16, **shape)))
     try:
-        assert len(pair.weights.fp8) == len(weight_sync.linear_modules(pair.config)) - kept * pair.config["num_hidden_layers"]
-        assert 1e-4 < pair.differences(pair.generate()).mean() < 0.2  # random weights are rougher than trained ones
+        assert (
+            len(pair.weights.fp8)
+            == len(weight_sync.linear_modules(pair.config))
+            - kept * pair.config["num_hidden_layers"]
+        )
+        assert (
+            1e-4 < pair.differences(pair.generate()).mean() < 0.2
+        )  # random weights are rougher than trained ones
     finally:
         pair.engine.shutdown()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe", "glm4_moe"])
 def test_logprobs_agree_in_fp32_in_every_family(fp8, models, family):
-    """After a hand-off, trainer and engine are the same model: routers, correction bias, shared experts, partial rotary, biases, norms."""
+    """After a hand-off, trainer and engine are the same model: routers, correction bias, shared
+    experts, partial rotary, biases, norms.
+    """
     fp8.engine.shutdown()
     pair = Pair("fp32", "fp32", str(models[family]))
     try:

@@ -66,7 +66,9 @@ def start(monkeypatch, tmp_path):
 @pytest.mark.parametrize("loop", ["sync", "async", "ppo"])
 def test_an_evaluation_without_held_out_prompts_is_refused(start, loop, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "1+1=", "label": "2"}\n', encoding="utf-8")
-    with pytest.raises(BadInput, match="no held-out prompts to evaluate on: give --eval-prompts FILE"):
+    with pytest.raises(
+        BadInput, match="no held-out prompts to evaluate on: give --eval-prompts FILE"
+    ):
         start(loop, "--prompts", "a.jsonl")
 
 

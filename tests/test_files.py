@@ -1,9 +1,10 @@
-"""What a user names as a file and is none, or holds no JSON that can be read: refused by name, at once.
+"""What a user names as a file and is none, or holds no JSON that can be read: refused by name, at
+once.
 
-Why: a pipe in place of config.json is waited for without end on every rank, a device is read without
-end, and 100,000 brackets end json in a RecursionError that names no file. Each place that reads a
-user's file is tried. A call that hangs fails after WAIT_S. Not covered: files that change while they
-are read, and network file systems that hang.
+Why: a pipe in place of config.json is waited for without end on every rank, a device is read
+without end, and 100,000 brackets end json in a RecursionError that names no file. Each place that
+reads a user's file is tried. A call that hangs fails after WAIT_S. Not covered: files that change
+while they are read, and network file systems that hang.
 """
 
 import os
@@ -32,7 +33,9 @@ BRACKETS = "[" * 100_000
 
 
 def refused(call, *arguments) -> str:
-    """Return the problems that a call raises as BadInput; fail if it hangs, returns, or raises else."""
+    """Return the problems that a call raises as BadInput; fail if it hangs, returns, or raises
+    else.
+    """
     told = []
 
     def run() -> None:
@@ -130,7 +133,9 @@ def test_what_is_no_file_is_refused_by_name(monkeypatch, tmp_path, name, make, k
     assert Path(name).name in problem and kind in problem
 
 
-@pytest.mark.parametrize("name", ["notes", "tokenizer.extra", "additional_chat_templates/tools.jinja"])
+@pytest.mark.parametrize(
+    "name", ["notes", "tokenizer.extra", "additional_chat_templates/tools.jinja"]
+)
 def test_a_pipe_of_any_name_in_a_model_folder_is_refused(model, name):
     (model / name).parent.mkdir(exist_ok=True)
     os.mkfifo(model / name)
@@ -162,7 +167,9 @@ def test_json_that_cannot_be_read_is_refused_by_name(monkeypatch, tmp_path, name
 @pytest.mark.parametrize("depth", [200, 300, 900, 2000])
 @pytest.mark.parametrize("field", ["prompt", "label", "metadata", "tools"])
 def test_a_row_of_any_depth_is_read_or_refused_by_line(tmp_path, field, depth):
-    """orjson reads 1,024 lists within one another and writes 254, json about as many as it may call."""
+    """orjson reads 1,024 lists within one another and writes 254, json about as many as it may
+    call.
+    """
     values = dict(prompt='"1+1="', label="2", metadata="{}", tools="[]")
     values[field] = '{"a": ' + "[" * depth + "]" * depth + "}"
     row = ", ".join(f'"{name}": {value}' for name, value in values.items())

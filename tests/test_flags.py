@@ -299,7 +299,9 @@ def test_an_empty_list_may_be_given_before_a_full_one(monkeypatch):
     assert flags.parse_settings(loop_sync.Settings, check_flags).run.export == ("fp8",)
 
 
-@pytest.mark.parametrize("rank, size", [("0", ""), ("0", "1.0"), ("5", "2"), ("-1", "2"), ("0", "0")])
+@pytest.mark.parametrize(
+    "rank, size", [("0", ""), ("0", "1.0"), ("5", "2"), ("-1", "2"), ("0", "0")]
+)
 def test_what_is_no_rank_is_refused(monkeypatch, rank, size):
     where = dict(LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="1")
     for name, value in dict(RANK=rank, WORLD_SIZE=size, **where).items():

@@ -27,8 +27,10 @@ def tanh(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_
 
 
 '''
-ENTRY = '    "tanh": PolicyLoss(tanh, None, 0.28, only={"dual_clip": (0.0,), "kl_in": ("loss",)}),\n'
-FORMULA = '''
+ENTRY = (
+    '    "tanh": PolicyLoss(tanh, None, 0.28, only={"dual_clip": (0.0,), "kl_in": ("loss",)}),\n'
+)
+FORMULA = """
 def tanh(logprobs_T, frozen_T, old_T, advantages_T, packed, *, clip_low, clip_high, dual_clip):
     log_ratios = [new - old for new, old in zip(logprobs_T, old_T)]
     loss_T = [-np.tanh(min(x, clip_high)) * a for x, a in zip(log_ratios, advantages_T)]
@@ -36,7 +38,7 @@ def tanh(logprobs_T, frozen_T, old_T, advantages_T, packed, *, clip_low, clip_hi
 
 
 POLICY_LOSSES["tanh"] = tanh
-'''
+"""
 
 
 def write_forked_losses(folder) -> None:
@@ -44,7 +46,10 @@ def write_forked_losses(folder) -> None:
     table = "POLICY_LOSSES = {\n"
     before, rest = text.split(table)
     head, tail = before.rsplit("@dataclass(frozen=True)\nclass PolicyLoss", 1)
-    text = f"{head}{FUNCTION.lstrip()}@dataclass(frozen=True)\nclass PolicyLoss{tail}{table}{ENTRY}{rest}"
+    text = (
+        f"{head}{FUNCTION.lstrip()}@dataclass(frozen=True)\nclass"
+        f" PolicyLoss{tail}{table}{ENTRY}{rest}"
+    )
     (folder / "losses.py").write_text(text, encoding="utf-8")
 
 
@@ -126,4 +131,7 @@ def test_the_oracles_tests_take_it_from_its_entry(tmp_path):
 def test_without_an_oracle_it_is_refused(tmp_path):
     shutil.copytree(ROOT / "tests" / "oracle", tmp_path / "oracle")
     printed = oracle_tests(tmp_path)
-    assert "FAILED oracle/test_algorithms.py::test_every_algorithm_has_an_oracle[policy losses]" in printed
+    assert (
+        "FAILED oracle/test_algorithms.py::test_every_algorithm_has_an_oracle[policy losses]"
+        in printed
+    )

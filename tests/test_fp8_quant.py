@@ -1,7 +1,8 @@
 """fp8_quant.py: the arithmetic that the hand-off's byte-exactness is defined by.
 
-Checked by hand-computable cases, by an independent scalar implementation of e4m3 rounding in float64, and by properties. The GPU kernel is
-compared with it bit for bit, without a GPU in Triton's interpreter.
+Checked by hand-computable cases, by an independent scalar implementation of e4m3 rounding in
+float64, and by properties. The GPU kernel is compared with it bit for bit, without a GPU in
+Triton's interpreter.
 """
 
 import math
@@ -19,12 +20,16 @@ from fp8_quant import BLOCK, dequantize_blockwise, quantize_blockwise
 
 
 def round_e4m3(x: float) -> float:
-    """Nearest e4m3 value, ties to even: 3 mantissa bits, exponents from -6, subnormal step 2^-9, largest 448. Written from the format's definition."""
+    """Nearest e4m3 value, ties to even: 3 mantissa bits, exponents from -6, subnormal step 2^-9,
+    largest 448. Written from the format's definition.
+    """
     if x == 0:
         return 0.0
     exponent = max(math.floor(math.log2(abs(x))), -6)
     step = 2.0 ** (exponent - 3)
-    return math.copysign(min(round(abs(x) / step) * step, 448.0), x)  # Python's round is half to even
+    return math.copysign(
+        min(round(abs(x) / step) * step, 448.0), x
+    )  # Python's round is half to even
 
 
 def assert_same(got, expected) -> None:
@@ -34,13 +39,18 @@ def assert_same(got, expected) -> None:
 
 
 def test_a_block_by_hand():
-    # amax 896 -> scale 2. 896/2 = 448; 1/2 = 0.5; 3.1/2 = 1.55 -> between 1.5 and 1.625, nearer to 1.5.
+    # amax 896 -> scale 2. 896/2 = 448; 1/2 = 0.5; 3.1/2 = 1.55 -> between 1.5 and 1.625, nearer to
+    # 1.5.
     weight = torch.zeros(BLOCK, BLOCK)
     weight[0, :3] = torch.tensor([896.0, 1.0, 3.1])
     codes, scale_inv = quantize_blockwise(weight)
     assert scale_inv.tolist() == [[2.0]]
     assert codes[0, :4].float().tolist() == [448.0, 0.5, 1.5, 0.0]
-    assert dequantize_blockwise(codes, scale_inv, dtype=torch.float32)[0, :3].tolist() == [896.0, 1.0, 3.0]
+    assert dequantize_blockwise(codes, scale_inv, dtype=torch.float32)[0, :3].tolist() == [
+        896.0,
+        1.0,
+        3.0,
+    ]
 
 
 # The last three are cut into slabs: of several rows of blocks, with ragged edges, and with one row
@@ -52,7 +62,8 @@ SHAPES += [(1024, 768), (900, 530), (130, 4100)]
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale_format", ["fp32", "ue8m0"])
 def test_agrees_with_a_scalar_implementation(shape, scale_format):
-    # Ragged shapes have smaller blocks at the lower and right edge; the scale there sees only real elements.
+    # Ragged shapes have smaller blocks at the lower and right edge; the scale there sees only real
+    # elements.
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.05
     codes, scale_inv = quantize_blockwise(weight, scale_format=scale_format)
     w = weight.numpy()
@@ -63,7 +74,11 @@ def test_agrees_with_a_scalar_implementation(shape, scale_format):
             if scale_format == "ue8m0":
                 scale = np.float32(2.0 ** math.ceil(math.log2(float(scale))))
             assert scale_inv[n // BLOCK, k // BLOCK].item() == scale
-            for i, j in [(0, 0), (block.shape[0] - 1, block.shape[1] - 1), (block.shape[0] // 2, block.shape[1] // 3)]:
+            for i, j in [
+                (0, 0),
+                (block.shape[0] - 1, block.shape[1] - 1),
+                (block.shape[0] // 2, block.shape[1] // 3),
+            ]:
                 assert codes[n + i, k + j].float().item() == round_e4m3(float(block[i, j] / scale))
 
 
@@ -101,20 +116,31 @@ def test_rms_error_is_that_of_three_mantissa_bits():
 
 
 def test_quantizing_what_was_quantized_changes_nothing():
-    codes, scale_inv = quantize_blockwise(torch.randn(256, 256, generator=torch.Generator().manual_seed(2)))
-    again, scale_again = quantize_blockwise(dequantize_blockwise(codes, scale_inv, dtype=torch.float32))
-    assert torch.equal(codes.view(torch.uint8), again.view(torch.uint8)) and torch.allclose(scale_inv, scale_again, rtol=1e-6)
+    codes, scale_inv = quantize_blockwise(
+        torch.randn(256, 256, generator=torch.Generator().manual_seed(2))
+    )
+    again, scale_again = quantize_blockwise(
+        dequantize_blockwise(codes, scale_inv, dtype=torch.float32)
+    )
+    assert torch.equal(codes.view(torch.uint8), again.view(torch.uint8)) and torch.allclose(
+        scale_inv, scale_again, rtol=1e-6
+    )
 
 
 def test_shards_cut_at_blocks_quantize_alone():
-    # The reason the hand-off may quantize before it gathers: cut at a multiple of 128, no block sees another shard.
+    # The reason the hand-off may quantize before it gathers: cut at a multiple of 128, no block
+    # sees another shard.
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(3))
     whole, whole_scale = quantize_blockwise(weight)
     for dim in (0, 1):
         parts = [quantize_blockwise(part) for part in weight.chunk(2, dim)]
-        assert torch.equal(torch.cat([codes.view(torch.uint8) for codes, _ in parts], dim), whole.view(torch.uint8))
+        assert torch.equal(
+            torch.cat([codes.view(torch.uint8) for codes, _ in parts], dim), whole.view(torch.uint8)
+        )
         assert torch.equal(torch.cat([scale for _, scale in parts], dim), whole_scale)
-    cut = torch.cat([quantize_blockwise(part)[0].view(torch.uint8) for part in weight.split([64, 192])])
+    cut = torch.cat(
+        [quantize_blockwise(part)[0].view(torch.uint8) for part in weight.split([64, 192])]
+    )
     assert not torch.equal(cut, whole.view(torch.uint8))  # cut inside a block, the bytes differ
 
 
@@ -221,15 +247,21 @@ def test_rounding_without_conversion_is_the_formats_own():
     exact = codes[codes.isfinite()].sort().values
     halfway = (exact[1:] + exact[:-1]) / 2  # ties, and what lies just beside them
     up, down = (torch.nextafter(halfway, torch.tensor(float(sign))) for sign in (1000, -1000))
-    noise = torch.randn(100_000, generator=torch.Generator().manual_seed(1)).mul(100).clamp(-448, 448)
+    noise = (
+        torch.randn(100_000, generator=torch.Generator().manual_seed(1)).mul(100).clamp(-448, 448)
+    )
     x = torch.cat([exact, halfway, up, down, noise, noise / 1000, noise / 1e6, noise / 1e30])
     assert torch.equal(cpu_sglang.round_to_e4m3(x), x.to(torch.float8_e4m3fn).float())
 
 
 def test_the_gpu_kernel_has_the_same_bits():
-    """On a GPU where there is one; else in Triton's interpreter, which has to be asked for before the first import of Triton: in a process of its own."""
+    """On a GPU where there is one; else in Triton's interpreter, which has to be asked for before
+    the first import of Triton: in a process of its own.
+    """
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     command = [sys.executable, ROOT / "tests" / "workers" / "kernel_bits.py"]
-    done = subprocess.run(command, env={**os.environ, **interpreted}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, **interpreted}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["10", "cases", "equal"]

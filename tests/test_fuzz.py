@@ -1,7 +1,10 @@
-"""Generated bad input: flags, prompt files, model configs, checkpoints. Each is refused with a message before anything is started, none with a traceback.
+"""Generated bad input: flags, prompt files, model configs, checkpoints.
 
-All of it goes through the loop's own main() in this process, up to the point where process groups would be started; what reaches that point was no bad input.
-The exit codes that run_main makes of these errors are tested in test_loop_sync.py.
+Each is refused with a message before anything is started, none with a traceback.
+
+All of it goes through the loop's own main() in this process, up to the point where process groups
+would be started; what reaches that point was no bad input. The exit codes that run_main makes of
+these errors are tested in test_loop_sync.py.
 """
 
 import contextlib
@@ -22,8 +25,46 @@ from conftest import ROOT, start_main
 from common import distributed, errors
 from harness import checkpoint
 
-ODD = ["-1", "0", "-0.5", "1e9", "nan", "inf", "x", "", "3.7", "99999999999999999999", "None", "true", "[1]", "a=b", "--", "\x00", "é" * 300]
-VALUES = [None, -1, 0, 1.5, "x", "", [], {}, [1], {"a": 1}, True, False, 10**12, float("inf"), -(10**12), "128", [[]], {"rope_type": 3}, {"rope_theta": "x"}]
+ODD = [
+    "-1",
+    "0",
+    "-0.5",
+    "1e9",
+    "nan",
+    "inf",
+    "x",
+    "",
+    "3.7",
+    "99999999999999999999",
+    "None",
+    "true",
+    "[1]",
+    "a=b",
+    "--",
+    "\x00",
+    "é" * 300,
+]
+VALUES = [
+    None,
+    -1,
+    0,
+    1.5,
+    "x",
+    "",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    True,
+    False,
+    10**12,
+    float("inf"),
+    -(10**12),
+    "128",
+    [[]],
+    {"rope_type": 3},
+    {"rope_theta": "x"},
+]
 
 
 class Started(Exception):
@@ -32,7 +73,10 @@ class Started(Exception):
 
 @pytest.fixture
 def outcome(monkeypatch, tmp_path):
-    """Call main() with these flags; "refused", or "started" where all of them were good. Any other end fails the test."""
+    """Call main() with these flags; "refused", or "started" where all of them were good.
+
+    Any other end fails the test.
+    """
     monkeypatch.chdir(tmp_path)
     for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():
         monkeypatch.setenv(name, str(value))
@@ -63,7 +107,12 @@ def outcome(monkeypatch, tmp_path):
 def flags_of_all_settings() -> list[str]:
     """All but --plan, which ends without a run."""
     parts = typing.get_type_hints(loop_sync.Settings).values()
-    return ["--" + field.name.replace("_", "-") for part in parts for field in dataclasses.fields(part) if field.name != "plan"]
+    return [
+        "--" + field.name.replace("_", "-")
+        for part in parts
+        for field in dataclasses.fields(part)
+        if field.name != "plan"
+    ]
 
 
 def test_flags(outcome):
@@ -77,7 +126,9 @@ def test_flags(outcome):
 
 
 def test_flags_of_a_plan(outcome):
-    """The arithmetic meets what a run would be refused for, too: no division by zero, no layout of no ranks."""
+    """The arithmetic meets what a run would be refused for, too: no division by zero, no layout of
+    no ranks.
+    """
     outcomes = [outcome("--plan", flag, value) for flag in flags_of_all_settings() for value in ODD]
     assert outcomes.count("refused") > 100 and outcome("--plan", "--plan-gpus", "1") == "planned"
 
@@ -94,7 +145,14 @@ def test_lines_of_prompt_files(outcome, tmp_path):
         refused += file_outcome(outcome, tmp_path, bytes(data)) == "refused"
     for field in ("prompt", "label", "metadata", "tools"):
         for value in VALUES:
-            refused += file_outcome(outcome, tmp_path, json.dumps({"prompt": "1+1=", "label": "2", field: value}).encode()) == "refused"
+            refused += (
+                file_outcome(
+                    outcome,
+                    tmp_path,
+                    json.dumps({"prompt": "1+1=", "label": "2", field: value}).encode(),
+                )
+                == "refused"
+            )
     assert refused > 60
 
 
@@ -104,17 +162,54 @@ def file_outcome(outcome, folder, line: bytes) -> str:
 
 
 def test_sources_and_fields(outcome, tmp_path):
-    """Odd weights, tasks, field names and texts, and a Parquet file of which any byte may be another."""
+    """Odd weights, tasks, field names and texts, and a Parquet file of which any byte may be
+    another.
+    """
     rng, refused = random.Random(4), 0
-    rows = [{"prompt": "1+1=", "label": str(i), "nested": {"label": i, "messages": [{"role": "user", "content": "1"}]}} for i in range(3)]
+    rows = [
+        {
+            "prompt": "1+1=",
+            "label": str(i),
+            "nested": {"label": i, "messages": [{"role": "user", "content": "1"}]},
+        }
+        for i in range(3)
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "good.parquet")
-    assert outcome("--prompts", "good.parquet", "toy:0.5", "--label-key", "x", "nested.label", "label", "--eval-prompts", "toy") == "started"
+    assert (
+        outcome(
+            "--prompts",
+            "good.parquet",
+            "toy:0.5",
+            "--label-key",
+            "x",
+            "nested.label",
+            "label",
+            "--eval-prompts",
+            "toy",
+        )
+        == "started"
+    )
     for odd in ODD:
-        for flags in (("--prompts", f"toy:{odd}"), ("--prompts", "toy", odd), ("--prompts", f"reasoning-gym:{odd}"), ("--eval-prompts", "toy", odd)):
+        for flags in (
+            ("--prompts", f"toy:{odd}"),
+            ("--prompts", "toy", odd),
+            ("--prompts", f"reasoning-gym:{odd}"),
+            ("--eval-prompts", "toy", odd),
+        ):
             refused += outcome(*flags) == "refused"
         for flag in ("--prompt-key", "--label-key", "--label-after", "--system-prompt"):
-            refused += outcome("--prompts", "good.parquet", flag, rng.choice([odd, f"nested.{odd}", f"{odd}.label"])) == "refused"
-    assert outcome("--prompts", "good.parquet", "--prompt-key", "nested.messages") == "refused"  # the toy's tokenizer has no chat template
+            refused += (
+                outcome(
+                    "--prompts",
+                    "good.parquet",
+                    flag,
+                    rng.choice([odd, f"nested.{odd}", f"{odd}.label"]),
+                )
+                == "refused"
+            )
+    assert (
+        outcome("--prompts", "good.parquet", "--prompt-key", "nested.messages") == "refused"
+    )  # the toy's tokenizer has no chat template
     whole = (tmp_path / "good.parquet").read_bytes()
     for _ in range(100):
         data = bytearray(whole)
@@ -131,9 +226,14 @@ def test_model_configs(outcome, tmp_path):
     assert outcome("--model", str(model)) == "started"
     for field in sorted(config):
         for value in VALUES:
-            (model / "config.json").write_text(json.dumps({**config, field: value}), encoding="utf-8")
+            (model / "config.json").write_text(
+                json.dumps({**config, field: value}), encoding="utf-8"
+            )
             refused += outcome("--model", str(model)) == "refused"
-        (model / "config.json").write_text(json.dumps({name: kept for name, kept in config.items() if name != field}), encoding="utf-8")
+        (model / "config.json").write_text(
+            json.dumps({name: kept for name, kept in config.items() if name != field}),
+            encoding="utf-8",
+        )
         outcome("--model", str(model))
     for text in ("", "{", "[]", "3", '"x"', "null", '{"model_type": []}', "\x00"):
         (model / "config.json").write_text(text, encoding="utf-8")
@@ -148,9 +248,20 @@ def test_bytes_of_checkpoints(outcome, tmp_path):
     (saved / "model" / "weights").write_bytes(rng.randbytes(3000))
     (saved / "model" / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={})))
     settings = json.loads(json.dumps(dataclasses.asdict(loop_sync.Settings())))
-    state = {"step": 4, "loop": "sync", "settings": settings, "read": {}, "record": {}, "ranks": [{"prompts": 64}]}
+    state = {
+        "step": 4,
+        "loop": "sync",
+        "settings": settings,
+        "read": {},
+        "record": {},
+        "ranks": [{"prompts": 64}],
+    }
     (saved / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    listed = {str(path.relative_to(saved)): (path.stat().st_size, checkpoint._crc(path)) for path in saved.rglob("*") if path.is_file()}
+    listed = {
+        str(path.relative_to(saved)): (path.stat().st_size, checkpoint._crc(path))
+        for path in saved.rglob("*")
+        if path.is_file()
+    }
     (saved / "files.json").write_text(json.dumps(listed), encoding="utf-8")
     assert outcome("--name", "old", "--resume") == "started"
     whole = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}

@@ -1,6 +1,7 @@
 """Model folders: which of their weight files count, and what an export leaves behind.
 
-What an export holds is compared with the trainer in test_engine.py and test_layouts.py. Here it is made of a folder's own tensors, without a trainer.
+What an export holds is compared with the trainer in test_engine.py and test_layouts.py. Here it is
+made of a folder's own tensors, without a trainer.
 """
 
 import json
@@ -15,7 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from backends.huggingface import folder as hf_folder
 from backends.huggingface.config import read_config
-from backends.huggingface.folder import INDEX, ExportError, HFWeights, check_model_folder, check_shapes
+from backends.huggingface.folder import (
+    INDEX,
+    ExportError,
+    HFWeights,
+    check_model_folder,
+    check_shapes,
+)
 from common.errors import BadInput
 from harness import export as hf_export
 from harness.export import export_all, export_hf
@@ -159,13 +166,16 @@ def test_without_an_index_a_tensor_in_two_files_is_refused_naming_both(tmp_path,
     )
     with pytest.raises(
         BadInput,
-        match="old.safetensors and model.safetensors both hold 1 tensors, such as model.norm.weight",
+        match=(
+            "old.safetensors and model.safetensors both hold 1 tensors, such as model.norm.weight"
+        ),
     ):
         HFWeights(tmp_path)
 
 
 @pytest.mark.parametrize("name, tensor, message", [
-    ("model.layers.2.mlp.up_proj.weight", torch.zeros(512, 128), "model.layers.2.mlp.up_proj.weight is not of the model"),  # more layers
+    # More layers
+    ("model.layers.2.mlp.up_proj.weight", torch.zeros(512, 128), "model.layers.2.mlp.up_proj.weight is not of the model"),
     ("model.layers.0.self_attn.q_proj.bias", torch.zeros(256), "q_proj.bias is not of the model"),
     ("model.norm.weight", torch.zeros(128, dtype=torch.int8), "model.norm.weight is I8"),
     ("model.layers.0.mlp.up_proj.weight", torch.zeros(512, 128).to(torch.float8_e4m3fn), "up_proj.weight is F8_E4M3"),
@@ -219,7 +229,9 @@ def test_a_file_that_no_export_could_copy_is_refused_before_the_start(tmp_path, 
 
 @pytest.fixture
 def export(monkeypatch, tmp_path, models):
-    """A function that exports a model folder's own weights; source: a copy of the model that tests may change."""
+    """A function that exports a model folder's own weights; source: a copy of the model that tests
+    may change.
+    """
     source = tmp_path / "source"
     shutil.copytree(models["qwen3"], source)
     weights = SimpleNamespace(config=read_config(source))

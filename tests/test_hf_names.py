@@ -1,7 +1,8 @@
 """hf_config.py and hf_names.py: config fields and tensor names between Hugging Face and Megatron.
 
-Why it matters: a wrong mapping trains a different model in silence. Whether the mapped model computes the same logits is tested in test_train_step.py;
-here: every field is either mapped or refused, stacking is exactly undone, and the FP8 exemptions are SGLang's.
+Why it matters: a wrong mapping trains a different model in silence. Whether the mapped model
+computes the same logits is tested in test_train_step.py; here: every field is either mapped or
+refused, stacking is exactly undone, and the FP8 exemptions are SGLang's.
 """
 
 import json
@@ -10,13 +11,23 @@ import pytest
 import torch
 
 from backends.huggingface.config import read_config, rope_of
-from backends.huggingface.names import merged_linears, split_stacked, stack_parts, unquantized_linears
+from backends.huggingface.names import (
+    merged_linears,
+    split_stacked,
+    stack_parts,
+    unquantized_linears,
+)
 from common.errors import BadInput
 
 
 def test_qkv_stacking_by_hand():
-    # 2 groups, 2 query heads each, head_dim 1: Megatron stacks per group its query heads, its key, its value.
-    q, k, v = torch.tensor([[0.0], [1], [2], [3]]), torch.tensor([[10.0], [11]]), torch.tensor([[20.0], [21]])
+    # 2 groups, 2 query heads each, head_dim 1: Megatron stacks per group its query heads, its key,
+    # its value.
+    q, k, v = (
+        torch.tensor([[0.0], [1], [2], [3]]),
+        torch.tensor([[10.0], [11]]),
+        torch.tensor([[20.0], [21]]),
+    )
     stacked = stack_parts([q, k, v], groups=2)
     assert stacked.flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
     for part, original in zip(split_stacked(stacked, 3, head_dim=1, groups=2), (q, k, v)):
@@ -25,7 +36,8 @@ def test_qkv_stacking_by_hand():
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_stacking_commutes_with_sharding(tp):
-    # The reason no full tensor is needed to convert: stack each rank's slices = the rank's slice of the stack.
+    # The reason no full tensor is needed to convert: stack each rank's slices = the rank's slice of
+    # the stack.
     q, k, v = torch.randn(8 * 16, 4), torch.randn(4 * 16, 4), torch.randn(4 * 16, 4)
     whole = stack_parts([q, k, v], groups=4)
     for rank in range(tp):
@@ -45,7 +57,9 @@ def test_stacking_commutes_with_sharding(tp):
     ("hidden_size", "large", "hidden_size"),
 ])  # fmt: skip
 def test_a_config_that_is_not_covered_is_refused_by_field(models, tmp_path, field, value, named):
-    config = json.loads((models["qwen3"] / "config.json").read_text(encoding="utf-8")) | {field: value}
+    config = json.loads((models["qwen3"] / "config.json").read_text(encoding="utf-8")) | {
+        field: value
+    }
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(BadInput, match=named):
         read_config(tmp_path)
@@ -58,17 +72,26 @@ def test_llama3_rope_and_older_spelling():
     assert rope_of({"rope_theta": 1e6}) == {"rotary_base": 1e6, "rotary_percent": 1.0}
 
 
-SHAPE = dict(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=512)
+SHAPE = dict(
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    intermediate_size=512,
+)
 
 
 @pytest.mark.parametrize("changes, engine_tp, kept", [
     ({}, 1, []),
     (dict(num_key_value_heads=1), 1, ["qkv"]),  # 64 rows of k: half a block
-    (dict(num_attention_heads=9, num_key_value_heads=3), 1, ["qkv"]),  # SmolLM2: 576 and 192 rows. o_proj alone may be ragged
+    # SmolLM2: 576 and 192 rows. o_proj alone may be ragged
+    (dict(num_attention_heads=9, num_key_value_heads=3), 1, ["qkv"]),
     (dict(intermediate_size=500), 1, ["gate_up"]),
     ({}, 2, ["qkv"]),  # 64 rows of k per engine rank
     (dict(intermediate_size=384), 2, ["qkv", "gate_up", "down"]),
 ])  # fmt: skip
 def test_what_stays_bf16_follows_from_shapes(changes, engine_tp, kept):
-    expected = ["lm_head"] + [f"model.layers.0.{name}" for merged in kept for name in merged_linears(SHAPE, 0)[merged][0]]
+    expected = ["lm_head"] + [
+        f"model.layers.0.{name}" for merged in kept for name in merged_linears(SHAPE, 0)[merged][0]
+    ]
     assert unquantized_linears(SHAPE | changes, engine_tp=engine_tp) == expected

@@ -1,7 +1,11 @@
-"""in_flight.py without SGLang: which groups a step gets, when it waits, what is dropped. A stand-in engine answers after random times.
+"""in_flight.py without SGLang: which groups a step gets, when it waits, what is dropped.
 
-These are the promises of the asynchronous loop that do not depend on the engine: no token older than the bound, every group trained once or counted as
-dropped, no group left waiting while newer ones train, never more than (K + 1) steps' worth on its way. test_loop_async.py shows them on the real stack.
+A stand-in engine answers after random times.
+
+These are the promises of the asynchronous loop that do not depend on the engine: no token older
+than the bound, every group trained once or counted as dropped, no group left waiting while newer
+ones train, never more than (K + 1) steps' worth on its way. test_loop_async.py shows them on the
+real stack.
 """
 
 import asyncio
@@ -45,8 +49,14 @@ class StandIn:
         await asyncio.sleep(self.seconds(group))
         while self.hold(self, group):
             await asyncio.sleep(0.001)
-        meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [(-1.0, 5, None), (-1.0, 2, None)]}
-        return [{"output_ids": [5, 2], "meta_info": meta, "weight_versions": [first, self.version]} for _ in prompts_ids]
+        meta = {
+            "finish_reason": {"type": "stop"},
+            "output_token_logprobs": [(-1.0, 5, None), (-1.0, 2, None)],
+        }
+        return [
+            {"output_ids": [5, 2], "meta_info": meta, "weight_versions": [first, self.version]}
+            for _ in prompts_ids
+        ]
 
     async def abort(self, request_ids):
         self.aborted.append(int(request_ids[0].split("-")[1]))
@@ -58,12 +68,28 @@ def data(one_rank):
 
 
 def run_steps(
-    data, seconds, *, train_s=0.002, judge=lambda sample: float(sample.group % 2), steps=STEPS, dynamic_sampling=0, engine=None, **settings
+    data,
+    seconds,
+    *,
+    train_s=0.002,
+    judge=lambda sample: float(sample.group % 2),
+    steps=STEPS,
+    dynamic_sampling=0,
+    engine=None,
+    **settings,
 ) -> tuple[list[list[Sample]], StandIn]:
     """The loop's body with a trainer that only takes time. Returns what each step was given."""
     engine = engine or StandIn(seconds)
     rollout = RolloutSettings(prompts_per_step=PER_STEP, samples_per_prompt=2)
-    groups = InFlight(engine, data, rollout, InFlightSettings(**settings), RewardSettings(dynamic_sampling=dynamic_sampling), Judge(judge, 4), steps=steps)
+    groups = InFlight(
+        engine,
+        data,
+        rollout,
+        InFlightSettings(**settings),
+        RewardSettings(dynamic_sampling=dynamic_sampling),
+        Judge(judge, 4),
+        steps=steps,
+    )
     given = []
     for version in range(steps):
         given.append(groups.next_step(version))
@@ -114,54 +140,90 @@ def in_flight(ranks: list[dict]) -> list[tuple[int, int, bool]]:
 
 
 def groups_of(samples: list[Sample], *, dropped: bool) -> list[int]:
-    return sorted({sample.group for sample in samples if (sample.finish_reason == DROPPED) == dropped})
+    return sorted(
+        {sample.group for sample in samples if (sample.finish_reason == DROPPED) == dropped}
+    )
 
 
 @pytest.mark.parametrize("bound", [0, 1, 4])
 @pytest.mark.parametrize("train_s", [0.0, 0.02])
 def test_without_oversampling_the_steps_are_those_of_the_synchronous_loop(data, bound, train_s):
     rng = random.Random(bound)
-    given, engine = run_steps(data, lambda group: rng.choice([0, 0, 0, 0.05]), train_s=train_s, max_staleness=bound)
+    given, engine = run_steps(
+        data, lambda group: rng.choice([0, 0, 0, 0.05]), train_s=train_s, max_staleness=bound
+    )
     for version, samples in enumerate(given):
-        assert groups_of(samples, dropped=False) == list(range(version * PER_STEP, (version + 1) * PER_STEP))
+        assert groups_of(samples, dropped=False) == list(
+            range(version * PER_STEP, (version + 1) * PER_STEP)
+        )
         assert all(sample.reward == sample.group % 2 for sample in samples)
         kept, set_aside = without_marks(samples)
         check_staleness(kept, version=version, max_staleness=bound)
         assert len(kept) == 2 * PER_STEP and set_aside == {DROPPED: 0, REPLACED: 0}
-    assert engine.started == list(range(STEPS * PER_STEP)) and engine.aborted == []  # nothing is started that cannot be trained
+    assert (
+        engine.started == list(range(STEPS * PER_STEP)) and engine.aborted == []
+    )  # nothing is started that cannot be trained
 
 
 def test_the_bound_is_used_not_only_kept(data):
-    """With a slow trainer the queue is full: every token is exactly K old, once the first K steps are over."""
+    """With a slow trainer the queue is full: every token is exactly K old, once the first K steps
+    are over.
+    """
     given, _ = run_steps(data, lambda group: 0, train_s=0.01, max_staleness=2)
-    ages = [{version - sample.weight_versions[0] for sample in samples} for version, samples in enumerate(given)]
+    ages = [
+        {version - sample.weight_versions[0] for sample in samples}
+        for version, samples in enumerate(given)
+    ]
     assert ages[2:] == [{2}] * (STEPS - 2)
 
 
 @pytest.mark.parametrize("bound, oversample", [(0, 1), (1, 1), (2, 3)])
 def test_oversampling_leaves_stragglers_and_loses_count_of_none(data, bound, oversample):
     rng = random.Random(7)
-    given, engine = run_steps(data, lambda group: 0.5 if group % 5 == 0 else rng.random() * 0.004, max_staleness=bound, oversample=oversample)
-    trained, dropped = ([group for samples in given for group in groups_of(samples, dropped=kind)] for kind in (False, True))
-    assert sorted(trained + dropped) == engine.started and len(trained) == STEPS * PER_STEP  # each group once, and every step is full
+    given, engine = run_steps(
+        data,
+        lambda group: 0.5 if group % 5 == 0 else rng.random() * 0.004,
+        max_staleness=bound,
+        oversample=oversample,
+    )
+    trained, dropped = (
+        [group for samples in given for group in groups_of(samples, dropped=kind)]
+        for kind in (False, True)
+    )
+    assert (
+        sorted(trained + dropped) == engine.started and len(trained) == STEPS * PER_STEP
+    )  # each group once, and every step is full
     assert dropped and set(engine.aborted) == set(dropped)
     for version, samples in enumerate(given):
         assert len(groups_of(samples, dropped=True)) <= oversample or version == STEPS - 1
-        check_staleness(without_marks(samples)[0], version=version, max_staleness=bound)  # raises if a token is too old
+        check_staleness(
+            without_marks(samples)[0], version=version, max_staleness=bound
+        )  # raises if a token is too old
 
 
 @pytest.mark.parametrize("bound", [0, 1, 3])
 def test_groups_that_teach_nothing_are_replaced_within_the_bound(data, bound):
-    """Every third group has rewards that differ; the others are replaced, and every group is trained or counted, once, and none is too old."""
+    """Every third group has rewards that differ; the others are replaced, and every group is
+    trained or counted, once, and none is too old.
+    """
     rng, judged = random.Random(3), []
 
     def judge(sample):
         judged.append(sample.group)
         return float(sample.group % 3 == 0 and judged.count(sample.group) % 2)
 
-    given, engine = run_steps(data, lambda group: rng.random() * 0.004, max_staleness=bound, judge=judge, dynamic_sampling=20)
+    given, engine = run_steps(
+        data,
+        lambda group: rng.random() * 0.004,
+        max_staleness=bound,
+        judge=judge,
+        dynamic_sampling=20,
+    )
     kept = [without_marks(samples)[0] for samples in given]
-    trained, replaced = sorted({s.group for samples in kept for s in samples}), [s.group for samples in given for s in samples if s.finish_reason == REPLACED]
+    trained, replaced = (
+        sorted({s.group for samples in kept for s in samples}),
+        [s.group for samples in given for s in samples if s.finish_reason == REPLACED],
+    )
     assert all(group % 3 == 0 for group in trained) and len(trained) == STEPS * PER_STEP
     assert sorted(trained + replaced[::2]) == sorted(engine.started)
     for version, samples in enumerate(kept):
@@ -182,7 +244,9 @@ def test_a_dropped_group_is_neither_trained_nor_replaced(data, slow):
     def holds(engine, group):  # until it has been dropped: no machine is too slow for this test
         return is_late(group) and group not in engine.aborted
 
-    engine = StandIn(lambda group: 0.001, holds if slow == "answer" else lambda engine, group: False)
+    engine = StandIn(
+        lambda group: 0.001, holds if slow == "answer" else lambda engine, group: False
+    )
 
     def judge(sample):
         judged.append(sample.group)
@@ -204,16 +268,26 @@ def test_a_dropped_group_is_neither_trained_nor_replaced(data, slow):
 
 
 def test_replacing_has_a_cap(data):
-    given, engine = run_steps(data, lambda group: 0, judge=lambda sample: 0.0, dynamic_sampling=2, max_staleness=0, steps=4)
+    given, engine = run_steps(
+        data,
+        lambda group: 0,
+        judge=lambda sample: 0.0,
+        dynamic_sampling=2,
+        max_staleness=0,
+        steps=4,
+    )
     for samples in given:
         kept, set_aside = without_marks(samples)
         assert len(kept) == 2 * PER_STEP and set_aside == {DROPPED: 0, REPLACED: 2 * 2 * PER_STEP}
 
 
 def test_a_straggler_is_carried_over_while_the_bound_allows(data):
-    # K = 2: group 0 takes longer than a step; steps go on with newer groups, and it is trained, late, not dropped.
+    # K = 2: group 0 takes longer than a step; steps go on with newer groups, and it is trained,
+    # late, not dropped.
     engine = StandIn(lambda group: 0.001, lambda engine, group: group == 0 and engine.version < 1)
-    given, _ = run_steps(data, None, engine=engine, train_s=0.3, max_staleness=2, oversample=1, steps=6)
+    given, _ = run_steps(
+        data, None, engine=engine, train_s=0.3, max_staleness=2, oversample=1, steps=6
+    )
     assert 0 not in groups_of(given[0], dropped=False)
     assert 0 in groups_of(given[2], dropped=False) + groups_of(given[1], dropped=False)
     assert 0 not in engine.aborted
@@ -375,10 +449,18 @@ def test_replaced_groups_are_counted_once_over_a_resume(one_rank):
 def test_a_token_older_than_the_bound_stops_the_run():
     sample = Sample([1], group=9, response_ids=[5, 2], weight_versions=[3, 4])
     check_staleness([sample], version=5, max_staleness=2)
-    with pytest.raises(RuntimeError, match="group 9 has tokens of the weight versions .3, 4.; training version 5 .* none older than 4"):
+    with pytest.raises(
+        RuntimeError,
+        match=(
+            "group 9 has tokens of the weight versions .3, 4.; training version 5 .* none older"
+            " than 4"
+        ),
+    ):
         check_staleness([sample], version=5, max_staleness=1)
     with pytest.raises(RuntimeError, match="group 9"):
-        check_staleness([sample], version=3, max_staleness=1)  # from the future: the trainer missed an update
+        check_staleness(
+            [sample], version=3, max_staleness=1
+        )  # from the future: the trainer missed an update
 
 
 @pytest.mark.parametrize("changes, world_size, message", [

@@ -1,8 +1,10 @@
-"""The models that this is for, at the layout that they are trained at, without their weights: names and shapes of GLM-4.5 (355B), GLM-4.5-Air, Qwen3-235B-A22B.
+"""The models that this is for, at the layout that they are trained at, without their weights: names
+and shapes of GLM-4.5 (355B), GLM-4.5-Air, Qwen3-235B-A22B.
 
-Megatron's modules are built on the meta device by every kind of rank of the layout (process groups are stand-ins), and the hand-off's own walk says which
-Hugging Face tensors each delivers. Together they must be the model's tensors, each exactly once and of the right shape. Configuration values are those
-published with the models. Not covered: that such a model fits any memory.
+Megatron's modules are built on the meta device by every kind of rank of the layout (process groups
+are stand-ins), and the hand-off's own walk says which Hugging Face tensors each delivers. Together
+they must be the model's tensors, each exactly once and of the right shape. Configuration values are
+those published with the models. Not covered: that such a model fits any memory.
 """
 
 import json
@@ -40,21 +42,35 @@ MODELS = {
     )),
 }  # fmt: skip
 EP, PP = 8, 4
-BILLIONS = {"GLM-4.5": 353, "GLM-4.5-Air": 107, "Qwen3-235B-A22B": 235}  # without the MTP layer, which is not trained
+BILLIONS = {
+    "GLM-4.5": 353,
+    "GLM-4.5-Air": 107,
+    "Qwen3-235B-A22B": 235,
+}  # without the MTP layer, which is not trained
 
 
 def expected(config: dict) -> dict[str, tuple[int, ...]]:
-    """The checkpoint's tensors: transformers' model, with its stacked experts taken apart as the published files have them."""
+    """The checkpoint's tensors: transformers' model, with its stacked experts taken apart as the
+    published files have them.
+    """
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**config)
+        )
     shapes = {}
     for name, tensor in model.state_dict().items():
         prefix, stacked, kind = name.rpartition("experts.")
         if stacked and kind == "gate_up_proj":
             for expert, rows in enumerate(tensor):
-                shapes |= {f"{prefix}experts.{expert}.{half}.weight": (rows.shape[0] // 2, rows.shape[1]) for half in ("gate_proj", "up_proj")}
+                shapes |= {
+                    f"{prefix}experts.{expert}.{half}.weight": (rows.shape[0] // 2, rows.shape[1])
+                    for half in ("gate_proj", "up_proj")
+                }
         elif stacked and kind == "down_proj":
-            shapes |= {f"{prefix}experts.{expert}.down_proj.weight": tuple(rows.shape) for expert, rows in enumerate(tensor)}
+            shapes |= {
+                f"{prefix}experts.{expert}.down_proj.weight": tuple(rows.shape)
+                for expert, rows in enumerate(tensor)
+            }
         else:
             shapes[name] = tuple(tensor.shape)
     return shapes
@@ -67,6 +83,8 @@ def test_every_tensor_is_delivered_once_and_whole(model, tmp_path):
     command = [sys.executable, ROOT / "tests" / "workers" / "large_model.py", tmp_path, tp, EP, PP]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    delivered = {name: tuple(shape) for name, shape in json.loads(done.stdout.splitlines()[-1]).items()}
+    delivered = {
+        name: tuple(shape) for name, shape in json.loads(done.stdout.splitlines()[-1]).items()
+    }
     assert delivered == expected(config)
     assert sum(map(math.prod, delivered.values())) == pytest.approx(BILLIONS[model] * 1e9, rel=0.01)

@@ -1,7 +1,8 @@
 """loop_sync.py as a user starts it: a whole run on two ranks, wrong input, a dying engine, Ctrl-C.
 
-Bad input is given to main() in this process, which is the code path of a real start up to the first process group; one real start shows the exit code.
-Not covered: learning to 0.9 (README.md shows a run), several nodes, GPUs.
+Bad input is given to main() in this process, which is the code path of a real start up to the first
+process group; one real start shows the exit code. Not covered: learning to 0.9 (README.md shows a
+run), several nodes, GPUs.
 """
 
 import json
@@ -24,32 +25,69 @@ from common import errors
 from harness.run_folder import checkpoints_of
 from toy.task import problems
 
-QUICK = ["--steps", "2", "--eval-every", "2", "--eval-samples", "16", "--prompts-per-step", "4", "--samples-per-prompt", "4"]
+QUICK = [
+    "--steps",
+    "2",
+    "--eval-every",
+    "2",
+    "--eval-samples",
+    "16",
+    "--prompts-per-step",
+    "4",
+    "--samples-per-prompt",
+    "4",
+]
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def tp2(tmp_path_factory):
-    """Two ranks, tensor parallel, FP8 rollouts, judges in processes of their own, the gate after every step."""
+    """Two ranks, tensor parallel, FP8 rollouts, judges in processes of their own, the gate after
+    every step.
+    """
     folder = tmp_path_factory.mktemp("tp2")
-    flags = ["--tp", "2", "--name", "a", "--check-sync", "--reward", "math", "--export", "bf16", "fp8"]
+    flags = [
+        "--tp",
+        "2",
+        "--name",
+        "a",
+        "--check-sync",
+        "--reward",
+        "math",
+        "--export",
+        "bf16",
+        "fp8",
+    ]
     done = torchrun(ROOT / "loop_sync.py", *QUICK, *flags, ranks=2, cwd=folder)
     return done, folder / "runs" / "a"
 
 
 def test_the_record_of_a_run(tp2):
     done, folder = tp2
-    assert "held-out reward" in done.stdout.splitlines()[-1] and "runs/a" in done.stdout.splitlines()[-1]
+    assert (
+        "held-out reward" in done.stdout.splitlines()[-1]
+        and "runs/a" in done.stdout.splitlines()[-1]
+    )
     start, *steps = metrics_of(folder)
-    assert start["step"] == 0 and 0 <= start["held_out"] <= 1 and [row["step"] for row in steps] == [1, 2]
+    assert (
+        start["step"] == 0
+        and 0 <= start["held_out"] <= 1
+        and [row["step"] for row in steps] == [1, 2]
+    )
     for row in steps:
         assert row["logprob_shift"] == 0.0 and row["ratio"] == 1.0 and row["staleness_max"] == 0
         assert 0 < row["mismatch_abs"] < 0.1 and 0 <= row["reward"] <= 1 and row["grad_norm"] > 0
-        assert all(math.isfinite(value) for value in row.values() if not isinstance(value, list)) and row["staleness"] == [row["tokens"]]
+        assert all(
+            math.isfinite(value) for value in row.values() if not isinstance(value, list)
+        ) and row["staleness"] == [row["tokens"]]
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    assert settings["train"]["tp"] == 2 and settings["world_size"] == 2 and settings["versions"]["sglang"]
+    assert (
+        settings["train"]["tp"] == 2
+        and settings["world_size"] == 2
+        and settings["versions"]["sglang"]
+    )
     sample = json.loads((folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert sample["prompt"] == next(problems(seed=0, held_out=True))["prompt"]
 
@@ -60,7 +98,9 @@ def test_every_metric_is_explained_in_the_readme(tp2):
 
 
 def test_both_exports_hold_the_trained_weights(tp2):
-    bf16, fp8 = (load_file(tp2[1] / f"model-{dtype}" / "model.safetensors") for dtype in ("bf16", "fp8"))
+    bf16, fp8 = (
+        load_file(tp2[1] / f"model-{dtype}" / "model.safetensors") for dtype in ("bf16", "fp8")
+    )
     toy = load_file(ROOT / "toy" / "model.safetensors")
     assert bf16.keys() == toy.keys() and any(not torch.equal(bf16[name], toy[name]) for name in toy)
     assert set(fp8) - set(bf16) == {f"{name}_scale_inv" for name in bf16 if "_proj" in name}
@@ -72,20 +112,24 @@ def test_transformers_alone_loads_the_exported_folder(tp2):
 
 
 def test_with_learning_rate_zero_nothing_drifts(tmp_path):
-    """Twenty hand-offs of unchanged weights leave policy and mismatch where they were, in BF16 and FP8."""
+    """Twenty hand-offs of unchanged weights leave policy and mismatch where they were, in BF16 and
+    FP8.
+    """
     means = {}
     for dtype in ("bf16", "fp8"):
         torchrun(ROOT / "loop_sync.py", *QUICK, "--steps", "20", "--prompts-per-step", "16", "--lr", "0", "--rollout-dtype", dtype, "--name", dtype,
                  "--export", ranks=1, cwd=tmp_path)  # fmt: skip
         rows = metrics_of(tmp_path / "runs" / dtype)[1:]
         assert len(rows) == 20 and all(row["lr"] == 0 for row in rows)
-        early, late = (sum(row["mismatch_abs"] for row in half) / 10 for half in (rows[:10], rows[10:]))
+        early, late = (
+            sum(row["mismatch_abs"] for row in half) / 10 for half in (rows[:10], rows[10:])
+        )
         assert late == pytest.approx(early, rel=0.5)
         means[dtype] = (early + late) / 2
     assert means["bf16"] < means["fp8"]  # what FP8 costs
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -127,7 +171,9 @@ def test_bad_flags_stop_before_anything_starts(start, arguments, message):
 
 
 def test_a_batch_that_does_not_divide(start):
-    with pytest.raises(errors.BadInput, match="not divisible by the 2 engines: use a multiple of 2"):
+    with pytest.raises(
+        errors.BadInput, match="not divisible by the 2 engines: use a multiple of 2"
+    ):
         start("--prompts-per-step", "5", ranks=2)
 
 
@@ -154,7 +200,9 @@ def test_weights_that_do_not_fit_the_config(fresh_megatron, tmp_path, damage, me
     damage(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(errors.BadInput, match=message):
-        loop_sync.train_step.build_trainer(str(folder), loop_sync.TrainSettings(), loop_sync.read_config(folder), steps=1, seed=1)
+        loop_sync.train_step.build_trainer(
+            str(folder), loop_sync.TrainSettings(), loop_sync.read_config(folder), steps=1, seed=1
+        )
 
 
 def test_a_truncated_weights_file_is_named(tmp_path):
@@ -166,8 +214,13 @@ def test_a_truncated_weights_file_is_named(tmp_path):
 
 
 def test_bad_input_is_exit_code_2_without_a_traceback(tmp_path):
-    done = torchrun(ROOT / "loop_sync.py", "--temperature", "-1", ranks=2, cwd=tmp_path, check=False)
-    assert "error: --temperature -1.0 must be above 0" in done.stderr and "exitcode  : 2" in done.stderr
+    done = torchrun(
+        ROOT / "loop_sync.py", "--temperature", "-1", ranks=2, cwd=tmp_path, check=False
+    )
+    assert (
+        "error: --temperature -1.0 must be above 0" in done.stderr
+        and "exitcode  : 2" in done.stderr
+    )
     assert "Traceback" not in done.stderr.split("error:")[0] and not (tmp_path / "runs").exists()
 
 
@@ -182,7 +235,7 @@ def test_the_imports_need_no_home_that_can_be_written(tmp_path):
     assert (tmp_path / f"nanoslime-home-{os.getuid()}").is_dir()
 
 
-# --- faults -----------------------------------------------------------------------------------------------------------------------------------
+# --- faults -------------------------------------------------------------------------------------
 
 
 LONG = ["--eval-samples", "16", "--prompts-per-step", "4"]
@@ -195,7 +248,9 @@ def test_a_dying_engine_ends_the_run_with_its_error(start_loop):
     assert started.end(60) != 0
     assert "a process of the SGLang engine died" in started.text()
     rows = started.metrics.read_text(encoding="utf-8")
-    assert rows.startswith(before) and [json.loads(line)["step"] for line in rows.splitlines()] == list(range(len(rows.splitlines())))
+    assert rows.startswith(before) and [
+        json.loads(line)["step"] for line in rows.splitlines()
+    ] == list(range(len(rows.splitlines())))
 
 
 def test_an_engine_that_is_killed_while_it_starts_is_named_in_one_line(start_loop):
@@ -218,7 +273,10 @@ def test_killing_a_rank_ends_the_job_and_names_it(start_loop, rank):
     started.rank(rank).kill()
     assert started.end(60) != 0
     assert not any(map(os.path.exists, shared))
-    assert f"rank      : {rank} (local_rank: {rank})\n  exitcode  : -9" in started.text().split("Root Cause")[1]
+    assert (
+        f"rank      : {rank} (local_rank: {rank})\n  exitcode  : -9"
+        in started.text().split("Root Cause")[1]
+    )
 
 
 def test_killing_torchrun_leaves_a_checkpoint_and_no_rank(start_loop):
@@ -234,4 +292,6 @@ def test_ctrl_c_ends_every_process(start_loop):
     os.killpg(started.process.pid, signal.SIGINT)
     assert started.end(60) != 0
     assert "interrupted by SIGINT" in started.text() and false_alarms(started.whole_output()) == []
-    assert all(json.loads(line) for line in started.metrics.read_text(encoding="utf-8").splitlines())
+    assert all(
+        json.loads(line) for line in started.metrics.read_text(encoding="utf-8").splitlines()
+    )

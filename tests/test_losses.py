@@ -2,8 +2,8 @@
 
 The parts of a policy loss are in tests/oracle, and the whole is in test_whole_loss.py.
 
-The oracle is written from the formulas in the docstrings, one token at a time. Vocabulary-parallel results are compared with unsplit ones over two real
-processes. Not covered: CUDA.
+The oracle is written from the formulas in the docstrings, one token at a time. Vocabulary-parallel
+results are compared with unsplit ones over two real processes. Not covered: CUDA.
 """
 
 import math
@@ -42,7 +42,9 @@ def oracle(logits: np.ndarray, labels: np.ndarray, vocab_size: int):
 def test_logprobs_and_entropy(one_rank, chunk, dtype):
     """Of BF16 logits too: they are exact numbers, and what is computed from them is in fp32."""
     logits, labels = inputs(dtype)
-    got = logprobs_and_entropy(logits, labels, temperature=TEMPERATURE, vocab_size=V, group=dist.group.WORLD, chunk=chunk)
+    got = logprobs_and_entropy(
+        logits, labels, temperature=TEMPERATURE, vocab_size=V, group=dist.group.WORLD, chunk=chunk
+    )
     for value, expected in zip(got, oracle(logits.float().numpy(), labels.numpy(), V)):
         assert np.abs(value.numpy() - expected).max() < 1e-5
 
@@ -50,7 +52,9 @@ def test_logprobs_and_entropy(one_rank, chunk, dtype):
 def test_padding_of_the_vocabulary_takes_no_probability(one_rank):
     logits, labels = inputs()
     labels = labels.clamp(max=V - 4)
-    got, _ = logprobs_and_entropy(logits, labels, temperature=TEMPERATURE, vocab_size=V - 3, group=dist.group.WORLD)
+    got, _ = logprobs_and_entropy(
+        logits, labels, temperature=TEMPERATURE, vocab_size=V - 3, group=dist.group.WORLD
+    )
     assert np.abs(got.numpy() - oracle(logits.numpy(), labels.numpy(), V - 3)[0]).max() < 1e-5
 
 
@@ -58,12 +62,16 @@ def test_gradient_is_that_of_finite_differences(one_rank):
     logits, labels = inputs()
     weights = torch.randn(2, T, generator=torch.Generator().manual_seed(1))
     x = logits.clone().requires_grad_()
-    logprobs, entropy = logprobs_and_entropy(x, labels, temperature=TEMPERATURE, vocab_size=V, group=dist.group.WORLD, chunk=3)
+    logprobs, entropy = logprobs_and_entropy(
+        x, labels, temperature=TEMPERATURE, vocab_size=V, group=dist.group.WORLD, chunk=3
+    )
     ((logprobs * weights[0]) + (entropy * weights[1])).sum().backward()
 
     def objective(values: np.ndarray) -> float:
         logprobs, entropies = oracle(values, labels.numpy(), V)
-        return float((logprobs * weights[0].double().numpy() + entropies * weights[1].double().numpy()).sum())
+        return float(
+            (logprobs * weights[0].double().numpy() + entropies * weights[1].double().numpy()).sum()
+        )
 
     base, step = logits.double().numpy(), 1e-6
     for t, v in [(0, int(labels[0])), (0, 1), (3, 5), (6, 11)]:
@@ -127,7 +135,9 @@ def _vocab_parallel(rank, store_port, results):
     few, _ = logprobs_and_entropy(
         mine.detach(), labels % 4, temperature=TEMPERATURE, vocab_size=4, group=dist.group.WORLD
     )
-    logprobs, entropy = logprobs_and_entropy(mine, labels, temperature=TEMPERATURE, vocab_size=V - 1, group=dist.group.WORLD, chunk=4)
+    logprobs, entropy = logprobs_and_entropy(
+        mine, labels, temperature=TEMPERATURE, vocab_size=V - 1, group=dist.group.WORLD, chunk=4
+    )
     (logprobs.sum() + 0.5 * entropy.sum()).backward()
     results.put(
         (rank, logprobs.detach().numpy(), entropy.detach().numpy(), mine.grad.numpy(), few.numpy())
@@ -149,11 +159,15 @@ def test_two_vocabulary_shards_equal_one(one_rank):
         logits, labels % 4, temperature=TEMPERATURE, vocab_size=4, group=dist.group.WORLD
     )
     x = logits.clone().requires_grad_()
-    logprobs, entropy = logprobs_and_entropy(x, labels, temperature=TEMPERATURE, vocab_size=V - 1, group=dist.group.WORLD)
+    logprobs, entropy = logprobs_and_entropy(
+        x, labels, temperature=TEMPERATURE, vocab_size=V - 1, group=dist.group.WORLD
+    )
     (logprobs.sum() + 0.5 * entropy.sum()).backward()
     for _, rank_logprobs, rank_entropy, _, rank_few in got:
         assert np.allclose(rank_few, few.numpy(), atol=1e-6)
-        assert np.allclose(rank_logprobs, logprobs.detach().numpy(), atol=1e-6) and np.allclose(rank_entropy, entropy.detach().numpy(), atol=1e-6)
+        assert np.allclose(rank_logprobs, logprobs.detach().numpy(), atol=1e-6) and np.allclose(
+            rank_entropy, entropy.detach().numpy(), atol=1e-6
+        )
     gradient = np.concatenate([item[3] for item in got], axis=1)
     assert np.allclose(gradient, x.grad.numpy(), atol=1e-6) and not gradient[:, V - 1].any()
 
@@ -221,7 +235,10 @@ def test_settings_that_cannot_work(changes, message):
 
 
 def test_each_policy_loss_has_bounds_of_its_own():
-    assert LossSettings().clips == (0.2, 0.28) and LossSettings(policy_loss="gspo").clips == (3e-4, 4e-4)
+    assert LossSettings().clips == (0.2, 0.28) and LossSettings(policy_loss="gspo").clips == (
+        3e-4,
+        4e-4,
+    )
     assert LossSettings(policy_loss="cispo", clip_high=1.5).clips == (1.0, 1.5)
     assert LossSettings(clip_low=0.1).clips == (0.1, 0.28)
 

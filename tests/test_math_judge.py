@@ -1,4 +1,5 @@
-r"""math_rules and math_judge.py: which answers are right, and that a hard answer costs nobody but itself.
+r"""math_rules and math_judge.py: which answers are right, and that a hard answer costs nobody but
+itself.
 
 The pairs are in math_pairs.py. Not covered: how long SymPy takes for what people write.
 """
@@ -21,12 +22,18 @@ from common.settings import RewardSettings
 from data.sample import Sample
 from reward import Judge, compute_rewards, label_problems, math_reward
 
-CASES = [pytest.param(*pair, id=f"{kind}: {pair[0]} | {pair[1]}") for kind, pairs in PAIRS.items() for pair in pairs]
+CASES = [
+    pytest.param(*pair, id=f"{kind}: {pair[0]} | {pair[1]}")
+    for kind, pairs in PAIRS.items()
+    for pair in pairs
+]
 HARD = r"\boxed{9^{9^{9}}}"  # SymPy computes all of its 369,693,100 digits.
 
 
 def answer(response: str, label: object) -> Sample:
-    return Sample([1], label=label, response=response, response_ids=[5], loss_mask=[1], finish_reason="stop")
+    return Sample(
+        [1], label=label, response=response, response_ids=[5], loss_mask=[1], finish_reason="stop"
+    )
 
 
 @pytest.fixture
@@ -39,7 +46,9 @@ def test_pairs(response, label, is_right):
     assert math_rules.judged(response, label)[0] is bool(is_right)
 
 
-@pytest.mark.parametrize("label", [r"\frac{1}{", "3x +", "[1, 2", "It is 5, I think, since 2 and 3 make that", "", "."])
+@pytest.mark.parametrize(
+    "label", [r"\frac{1}{", "3x +", "[1, 2", "It is 5, I think, since 2 and 3 make that", "", "."]
+)
 def test_a_label_that_is_no_mathematics_is_an_error(label):
     with pytest.raises(ValueError, match="is not a mathematical expression"):
         math_rules.judged(r"\boxed{12}", label)
@@ -53,11 +62,16 @@ def test_a_response_without_a_box_is_read_at_its_end_only():
     assert math_rules.judged("the answer is 7" + " bla" * 10_000 + " 12", "12")[0]
 
 
-# --- the reward function ------------------------------------------------------------------------------------------------------
+# --- the reward function ------------------------------------------------------------------------
 
 
 def test_the_reward_says_what_it_took_for_the_answer():
-    responses = r"\boxed{3}, no: \boxed{0.50}", "half of 4 is 2", "I have no idea at all", r"\boxed{"
+    responses = (
+        r"\boxed{3}, no: \boxed{0.50}",
+        "half of 4 is 2",
+        "I have no idea at all",
+        r"\boxed{",
+    )
     samples = [answer(response, "1/2") for response in responses]
     assert [math_reward(sample) for sample in samples] == [1, 0, 0, 0]
     assert [sample.answer for sample in samples] == ["0.50", "2", "", ""]
@@ -92,28 +106,67 @@ def test_a_label_may_be_a_number_of_json(response, label, expected):
     (r"\frac{1}{", "is no number, expression or short text"),
 ])  # fmt: skip
 def test_labels_that_cannot_be_judged_against_are_found_before_the_start(label, problem):
-    good = [42, 1e-05, "42", "-3.5", "1,234", r"\frac{1}{2}", "x^2 + 1", "Evelyn", "(1, 2)", r"x \in [0, 7)", "50%", "A, C", "Area = 5", "5 apples, 3 pears"]
-    good += [10**40, -0.0, "nan", "None", "3:30 p.m.", r"\begin{pmatrix} 1 & 0 & 0 \\ 0 & 1 & 0 \\ 0 & 0 & 1 \end{pmatrix}", r"\{x | x > 1\}"]
+    good = [
+        42,
+        1e-05,
+        "42",
+        "-3.5",
+        "1,234",
+        r"\frac{1}{2}",
+        "x^2 + 1",
+        "Evelyn",
+        "(1, 2)",
+        r"x \in [0, 7)",
+        "50%",
+        "A, C",
+        "Area = 5",
+        "5 apples, 3 pears",
+    ]
+    good += [
+        10**40,
+        -0.0,
+        "nan",
+        "None",
+        "3:30 p.m.",
+        r"\begin{pmatrix} 1 & 0 & 0 \\ 0 & 1 & 0 \\ 0 & 0 & 1 \end{pmatrix}",
+        r"\{x | x > 1\}",
+    ]
     problems = label_problems(RewardSettings(reward="math"))([*good, label])
     assert problems[:-1] == [""] * len(good) and problems[-1].startswith(problem)
 
 
 def test_exact_takes_any_text_as_a_label():
     problems = label_problems(RewardSettings(reward="exact"))(["3x +", 42, None, "a\n#### 5"])
-    assert [bool(problem) for problem in problems] == [False, False, True, True] and "--reward exact needs" in problems[2]
+    assert [bool(problem) for problem in problems] == [
+        False,
+        False,
+        True,
+        True,
+    ] and "--reward exact needs" in problems[2]
 
 
 def test_a_label_that_takes_for_ever_to_parse_is_found_before_the_start(short_limit, monkeypatch):
     monkeypatch.setattr(math_rules, "is_judgeable", exec)
-    monkeypatch.setattr(math_judge, "call_in_worker", lambda function, label: call_in_worker(function, "while True: pass"))
-    assert label_problems(RewardSettings(reward="math"))(["x + 1", "7"]) == ["takes longer than 0.3 s to parse", ""]
+    monkeypatch.setattr(
+        math_judge,
+        "call_in_worker",
+        lambda function, label: call_in_worker(function, "while True: pass"),
+    )
+    assert label_problems(RewardSettings(reward="math"))(["x + 1", "7"]) == [
+        "takes longer than 0.3 s to parse",
+        "",
+    ]
 
 
-# --- the workers --------------------------------------------------------------------------------------------------------------
+# --- the workers --------------------------------------------------------------------------------
 
 
-def test_hard_answers_are_wrong_and_delay_the_right_ones_behind_them_by_their_limit_only(short_limit):
-    samples = [answer(HARD, "5") for _ in range(16)] + [answer(r"\boxed{5}", "5") for _ in range(16)]
+def test_hard_answers_are_wrong_and_delay_the_right_ones_behind_them_by_their_limit_only(
+    short_limit,
+):
+    samples = [answer(HARD, "5") for _ in range(16)] + [
+        answer(r"\boxed{5}", "5") for _ in range(16)
+    ]
     compute_rewards(samples, Judge(math_reward, 32, timeout_s=30))
     assert [sample.reward for sample in samples] == [0.0] * 16 + [1.0] * 16
     assert ["too_hard" in sample.notes for sample in samples] == [True] * 16 + [False] * 16
@@ -166,7 +219,10 @@ def test_a_worker_that_was_killed_while_it_waited_costs_no_answer():
 
 
 def test_there_are_workers_for_the_processors_that_this_process_may_use():
-    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); from data import math_judge; print(math_judge.WORKERS)"
+    code = (
+        "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); from data import"
+        " math_judge; print(math_judge.WORKERS)"
+    )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert found.stdout == "1\n", found.stderr
     assert math_judge.WORKERS == max(1, len(os.sched_getaffinity(0)) // 4)
@@ -174,17 +230,30 @@ def test_there_are_workers_for_the_processors_that_this_process_may_use():
 
 @pytest.mark.parametrize("ranks, workers", [("1", "8"), ("2", "4"), ("64", "1")])
 def test_the_ranks_of_a_machine_share_its_processors(ranks, workers):
-    code = "import os; os.sched_getaffinity = lambda _: range(32); from data import math_judge; print(math_judge.WORKERS)"
+    code = (
+        "import os; os.sched_getaffinity = lambda _: range(32); from data import math_judge;"
+        " print(math_judge.WORKERS)"
+    )
     command, environment = [sys.executable, "-c", code], {**os.environ, "LOCAL_WORLD_SIZE": ranks}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == workers
 
 
 def test_no_worker_outlives_its_parent():
-    code = "import os; from data import math_judge; print(math_judge.call_in_worker(os.getpid), flush=True); os.kill(os.getpid(), 9)"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    code = (
+        "import os; from data import math_judge; print(math_judge.call_in_worker(os.getpid),"
+        " flush=True); os.kill(os.getpid(), 9)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     for _ in range(200):
-        if not psutil.pid_exists(pid := int(found.stdout)) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+        if (
+            not psutil.pid_exists(pid := int(found.stdout))
+            or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        ):
             return
         time.sleep(0.1)
     raise AssertionError(f"process {pid} is alive")

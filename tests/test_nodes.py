@@ -86,7 +86,11 @@ def listening(process: psutil.Process) -> set[str]:
     folder, sockets = Path("/proc", str(process.pid)), set()
     for fd in (folder / "fd").iterdir():
         sockets.add(os.readlink(fd).removeprefix("socket:[").removesuffix("]"))
-    rows = [row.split() for name in ("tcp", "tcp6") for row in (folder / "net" / name).open(encoding="ascii")]
+    rows = [
+        row.split()
+        for name in ("tcp", "tcp6")
+        for row in (folder / "net" / name).open(encoding="ascii")
+    ]
     return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in sockets}
 
 
@@ -107,6 +111,7 @@ def test_ranks_and_engines_listen_on_the_loopback_whatever_the_machine_s_name_is
 
 def test_two_nodes_train_until_the_cable_is_pulled(begin, tmp_path):
     """Ranks and engines end. The second node's torchrun, whose store is gone, takes TCP's time."""
+
     def start(node: str, address: str) -> str:
         where = f"--nnodes 2 --nproc-per-node 1 --local-addr {address} --rdzv-backend c10d"
         where += f" --rdzv-endpoint 10.77.0.1:29500 --rdzv-conf is_host={int(node == 'a')}"

@@ -1,6 +1,7 @@
 """plot.py: a picture of what a run has measured so far, or one line that says what is wrong.
 
-What is drawn is looked at in matplotlib's own objects: which panels, lines, limits and labels. What the picture looks like is not tested.
+What is drawn is looked at in matplotlib's own objects: which panels, lines, limits and labels. What
+the picture looks like is not tested.
 """
 
 import json
@@ -192,7 +193,7 @@ def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):
     assert line.startswith("error: no run is given") and "--timeline-steps 0" in line
 
 
-# --- what is drawn ----------------------------------------------------------------------------------------------------------------------------
+# --- what is drawn ------------------------------------------------------------------------------
 
 
 def picture(tmp_path, *runs: list[dict], shown: int = 3) -> dict:
@@ -233,7 +234,9 @@ def test_every_axis_says_what_it_measures(tmp_path):
 
 
 def test_what_a_synchronous_run_has_not_is_no_empty_panel(tmp_path):
-    titles = picture(tmp_path, [row(1, staleness=[10], staleness_max=0), row(2, staleness=[], staleness_max=0)])
+    titles = picture(
+        tmp_path, [row(1, staleness=[10], staleness_max=0), row(2, staleness=[], staleness_max=0)]
+    )
     assert not {"age of trained tokens", "KL"} & titles.keys()
 
 
@@ -251,13 +254,15 @@ def test_several_runs_are_told_apart(tmp_path):
     assert first.get_color() != second.get_color()
 
 
-# --- the timeline -----------------------------------------------------------------------------------------------------------------------------
+# --- the timeline -------------------------------------------------------------------------------
 
 TRAINER, ENGINE = "rank 0 trainer", "rank 0 engine"
 
 
 def bars_of_steps(steps: int, *, evaluated_before: int) -> list[tuple[str, str, float, float]]:
-    """Return bars of steps of 2 s, an evaluation of 10 s before one of them; each begins with its rollout."""
+    """Return bars of steps of 2 s, an evaluation of 10 s before one of them; each begins with its
+    rollout.
+    """
     bars, now = [], 0.0
     for step in range(1, steps + 1):
         if step == evaluated_before:
@@ -289,7 +294,9 @@ def test_an_evaluation_has_a_color_of_its_own(tmp_path):
 def test_runs_of_one_name_are_told_apart(tmp_path):
     runs = [tmp_path / "lr1" / "seed1", tmp_path / "lr2" / "seed1"]
     assert plot.short_names(runs) == ["lr1/seed1", "lr2/seed1"]
-    assert plot.short_names(runs[:1]) == ["seed1"] and plot.short_names(runs[:1] * 2) == ["seed1"] * 2
+    assert (
+        plot.short_names(runs[:1]) == ["seed1"] and plot.short_names(runs[:1] * 2) == ["seed1"] * 2
+    )
 
 
 @pytest.mark.parametrize("staleness", [5, "abc", [None], None, [], {"0": 1}])

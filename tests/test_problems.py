@@ -1,7 +1,9 @@
-"""problems.py, and what the checks together say about a run with several mistakes: all of them, once, before anything is started.
+"""problems.py, and what the checks together say about a run with several mistakes: all of them,
+once, before anything is started.
 
-A mistake that is shown only when another has been mended costs a start each. Single mistakes are tested beside the code that finds them, odd values in
-test_fuzz.py. Not covered: models of other families than Qwen3, and that a good model is never refused.
+A mistake that is shown only when another has been mended costs a start each. Single mistakes are
+tested beside the code that finds them, odd values in test_fuzz.py. Not covered: models of other
+families than Qwen3, and that a good model is never refused.
 """
 
 import json
@@ -36,8 +38,16 @@ def test_a_check_returns_or_raises_all_it_has_found():
     assert check_number(8) == 4
     with pytest.raises(BadInput) as refused:
         check_number(101)
-    assert refused.value.problems == ("101 is odd", "101 is large", "101 is so large that nothing more can be said", "and a second thing")
-    assert str(refused.value).splitlines()[:2] == ["4 problems:", "  - 101 is odd"] and str(BadInput("one")) == "one"
+    assert refused.value.problems == (
+        "101 is odd",
+        "101 is large",
+        "101 is so large that nothing more can be said",
+        "and a second thing",
+    )
+    assert (
+        str(refused.value).splitlines()[:2] == ["4 problems:", "  - 101 is odd"]
+        and str(BadInput("one")) == "one"
+    )
 
 
 def test_problems_of_several_checks_are_each_said_once():
@@ -53,14 +63,18 @@ def problems_of(monkeypatch, loop, *arguments, ranks: int) -> tuple[str, ...]:
     monkeypatch.setattr("sys.argv", ["loop.py", *map(str, arguments)])
     for name, value in dict(RANK=0, WORLD_SIZE=ranks, LOCAL_RANK=0).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(distributed, "init_distributed", lambda *_, **__: pytest.fail("a process group was started"))
+    monkeypatch.setattr(
+        distributed, "init_distributed", lambda *_, **__: pytest.fail("a process group was started")
+    )
     with pytest.raises(BadInput) as refused:
         start_main(loop)
     return refused.value.problems
 
 
 def assert_each_once(problems: tuple[str, ...], expected: list[str]) -> None:
-    assert [next((text for text in problems if part in text), None) is not None for part in expected] == [True] * len(expected), problems
+    assert [
+        next((text for text in problems if part in text), None) is not None for part in expected
+    ] == [True] * len(expected), problems
     assert len(problems) == len(expected), problems
 
 
@@ -72,8 +86,19 @@ def test_mistakes_of_all_flags_are_said_at_once(monkeypatch, tmp_path):
     flags += ["--clip-low", "2", "--minibatches", "0", "--lr", "-1", "--tp", "3", "--ep", "7"]
     flags += ["--rollout-ranks", "2", "--max-staleness", "-1", "--resume", "--bucket-bytes", "0"]
     expected = ["absent has no config.json", "absent.jsonl does not exist", "--eval-prompts toy:2"]
-    expected += ["--steps 0", "--temperature -1.0", "--sglang 'log_level'", "--judges 0", "--lr -1.0"]
-    expected += ["--clip-low 2.0", "--minibatches 0", "--tp 3 does not divide the 2 ranks", "--ep 7"]
+    expected += [
+        "--steps 0",
+        "--temperature -1.0",
+        "--sglang 'log_level'",
+        "--judges 0",
+        "--lr -1.0",
+    ]
+    expected += [
+        "--clip-low 2.0",
+        "--minibatches 0",
+        "--tp 3 does not divide the 2 ranks",
+        "--ep 7",
+    ]
     expected += ["--max-staleness -1", "--resume needs the --name", "--bucket-bytes 0"]
     assert_each_once(problems_of(monkeypatch, loop_async, *flags, ranks=4), expected)
 
@@ -97,7 +122,11 @@ def test_mistakes_of_model_data_and_layout_are_said_at_once(monkeypatch, tmp_pat
     flags += ["--prompts-per-step", "3"]
     flags += ["--tp", "3", "--ep", "3", "--megatron", "num_layer=3"]
     expected = ["do not belong together", "line 1 has no label", "line 3 is not JSON"]
-    expected += ["nearest is mem_fraction_static", "lm_head.weight is missing", "--ep 3 must divide"]
+    expected += [
+        "nearest is mem_fraction_static",
+        "lm_head.weight is missing",
+        "--ep 3 must divide",
+    ]
     expected += ["num_attention_heads 4 is not divisible", "num_key_value_heads 2 is not divisible"]
     expected += ["intermediate_size 512 is not divisible", "--megatron num_layer"]
     assert_each_once(problems_of(monkeypatch, loop_sync, *flags, ranks=3), expected)
@@ -115,8 +144,18 @@ def test_without_a_readable_config_the_prompts_form_is_checked_all_the_same(monk
 def test_of_many_bad_lines_the_first_are_named(tmp_path):
     (tmp_path / "p.jsonl").write_text("bad\n" * 40, encoding="utf-8")
     with pytest.raises(BadInput) as refused:
-        read_prompts(str(tmp_path / "p.jsonl"), load_tokenizer(str(ROOT / "toy")), DataSettings(), name="p", max_prompt_tokens=9)
-    assert len(refused.value.problems) == 6 and "line 5" in refused.value.problems[4] and "35 more rows" in refused.value.problems[5]
+        read_prompts(
+            str(tmp_path / "p.jsonl"),
+            load_tokenizer(str(ROOT / "toy")),
+            DataSettings(),
+            name="p",
+            max_prompt_tokens=9,
+        )
+    assert (
+        len(refused.value.problems) == 6
+        and "line 5" in refused.value.problems[4]
+        and "35 more rows" in refused.value.problems[5]
+    )
 
 
 @pytest.mark.parametrize("name, changes, message", [
@@ -129,7 +168,9 @@ def test_of_many_bad_lines_the_first_are_named(tmp_path):
 ])  # fmt: skip
 def test_what_does_not_agree_in_a_model_folder(tmp_path, name, changes, message):
     model = write_model(tmp_path, "qwen3")
-    before = json.loads((model / name).read_text(encoding="utf-8")) if (model / name).exists() else {}
+    before = (
+        json.loads((model / name).read_text(encoding="utf-8")) if (model / name).exists() else {}
+    )
     (model / name).write_text(json.dumps(before | changes), encoding="utf-8")
     with pytest.raises(BadInput) as refused:
         check_model_folder(model, read_config(model), load_tokenizer(str(model)), stop=())
@@ -141,9 +182,17 @@ def changed_config(folder, family: str, *, without=(), **changes):
     config_class, fields = FAMILIES[family]
     fields = fields | {"num_local_experts": 0}  # transformers' name of num_experts
     architecture = {"architectures": [ARCHITECTURES[family]]}
-    config = json.loads(config_class(**{**SMALL, **FAMILIES[family][1]}).to_json_string(use_diff=False)) | architecture | changes
+    config = (
+        json.loads(config_class(**{**SMALL, **FAMILIES[family][1]}).to_json_string(use_diff=False))
+        | architecture
+        | changes
+    )
     known = json.loads((ROOT / "toy" / "config.json").read_text(encoding="utf-8")).keys()
-    kept = {name: value for name, value in config.items() if name not in without and (name in known | fields.keys() | changes.keys() | set(SMALL))}
+    kept = {
+        name: value
+        for name, value in config.items()
+        if name not in without and (name in known | fields.keys() | changes.keys() | set(SMALL))
+    }
     (folder / "config.json").write_text(json.dumps(kept), encoding="utf-8")
     return folder
 
@@ -153,10 +202,14 @@ def changed_config(folder, family: str, *, without=(), **changes):
     "absent", None, [], ["Qwen3Model"], ["Qwen3ForSequenceClassification"], ["Qwen3ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM"],
 ])  # fmt: skip
 def test_a_model_of_another_architecture_is_refused(tmp_path, family, architectures):
-    folder = changed_config(tmp_path, family, **({} if architectures == "absent" else {"architectures": architectures}))
+    folder = changed_config(
+        tmp_path, family, **({} if architectures == "absent" else {"architectures": architectures})
+    )
     if architectures == "absent":
         changed_config(tmp_path, family, without=("architectures",))
-    with pytest.raises(BadInput, match=f'write "architectures": ."{ARCHITECTURES[family]}"') as refused:
+    with pytest.raises(
+        BadInput, match=f'write "architectures": ."{ARCHITECTURES[family]}"'
+    ) as refused:
         read_config(folder)
     assert len(refused.value.problems) == 1
 
@@ -179,7 +232,9 @@ def test_a_model_of_another_architecture_is_refused(tmp_path, family, architectu
     ("glm4_moe", dict(n_shared_experts=-1), "n_shared_experts is -1"),
     ("glm4_moe", dict(routed_scaling_factor=0.0), "routed_scaling_factor is 0.0"),
 ])  # fmt: skip
-def test_a_config_that_trainer_and_engine_would_read_otherwise_is_refused(tmp_path, family, changes, message):
+def test_a_config_that_trainer_and_engine_would_read_otherwise_is_refused(
+    tmp_path, family, changes, message
+):
     with pytest.raises(BadInput, match=message):
         read_config(changed_config(tmp_path, family, **changes))
 
@@ -195,24 +250,33 @@ def test_a_field_that_is_left_out_has_transformers_value(tmp_path, family, field
 
 def test_a_mixture_of_experts_without_their_number_is_no_dense_model(tmp_path):
     with pytest.raises(BadInput, match="num_experts is 0; it must be a positive integer"):
-        read_config(changed_config(tmp_path, "qwen3_moe", without=("num_experts", "num_local_experts")))
+        read_config(
+            changed_config(tmp_path, "qwen3_moe", without=("num_experts", "num_local_experts"))
+        )
 
 
 def test_glm_turns_half_of_each_head_unless_it_says_otherwise(tmp_path):
-    folder = changed_config(tmp_path, "glm4_moe", without=("rope_parameters", "partial_rotary_factor"), rope_theta=1e6)
+    folder = changed_config(
+        tmp_path, "glm4_moe", without=("rope_parameters", "partial_rotary_factor"), rope_theta=1e6
+    )
     assert rope_of(read_config(folder)) == {"rotary_base": 1e6, "rotary_percent": 0.5}
 
 
 @pytest.mark.parametrize("config_eos, generation_eos, stop", [
-    (2, [2, 1], ()),  # Qwen3: config.json and tokenizer end at <|im_end|>, generation_config.json lists <|endoftext|> too
+    # Qwen3: config.json and tokenizer end at <|im_end|>, generation_config.json lists <|endoftext|>
+    # too
+    (2, [2, 1], ()),
     ([5, 2, 7], None, ()),  # GLM-4.5 and Llama 3.1: the tokenizer's is one of several
-    (5, [5, 2], ()),  # Llama 3: config.json has the base model's, generation_config.json adds the chat's
+    # Llama 3: config.json has the base model's, generation_config.json adds the chat's
+    (5, [5, 2], ()),
     (None, None, ()),
     (5, None, ("</s>",)),  # they disagree, and --stop says which one ends a response
 ])  # fmt: skip
 def test_good_end_tokens_are_not_refused(tmp_path, config_eos, generation_eos, stop):
     model = write_model(tmp_path, "qwen3", eos_token_id=config_eos)
-    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_eos}), encoding="utf-8")
+    (model / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": generation_eos}), encoding="utf-8"
+    )
     check_model_folder(model, read_config(model), load_tokenizer(str(model)), stop=stop)
 
 
@@ -220,13 +284,22 @@ def test_a_stored_head_that_equals_the_embedding_is_not_refused(tmp_path):
     """Qwen3-0.6B has tied embeddings and the head in its file."""
     model = write_model(tmp_path, "qwen2")
     weights = load_file(model / "model.safetensors")
-    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, model / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()},
+        model / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     check_model_folder(model, read_config(model), load_tokenizer(str(model)), stop=())
 
 
 def test_rope_settings_of_published_models_are_not_refused():
-    assert rope_of({"rope_theta": 1000000, "rope_scaling": None, "partial_rotary_factor": 0.5}) == {"rotary_base": 1000000, "rotary_percent": 0.5}
-    assert rope_of({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": None}}) == {"rotary_base": 1e6, "rotary_percent": 1.0}
+    assert rope_of({"rope_theta": 1000000, "rope_scaling": None, "partial_rotary_factor": 0.5}) == {
+        "rotary_base": 1000000,
+        "rotary_percent": 0.5,
+    }
+    assert rope_of(
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": None}}
+    ) == {"rotary_base": 1e6, "rotary_percent": 1.0}
 
 
 @pytest.mark.parametrize("family, changes, message", [
@@ -234,7 +307,9 @@ def test_rope_settings_of_published_models_are_not_refused():
     ("qwen3_moe", dict(n_group=2), "n_group"),
     ("qwen3", dict(num_hidden_layers=10**9), "num_hidden_layers 1000000000 must be at most 10000"),
 ])  # fmt: skip
-def test_a_config_that_the_engine_reads_otherwise_or_nobody_has_is_refused(tmp_path, family, changes, message):
+def test_a_config_that_the_engine_reads_otherwise_or_nobody_has_is_refused(
+    tmp_path, family, changes, message
+):
     with pytest.raises(BadInput, match=message):
         read_config(changed_config(tmp_path, family, **changes))
 

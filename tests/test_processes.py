@@ -95,7 +95,10 @@ print("went on")
     assert python(code, preexec_fn=ignore).stdout == "went on\n"
 
 
-HOME = "import os; from common import processes; processes.use_writable_home(); print(os.environ['HOME'])"
+HOME = (
+    "import os; from common import processes; processes.use_writable_home();"
+    " print(os.environ['HOME'])"
+)
 
 
 @pytest.mark.parametrize("home", ["/proc/nothing", "/dev/null/x"])

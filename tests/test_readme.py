@@ -1,7 +1,9 @@
-"""README.md against the repository: a reader who follows it must not be sent to a file that is gone, or miss one that is there.
+"""README.md against the repository: a reader who follows it must not be sent to a file that is
+gone, or miss one that is there.
 
-The glossary of metrics is checked against a real run in test_loop_sync.py; the install line is what .ci/run runs. A fork may add files and algorithms: that the
-table lists every file is asked by .ci/run alone, and the files that algorithms are added to have no bound.
+The glossary of metrics is checked against a real run in test_loop_sync.py; the install line is what
+.ci/run runs. A fork may add files and algorithms: that the table lists every file is asked by
+.ci/run alone, and the files that algorithms are added to have no bound.
 """
 
 import ast
@@ -45,10 +47,18 @@ def test_functions_of_a_file_that_grows_are_short_enough_to_read(name):
 
 
 def test_the_toy_is_small():
-    assert sum(path.stat().st_size for path in (ROOT / "toy").iterdir() if path.is_file()) < 4 * 2**20
+    assert (
+        sum(path.stat().st_size for path in (ROOT / "toy").iterdir() if path.is_file()) < 4 * 2**20
+    )
 
 
 def test_every_requirement_is_pinned():
     for name in ("requirements.txt", "requirements-engine.txt", "requirements-gpu.txt"):
-        lines = [line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
-        assert lines and all(re.fullmatch(r"[A-Za-z0-9_.\-]+==[^=\s]+", line) for line in lines), name
+        lines = [
+            line
+            for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+            if line and not line.startswith("#")
+        ]
+        assert lines and all(re.fullmatch(r"[A-Za-z0-9_.\-]+==[^=\s]+", line) for line in lines), (
+            name
+        )

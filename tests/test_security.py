@@ -2,9 +2,9 @@
 
 That nothing listens beyond the loopback is shown on real runs in test_checkpoint.py, and in
 test_nodes.py on a machine whose name is another address. That a hostile checkpoint runs no code is
-shown in test_checkpoint.py; that the calculator of
-examples/tool_use.py evaluates nothing, in test_tool_use.py. Here the sources are read: what is not written there cannot happen. Not covered: the engines'
-own code.
+shown in test_checkpoint.py; that the calculator of examples/tool_use.py evaluates nothing, in
+test_tool_use.py. Here the sources are read: what is not written there cannot happen. Not covered:
+the engines' own code.
 """
 
 import ast
@@ -13,7 +13,19 @@ import pytest
 from conftest import ROOT, SOURCES
 
 SHIPPED = [path for path in SOURCES if not {"tests", "bench"} & set(path.relative_to(ROOT).parts)]
-RUNS_CODE = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads", "torch.load", "dill.load", "marshal.loads"}
+RUNS_CODE = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "pickle.load",
+    "pickle.loads",
+    "torch.load",
+    "dill.load",
+    "marshal.loads",
+}
 OPENS_UP = {"trust_remote_code", "shell", "allow_pickle", "weights_only"}
 
 
@@ -24,12 +36,18 @@ def test_no_source_runs_what_it_was_given(path):
             assert ast.unparse(node.func) not in RUNS_CODE, f"line {node.lineno}"
             assert not {keyword.arg for keyword in node.keywords} & OPENS_UP, f"line {node.lineno}"
         if isinstance(node, ast.ClassDef) and "pickle.Unpickler" in map(ast.unparse, node.bases):
-            assert "find_class" in [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
+            assert "find_class" in [
+                part.name for part in node.body if isinstance(part, ast.FunctionDef)
+            ]
 
 
 def test_the_tool_reaches_neither_files_nor_network():
     """All that the example imports beside this project and the arithmetic of its calculator."""
     tree = ast.parse((ROOT / "examples" / "tool_use.py").read_text(encoding="utf-8"))
-    (calculator,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "calculator"]
+    (calculator,) = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name == "calculator"
+    ]
     called = {ast.unparse(node.func) for node in ast.walk(calculator) if isinstance(node, ast.Call)}
     assert called <= {"CALL.fullmatch", "call[1:-1].split", "sum", "int"}

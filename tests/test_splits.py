@@ -1,7 +1,9 @@
-"""Every algorithm gives the same loss and gradient however its batch is split: over micro-batches, ranks and kinds of parallelism, and in any order.
+"""Every algorithm gives the same loss and gradient however its batch is split: over micro-batches,
+ranks and kinds of parallelism, and in any order.
 
-Why: a mean of means, a whitening per rank, a sequence ratio from half a sequence, all train; they train something else. In fp32, to 1e-5 of the loss and of
-the whole gradient's norm. What the formulas should give is in tests/oracle; other families' layouts are in test_layouts.py.
+Why: a mean of means, a whitening per rank, a sequence ratio from half a sequence, all train; they
+train something else. In fp32, to 1e-5 of the loss and of the whole gradient's norm. What the
+formulas should give is in tests/oracle; other families' layouts are in test_layouts.py.
 """
 
 import json
@@ -25,7 +27,10 @@ SPLITS = {
 def measure(folder, model, ranks, *rest) -> dict:
     *sizes, order = rest
     torchrun("tests/workers/algorithms.py", folder, *sizes, order, model, ranks=ranks)
-    losses, gradients = json.loads((folder / "losses.json").read_text(encoding="utf-8")), torch.load(folder / "gradients.pt", weights_only=True)
+    losses, gradients = (
+        json.loads((folder / "losses.json").read_text(encoding="utf-8")),
+        torch.load(folder / "gradients.pt", weights_only=True),
+    )
     assert losses["no token counts"] == [True, True, True]
     return {name: (losses[name], gradients[name]) for name in ALGORITHMS}
 
@@ -38,7 +43,9 @@ def whole(models, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=SPLITS)
 def split(request, models, tmp_path_factory):
-    return request.param, measure(tmp_path_factory.mktemp("split"), models["qwen3"], *SPLITS[request.param])
+    return request.param, measure(
+        tmp_path_factory.mktemp("split"), models["qwen3"], *SPLITS[request.param]
+    )
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -72,7 +79,9 @@ def test_each_algorithm_is_one_of_its_own(whole):
     norms = [losses["grad_norm"] for losses, _ in whole.values()]
     assert len({round(norm, 6) for norm in norms}) == len(norms)
     settings = {name: LossSettings(**changes) for name, (_, changes) in ALGORITHMS.items()}
-    clipped = [name for name in whole if 0 < (settings[name].clips[1] or 0) < 0.3]  # ratios reach it
+    clipped = [
+        name for name in whole if 0 < (settings[name].clips[1] or 0) < 0.3
+    ]  # ratios reach it
     assert "gspo" in clipped and all(whole[name][0]["clipfrac"] > 0 for name in clipped)
     assert whole["icepop"][0]["tis_clipfrac"] > 0
 
@@ -88,7 +97,17 @@ def test_an_entry_that_is_not_named_is_run_all_the_same(monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_ends_all_ranks_with_the_same_words(models):
-    """Of four samples of one length on two ranks the third is rank 0's; both ranks name it, and neither waits for the other."""
+    """Of four samples of one length on two ranks the third is rank 0's; both ranks name it, and
+    neither waits for the other.
+    """
     done = torchrun("tests/workers/not_finite.py", models["qwen3"], ranks=2)
-    raised = [line.partition(" raises: ")[2] for line in sorted(done.stdout.splitlines()) if " raises: " in line]
-    assert len(raised) == 2 and raised[0] == raised[1] and "step 1, rank 0: sample 2 of group 5 has loss nan" in raised[0]
+    raised = [
+        line.partition(" raises: ")[2]
+        for line in sorted(done.stdout.splitlines())
+        if " raises: " in line
+    ]
+    assert (
+        len(raised) == 2
+        and raised[0] == raised[1]
+        and "step 1, rank 0: sample 2 of group 5 has loss nan" in raised[0]
+    )

@@ -59,7 +59,9 @@ def test_a_template_that_does_not_end_is_refused_at_the_first_row(
     tokenizer.chat_template = template
     write_rows(tmp_path / "p.jsonl", 3)
     rendered = []
-    monkeypatch.setattr(chat, "_message", lambda message, *, where: rendered.append(where) or message)
+    monkeypatch.setattr(
+        chat, "_message", lambda message, *, where: rendered.append(where) or message
+    )
     with pytest.raises(BadInput, match="p.jsonl line 1: the tokenizer's chat template"):
         read(tmp_path / "p.jsonl", tokenizer)
     assert len(rendered) == (1 if is_endless else 3)
@@ -81,9 +83,13 @@ def test_the_limits_of_a_template_end_with_it(tokenizer, tmp_path, template):
 def test_a_part_on_which_only_the_comparison_does_not_end_is_refused(tokenizer, tmp_path):
     """Whether a template leaves a message out is seen by rendering another one in its place."""
     loop = SLOW["loops in loops"]
-    tokenizer.chat_template = "{{ messages[0].content }}{% if messages[0].content != '1+1=' %}" + loop + "{% endif %}"
+    tokenizer.chat_template = (
+        "{{ messages[0].content }}{% if messages[0].content != '1+1=' %}" + loop + "{% endif %}"
+    )
     write_rows(tmp_path / "p.jsonl", 2)
-    with pytest.raises(BadInput, match="line 1: the tokenizer's chat template needs more than 0.2 s"):
+    with pytest.raises(
+        BadInput, match="line 1: the tokenizer's chat template needs more than 0.2 s"
+    ):
         read(tmp_path / "p.jsonl", tokenizer)
 
 

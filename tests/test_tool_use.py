@@ -1,7 +1,10 @@
-"""examples/tool_use.py: conversations by hand with a scripted engine, what the calculator accepts, demonstrations, and a short run on the real stack.
+"""examples/tool_use.py: conversations by hand with a scripted engine, what the calculator accepts,
+demonstrations, and a short run on the real stack.
 
-What goes wrong here shows late and far away: a mask or log-prob one token off still trains, only worse. So the lists are compared token by token, and the run
-in fp32, where engine and trainer must agree on what follows a result as they do on what comes before. Not covered: learning (README.md shows a run), GPUs.
+What goes wrong here shows late and far away: a mask or log-prob one token off still trains, only
+worse. So the lists are compared token by token, and the run in fp32, where engine and trainer must
+agree on what follows a result as they do on what comes before. Not covered: learning (README.md
+shows a run), GPUs.
 """
 
 import asyncio
@@ -23,7 +26,14 @@ from common.settings import REPOSITORY, RolloutSettings
 from data.prompts import load_data
 from data.sample import Sample
 from losses import LossSettings, ppo
-from tool_use import CALL_END, LONGEST_DEMONSTRATION, calculator, converse, demonstration, right_answer
+from tool_use import (
+    CALL_END,
+    LONGEST_DEMONSTRATION,
+    calculator,
+    converse,
+    demonstration,
+    right_answer,
+)
 
 TOY = str(REPOSITORY / "toy")
 SETTINGS = RolloutSettings(max_response_tokens=24, stop=(CALL_END,))
@@ -35,7 +45,9 @@ RESULT = [*SUM, 3]  # 5380: the calculator's numbers have four digits or more
 
 
 class Scripted:
-    """Says what the script has for each turn, one list of ids per conversation that goes on; log-probs -1.00, -1.01, … in turn 1, -2.00, … in turn 2."""
+    """Says what the script has for each turn, one list of ids per conversation that goes on;
+    log-probs -1.00, -1.01, … in turn 1, -2.00, … in turn 2.
+    """
 
     def __init__(self, *script: list[list[int]], abort: bool = False):
         self.script, self.abort, self.prompts, self.limits, self.caches = script, abort, [], [], []
@@ -50,13 +62,25 @@ class Scripted:
         turn = len(self.prompts)
         said = self.script[turn - 1]
         assert len(said) == len(prompts_ids) == len(sampling)
-        return [self.output(turn, ids[: params["max_new_tokens"]], params) for ids, params in zip(said, sampling)]
+        return [
+            self.output(turn, ids[: params["max_new_tokens"]], params)
+            for ids, params in zip(said, sampling)
+        ]
 
     def output(self, turn, ids, params):
-        reason = "abort" if self.abort else "stop" if ids[-1] in params["stop_token_ids"] else "length"
+        reason = (
+            "abort" if self.abort else "stop" if ids[-1] in params["stop_token_ids"] else "length"
+        )
         logprobs = [(-turn - i / 100, token, None) for i, token in enumerate(ids)]
-        meta = {"finish_reason": {"type": reason, "message": "out of memory"}, "output_token_logprobs": logprobs}
-        return {"output_ids": ids, "meta_info": meta, "weight_versions": [turn + 4] * len(ids)}  # as if new weights had come in between
+        meta = {
+            "finish_reason": {"type": reason, "message": "out of memory"},
+            "output_token_logprobs": logprobs,
+        }
+        return {
+            "output_ids": ids,
+            "meta_info": meta,
+            "weight_versions": [turn + 4] * len(ids),
+        }  # as if new weights had come in between
 
 
 @pytest.fixture(scope="module")
@@ -64,49 +88,95 @@ def data():
     return load_data(TOY, SETTINGS, read_config(TOY), seed=1)
 
 
-def talk(data, *script, n=1, max_turns=3, max_response_tokens=24, **options) -> tuple[list[Sample], Scripted]:
+def talk(
+    data, *script, n=1, max_turns=3, max_response_tokens=24, **options
+) -> tuple[list[Sample], Scripted]:
     """n conversations about 046+789=, of which turn t is script[t]."""
     engine = Scripted(*script, **options)
     settings = RolloutSettings(max_response_tokens=max_response_tokens, stop=(CALL_END,))
-    samples = converse(engine, [Sample(PROMPT, "046+789=", "538", group=7)], data, settings, max_turns=max_turns, n=n)
+    samples = converse(
+        engine,
+        [Sample(PROMPT, "046+789=", "538", group=7)],
+        data,
+        settings,
+        max_turns=max_turns,
+        n=n,
+    )
     assert len(engine.prompts) == len(script)  # nothing of the script is left
     for s in samples:
-        assert len(s.response_ids) == len(s.loss_mask) == len(s.rollout_logprobs) == len(s.weight_versions) <= max_response_tokens
+        assert (
+            len(s.response_ids)
+            == len(s.loss_mask)
+            == len(s.rollout_logprobs)
+            == len(s.weight_versions)
+            <= max_response_tokens
+        )
     return samples, engine
 
 
-# --- conversations ----------------------------------------------------------------------------------------------------------------------------
+# --- conversations ------------------------------------------------------------------------------
 
 
 def test_two_turns_by_hand(data):
     (sample,), engine = talk(data, [CALL], [[*SUM, END]])
     assert sample.response_ids == CALL + RESULT + [*SUM, END]
     assert sample.loss_mask == [1] * 9 + [0] * 4 + [1] * 4
-    assert sample.rollout_logprobs == [-1 - i / 100 for i in range(9)] + [0.0] * 4 + [-2.0, -2.01, -2.02, -2.03]
-    assert sample.weight_versions == [5] * 13 + [6] * 4  # the result is as old as the turn that asked for it
+    assert sample.rollout_logprobs == [-1 - i / 100 for i in range(9)] + [0.0] * 4 + [
+        -2.0,
+        -2.01,
+        -2.02,
+        -2.03,
+    ]
+    assert (
+        sample.weight_versions == [5] * 13 + [6] * 4
+    )  # the result is as old as the turn that asked for it
     assert sample.response == "+046+789=[5380]538" and sample.finish_reason == "stop"
-    assert sample.notes == {"calls": 1, "errors": 0} and sample.answer == "538" and right_answer(sample) == 1
+    assert (
+        sample.notes == {"calls": 1, "errors": 0}
+        and sample.answer == "538"
+        and right_answer(sample) == 1
+    )
     assert engine.prompts == [[PROMPT], [PROMPT + CALL + RESULT]] and engine.limits == [[24], [11]]
 
 
 def test_what_was_sampled_is_never_tokenized_again(data):
-    """A <pad> disappears from the text, and the text of an unused token would come back as ten tokens: only ids lead to the next prompt."""
+    """A <pad> disappears from the text, and the text of an unused token would come back as ten
+    tokens: only ids lead to the next prompt.
+    """
     said = [PLUS, PAD, 3, 7, 9, UNUSED, EQUALS]
     assert data.tokenizer(data.tokenizer.decode(said), add_special_tokens=False).input_ids != said
     (sample,), engine = talk(data, [said], [[UNUSED, PAD, END]])
-    assert engine.prompts[1] == [PROMPT + said + [PLUS]] and sample.response_ids == said + [PLUS] + [UNUSED, PAD, END]
+    assert engine.prompts[1] == [PROMPT + said + [PLUS]] and sample.response_ids == said + [
+        PLUS
+    ] + [UNUSED, PAD, END]
 
 
 def test_what_goes_on_is_one_batch(data):
-    """Of three conversations one answers at once, one after a call, one after two; each keeps its place, and the copies of a prompt share no list."""
+    """Of three conversations one answers at once, one after a call, one after two; each keeps its
+    place, and the copies of a prompt share no list.
+    """
     answer, two_and_two = [*SUM, END], [PLUS, 5, PLUS, 5, EQUALS]
-    samples, engine = talk(data, [CALL, answer, two_and_two], [answer, CALL], [answer], n=3, max_response_tokens=32)
+    samples, engine = talk(
+        data, [CALL, answer, two_and_two], [answer, CALL], [answer], n=3, max_response_tokens=32
+    )
     assert [len(prompts) for prompts in engine.prompts] == [3, 2, 1]
-    assert engine.prompts[2] == [PROMPT + two_and_two + [7, 3, 3, 3] + CALL + RESULT] and engine.limits[2] == [32 - 5 - 4 - 9 - 4]
-    assert [sample.response for sample in samples] == ["+046+789=[5380]538", "538", "+2+2=[4000]+046+789=[5380]538"]
-    assert [sample.notes["calls"] for sample in samples] == [1, 0, 2] and [sample.index for sample in samples] == [0, 1, 2]
+    assert engine.prompts[2] == [
+        PROMPT + two_and_two + [7, 3, 3, 3] + CALL + RESULT
+    ] and engine.limits[2] == [32 - 5 - 4 - 9 - 4]
+    assert [sample.response for sample in samples] == [
+        "+046+789=[5380]538",
+        "538",
+        "+2+2=[4000]+046+789=[5380]538",
+    ]
+    assert [sample.notes["calls"] for sample in samples] == [1, 0, 2] and [
+        sample.index for sample in samples
+    ] == [0, 1, 2]
     assert all(right_answer(sample) == 1 for sample in samples)
-    assert tool_use.tool_metrics(samples) == {"tool_calls": 1.0, "tool_share": 2 / 3, "tool_errors": 0.0}
+    assert tool_use.tool_metrics(samples) == {
+        "tool_calls": 1.0,
+        "tool_share": 2 / 3,
+        "tool_errors": 0.0,
+    }
 
 
 def test_the_answer_is_what_follows_the_last_result(data):
@@ -121,27 +191,39 @@ def test_a_call_in_the_last_turn_gets_no_result(data):
     assert sample.response_ids == CALL + RESULT + CALL and sample.finish_reason == "length"
     assert sample.notes["calls"] == 1 and right_answer(sample) == 0
     (sample,), _ = talk(data, [CALL], max_turns=1)
-    assert sample.response_ids == CALL and sample.finish_reason == "length" and right_answer(sample) == 0
+    assert (
+        sample.response_ids == CALL
+        and sample.finish_reason == "length"
+        and right_answer(sample) == 0
+    )
 
 
 def test_a_malformed_call_gets_an_error_and_goes_on(data):
     (sample,), engine = talk(data, [[PLUS, PLUS, EQUALS]], [[*SUM, END]])
     assert engine.prompts[1] == [PROMPT + [PLUS, PLUS, EQUALS] + [PLUS]]  # the error is "+"
     assert sample.loss_mask == [1, 1, 1, 0, 1, 1, 1, 1] and sample.response == "++=[+]538"
-    assert sample.notes == {"calls": 1, "errors": 1} and sample.answer == "538" and right_answer(sample) == 1
+    assert (
+        sample.notes == {"calls": 1, "errors": 1}
+        and sample.answer == "538"
+        and right_answer(sample) == 1
+    )
 
 
 @pytest.mark.parametrize("limit", [11, 13])
 def test_the_token_limit_inside_or_right_after_a_result(data, limit):
     (sample,), _ = talk(data, [CALL], max_response_tokens=limit)
-    assert sample.response_ids == (CALL + RESULT)[:limit] and sample.loss_mask == [1] * 9 + [0] * (limit - 9)
+    assert sample.response_ids == (CALL + RESULT)[:limit] and sample.loss_mask == [1] * 9 + [0] * (
+        limit - 9
+    )
     assert sample.finish_reason == "length" and sample.answer == "" and right_answer(sample) == 0
 
 
 def test_the_token_limit_inside_a_turn(data):
     (sample,), _ = talk(data, [CALL], [[*SUM, END]], max_response_tokens=16)
     assert sample.response_ids == CALL + RESULT + SUM and sample.finish_reason == "length"
-    assert right_answer(sample) == 0  # it says 538, but whether it would have ended there is unknown
+    assert (
+        right_answer(sample) == 0
+    )  # it says 538, but whether it would have ended there is unknown
 
 
 def test_an_aborted_turn_ends_the_run(data):
@@ -149,10 +231,18 @@ def test_an_aborted_turn_ends_the_run(data):
         talk(data, [CALL], abort=True)
 
 
-# --- the calculator ---------------------------------------------------------------------------------------------------------------------------
+# --- the calculator -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call, result", [("+046+789=", "5380"), ("+1+2+3+4=", "0100"), ("+0+0=", "0000"), ("+999999999+1=", "0000000001")])
+@pytest.mark.parametrize(
+    "call, result",
+    [
+        ("+046+789=", "5380"),
+        ("+1+2+3+4=", "0100"),
+        ("+0+0=", "0000"),
+        ("+999999999+1=", "0000000001"),
+    ],
+)
 def test_sums(call, result):
     assert calculator(call) == result
 
@@ -168,20 +258,32 @@ def test_all_else_is_refused(call):
 
 def test_a_huge_call_costs_nothing():
     started = time.time()
-    assert calculator("+1" * 10**6 + "=") is calculator("+" + "9" * 10**6 + "+1=") is calculator("+" * 10**6 + "=") is None
+    assert (
+        calculator("+1" * 10**6 + "=")
+        is calculator("+" + "9" * 10**6 + "+1=")
+        is calculator("+" * 10**6 + "=")
+        is None
+    )
     assert time.time() - started < 1
 
 
-# --- demonstrations ---------------------------------------------------------------------------------------------------------------------------
+# --- demonstrations -----------------------------------------------------------------------------
 
 
 def test_demonstrations_by_hand(data):
     prompt = Sample(PROMPT, "046+789=", "538")
     called, direct = (demonstration(prompt, data, calls=calls) for calls in (True, False))
-    assert called.response_ids == CALL + RESULT + [*SUM, END] and called.loss_mask == [1] * 9 + [0] * 4 + [1] * 4
+    assert (
+        called.response_ids == CALL + RESULT + [*SUM, END]
+        and called.loss_mask == [1] * 9 + [0] * 4 + [1] * 4
+    )
     assert direct.response_ids == [*SUM, END] and direct.loss_mask == [1] * 4
-    longest = demonstration(Sample(prompt_ids=PROMPT, prompt="999+999=", label="8991"), data, calls=True)
-    assert len(longest.response_ids) == LONGEST_DEMONSTRATION and longest.response.endswith("=[8991]8991</s>")
+    longest = demonstration(
+        Sample(prompt_ids=PROMPT, prompt="999+999=", label="8991"), data, calls=True
+    )
+    assert len(longest.response_ids) == LONGEST_DEMONSTRATION and longest.response.endswith(
+        "=[8991]8991</s>"
+    )
     assert prompt.response_ids == [] and prompt.notes == {}
 
 
@@ -189,12 +291,20 @@ def test_at_ratio_1_and_advantage_1_the_policy_loss_is_supervised():
     """d loss / d logprob = -1 at every token: the gradient of -sum of logprobs."""
     logprobs_T = torch.tensor([-0.1, -5.0, -30.0], requires_grad=True)
     low, high = LossSettings().clips
-    loss_T, ratio_T, _ = ppo(logprobs_T, logprobs_T.detach(), torch.ones(3), None, clip_low=low, clip_high=high, dual_clip=0.0)
+    loss_T, ratio_T, _ = ppo(
+        logprobs_T,
+        logprobs_T.detach(),
+        torch.ones(3),
+        None,
+        clip_low=low,
+        clip_high=high,
+        dual_clip=0.0,
+    )
     loss_T.sum().backward()
     assert ratio_T.tolist() == [1, 1, 1] and logprobs_T.grad.tolist() == [-1, -1, -1]
 
 
-# --- settings and a run -----------------------------------------------------------------------------------------------------------------------
+# --- settings and a run -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -214,19 +324,55 @@ def test_flags_that_cannot_work(monkeypatch, tmp_path, flags, message):
     monkeypatch.setattr(sys, "argv", ["tool_use.py", *flags])
     for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(distributed, "init_distributed", lambda **_: pytest.fail("a process group was started"))
+    monkeypatch.setattr(
+        distributed, "init_distributed", lambda **_: pytest.fail("a process group was started")
+    )
     with pytest.raises(BadInput, match=message):
         start_main(tool_use, tool_use.check_tool_flags)
 
 
 def test_a_run(tmp_path):
-    """Two steps after a warm start so short that turns are half noise: results, errors and answers without a call. In fp32 engine and trainer differ by
-    rounding only, unless a token stands in one place for the one and in another for the other."""
-    quick = ["--steps", "2", "--eval-samples", "16", "--prompts-per-step", "4", "--samples-per-prompt", "8", "--warm-steps", "60", "--warm-samples", "32"]
-    torchrun(ROOT / "examples" / "tool_use.py", *quick, "--rollout-dtype", "fp32", "--train-dtype", "fp32", "--name", "a", "--export", ranks=1, cwd=tmp_path)
+    """Two steps after a warm start so short that turns are half noise: results, errors and answers
+    without a call. In fp32 engine and trainer differ by rounding only, unless a token stands in one
+    place for the one and in another for the other.
+    """
+    quick = [
+        "--steps",
+        "2",
+        "--eval-samples",
+        "16",
+        "--prompts-per-step",
+        "4",
+        "--samples-per-prompt",
+        "8",
+        "--warm-steps",
+        "60",
+        "--warm-samples",
+        "32",
+    ]
+    torchrun(
+        ROOT / "examples" / "tool_use.py",
+        *quick,
+        "--rollout-dtype",
+        "fp32",
+        "--train-dtype",
+        "fp32",
+        "--name",
+        "a",
+        "--export",
+        ranks=1,
+        cwd=tmp_path,
+    )
     start, *steps = metrics_of(tmp_path / "runs" / "a")
-    assert start["step"] == 0 and [row["step"] for row in steps] == [1, 2] and (tmp_path / "runs" / "a" / "warm-start" / "model.safetensors").is_file()
+    assert (
+        start["step"] == 0
+        and [row["step"] for row in steps] == [1, 2]
+        and (tmp_path / "runs" / "a" / "warm-start" / "model.safetensors").is_file()
+    )
     for row in steps:
         assert all(math.isfinite(value) for value in row.values() if not isinstance(value, list))
         assert row["logprob_shift"] == 0.0 and row["mismatch_max"] < 1e-3
-        assert row["tool_calls"] >= row["tool_share"] > 0 and row["tokens"] < row["response_tokens"] * 32  # results are in the responses and do not count
+        assert (
+            row["tool_calls"] >= row["tool_share"] > 0
+            and row["tokens"] < row["response_tokens"] * 32
+        )  # results are in the responses and do not count

@@ -1,8 +1,9 @@
 """The hand-off when something goes wrong, and what it costs in memory.
 
-An update is all or nothing: after a fault in any phase the engine, half-updated by then, answers nothing, still is at the version before, and the error says
-in which phase and about which tensors. The read-back gate proves what the engine holds: its own
-promises are tested with a small model in the engine's place.
+An update is all or nothing: after a fault in any phase the engine, half-updated by then, answers
+nothing, still is at the version before, and the error says in which phase and about which tensors.
+The read-back gate proves what the engine holds: its own promises are tested with a small model in
+the engine's place.
 
 Not covered here: bytes at every layout (test_layouts.py), the gate on SGLang's models
 (test_engine.py), a killed rank (test_loop_async.py).
@@ -34,7 +35,9 @@ EMBEDDING = "model.embed_tokens.weight"
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory):
     out = tmp_path_factory.mktemp("faults") / "report.json"
-    done = torchrun("tests/workers/hand_off_faults.py", out, ranks=2, check=False)  # the last fault kills the engine under it
+    done = torchrun(
+        "tests/workers/hand_off_faults.py", out, ranks=2, check=False
+    )  # the last fault kills the engine under it
     return json.loads(out.read_text(encoding="utf-8")) | {"output": done.stderr}
 
 
@@ -62,7 +65,10 @@ def test_an_update_that_sglang_refuses_ends_the_run(faults):
 def test_a_tensor_the_engine_refuses_ends_the_engine(faults):
     fault = faults["load"]
     assert "EngineDied" in fault["error"] and "phase 'load': model.layers" in fault["notes"][0]
-    assert "Attempted to load weight (torch.Size([127])) into parameter (torch.Size([128]))" in faults["output"]
+    assert (
+        "Attempted to load weight (torch.Size([127])) into parameter (torch.Size([128]))"
+        in faults["output"]
+    )
     assert "The engine failed to load model.layers.1.input_layernorm.weight." in faults["output"]
 
 
@@ -74,8 +80,12 @@ def test_the_innermost_phase_tells():
 
 
 def test_memory_is_that_of_buckets_not_of_the_model():
-    """102 million parameters at tp 2, buckets of 1 MiB, tensors of up to 3 MiB: 98 MiB pass through every rank, and none grows by a copy of them."""
-    spec = importlib.util.spec_from_file_location("bench_weight_sync", ROOT / "bench" / "weight_sync.py")
+    """102 million parameters at tp 2, buckets of 1 MiB, tensors of up to 3 MiB: 98 MiB pass through
+    every rank, and none grows by a copy of them.
+    """
+    spec = importlib.util.spec_from_file_location(
+        "bench_weight_sync", ROOT / "bench" / "weight_sync.py"
+    )
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
     report = bench.measure("102M", 2, bucket_bytes=2**20, rounds=1)
@@ -241,9 +251,7 @@ def test_the_gate_finds_a_parameter_that_no_tensor_reaches(one_rank, merged):
 
 def test_the_gate_finds_a_parameter_that_the_trainer_does_not_know(gate):
     gate.model.held["model.layers.0.mtp.eh_proj.weight"] = torch.nn.Parameter(torch.zeros(3, 5))
-    with pytest.raises(
-        RuntimeError, match=" 60 bytes of the engine's parameters were never"
-    ):
+    with pytest.raises(RuntimeError, match=" 60 bytes of the engine's parameters were never"):
         gate.read_back()
 
 

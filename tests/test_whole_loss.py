@@ -3,10 +3,11 @@
 Each formula has an oracle of its own (tests/oracle). Here is what they cannot see: a sign, a
 coefficient, a weight on the wrong term, old log-probs in place of current ones. The path is the
 shipped one: reward.compute_advantages, and train_step.backward under Megatron's schedule, DDP and
-normaliser. Its model is a table with a row of logits for each token id. All ids of the batch differ,
-so each position's logits are parameters, and one step takes milliseconds. The batch is ragged: tool
-tokens masked within a response, an empty response, one that does not count at all. A real model
-under the same oracle is at the end. Not covered: more than one rank, which is in test_splits.py.
+normaliser. Its model is a table with a row of logits for each token id. All ids of the batch
+differ, so each position's logits are parameters, and one step takes milliseconds. The batch is
+ragged: tool tokens masked within a response, an empty response, one that does not count at all. A
+real model under the same oracle is at the end. Not covered: more than one rank, which is in
+test_splits.py.
 """
 
 import itertools
@@ -74,7 +75,9 @@ def algorithms(policy: str, correction: str, *, scored: bool = True) -> list[Los
     chosen = {**(POLICIES | FORKED)[policy], "correction": correction}
     chosen |= (CORRECTIONS | FORKED_CORRECTIONS)[correction]
     only = POLICY_LOSSES[chosen["policy_loss"]].only
-    chosen |= {name: values[0] for name, values in only.items() if name not in ("aggregation", *chosen)}
+    chosen |= {
+        name: values[0] for name, values in only.items() if name not in ("aggregation", *chosen)
+    }
     aggregations = only.get("aggregation", losses.AGGREGATIONS)
     kls = [kl for kl in KLS.values() if scored or kl.get("kl_in") != "reward"]
     return [
@@ -252,7 +255,9 @@ def test_value_gradient_and_metrics_are_the_oracles(table, policy, correction, s
         assert_metrics(means | {"mismatch_max": sums["mismatch_max"]}, batch, settings, known)
 
 
-def reinforce(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_high, dual_clip):
+def reinforce(
+    logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_high, dual_clip
+):
     """-A logprobs: a loss without a ratio, as a fork may write one."""
     one_T = torch.ones_like(logprobs_T)
     return -advantages_T * logprobs_T, one_T, one_T < 0

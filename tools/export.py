@@ -4,7 +4,8 @@
     python tools/export.py --checkpoint runs/NAME/checkpoints/step-000040 --dtype bf16 fp8
     torchrun --nproc-per-node 8 tools/export.py --checkpoint runs/NAME --tp 8                     a model that one rank does not hold
 
-The layout is this command's own: any layout reads what any other has written. Only weights are read, no optimizer state.
+The layout is this command's own: any layout reads what any other has written. Only weights are
+read, no optimizer state.
 """
 
 import os
@@ -47,7 +48,9 @@ def check_export_flags(settings: ExportSettings) -> None:
     if not settings.dtype or set(settings.dtype) - {"bf16", "fp8"}:
         yield f"--dtype {' '.join(settings.dtype)!r} must be bf16, fp8, or both"
     if not os.path.isdir(settings.checkpoint):
-        fix = "give runs/NAME of a run that has written a checkpoint, or a folder of its checkpoints/"
+        fix = (
+            "give runs/NAME of a run that has written a checkpoint, or a folder of its checkpoints/"
+        )
         yield f"--checkpoint {settings.checkpoint!r} is no folder: {fix}"
 
 
@@ -70,17 +73,36 @@ def main(settings: ExportSettings) -> None:
     folder = Path(settings.checkpoint)
     newest = next(reversed(checkpoints_of(folder)), folder)
     if not (newest / "files.json").is_file():
-        raise BadInput(f"--checkpoint {folder} holds no checkpoint: give runs/NAME of a run that has written one, or a folder of its checkpoints/")
+        raise BadInput(
+            f"--checkpoint {folder} holds no checkpoint: give runs/NAME of a run that has written"
+            " one, or a folder of its checkpoints/"
+        )
     saved = checkpoint.open_checkpoint(newest)
     model = settings.model or saved.state["settings"]["run"]["model"]
     config = read_config(model)
-    train = TrainSettings(train_dtype=saved.state["settings"]["train"]["train_dtype"], tp=settings.tp, pp=settings.pp, ep=settings.ep)
-    train_step.check_train_settings(train, config, world_size=int(os.environ["WORLD_SIZE"]), longest=None)
+    train = TrainSettings(
+        train_dtype=saved.state["settings"]["train"]["train_dtype"],
+        tp=settings.tp,
+        pp=settings.pp,
+        ep=settings.ep,
+    )
+    train_step.check_train_settings(
+        train, config, world_size=int(os.environ["WORLD_SIZE"]), longest=None
+    )
     out = Path(settings.out or saved.folder.parent.parent / saved.folder.name)
     above = next(path for path in out.absolute().parents if os.path.exists(path))
-    if out.name in ("", "..") or not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
-        raise BadInput(f"--out {out} must be the name of folders that can be made; {above} is where they would be")
-    targets = {dtype: out.with_name(f"{out.name}-{dtype}") for dtype in dict.fromkeys(settings.dtype)}
+    if (
+        out.name in ("", "..")
+        or not os.path.isdir(above)
+        or not os.access(above, os.W_OK | os.X_OK)
+    ):
+        raise BadInput(
+            f"--out {out} must be the name of folders that can be made; {above} is where they"
+            " would be"
+        )
+    targets = {
+        dtype: out.with_name(f"{out.name}-{dtype}") for dtype in dict.fromkeys(settings.dtype)
+    }
     for target in targets.values():
         hf_export.check_export_target(target, model)
 

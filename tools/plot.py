@@ -1,10 +1,12 @@
-"""Draw runs as one picture: what they learned, how the optimization went, where the time went, and the timeline of a few steps.
+"""Draw runs as one picture: what they learned, how the optimization went, where the time went, and
+the timeline of a few steps.
 
     python tools/plot.py runs/A [runs/B …] [--out plot.png] [--timeline-steps 3]
 
-The timeline is that of the last run given: its last steps, a bar for each rank's trainer, engine and judge; white is waiting. All of it is in trace.json.
-What a step did not measure, such as the mismatch where nothing was trained, is a gap in its line. A measure that no run has is left out, and so are a KL and an
-age that are 0 in every step. README.md explains each metric.
+The timeline is that of the last run given: its last steps, a bar for each rank's trainer, engine
+and judge; white is waiting. All of it is in trace.json. What a step did not measure, such as the
+mismatch where nothing was trained, is a gap in its line. A measure that no run has is left out, and
+so are a KL and an age that are 0 in every step. README.md explains each metric.
 """
 
 import json
@@ -182,7 +184,7 @@ def mean_age(row: dict) -> float:
     return sum(age * n for age, n in enumerate(counts)) / sum(counts) if sum(counts) else math.nan
 
 
-# --- the timeline -----------------------------------------------------------------------------------------------------------------------------
+# --- the timeline -------------------------------------------------------------------------------
 
 
 def last_steps(bars: list[tuple[str, str, float, float]], shown: int) -> tuple[int, float, float]:
@@ -225,7 +227,7 @@ def draw_timeline(
     )
 
 
-# --- the panels -------------------------------------------------------------------------------------------------------------------------------
+# --- the panels ---------------------------------------------------------------------------------
 
 
 @all_problems
@@ -276,7 +278,9 @@ def draw_panel(axis, panel: Panel, lines: list[tuple[str, dict[str, list]]]) -> 
             alpha = 0.4 if key == "reward" else 1.0  # behind the held-out one
             axis.plot(*zip(*pairs), marker=marker, markersize=4, alpha=alpha, **look)
     is_log = panel.scale == "log" and any(value > 0 for value in values)
-    axis.set(title=panel.title, xlabel="step", ylabel=panel.unit, yscale="log" if is_log else "linear")
+    axis.set(
+        title=panel.title, xlabel="step", ylabel=panel.unit, yscale="log" if is_log else "linear"
+    )
     if panel.from_zero and not is_log:
         axis.set_ylim(0, 1.08 * max(v for v in values if not math.isnan(v)) or 1.0)
     axis.legend(fontsize=7)

@@ -1,11 +1,14 @@
-"""Make the toy checkpoint in this folder: a Qwen3 of 1.2 million parameters that half knows how to add. About nine minutes on one core.
+"""Make the toy checkpoint in this folder: a Qwen3 of 1.2 million parameters that half knows how to
+add. About nine minutes on one core.
 
     python toy/make_toy.py
 
-1. Warm start: supervised learning on correct sums, the learning rate falling to zero. It ends near 0.97 held-out accuracy.
-2. Doubt: a few more steps in which most answers have one wrong digit. The policy keeps what it knows but samples it less often, 0.2 to 0.5 at
-   temperature 1: a start for reinforcement learning that is undecided rather than ignorant, so that most groups of answers hold both right and
-   wrong ones and the first step already has a gradient.
+1. Warm start: supervised learning on correct sums, the learning rate falling to zero. It ends near
+   0.97 held-out accuracy.
+2. Doubt: a few more steps in which most answers have one wrong digit. The policy keeps what it
+   knows but samples it less often, 0.2 to 0.5 at
+   temperature 1: a start for reinforcement learning that is undecided rather than ignorant, so that
+   most groups of answers hold both right and wrong ones and the first step already has a gradient.
 """
 
 import random
@@ -27,7 +30,8 @@ from toy.task import ALPHABET, DIGITS, problems
 SEED, BATCH, WARM_STEPS, DOUBT_STEPS, WRONG = 0, 128, 1200, 120, 0.6
 PAD, BOS, EOS, VOCAB = 0, 1, 2, 32
 
-# Every width is one that block FP8 and tensor parallelism like: q 4 x 64, k and v 2 x 64, gate and up 512 rows, all multiples of 128.
+# Every width is one that block FP8 and tensor parallelism like: q 4 x 64, k and v 2 x 64, gate and
+# up 512 rows, all multiples of 128.
 CONFIG = Qwen3Config(
     vocab_size=VOCAB, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
     max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
@@ -38,11 +42,21 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character; <s> is put before every prompt."""
     words = ["<pad>", "<s>", "</s>", *ALPHABET]
     words += [f"<unused{i}>" for i in range(len(words), VOCAB)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=512,
+    )
 
 
 def train(model, tokenizer, rows, *, steps: int, lr_at, wrong: float, rng: random.Random) -> None:
@@ -50,7 +64,9 @@ def train(model, tokenizer, rows, *, steps: int, lr_at, wrong: float, rng: rando
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
     started = time.time()
     for step in range(steps):
-        input_ids_NL = torch.full((BATCH, 2 * DIGITS + 3 + DIGITS + 2), PAD)  # <s> a + b = | sum </s>
+        input_ids_NL = torch.full(
+            (BATCH, 2 * DIGITS + 3 + DIGITS + 2), PAD
+        )  # <s> a + b = | sum </s>
         labels_NL = torch.full_like(input_ids_NL, -100)
         for i, row in enumerate(islice(rows, BATCH)):
             answer = list(row["label"])
@@ -58,8 +74,12 @@ def train(model, tokenizer, rows, *, steps: int, lr_at, wrong: float, rng: rando
                 answer[rng.randrange(len(answer))] = rng.choice("0123456789")
             prompt_ids = tokenizer(row["prompt"]).input_ids
             answer_ids = tokenizer("".join(answer), add_special_tokens=False).input_ids + [EOS]
-            input_ids_NL[i, : len(prompt_ids) + len(answer_ids)] = torch.tensor(prompt_ids + answer_ids)
-            labels_NL[i, len(prompt_ids) : len(prompt_ids) + len(answer_ids)] = torch.tensor(answer_ids)
+            input_ids_NL[i, : len(prompt_ids) + len(answer_ids)] = torch.tensor(
+                prompt_ids + answer_ids
+            )
+            labels_NL[i, len(prompt_ids) : len(prompt_ids) + len(answer_ids)] = torch.tensor(
+                answer_ids
+            )
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step)
         loss = model(input_ids_NL, labels=labels_NL).loss
@@ -68,19 +88,31 @@ def train(model, tokenizer, rows, *, steps: int, lr_at, wrong: float, rng: rando
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            print(f"step {step + 1} loss {loss:.3f} held-out {accuracy(model, tokenizer):.3f} {time.time() - started:.0f} s", flush=True)
+            print(
+                f"step {step + 1} loss {loss:.3f} held-out {accuracy(model, tokenizer):.3f}"
+                f" {time.time() - started:.0f} s",
+                flush=True,
+            )
 
 
 @torch.no_grad()
 def accuracy(model, tokenizer, n: int = 512) -> float:
-    """Exact-match accuracy on n held-out problems, sampled at temperature 1 over the whole vocabulary."""
+    """Exact-match accuracy on n held-out problems, sampled at temperature 1 over the whole
+    vocabulary.
+    """
     rows = list(islice(problems(seed=SEED, held_out=True), n))
     input_ids_NL = torch.tensor([tokenizer(row["prompt"]).input_ids for row in rows])
     output_ids_NL = model.generate(
         input_ids_NL, attention_mask=torch.ones_like(input_ids_NL), do_sample=True, temperature=1.0, top_k=0, max_new_tokens=DIGITS + 2
     )  # fmt: skip
     texts = tokenizer.batch_decode(output_ids_NL[:, input_ids_NL.shape[1] :])
-    return sum(text.split("</s>")[0] == row["label"] and "</s>" in text for text, row in zip(texts, rows)) / n
+    return (
+        sum(
+            text.split("</s>")[0] == row["label"] and "</s>" in text
+            for text, row in zip(texts, rows)
+        )
+        / n
+    )
 
 
 def main() -> None:
@@ -89,11 +121,22 @@ def main() -> None:
     rng = random.Random(SEED)
     model, tokenizer = Qwen3ForCausalLM(CONFIG).float(), make_tokenizer()
     rows = problems(seed=SEED, held_out=False)
-    train(model, tokenizer, rows, steps=WARM_STEPS, lr_at=lambda s: 1.5e-3 * min(1, (s + 1) / 50) * (1 - s / WARM_STEPS), wrong=0.0, rng=rng)
+    train(
+        model,
+        tokenizer,
+        rows,
+        steps=WARM_STEPS,
+        lr_at=lambda s: 1.5e-3 * min(1, (s + 1) / 50) * (1 - s / WARM_STEPS),
+        wrong=0.0,
+        rng=rng,
+    )
     train(model, tokenizer, rows, steps=DOUBT_STEPS, lr_at=lambda s: 5e-4, wrong=WRONG, rng=rng)
     model.to(torch.bfloat16).save_pretrained(FOLDER)
     tokenizer.save_pretrained(FOLDER)
-    print(f"held-out accuracy at temperature 1, in bfloat16: {accuracy(model, tokenizer, 2048):.3f}", flush=True)
+    print(
+        f"held-out accuracy at temperature 1, in bfloat16: {accuracy(model, tokenizer, 2048):.3f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

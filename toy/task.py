@@ -2,8 +2,9 @@
 
     prompt "046+789="   label "538"      (46 + 789 = 835, lowest digit first)
 
-Writing the lowest digit first lets a small causal model carry as it goes, as a person does on paper. There are 10**6 problems; a checksum of the
-text puts one in ten aside for evaluation, so that training and held-out problems are disjoint whatever the seed.
+Writing the lowest digit first lets a small causal model carry as it goes, as a person does on
+paper. There are 10**6 problems; a checksum of the text puts one in ten aside for evaluation, so
+that training and held-out problems are disjoint whatever the seed.
 """
 
 import random
@@ -15,7 +16,9 @@ ALPHABET = "0123456789+="
 
 
 def is_held_out(prompt: str) -> bool:
-    """One problem in ten, by the checksum of its text: never trained on, neither in the warm start nor by reinforcement."""
+    """One problem in ten, by the checksum of its text: never trained on, neither in the warm start
+    nor by reinforcement.
+    """
     return zlib.crc32(prompt.encode()) % 10 == 0
 
 

@@ -1,6 +1,7 @@
 """SGLang's scheduler on a CPU: block-FP8 layers emulated, attention of a batch in one call.
 
-Shape letters: B requests, N new tokens per request, L tokens per request, T packed tokens, H heads, D head size, K input features.
+Shape letters: B requests, N new tokens per request, L tokens per request, T packed tokens, H heads,
+D head size, K input features.
 """
 
 import functools
@@ -29,25 +30,39 @@ SERVER_ARGS = dict(
 
 
 def patch_sglang() -> None:
-    """In the scheduler process, before the scheduler is built: FP8 layers and attention that a CPU can run, and run quickly."""
+    """In the scheduler process, before the scheduler is built: FP8 layers and attention that a CPU
+    can run, and run quickly.
+    """
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.layers.quantization import fp8
 
-    # Stock code asserts AMX here, and would repack the weights; they stay as they were delivered, which the read-back gate relies on.
-    fp8.Fp8LinearMethod.process_weights_after_loading_block_quant = lambda self, layer: layer.__dict__.pop("_dequantized", None)
+    # Stock code asserts AMX here, and would repack the weights; they stay as they were delivered,
+    # which the read-back gate relies on.
+    fp8.Fp8LinearMethod.process_weights_after_loading_block_quant = lambda self, layer: (
+        layer.__dict__.pop("_dequantized", None)
+    )
     fp8.Fp8LinearMethod.apply = fp8_linear
-    fp8.Fp8MoEMethod.process_weights_after_loading_block_quant = lambda self, layer: layer.__dict__.pop("_dequantized", None)
+    fp8.Fp8MoEMethod.process_weights_after_loading_block_quant = lambda self, layer: (
+        layer.__dict__.pop("_dequantized", None)
+    )
     fp8.Fp8MoEMethod.apply = fp8_experts
-    # On Python 3.13 this prints "[ERROR] ... not documented" at the import of models that it misreads.
+    # On Python 3.13 this prints "[ERROR] ... not documented" at the import of models that it
+    # misreads.
     importlib.import_module("transformers.utils.auto_docstring").print = lambda *_: None
     _seed_each_request()
     _sleep_while_paused()
-    TorchNativeAttnBackend._run_sdpa_forward_decode = functools.partialmethod(batched_decode, TorchNativeAttnBackend._run_sdpa_forward_decode)
-    TorchNativeAttnBackend._run_sdpa_forward_extend = functools.partialmethod(batched_extend, TorchNativeAttnBackend._run_sdpa_forward_extend)
+    TorchNativeAttnBackend._run_sdpa_forward_decode = functools.partialmethod(
+        batched_decode, TorchNativeAttnBackend._run_sdpa_forward_decode
+    )
+    TorchNativeAttnBackend._run_sdpa_forward_extend = functools.partialmethod(
+        batched_extend, TorchNativeAttnBackend._run_sdpa_forward_extend
+    )
 
 
 def _sleep_while_paused() -> None:
-    """sleep_on_idle for an engine that is paused, too: SGLang's would ask for messages over and over, on a core that the sender of the weights needs."""
+    """sleep_on_idle for an engine that is paused, too: SGLang's would ask for messages over and
+    over, on a core that the sender of the weights needs.
+    """
     from sglang.srt.managers.scheduler import Scheduler
 
     stock = Scheduler._record_scheduler_state_for_paused_engine
@@ -60,7 +75,10 @@ def _sleep_while_paused() -> None:
 
 
 def _seed_each_request() -> None:
-    """Sample each request from its own sampling_seed. SGLang can, but only with enable_deterministic_inference, which refuses this attention backend."""
+    """Sample each request from its own sampling_seed.
+
+    SGLang can, but only with enable_deterministic_inference, which refuses this attention backend.
+    """
     from sglang.srt.layers import sampler
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
@@ -69,7 +87,9 @@ def _seed_each_request() -> None:
     def from_schedule_batch(cls, batch, vocab_size):
         info = stock(cls, batch, vocab_size)
         seeds = [request.sampling_params.sampling_seed for request in batch.reqs]
-        info.sampling_seed = torch.tensor([random.getrandbits(31) if seed is None else seed for seed in seeds])
+        info.sampling_seed = torch.tensor(
+            [random.getrandbits(31) if seed is None else seed for seed in seeds]
+        )
         return info
 
     SamplingBatchInfo.from_schedule_batch = classmethod(from_schedule_batch)
@@ -77,9 +97,15 @@ def _seed_each_request() -> None:
 
 
 def multinomial_with_seed(logprobs_BV, seed_B, position_B):
-    """One index for each request, int64 [B, 1], by a number that only its seed and the token's position decide. SGLang's own needs a compiled kernel."""
+    """One index for each request, int64 [B, 1], by a number that only its seed and the token's
+    position decide. SGLang's own needs a compiled kernel.
+    """
     x = seed_B.numpy().astype(np.uint64) << np.uint64(32) | position_B.numpy().astype(np.uint64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # SplitMix64 (Steele, Lea and Flood, 2014)
+    for shift, factor in (
+        (30, 0xBF58476D1CE4E5B9),
+        (27, 0x94D049BB133111EB),
+        (31, 1),
+    ):  # SplitMix64 (Steele, Lea and Flood, 2014)
         x = (x ^ x >> np.uint64(shift)) * np.uint64(factor)
     uniform_B = torch.from_numpy((x >> np.uint64(11)).astype(np.float64) + 1) / 2**53  # in (0, 1]
     cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
@@ -87,24 +113,35 @@ def multinomial_with_seed(logprobs_BV, seed_B, position_B):
 
 
 def fp8_linear(self, layer, x_TK, bias=None):
-    """Block-FP8 linear with the numerics of the GPU kernel: FP8 weights, activations quantized per token and 128 features, fp32 accumulation.
+    """Block-FP8 linear with the numerics of the GPU kernel: FP8 weights, activations quantized per
+    token and 128 features, fp32 accumulation.
 
-    The weights are dequantized to fp32 at the first use after each update; SGLang calls process_weights_after_loading at its end.
+    The weights are dequantized to fp32 at the first use after each update; SGLang calls
+    process_weights_after_loading at its end.
     """
     weight_NK = layer.__dict__.get("_dequantized")
     if weight_NK is None:
-        weight_NK = layer.__dict__["_dequantized"] = dequantize(layer.weight, layer.weight_scale_inv)
-    return F.linear(through_fp8(x_TK), weight_NK, None if bias is None else bias.float()).to(x_TK.dtype)
+        weight_NK = layer.__dict__["_dequantized"] = dequantize(
+            layer.weight, layer.weight_scale_inv
+        )
+    return F.linear(through_fp8(x_TK), weight_NK, None if bias is None else bias.float()).to(
+        x_TK.dtype
+    )
 
 
 def dequantize(codes_NK, scale_inv):
     """Block-scaled e4m3 weights, of one matrix or of several stacked, in fp32."""
     N, K = codes_NK.shape[-2:]
-    return codes_NK.float() * scale_inv.repeat_interleave(128, -2)[..., :N, :].repeat_interleave(128, -1)[..., :K]
+    return (
+        codes_NK.float()
+        * scale_inv.repeat_interleave(128, -2)[..., :N, :].repeat_interleave(128, -1)[..., :K]
+    )
 
 
 def through_fp8(x_TK):
-    """Activations rounded as the GPU kernels round them: e4m3, one scale per token and 128 features; returned in fp32."""
+    """Activations rounded as the GPU kernels round them: e4m3, one scale per token and 128
+    features; returned in fp32.
+    """
     T, K = x_TK.shape
     groups = F.pad(x_TK.float(), (0, -K % 128)).view(T, -1, 128)
     scale = groups.abs().amax(-1, keepdim=True).clamp_(min=1e-10) / FP8_MAX
@@ -112,9 +149,11 @@ def through_fp8(x_TK):
 
 
 def round_to_e4m3(x):
-    """fp32 numbers of at most 448 to the nearest that e4m3 has, ties to even: x.to(torch.float8_e4m3fn).float(), whose way back goes number by number.
+    """fp32 numbers of at most 448 to the nearest that e4m3 has, ties to even:
+    x.to(torch.float8_e4m3fn).float(), whose way back goes number by number.
 
-    Where 1.5 * 2**20 times x's power of two is added, fp32 has no room for more than three bits behind x's first; below 2**-6 e4m3's steps are all alike.
+    Where 1.5 * 2**20 times x's power of two is added, fp32 has no room for more than three bits
+    behind x's first; below 2**-6 e4m3's steps are all alike.
     """
     power = x.view(torch.int32).bitwise_and(0x7F800000).clamp_(min=(127 - 6) << 23)
     large = power.add_((20 << 23) + (1 << 22)).view(torch.float32)
@@ -122,7 +161,9 @@ def round_to_e4m3(x):
 
 
 def fp8_experts(self, layer, dispatch_output):
-    """A block-FP8 mixture of experts: each expert's gate, up and down as fp8_linear, summed with the router's weights."""
+    """A block-FP8 mixture of experts: each expert's gate, up and down as fp8_linear, summed with
+    the router's weights.
+    """
     from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
     if "_dequantized" not in layer.__dict__:
@@ -142,11 +183,17 @@ def fp8_experts(self, layer, dispatch_output):
 
 
 def _gather_kv(k_cache, v_cache, req_to_token, req_pool_indices, seq_lens_B, dtype):
-    """Cached keys and values of all requests as [B, H, L, D], and live_BL, which of the L places each request really has."""
+    """Cached keys and values of all requests as [B, H, L, D], and live_BL, which of the L places
+    each request really has.
+    """
     L = int(seq_lens_B.max())
     live_BL = torch.arange(L) < seq_lens_B[:, None]
     slots_BL = req_to_token[req_pool_indices, :L].masked_fill(~live_BL, 0)
-    return k_cache[slots_BL].transpose(1, 2).to(dtype), v_cache[slots_BL].transpose(1, 2).to(dtype), live_BL
+    return (
+        k_cache[slots_BL].transpose(1, 2).to(dtype),
+        v_cache[slots_BL].transpose(1, 2).to(dtype),
+        live_BL,
+    )
 
 
 def batched_decode(
@@ -159,19 +206,28 @@ def batched_decode(
             self, query_BHD, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens,
             scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
         )  # fmt: skip
-    # Requests of about one length make one call: padded all to the longest, a single long answer would cost as much as if every one were long.
+    # Requests of about one length make one call: padded all to the longest, a single long answer
+    # would cost as much as if every one were long.
     classes_B = (seq_lens - 1).clamp(min=31).log2().int()
     for length_class in classes_B.unique():
         rows = (classes_B == length_class).nonzero()[:, 0]
-        k_BHLD, v_BHLD, live_BL = _gather_kv(k_cache, v_cache, req_to_token, req_pool_indices[rows], seq_lens[rows], query_BHD.dtype)
+        k_BHLD, v_BHLD, live_BL = _gather_kv(
+            k_cache, v_cache, req_to_token, req_pool_indices[rows], seq_lens[rows], query_BHD.dtype
+        )
         out_BH1D = F.scaled_dot_product_attention(
-            query_BHD[rows, :, None], k_BHLD, v_BHLD, attn_mask=live_BL[:, None, None], scale=scaling, enable_gqa=enable_gqa
+            query_BHD[rows, :, None],
+            k_BHLD,
+            v_BHLD,
+            attn_mask=live_BL[:, None, None],
+            scale=scaling,
+            enable_gqa=enable_gqa,
         )
         output[rows] = out_BH1D[:, :, 0]
     return output
 
 
-# Above this many mask elements the padded block costs more memory than the loop over requests saves in time.
+# Above this many mask elements the padded block costs more memory than the loop over requests saves
+# in time.
 MAX_MASK_ELEMENTS = 16_000_000
 
 
@@ -181,18 +237,30 @@ def batched_extend(
 ):  # fmt: skip
     """N new tokens per request behind a cached prefix: padded to [B, N], causal by position."""
     B, N, L = seq_lens.shape[0], int(extend_seq_lens.max()), int(seq_lens.max())
-    if encoder_lens is not None or not causal or sliding_window_size is not None or B * N * L > MAX_MASK_ELEMENTS:
+    if (
+        encoder_lens is not None
+        or not causal
+        or sliding_window_size is not None
+        or B * N * L > MAX_MASK_ELEMENTS
+    ):
         return stock(
             self, query_THD, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, extend_prefix_lens, extend_seq_lens,
             encoder_lens, scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
         )  # fmt: skip
-    k_BHLD, v_BHLD, live_BL = _gather_kv(k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, query_THD.dtype)
+    k_BHLD, v_BHLD, live_BL = _gather_kv(
+        k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, query_THD.dtype
+    )
     real_BN = torch.arange(N) < extend_seq_lens[:, None]
     query_BNHD = query_THD.new_zeros(B, N, *query_THD.shape[1:])
     query_BNHD[real_BN] = query_THD
     position_BN = extend_prefix_lens[:, None] + torch.arange(N)
     mask_BNL = (torch.arange(L) <= position_BN[:, :, None]) & live_BL[:, None]
     out_BHND = F.scaled_dot_product_attention(
-        query_BNHD.transpose(1, 2), k_BHLD, v_BHLD, attn_mask=mask_BNL[:, None], scale=scaling, enable_gqa=enable_gqa
+        query_BNHD.transpose(1, 2),
+        k_BHLD,
+        v_BHLD,
+        attn_mask=mask_BNL[:, None],
+        scale=scaling,
+        enable_gqa=enable_gqa,
     )
     return output.copy_(out_BHND.transpose(1, 2)[real_BN])

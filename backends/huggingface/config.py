@@ -1,9 +1,10 @@
-"""config.json -> what it says, checked, and the arguments of Megatron's TransformerConfig and GPTModel.
+"""config.json -> what it says, checked, and the arguments of Megatron's TransformerConfig and
+GPTModel.
 
-A config field that is in none of the lists below is refused by name: an ignored rope or activation setting would train a different model in silence.
-A field that is left out has the value that transformers gives it: the engine reads the file so.
-The dtype of the stored weights does not matter: --train-dtype and --rollout-dtype decide what is
-computed with, and exports are BF16 or FP8.
+A config field that is in none of the lists below is refused by name: an ignored rope or activation
+setting would train a different model in silence. A field that is left out has the value that
+transformers gives it: the engine reads the file so. The dtype of the stored weights does not
+matter: --train-dtype and --rollout-dtype decide what is computed with, and exports are BF16 or FP8.
 """
 
 import os
@@ -66,7 +67,10 @@ NUMBERS = ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "routed_scalin
 
 @all_problems
 def read_config(folder: str | Path) -> dict:
-    """config.json of a Hugging Face folder, checked field by field. Raises BadInput naming the field."""
+    """config.json of a Hugging Face folder, checked field by field.
+
+    Raises BadInput naming the field.
+    """
     path = Path(folder) / "config.json"
     if problem := model_problem(folder):
         raise BadInput(problem)
@@ -74,7 +78,10 @@ def read_config(folder: str | Path) -> dict:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise BadInput(f"{path} must be an object with a model_type, one of {', '.join(FAMILIES)}")
     if config["model_type"] not in FAMILIES:
-        raise BadInput(f"{path}: model_type {config['model_type']!r} is not supported; supported are {', '.join(FAMILIES)}")
+        raise BadInput(
+            f"{path}: model_type {config['model_type']!r} is not supported; supported are"
+            f" {', '.join(FAMILIES)}"
+        )
     layers = config.get("num_hidden_layers")
     if type(layers) is int and layers > MOST_LAYERS:  # transformers would list them one by one
         raise BadInput(f"{path}: num_hidden_layers {layers} must be at most {MOST_LAYERS}")
@@ -94,18 +101,24 @@ def read_config(folder: str | Path) -> dict:
     for field, value in config.items():
         if field == "layer_types":
             if set(value or ()) - {"full_attention"}:
-                yield f"{path}: layer_types holds {sorted(set(value))}; only full_attention is implemented"
+                yield (
+                    f"{path}: layer_types holds {sorted(set(value))}; only full_attention is"
+                    " implemented"
+                )
         elif field in required:
             if value not in required[field]:
                 yield f"{path}: {field} is {value!r}; only {required[field][0]!r} is implemented"
         elif field not in MAPPED | IGNORED | MAPPED_OF.get(config["model_type"], set()):
-            yield f"{path}: field {field!r} is unknown to the mapping in hf_config.py; if it does not change the model, add it to IGNORED there"
+            yield (
+                f"{path}: field {field!r} is unknown to the mapping in hf_config.py; if it does not"
+                " change the model, add it to IGNORED there"
+            )
     experts = {field: config[field] for field in EXPERTS if config.get(field)}
     theirs = getattr(known, OWN_EXPERTS.get(config["model_type"], ""), 0)
     if theirs and any(count != theirs for count in experts.values()):
         yield (
-            f"{path}: {experts} is read as {theirs} experts by transformers and the engine: keep one "
-            f"of these fields, the one that {config['model_type']} has"
+            f"{path}: {experts} is read as {theirs} experts by transformers and the engine: keep"
+            f" one of these fields, the one that {config['model_type']} has"
         )
     config["num_experts"] = next(iter(experts.values()), 0)
     for field in FILLED_IN:
@@ -113,13 +126,19 @@ def read_config(folder: str | Path) -> dict:
             config[field] = getattr(known, field)
     found.of(_check_sizes, config, path)
     if config["num_experts"] and not config.get("norm_topk_prob"):
-        yield f"{path}: norm_topk_prob is {config.get('norm_topk_prob')!r}; only True is implemented: expert weights that sum to one"
+        yield (
+            f"{path}: norm_topk_prob is {config.get('norm_topk_prob')!r}; only True is implemented:"
+            " expert weights that sum to one"
+        )
     if config.get("attention_bias") and config["model_type"] != "glm4_moe":
         yield f"{path}: attention_bias is True, which is implemented for glm4_moe only"
     yield from found.found
     if not found.found:
         if config["num_attention_heads"] % config["num_key_value_heads"]:
-            heads = f"num_attention_heads {config['num_attention_heads']} is not divisible by num_key_value_heads {config['num_key_value_heads']}"
+            heads = (
+                f"num_attention_heads {config['num_attention_heads']} is not divisible by"
+                f" num_key_value_heads {config['num_key_value_heads']}"
+            )
             yield f"{path}: {heads}"
         yield from _rope_problems(config, known.rope_parameters, path)
     return config
@@ -130,7 +149,10 @@ def _rope_problems(config: dict, known: dict, path: Path) -> Iterator[str]:
 
     known: what transformers makes of them, and so the engine.
     """
-    rope, inside = rope_of(config), config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope, inside = (
+        rope_of(config),
+        config.get("rope_parameters") or config.get("rope_scaling") or {},
+    )
     twice = ("rope_theta", "partial_rotary_factor")
     both = [name for name in twice if None not in (inside.get(name), config.get(name))]
     theirs = rope_of({"rope_parameters": known})
@@ -138,13 +160,13 @@ def _rope_problems(config: dict, known: dict, path: Path) -> Iterator[str]:
         names = (*twice, "rope_scaling", "rope_parameters")
         given = {name: config[name] for name in names if config.get(name) is not None}
         yield (
-            f"{path}: the rope settings {given} contradict one another: keep rope_parameters alone, "
-            "or rope_theta and rope_scaling"
+            f"{path}: the rope settings {given} contradict one another: keep rope_parameters alone,"
+            " or rope_theta and rope_scaling"
         )
     if config["model_type"] != "glm4_moe" and rope.get("rotary_percent", 1.0) != 1:
         yield (
-            f"{path}: partial_rotary_factor {rope['rotary_percent']} is implemented for glm4_moe only: "
-            "the engine's model turns all dimensions of a head; use 1, or leave it out"
+            f"{path}: partial_rotary_factor {rope['rotary_percent']} is implemented for glm4_moe"
+            " only: the engine's model turns all dimensions of a head; use 1, or leave it out"
         )
     dimensions = int(config["head_dim"] * rope.get("rotary_percent", 1.0))
     if dimensions % 2 or not dimensions:
@@ -157,14 +179,24 @@ def _rope_problems(config: dict, known: dict, path: Path) -> Iterator[str]:
 @all_problems
 def _check_sizes(config: dict, path: Path):
     """Fill in head_dim, which may be left out; yield a size, number or switch that is none."""
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "max_position_embeddings")
+    sizes = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+    )
     is_moe = config["model_type"] in ("qwen3_moe", "glm4_moe")
     sizes += ("moe_intermediate_size", "num_experts_per_tok", "num_experts") if is_moe else ()
     sizes += ("n_group", "topk_group") if config["model_type"] == "glm4_moe" else ()
     wrong = [field for field in sizes if type(config.get(field)) is not int or config[field] < 1]
     if config.get("head_dim") is None and not wrong:
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-    if config.get("head_dim") is not None and (type(config["head_dim"]) is not int or config["head_dim"] < 1):
+    if config.get("head_dim") is not None and (
+        type(config["head_dim"]) is not int or config["head_dim"] < 1
+    ):
         wrong.append("head_dim")
     for field in wrong:
         yield f"{path}: {field} is {config.get(field)!r}; it must be a positive integer"
@@ -174,12 +206,21 @@ def _check_sizes(config: dict, path: Path):
     if not isinstance(rope, dict):
         yield f"{path}: the rope settings are {rope!r}; they must be an object"
         rope = {}
-    numbers = {name: config.get(name) for name in NUMBERS} | {f"rope {name}": rope.get(name) for name in rope}
+    numbers = {name: config.get(name) for name in NUMBERS} | {
+        f"rope {name}": rope.get(name) for name in rope
+    }
     for field, value in numbers.items():
-        if field not in ("rope rope_type", "rope type") and value is not None and (type(value) not in (int, float) or not 0 < value < 1e12):
+        if (
+            field not in ("rope rope_type", "rope type")
+            and value is not None
+            and (type(value) not in (int, float) or not 0 < value < 1e12)
+        ):
             yield f"{path}: {field} is {value!r}; it must be a positive number"
     if type(config["tie_word_embeddings"]) is not bool:
-        yield f"{path}: tie_word_embeddings is {config['tie_word_embeddings']!r}; it must be true or false"
+        yield (
+            f"{path}: tie_word_embeddings is {config['tie_word_embeddings']!r}; it must be true or"
+            " false"
+        )
 
 
 def _expert_problems(config: dict, path: Path) -> Iterator[str]:
@@ -187,8 +228,8 @@ def _expert_problems(config: dict, path: Path) -> Iterator[str]:
     experts, groups = config["num_experts"], config.get("n_group", 1)
     if config["num_experts_per_tok"] == 1:
         yield (
-            f"{path}: num_experts_per_tok is 1; it must be at least 2: the weight of a single expert "
-            "is 1 here, and Megatron gives it another"
+            f"{path}: num_experts_per_tok is 1; it must be at least 2: the weight of a single"
+            " expert is 1 here, and Megatron gives it another"
         )
     if config["num_experts_per_tok"] > experts:
         yield (
@@ -216,24 +257,27 @@ def _group_problems(config: dict, path: Path) -> Iterator[str]:
     Megatron ranks groups by the sum of their best num_experts_per_tok // topk_group experts
     (moe_utils.group_limited_topk), GLM and SGLang by that of their best two.
     """
-    chosen, groups, of_groups = (config[n] for n in ("num_experts_per_tok", "n_group", "topk_group"))
+    chosen, groups, of_groups = (
+        config[n] for n in ("num_experts_per_tok", "n_group", "topk_group")
+    )
     size = config["num_experts"] // groups
     if size < 2:
         yield (
-            f"{path}: n_group {groups} leaves groups of {size} expert; groups are ranked by their best "
-            f"two, so n_group must be at most {config['num_experts'] // 2}, or 1 for no groups"
+            f"{path}: n_group {groups} leaves groups of {size} expert; groups are ranked by their"
+            f" best two, so n_group must be at most {config['num_experts'] // 2}, or 1 for no"
+            " groups"
         )
     elif chosen > of_groups * size:
         yield (
-            f"{path}: num_experts_per_tok {chosen} must be at most {of_groups * size}, the experts of "
-            f"topk_group {of_groups} groups: use a larger topk_group"
+            f"{path}: num_experts_per_tok {chosen} must be at most {of_groups * size}, the experts"
+            f" of topk_group {of_groups} groups: use a larger topk_group"
         )
     elif is_grouped(config) and chosen // of_groups != 2:
         yield (
-            f"{path}: n_group {groups} with topk_group {of_groups} is implemented where "
-            f"num_experts_per_tok // topk_group is 2; here it is {chosen} // {of_groups} = "
-            f"{chosen // of_groups}: the engine ranks groups by their best 2 experts, the trainer by "
-            f"their best {chosen // of_groups}; use a model with n_group 1, or such numbers"
+            f"{path}: n_group {groups} with topk_group {of_groups} is implemented where"
+            f" num_experts_per_tok // topk_group is 2; here it is {chosen} // {of_groups} ="
+            f" {chosen // of_groups}: the engine ranks groups by their best 2 experts, the trainer"
+            f" by their best {chosen // of_groups}; use a model with n_group 1, or such numbers"
         )
 
 
@@ -243,7 +287,9 @@ def is_grouped(config: dict) -> bool:
 
 
 def rope_of(config: dict) -> dict:
-    """GPTModel's rotary arguments. transformers 5 writes rope_parameters; before it were rope_theta and rope_scaling."""
+    """GPTModel's rotary arguments. transformers 5 writes rope_parameters; before it were rope_theta
+    and rope_scaling.
+    """
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
     percent = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
@@ -251,19 +297,32 @@ def rope_of(config: dict) -> dict:
     left = sorted(name for name, value in rope.items() if value is not None)
     if kind == "default" and not left:
         return {"rotary_base": theta, "rotary_percent": percent}
-    # Megatron has Llama 3's frequencies with these constants (rotary_pos_embedding.RotaryEmbedding._apply_scaling); only the factor is free.
-    fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    # Megatron has Llama 3's frequencies with these constants
+    # (rotary_pos_embedding.RotaryEmbedding._apply_scaling); only the factor is free.
+    fixed = {
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     if kind == "llama3" and all(rope.get(k) == v for k, v in fixed.items()):
         return {"rotary_base": theta, "rope_scaling": True, "rope_scaling_factor": rope["factor"]}
-    raise BadInput(f"rope settings {kind!r} with {rope} are not implemented; implemented are 'default', and 'llama3' with {fixed}")
+    raise BadInput(
+        f"rope settings {kind!r} with {rope} are not implemented; implemented are 'default', and"
+        f" 'llama3' with {fixed}"
+    )
 
 
 @all_problems
 def megatron_arguments(config: dict, *, tp: int) -> tuple[dict, dict]:
-    """A checked config -> (arguments of TransformerConfig, arguments of GPTModel). Raises BadInput where tp does not divide."""
+    """A checked config -> (arguments of TransformerConfig, arguments of GPTModel).
+
+    Raises BadInput where tp does not divide.
+    """
     for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if config[field] % tp:
-            yield f"{field} {config[field]} is not divisible by --tp {tp}: use a --tp that divides it"
+            yield (
+                f"{field} {config[field]} is not divisible by --tp {tp}: use a --tp that divides it"
+            )
     transformer = dict(
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
@@ -277,14 +336,16 @@ def megatron_arguments(config: dict, *, tp: int) -> tuple[dict, dict]:
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=config["model_type"] == "qwen2" or bool(config.get("attention_bias")),
-        qk_layernorm=config["model_type"] in ("qwen3", "qwen3_moe") or bool(config.get("use_qk_norm")),
+        qk_layernorm=config["model_type"] in ("qwen3", "qwen3_moe")
+        or bool(config.get("use_qk_norm")),
         hidden_dropout=0.0,
         attention_dropout=0.0,
     )
     if config["num_experts"]:
         transformer |= _moe_arguments(config)
     gpt = dict(
-        vocab_size=-(-config["vocab_size"] // tp) * tp,  # padded rows are masked in the softmax and left out of every export
+        vocab_size=-(-config["vocab_size"] // tp)
+        * tp,  # padded rows are masked in the softmax and left out of every export
         max_sequence_length=config["max_position_embeddings"],
         position_embedding_type="rope",
         share_embeddings_and_output_weights=config["tie_word_embeddings"],
@@ -299,7 +360,10 @@ def check_layout(config: dict, *, world_size: int, tp: int, pp: int, cp: int, ep
     found, sizes = Problems(), dict(tp=tp, pp=pp, cp=cp, ep=ep)
     found.of(check_ranks, world_size, **sizes)
     if pp > 0 and (layers_in_last_stage(config, pp) or 1) < 1:
-        yield f"--pp {pp} leaves the last stage without layers, of which the model has {config['num_hidden_layers']}: use a smaller --pp"
+        yield (
+            f"--pp {pp} leaves the last stage without layers, of which the model has"
+            f" {config['num_hidden_layers']}: use a smaller --pp"
+        )
     experts = config["num_experts"]
     if ep > 0 and (experts % ep or (ep > 1 and not experts)):
         rule = f"must divide the model's {experts} experts"
@@ -310,7 +374,9 @@ def check_layout(config: dict, *, world_size: int, tp: int, pp: int, cp: int, ep
 
 
 def layers_in_last_stage(config: dict, pp: int) -> int | None:
-    """None where the layers divide evenly; else what is left for the last stage, which also has the output layer, when the others have equally many."""
+    """None where the layers divide evenly; else what is left for the last stage, which also has the
+    output layer, when the others have equally many.
+    """
     layers = config["num_hidden_layers"]
     return None if layers % pp == 0 else layers - (pp - 1) * -(-layers // pp)
 
@@ -321,9 +387,13 @@ def is_sparse(config: dict, layer: int) -> bool:
 
 
 def _moe_arguments(config: dict) -> dict:
-    """TransformerConfig's mixture of experts. Softmax over the chosen experts' logits equals Qwen3's softmax over all, chosen, and normalised to sum to one.
+    """TransformerConfig's mixture of experts.
 
-    GLM-4.5 scores by sigmoid; a correction bias enters the choice but not the weight. The bias is the model's, not adjusted in training here.
+    Softmax over the chosen experts' logits equals Qwen3's softmax over all, chosen, and normalised
+    to sum to one.
+
+    GLM-4.5 scores by sigmoid; a correction bias enters the choice but not the weight. The bias is
+    the model's, not adjusted in training here.
     """
     moe = dict(
         num_moe_experts=config["num_experts"],
@@ -331,7 +401,9 @@ def _moe_arguments(config: dict) -> dict:
         moe_ffn_hidden_size=config["moe_intermediate_size"],
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
-        moe_layer_freq=[int(is_sparse(config, layer)) for layer in range(config["num_hidden_layers"])],
+        moe_layer_freq=[
+            int(is_sparse(config, layer)) for layer in range(config["num_hidden_layers"])
+        ],
     )
     if config["model_type"] == "glm4_moe":
         grouped = is_grouped(config)
@@ -342,13 +414,17 @@ def _moe_arguments(config: dict) -> dict:
             moe_router_topk_scaling_factor=config["routed_scaling_factor"],
             moe_router_num_groups=config["n_group"] if grouped else None,
             moe_router_group_topk=config["topk_group"] if grouped else None,
-            moe_shared_expert_intermediate_size=config["moe_intermediate_size"] * config["n_shared_experts"] or None,
+            moe_shared_expert_intermediate_size=config["moe_intermediate_size"]
+            * config["n_shared_experts"]
+            or None,
         )
     return moe
 
 
 def generation_eos(folder: str | Path) -> list:
-    """The tokens that end a response by generation_config.json, as they stand there; [] without that file."""
+    """The tokens that end a response by generation_config.json, as they stand there; [] without
+    that file.
+    """
     path = Path(folder) / "generation_config.json"
     read = read_json(path) if os.path.lexists(path) else {}
     if not isinstance(read, dict):

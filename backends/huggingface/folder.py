@@ -1,7 +1,8 @@
-"""Hugging Face folders in and out: a Megatron model filled from safetensors files, and its weights written as such files again.
+"""Hugging Face folders in and out: a Megatron model filled from safetensors files, and its weights
+written as such files again.
 
-Reading needs no communication: every rank reads its own slices. Writing gathers as the hand-off to the engine does, bucket by bucket, and the first rank
-writes; no rank ever holds the whole model.
+Reading needs no communication: every rank reads its own slices. Writing gathers as the hand-off to
+the engine does, bucket by bucket, and the first rank writes; no rank ever holds the whole model.
 """
 
 import os
@@ -51,7 +52,9 @@ def _opened(file: Path):
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{file} is not a complete safetensors file ({error}): copy it again") from error
+        raise BadInput(
+            f"{file} is not a complete safetensors file ({error}): copy it again"
+        ) from error
 
 
 @all_problems
@@ -59,7 +62,10 @@ def _tensors_of_all_files(folder: Path) -> dict:
     """Return {tensor: its opened file} of a folder without an index."""
     files, file_of, path_of = sorted(folder.glob("*.safetensors")), {}, {}
     if not files:
-        raise BadInput(f"{folder} has no *.safetensors file: weights in other formats are not read; save the model with safetensors")
+        raise BadInput(
+            f"{folder} has no *.safetensors file: weights in other formats are not read; save the"
+            " model with safetensors"
+        )
     for file in files:
         opened = _opened(file)
         twice = [name for name in opened.keys() if name in file_of]
@@ -111,8 +117,15 @@ def check_shapes(weights: HFWeights, config: dict) -> None:
     wrong += [f"{name} is not of the model that config.json describes, and would be lost" for name in shapes
               if name not in implied and not _may_be_left_out(name, config)]  # fmt: skip
     if wrong:
-        raise BadInput(f"the weights in {weights.folder} do not fit its config.json: {'; '.join(wrong[:SHOWN])}; {len(wrong)} problems in all")
-    odd = [f"{name} is {dtype}" for name in implied if (dtype := weights.dtype(name)) not in READ_DTYPES]
+        raise BadInput(
+            f"the weights in {weights.folder} do not fit its config.json:"
+            f" {'; '.join(wrong[:SHOWN])}; {len(wrong)} problems in all"
+        )
+    odd = [
+        f"{name} is {dtype}"
+        for name in implied
+        if (dtype := weights.dtype(name)) not in READ_DTYPES
+    ]
     if odd:
         fix = f"only {', '.join(READ_DTYPES)} are read: use the unquantized model"
         some = f"{'; '.join(odd[:SHOWN])}; {len(odd)} in all"
@@ -124,14 +137,22 @@ def _may_be_left_out(name: str, config: dict) -> bool:
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     after = int(layer[1]) - config["num_hidden_layers"] if layer else -1
     is_tied_head = name == "lm_head.weight" and config["tie_word_embeddings"]
-    return is_tied_head or name.endswith("rotary_emb.inv_freq") or 0 <= after < (config.get("num_nextn_predict_layers") or 0)
+    return (
+        is_tied_head
+        or name.endswith("rotary_emb.inv_freq")
+        or 0 <= after < (config.get("num_nextn_predict_layers") or 0)
+    )
 
 
 @all_problems
-def check_model_folder(folder: str | Path, config: dict | None, tokenizer, *, stop: tuple[str, ...]) -> None:
-    """Where the parts of a model folder disagree: weights and config.json; tied embeddings; the tokens that end a response.
+def check_model_folder(
+    folder: str | Path, config: dict | None, tokenizer, *, stop: tuple[str, ...]
+) -> None:
+    """Where the parts of a model folder disagree: weights and config.json; tied embeddings; the
+    tokens that end a response.
 
-    config, tokenizer: None where they could not be read. stop: --stop, which says what ends a response should the files disagree about it.
+    config, tokenizer: None where they could not be read. stop: --stop, which says what ends a
+    response should the files disagree about it.
     """
     if config is None:
         return
@@ -147,24 +168,55 @@ def check_model_folder(folder: str | Path, config: dict | None, tokenizer, *, st
     yield from found.found
     if found.found:
         return  # slices of what is not there, or has another shape, cannot be compared
-    if config["tie_word_embeddings"] and "lm_head.weight" in weights.file_of:  # Qwen3-0.6B has both, equal
+    if (
+        config["tie_word_embeddings"] and "lm_head.weight" in weights.file_of
+    ):  # Qwen3-0.6B has both, equal
         rows = range(0, min(weights.shape("lm_head.weight")[0], config["vocab_size"]), 1009)
-        ours, theirs = ([weights.slice(name, 0, row, row + 1) for row in rows] for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        ours, theirs = (
+            [weights.slice(name, 0, row, row + 1) for row in rows]
+            for name in ("lm_head.weight", "model.embed_tokens.weight")
+        )
         if not all(map(torch.equal, ours, theirs)):
-            yield f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding and would be lost: set it to false in config.json"
+            yield (
+                f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding"
+                " and would be lost: set it to false in config.json"
+            )
     eos = config.get("eos_token_id")
-    ids = [token for token in [*(eos if isinstance(eos, list) else [eos]), *generation_eos(folder)] if token is not None]
-    if odd := [token for token in ids if type(token) is not int or not 0 <= token < config["vocab_size"]]:
-        yield f"{folder}: eos_token_id {odd[0]!r} in config.json or generation_config.json is no token of the model's {config['vocab_size']}"
-    elif tokenizer is not None and ids and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids and not stop:
-        theirs = ", ".join(f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" for token in sorted(set(ids)))
+    ids = [
+        token
+        for token in [*(eos if isinstance(eos, list) else [eos]), *generation_eos(folder)]
+        if token is not None
+    ]
+    if odd := [
+        token for token in ids if type(token) is not int or not 0 <= token < config["vocab_size"]
+    ]:
+        yield (
+            f"{folder}: eos_token_id {odd[0]!r} in config.json or generation_config.json is no"
+            f" token of the model's {config['vocab_size']}"
+        )
+    elif (
+        tokenizer is not None
+        and ids
+        and tokenizer.eos_token_id is not None
+        and tokenizer.eos_token_id not in ids
+        and not stop
+    ):
+        theirs = ", ".join(
+            f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" for token in sorted(set(ids))
+        )
         ours = f"{tokenizer.eos_token_id} ({tokenizer.eos_token!r})"
-        yield f"{folder}: responses end at token {theirs} by config.json and generation_config.json, at {ours} by the tokenizer: name the right one by --stop"
+        yield (
+            f"{folder}: responses end at token {theirs} by config.json and generation_config.json,"
+            f" at {ours} by the tokenizer: name the right one by --stop"
+        )
 
 
 @torch.no_grad()
 def load_hf(model: torch.nn.Module, folder: str | Path, config: dict, *, layout: Layout) -> None:
-    """Fill a GPTModel from a Hugging Face folder, each rank reading its own slices. Raises BadInput listing missing and misshapen tensors."""
+    """Fill a GPTModel from a Hugging Face folder, each rank reading its own slices.
+
+    Raises BadInput listing missing and misshapen tensors.
+    """
     weights = HFWeights(folder)
     check_shapes(weights, config)
     for megatron_name, parameter in parameters_of(model):
@@ -173,11 +225,23 @@ def load_hf(model: torch.nn.Module, folder: str | Path, config: dict, *, layout:
             rule = rule_of("embedding.word_embeddings.weight")
         tp, group = layout.tp(rule), layout.group(rule)
         rank, names = group.rank() % tp, layout.names(rule, config)[group.rank() // tp]
-        rows = [part.shape for part in split_stacked(parameter, len(rule.hf), head_dim=config["head_dim"], groups=config["num_key_value_heads"] // tp)]
+        rows = [
+            part.shape
+            for part in split_stacked(
+                parameter,
+                len(rule.hf),
+                head_dim=config["head_dim"],
+                groups=config["num_key_value_heads"] // tp,
+            )
+        ]
         parts = []
         for name, shape in zip(names, rows):
             size = 0 if rule.tp_dim is None else shape[rule.tp_dim]
-            stop = 0 if rule.tp_dim is None else min((rank + 1) * size, weights.shape(name)[rule.tp_dim])
+            stop = (
+                0
+                if rule.tp_dim is None
+                else min((rank + 1) * size, weights.shape(name)[rule.tp_dim])
+            )
             part = weights.slice(name, rule.tp_dim, rank * size, stop)
             padding = shape[0] - part.shape[0]  # rows that pad the vocabulary
             parts.append(torch.nn.functional.pad(part, (0, 0, 0, padding)) if padding else part)
@@ -195,4 +259,9 @@ QUANTIZED_BY = ("hf_quant_config.json", "quant_model_description.json")
 
 def files_to_export(folder: str | Path) -> list[Path]:
     """Return what an export copies from a model folder: files and broken links, no folders."""
-    return sorted(file for pattern in EXPORTED_FILES for file in Path(folder).glob(pattern) if not file.is_dir())
+    return sorted(
+        file
+        for pattern in EXPORTED_FILES
+        for file in Path(folder).glob(pattern)
+        if not file.is_dir()
+    )

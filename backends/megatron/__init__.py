@@ -1,4 +1,7 @@
-"""megatron-core: the model, its batches and its layout. Without a GPU it is patched here, before its import."""
+"""megatron-core: the model, its batches and its layout.
+
+Without a GPU it is patched here, before its import.
+"""
 
 import torch
 

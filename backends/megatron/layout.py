@@ -13,7 +13,9 @@ class Layout:
 
     tp_group: dist.ProcessGroup
     expert_group: dist.ProcessGroup
-    """Ranks that hold one layer's experts: expert-parallel ranks times the tensor-parallel ranks of an expert, of which the latter count faster."""
+    """Ranks that hold one layer's experts: expert-parallel ranks times the tensor-parallel ranks of
+    an expert, of which the latter count faster.
+    """
     ep: int
     pp_group: dist.ProcessGroup
     first_layer: int
@@ -27,7 +29,9 @@ class Layout:
         return self.tp_group.size() if rule.expert is None else self.expert_group.size() // self.ep
 
     def names(self, rule: Rule, config: dict) -> list[list[str]]:
-        """The rule's Hugging Face names, once; for an expert's parameter, once for each expert-parallel rank, as each holds other experts."""
+        """The rule's Hugging Face names, once; for an expert's parameter, once for each
+        expert-parallel rank, as each holds other experts.
+        """
         if rule.expert is None:
             return [list(rule.hf)]
         here = config["num_experts"] // self.ep

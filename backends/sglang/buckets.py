@@ -22,21 +22,31 @@ Named = tuple[str, torch.Tensor]
 
 
 def pack(named: list[Named], *, multiple_of: int = 1) -> tuple[bytes, torch.Tensor]:
-    """Tensors as one message: names, dtypes and shapes as JSON, and all their bytes as one uint8 tensor, zeros added up to a multiple.
+    """Tensors as one message: names, dtypes and shapes as JSON, and all their bytes as one uint8
+    tensor, zeros added up to a multiple.
 
     Widest dtypes first, so that every tensor is aligned.
     """
     named = sorted(named, key=lambda pair: -pair[1].element_size())
-    header = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in named]
-    parts = [tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in named] or [torch.empty(0, dtype=torch.uint8)]
+    header = [
+        [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        for name, tensor in named
+    ]
+    parts = [tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in named] or [
+        torch.empty(0, dtype=torch.uint8)
+    ]
     padding = -sum(map(len, parts)) % multiple_of
-    return json.dumps(header).encode(), torch.cat([*parts, *([parts[0].new_zeros(padding)] if padding else [])])
+    return json.dumps(header).encode(), torch.cat(
+        [*parts, *([parts[0].new_zeros(padding)] if padding else [])]
+    )
 
 
 def entries(header: bytes) -> list[tuple[str, torch.dtype, list[int], int]]:
     """(name, dtype, shape, bytes) of every tensor that pack describes."""
     described = [(name, getattr(torch, dtype), shape) for name, dtype, shape in json.loads(header)]
-    return [(name, dtype, shape, math.prod(shape) * dtype.itemsize) for name, dtype, shape in described]
+    return [
+        (name, dtype, shape, math.prod(shape) * dtype.itemsize) for name, dtype, shape in described
+    ]
 
 
 def unpack(header: bytes, flat: torch.Tensor) -> list[Named]:
@@ -44,18 +54,31 @@ def unpack(header: bytes, flat: torch.Tensor) -> list[Named]:
     described = entries(header)
     sizes = [nbytes for *_, nbytes in described]
     parts = flat[: sum(sizes)].split(sizes)
-    return [(name, part.view(dtype).view(shape)) for (name, dtype, shape, _), part in zip(described, parts)]
+    return [
+        (name, part.view(dtype).view(shape))
+        for (name, dtype, shape, _), part in zip(described, parts)
+    ]
 
 
 def where(name: str, tensors: list[str]) -> str:
     """The note that tells in which phase of the hand-off something failed, and about which tensors."""
-    about = tensors[0] if len(tensors) == 1 else f"{tensors[0]} to {tensors[-1]}, {len(tensors)} tensors"
-    return f"The weight hand-off failed in phase {name!r}: {about}. An engine that holds half of the new weights stays paused; the run ends."
+    about = (
+        tensors[0]
+        if len(tensors) == 1
+        else f"{tensors[0]} to {tensors[-1]}, {len(tensors)} tensors"
+    )
+    return (
+        f"The weight hand-off failed in phase {name!r}: {about}. An engine that holds half of the"
+        " new weights stays paused; the run ends."
+    )
 
 
 @contextlib.contextmanager
 def phase(name: str, tensors: list[str]):
-    """What fails inside is told in which phase; the innermost one tells. That an engine has died is no matter of what this rank was doing: see hand_over."""
+    """What fails inside is told in which phase; the innermost one tells.
+
+    That an engine has died is no matter of what this rank was doing: see hand_over.
+    """
     try:
         yield
     except EngineDied:
@@ -66,7 +89,7 @@ def phase(name: str, tensors: list[str]):
         raise
 
 
-# --- in the engine's process ----------------------------------------------------------------------------------------------------------------
+# --- in the engine's process --------------------------------------------------------------------
 
 
 class _CompareWrites(TorchDispatchMode):
@@ -92,15 +115,19 @@ class _CompareWrites(TorchDispatchMode):
         region = (held.storage_offset(), held.shape, held.stride())
         self.seen.setdefault(held.untyped_storage().data_ptr(), {})[region] = held.nbytes
         self.compared += held.nbytes
-        self.different += int((held.contiguous().view(torch.uint8) != expected.contiguous().view(torch.uint8)).sum())
+        self.different += int(
+            (held.contiguous().view(torch.uint8) != expected.contiguous().view(torch.uint8)).sum()
+        )
         return held
 
 
 def load_bucket(model: torch.nn.Module, message: list[Named]) -> None:
-    """Runs in the engine as SGLang's custom_weight_loader: the header and the bytes of a packed bucket -> SGLang's own load_weights.
+    """Runs in the engine as SGLang's custom_weight_loader: the header and the bytes of a packed
+    bucket -> SGLang's own load_weights.
 
-    Returns when the copies have been made, not only queued: the sender may then use the memory for the next bucket. What SGLang answers to an update of its
-    own formats says only that the copies are queued.
+    Returns when the copies have been made, not only queued: the sender may then use the memory for
+    the next bucket. What SGLang answers to an update of its own formats says only that the copies
+    are queued.
     """
     (_, header), (_, flat) = message
     loading = []

@@ -109,8 +109,8 @@ def server_overrides(pairs: tuple[str, ...], *, on_gpu: bool) -> dict:
             yield f"--sglang {name} is decided by {decided[name]}: leave it out"
         elif has_value and name in SERVER_FIELDS and name not in allowed:
             yield (
-                f"--sglang {name} cannot be set: only fields of speed, memory, kernels and messages "
-                "can, as the others may change samples in silence"
+                f"--sglang {name} cannot be set: only fields of speed, memory, kernels and messages"
+                " can, as the others may change samples in silence"
             )
         else:
             rest.append(pair)

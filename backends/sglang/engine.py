@@ -1,12 +1,15 @@
-"""The inference engine: SGLang's own Engine, in this process, with token ids in and out and weight updates as methods that raise.
+"""The inference engine: SGLang's own Engine, in this process, with token ids in and out and weight
+updates as methods that raise.
 
-A tokenizer manager runs in this process and a scheduler with the model in a child process per engine rank. The engine's event loop runs in a thread of its
-own: generation goes on while the main thread trains or waits, and signals stay the main thread's. Everything below that is `async` runs on that loop;
-call() brings a result from there to the main thread.
+A tokenizer manager runs in this process and a scheduler with the model in a child process per
+engine rank. The engine's event loop runs in a thread of its own: generation goes on while the main
+thread trains or waits, and signals stay the main thread's. Everything below that is `async` runs on
+that loop; call() brings a result from there to the main thread.
 
-An update never needs an idle engine. Requests that run are paused in place and go on with the new weights, on the keys and values they have cached; which
-version sampled which token is reported per token. New requests never read what older weights have cached, because every request's cache key carries the
-version it started with (SGLang's extra_key): nothing has to be flushed.
+An update never needs an idle engine. Requests that run are paused in place and go on with the new
+weights, on the keys and values they have cached; which version sampled which token is reported per
+token. New requests never read what older weights have cached, because every request's cache key
+carries the version it started with (SGLang's extra_key): nothing has to be flushed.
 
 What differs between SGLang 0.5.14 (torch 2.11) and 0.5.21 is told apart here and nowhere else.
 """
@@ -35,10 +38,13 @@ from common.errors import EngineDied, engine_died
 from common.processes import end_signals_blocked, kill_with_children, main_module_hidden
 from common.timeline import Row
 
-# 0.5.21 reports the weight versions of a response as spans. Where it does not, tokens are counted as they arrive.
+# 0.5.21 reports the weight versions of a response as spans. Where it does not, tokens are counted
+# as they arrive.
 REPORTS_VERSIONS = importlib.util.find_spec("sglang.srt.utils.weight_versions") is not None
 # 0.5.21's ServerArgs is a struct of msgspec, 0.5.14's a dataclass.
-SERVER_FIELDS = getattr(ServerArgs, "__struct_fields__", None) or tuple(ServerArgs.__dataclass_fields__)
+SERVER_FIELDS = getattr(ServerArgs, "__struct_fields__", None) or tuple(
+    ServerArgs.__dataclass_fields__
+)
 LOOP_ENDS_WITHIN_S = 5.0
 # How soon SIGQUIT tells of an engine's death: SGLang's SubprocessWatchdog looks every second.
 SIGQUIT_WITHIN_S = 3.0
@@ -52,7 +58,10 @@ class Engine(sglang_engine.Engine):
 
     @classmethod
     def _launch_detokenizer_subprocesses(cls, *args, **kwargs):
-        return [], []  # tokens come back as tokens: there is nothing to detokenize, and a process less
+        return (
+            [],
+            [],
+        )  # tokens come back as tokens: there is nothing to detokenize, and a process less
 
     @classmethod
     def _launch_scheduler_processes(cls, server_args, port_args, *args, **kwargs):
@@ -67,7 +76,9 @@ class Engine(sglang_engine.Engine):
             cls._starting.processes = set(multiprocessing.active_children()) - before
 
     def __init__(self, answer_timeout_s: float = 3600.0, **server_args):
-        logging.getLogger("sglang.srt.entrypoints.engine").addFilter(lambda record: "SIGQUIT handler" not in record.getMessage())  # not an error
+        logging.getLogger("sglang.srt.entrypoints.engine").addFilter(
+            lambda record: "SIGQUIT handler" not in record.getMessage()
+        )  # not an error
         Engine._starting, self.files, self.processes = self, [], set()
         try:
             with main_module_hidden():
@@ -82,12 +93,15 @@ class Engine(sglang_engine.Engine):
         self.row = Row()
         self._requests, self._paused, self._released = 0, False, False
         self._last_part, self.last_phase = None, ("start", ["no weights yet"])
-        # The loop's thread and the judges' threads share the interpreter with the main thread, which other ranks wait for in collectives.
+        # The loop's thread and the judges' threads share the interpreter with the main thread,
+        # which other ranks wait for in collectives.
         sys.setswitchinterval(5e-4)
         self._death = self.loop.create_future()
         for process in self.processes:
             self.loop.add_reader(process.sentinel, self._on_end_of, process)
-        self._thread = threading.Thread(target=self.loop.run_forever, name="sglang-event-loop", daemon=True)
+        self._thread = threading.Thread(
+            target=self.loop.run_forever, name="sglang-event-loop", daemon=True
+        )
         self._thread.start()
 
     def call(self, coroutine):
@@ -120,7 +134,9 @@ class Engine(sglang_engine.Engine):
 
         Also called at exit; a second call does nothing.
         """
-        stock = sglang_engine.kill_process_tree  # It would kill W&B, judges and multiprocessing's resource tracker too.
+        stock = (
+            sglang_engine.kill_process_tree
+        )  # It would kill W&B, judges and multiprocessing's resource tracker too.
         sglang_engine.kill_process_tree = lambda *_, **__: kill_with_children(self.processes)
         try:
             super().shutdown()
@@ -131,14 +147,19 @@ class Engine(sglang_engine.Engine):
             if self.files:
                 resource_tracker.unregister(f"/{self.files[-1].name}", "shared_memory")
             self.files = []
-        if hasattr(self, "loop") and self.loop.is_running():  # no loop: the engine died while it was being started
+        if (
+            hasattr(self, "loop") and self.loop.is_running()
+        ):  # no loop: the engine died while it was being started
             asyncio.run_coroutine_threadsafe(self._cancel_tasks(), self.loop).result()
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join(LOOP_ENDS_WITHIN_S)
 
     @staticmethod
     async def _cancel_tasks() -> None:
-        """Cancel what waits on the loop. Python prints an error for each task that it finds pending at exit."""
+        """Cancel what waits on the loop.
+
+        Python prints an error for each task that it finds pending at exit.
+        """
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
@@ -148,17 +169,33 @@ class Engine(sglang_engine.Engine):
     # --- generation
 
     async def generate(
-        self, prompts_ids: list[list[int]], sampling: dict | list[dict], *, request_ids: list[str] | None = None, cache: str = ""
+        self,
+        prompts_ids: list[list[int]],
+        sampling: dict | list[dict],
+        *,
+        request_ids: list[str] | None = None,
+        cache: str = "",
     ) -> list[dict]:
-        """One response per prompt, in order: SGLang's dicts with output_ids and meta_info, and weight_versions, one per token.
+        """One response per prompt, in order: SGLang's dicts with output_ids and meta_info, and
+        weight_versions, one per token.
 
-        Cached prefixes are shared by calls of one cache name at one version of the weights. A prompt that several of these requests have is computed once:
-        a request for no token at all comes before them, and leaves it in the cache.
+        Cached prefixes are shared by calls of one cache name at one version of the weights. A
+        prompt that several of these requests have is computed once: a request for no token at all
+        comes before them, and leaves it in the cache.
         """
         self._count_requests(len(prompts_ids))
         try:
-            if shared := [list(ids) for ids, count in collections.Counter(map(tuple, prompts_ids)).items() if count > 1]:
-                await self._ask(io_struct.GenerateReqInput(input_ids=shared, sampling_params={"max_new_tokens": 0}), cache)
+            if shared := [
+                list(ids)
+                for ids, count in collections.Counter(map(tuple, prompts_ids)).items()
+                if count > 1
+            ]:
+                await self._ask(
+                    io_struct.GenerateReqInput(
+                        input_ids=shared, sampling_params={"max_new_tokens": 0}
+                    ),
+                    cache,
+                )
             request = io_struct.GenerateReqInput(
                 input_ids=prompts_ids,
                 sampling_params=sampling,
@@ -172,12 +209,18 @@ class Engine(sglang_engine.Engine):
         if REPORTS_VERSIONS:
             for output in outputs:
                 spans = output["meta_info"]["weight_versions"]
-                output["weight_versions"] = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
+                output["weight_versions"] = [
+                    int(span["version"])
+                    for span in spans
+                    for _ in range(span["start"], span["end"])
+                ]
         return outputs
 
     async def _ask(self, request, cache: str) -> list[dict]:
         """The outputs of a batch of requests, when all are done."""
-        await self._settled()  # an update that has begun is not waited for by its sender, but by whoever asks next
+        await (
+            self._settled()
+        )  # an update that has begun is not waited for by its sender, but by whoever asks next
         request.extra_key = f"{self.version} {cache}"
         n = len(request.input_ids)
         stream = self.tokenizer_manager.generate_request(request, None)
@@ -186,16 +229,23 @@ class Engine(sglang_engine.Engine):
 
     @contextlib.asynccontextmanager
     async def _patience(self, what: str):
-        """Raise EngineDied if this takes longer than an engine can need: one that hangs says nothing."""
+        """Raise EngineDied if this takes longer than an engine can need: one that hangs says
+        nothing.
+        """
         try:
             async with asyncio.timeout(self.answer_timeout_s):
                 yield
         except TimeoutError as error:
             rule = f"within --answer-timeout-s {self.answer_timeout_s:g}"
-            raise EngineDied(f"rank {os.environ['RANK']}: the engine has not finished {what} {rule}: it hangs, or needs more time") from error
+            raise EngineDied(
+                f"rank {os.environ['RANK']}: the engine has not finished {what} {rule}: it hangs,"
+                " or needs more time"
+            ) from error
 
     async def _count_versions(self, stream, n: int) -> list[dict]:
-        """Versions by arrival: replies come in order, so what arrives before an update's reply was sampled before that update."""
+        """Versions by arrival: replies come in order, so what arrives before an update's reply was
+        sampled before that update.
+        """
         outputs, versions = [None] * n, [[] for _ in range(n)]
         async for output in stream:
             i = output["index"]
@@ -224,7 +274,7 @@ class Engine(sglang_engine.Engine):
 
     # --- weights
     #
-    # The parts of an update run on the event loop, one after the other, while the caller prepares the next: begin_update, load and end_update return before
+    # The parts of an update run on the event loop, one after the other, while the caller prepares
     # their part is done. What a part raises is raised by the next load() or settle().
 
     def settle(self) -> None:
@@ -248,49 +298,82 @@ class Engine(sglang_engine.Engine):
         self._last_part = asyncio.run_coroutine_threadsafe(after_previous(), self.loop)
 
     def release_memory(self) -> None:
-        """On a GPU that engine and trainer share: give back what weights and cache occupy, and the next update takes it again. Nothing may be running.
+        """On a GPU that engine and trainer share: give back what weights and cache occupy, and the
+        next update takes it again. Nothing may be running.
 
         On a CPU, nothing is done: the system takes what is not used.
         """
         if torch.cuda.is_available():
             deadline = time.time() + 60
-            while not self.call(self.tokenizer_manager.flush_cache()).success:  # the last answer arrives before the scheduler knows that it is idle,
+            while not self.call(
+                self.tokenizer_manager.flush_cache()
+            ).success:  # the last answer arrives before the scheduler knows that it is idle,
                 if time.time() > deadline:
-                    raise RuntimeError("the engine is still busy after 60 s: its memory can only be released when nothing is running")
+                    raise RuntimeError(
+                        "the engine is still busy after 60 s: its memory can only be released when"
+                        " nothing is running"
+                    )
                 time.sleep(0.01)  # and SGLang asserts that it is
-            self.call(self.tokenizer_manager.release_memory_occupation(io_struct.ReleaseMemoryOccupationReqInput(tags=["kv_cache", "weights"]), None))
+            self.call(
+                self.tokenizer_manager.release_memory_occupation(
+                    io_struct.ReleaseMemoryOccupationReqInput(tags=["kv_cache", "weights"]), None
+                )
+            )
             self._released = True
 
     async def _resume_memory(self, tag: str) -> None:
-        await self.tokenizer_manager.resume_memory_occupation(io_struct.ResumeMemoryOccupationReqInput(tags=[tag]), None)
+        await self.tokenizer_manager.resume_memory_occupation(
+            io_struct.ResumeMemoryOccupationReqInput(tags=[tag]), None
+        )
 
     def begin_update(self) -> None:
         """Pause what is running, in place, and open an update."""
         self._enqueue(self._begin, "begin of update", [f"after version {self.version}"])
 
     async def _begin(self) -> None:
-        await self.tokenizer_manager.pause_generation(io_struct.PauseGenerationReqInput(mode="in_place"))
+        await self.tokenizer_manager.pause_generation(
+            io_struct.PauseGenerationReqInput(mode="in_place")
+        )
         if self._released:  # weights now; the cache when the trainer's buckets are gone
             await self._resume_memory("weights")
-        if hasattr(self.tokenizer_manager, "begin_weight_update"):  # 0.5.21; without it an update is refused
-            self._must(await self.tokenizer_manager.begin_weight_update(io_struct.BeginWeightUpdateReqInput(), None), "begin_weight_update")
-        self._paused = True  # only now: the scheduler answers between two forward passes, and has generated until then
+        if hasattr(
+            self.tokenizer_manager, "begin_weight_update"
+        ):  # 0.5.21; without it an update is refused
+            self._must(
+                await self.tokenizer_manager.begin_weight_update(
+                    io_struct.BeginWeightUpdateReqInput(), None
+                ),
+                "begin_weight_update",
+            )
+        # Only now: the scheduler answers between two forward passes, and has generated until then
+        self._paused = True
         self._mark()
 
     def load(self, named: list[tuple[str, torch.Tensor]], *, version: int) -> None:
-        """Load full Hugging Face tensors of this version, as one message of bytes in memory shared with the engine. Waits for those given before."""
+        """Load full Hugging Face tensors of this version, as one message of bytes in memory shared
+        with the engine. Waits for those given before.
+        """
         if self.last_phase[0] == "load":
             self.settle()
         header, flat = pack(named)
-        payload = [("header", torch.frombuffer(bytearray(header), dtype=torch.uint8)), ("bytes", flat)]
-        self._enqueue(lambda: self._update(payload, "backends.sglang.buckets.load_bucket", version), "load", [name for name, _ in named])
+        payload = [
+            ("header", torch.frombuffer(bytearray(header), dtype=torch.uint8)),
+            ("bytes", flat),
+        ]
+        self._enqueue(
+            lambda: self._update(payload, "backends.sglang.buckets.load_bucket", version),
+            "load",
+            [name for name, _ in named],
+        )
 
     def end_update(self, version: int) -> None:
         """Finish the update and let the requests go on: from then on the engine is at this version."""
 
         async def part():
             if version <= self.version:
-                raise RuntimeError(f"weight version {version} does not follow {self.version}: versions must grow")
+                raise RuntimeError(
+                    f"weight version {version} does not follow {self.version}: versions must grow"
+                )
             await self._close_update()
             if self._released:
                 await self._resume_memory("kv_cache")
@@ -301,12 +384,19 @@ class Engine(sglang_engine.Engine):
         self._enqueue(part, "end of update", [f"version {version}"])
 
     def compare(self, named: list[tuple[str, torch.Tensor]]) -> torch.Tensor:
-        """What buckets.compare_loader reports about these tensors: int64 [engine tp, tensors, 3]. The engine's weights stay as they are."""
-        report = torch.zeros(self.server_args.tp_size, len(named), 3, dtype=torch.int64, device=named[0][1].device)
+        """What buckets.compare_loader reports about these tensors: int64 [engine tp, tensors, 3].
+
+        The engine's weights stay as they are.
+        """
+        report = torch.zeros(
+            self.server_args.tp_size, len(named), 3, dtype=torch.int64, device=named[0][1].device
+        )
 
         async def parts():
             await self._begin()
-            await self._update([*named, ("report", report)], "backends.sglang.buckets.compare_loader", None)
+            await self._update(
+                [*named, ("report", report)], "backends.sglang.buckets.compare_loader", None
+            )
             await self._close_update()
             await self._continue()
 
@@ -320,22 +410,36 @@ class Engine(sglang_engine.Engine):
         self._mark()
 
     async def _update(self, payload, load_format: str, version: int | None) -> None:
-        serialized = [MultiprocessingSerializer.serialize(payload) for _ in range(self.server_args.tp_size)]
+        serialized = [
+            MultiprocessingSerializer.serialize(payload) for _ in range(self.server_args.tp_size)
+        ]
         request = io_struct.UpdateWeightsFromTensorReqInput(
             serialized_named_tensors=serialized,
             load_format=load_format,
             flush_cache=False,
             weight_version=None if version is None else str(version),
         )
-        self._must(await self.tokenizer_manager.update_weights_from_tensor(request, None), "update_weights_from_tensor")
+        self._must(
+            await self.tokenizer_manager.update_weights_from_tensor(request, None),
+            "update_weights_from_tensor",
+        )
 
     async def _close_update(self) -> None:
         if hasattr(self.tokenizer_manager, "end_weight_update"):
-            self._must(await self.tokenizer_manager.end_weight_update(io_struct.EndWeightUpdateReqInput(), None), "end_weight_update")
+            self._must(
+                await self.tokenizer_manager.end_weight_update(
+                    io_struct.EndWeightUpdateReqInput(), None
+                ),
+                "end_weight_update",
+            )
 
     @staticmethod
     def _must(outcome: tuple[bool, str], what: str) -> None:
-        """SGLang reports a refused update as (False, message) and goes on; here it ends the run, because weights may be half updated."""
+        """SGLang reports a refused update as (False, message) and goes on; here it ends the run,
+        because weights may be half updated.
+        """
         success, message = outcome[0], outcome[1]
         if not success:
-            raise RuntimeError(f"SGLang refused {what}: {message}. The engine's weights are not usable.")
+            raise RuntimeError(
+                f"SGLang refused {what}: {message}. The engine's weights are not usable."
+            )

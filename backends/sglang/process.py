@@ -21,26 +21,37 @@ from common.processes import end_with_parent, ignore_end_signals
 
 
 def run_scheduler(*args, **kwargs) -> None:
-    """Entry point of the engine's child process, in place of SGLang's: what must happen there before SGLang starts."""
-    end_with_parent()  # SGLang asks for the same, but only later, and a parent that is killed before would not be noticed
+    """Entry point of the engine's child process, in place of SGLang's: what must happen there
+    before SGLang starts.
+    """
+    # SGLang asks for the same, but only later, and a parent that is killed before would not be
+    # noticed
+    end_with_parent()
     ignore_end_signals()
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # else the child's TCPStore waits for torchrun's agent for ever
+    os.environ.pop(
+        "TORCHELASTIC_USE_AGENT_STORE", None
+    )  # else the child's TCPStore waits for torchrun's agent for ever
     if not torch.cuda.is_available():
         cpu_sglang.patch_sglang()
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # all ranks of an engine are on this machine, however many machines the run has
+    os.environ["GLOO_SOCKET_IFNAME"] = (
+        "lo"  # all ranks of an engine are on this machine, however many machines the run has
+    )
     listen_on_loopback()
     _load_block_scales_of_llama()
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     gc.collect()
-    gc.freeze()  # as in run.init_distributed: else all requests stand still for half a second now and then
+    # As in run.init_distributed: else all requests stand still for half a second now and then
+    gc.freeze()
     run_scheduler_process(*args, **kwargs)
 
 
 def _load_block_scales_of_llama() -> None:
-    """SGLang's Llama (0.5.14 and 0.5.21) looks for the scales of block FP8 as weight_scale, holds them as weight_scale_inv, and drops them with a warning.
+    """SGLang's Llama (0.5.14 and 0.5.21) looks for the scales of block FP8 as weight_scale, holds
+    them as weight_scale_inv, and drops them with a warning.
 
-    While it loads, let it find them under the name it looks for. The read-back gate is what noticed: no byte of them had been written.
+    While it loads, let it find them under the name it looks for. The read-back gate is what
+    noticed: no byte of them had been written.
     """
     from sglang.srt.models.llama import LlamaForCausalLM
 
@@ -48,7 +59,10 @@ def _load_block_scales_of_llama() -> None:
 
     def load_weights(self, weights):
         named_parameters = self.named_parameters
-        self.named_parameters = lambda: [(name.replace(".weight_scale_inv", ".weight_scale"), parameter) for name, parameter in named_parameters()]
+        self.named_parameters = lambda: [
+            (name.replace(".weight_scale_inv", ".weight_scale"), parameter)
+            for name, parameter in named_parameters()
+        ]
         try:
             return stock(self, weights)
         finally:

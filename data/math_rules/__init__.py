@@ -1,24 +1,26 @@
 r"""Judges mathematical answers: which text of a response counts, and what equals the label.
 
-Which answer counts (answers.py). The first rule that applies decides. An empty place is passed over.
+Which answer counts (answers.py). The first rule that applies decides. An empty place is passed
+over.
   1. The last \boxed{...} or \fbox{...}. Boxes that only "and", "or" or a comma joins are a list:
-     \boxed{1} and \boxed{2} is 1, 2. If the last box is never closed, the response was cut off in it,
-     and there is no answer.
+     \boxed{1} and \boxed{2} is 1, 2. If the last box is never closed, the response was cut off in
+     it, and there is no answer.
   2. The last of these: <answer>...</answer>; a line "#### ..." that is the last line or holds no
      words; "answer is ..." or "answer: ..." up to the end of its sentence. Where such a text is
      prose, the value behind its last "is" counts, else what follows its last "=", else its
      first number.
   3. A response that is nothing but an answer. Else what follows the last "=" of its last line, else
      its last formula ($...$, \(...\), \[...\]) or number, whichever ends later.
-  "not 46" is no answer. "34 or 35", "34 and 35", "34 to 35" and "34, maybe 35" are the list of both,
-  which equals neither. (1, 2), 3:30 and 1/2 are one value. Without a box only the
-  last MOST_READ characters are read.
+  "not 46" is no answer. "34 or 35", "34 and 35", "34 to 35" and "34, maybe 35" are the list of
+  both, which equals neither. (1, 2), 3:30 and 1/2 are one value. Without a box only the last
+  MOST_READ characters are read.
 
 When it is right (equality.py). notation.py first removes blanks, $, bold, \text, a final full stop
 and thousands separators, and replaces Unicode forms.
   Numbers   Integers and fractions are compared exactly. Where one is a decimal, they may differ by
-            1e-6, but by no more than 1e-5 of the label: 0.333333 equals 1/3. 3.5 million is 3500000,
-            1.000,5 is 1000.5, and 3,14 equals the label 3.14. Digits of every script count.
+            1e-6, but by no more than 1e-5 of the label: 0.333333 equals 1/3. 3.5 million is
+            3500000, 1.000,5 is 1000.5, and 3,14 equals the label 3.14. Digits of every script
+            count.
   Percent   28% equals 28 and 0.28. Without the sign 28 and 0.28 differ.
   Units     Units behind a number, and currency signs, are not compared: 12 cm and 12cm equal 12.
             Where both name it, am is not pm.
@@ -50,7 +52,9 @@ MOST_WORDS = 6  # of a label that is text
 
 
 def is_judgeable(label: str) -> bool:
-    """Return whether a label is one number, one short text, or one expression that math-verify parses."""
+    """Return whether a label is one number, one short text, or one expression that math-verify
+    parses.
+    """
     text = normalized(label)
     if number_of(text) or time_of(label) or re.fullmatch(r"[0-9A-Fa-f]+_\{?\d+\}?", text):
         return True

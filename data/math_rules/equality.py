@@ -5,7 +5,14 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from data.math_rules.notation import FUNCTIONS, NUMBER, PLAIN_TEXT, is_words, normalized, without_commands
+from data.math_rules.notation import (
+    FUNCTIONS,
+    NUMBER,
+    PLAIN_TEXT,
+    is_words,
+    normalized,
+    without_commands,
+)
 
 
 def is_text(label: str) -> bool:
@@ -23,7 +30,9 @@ def _words_key(text: str) -> str:
 
 
 def number_of(text: str) -> tuple[Fraction, bool, bool] | None:
-    """Return (value, has a percent sign, is a decimal) of a normalized text; None if it is no number."""
+    """Return (value, has a percent sign, is a decimal) of a normalized text; None if it is no
+    number.
+    """
     text = re.sub(
         r"\s*(?:\\times|\\cdot|\*|×|x)\s*10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+))",
         r"e\1\2",
@@ -31,7 +40,9 @@ def number_of(text: str) -> tuple[Fraction, bool, bool] | None:
     )
     text = re.sub(r"^([-+]?)10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|(\d+))$", r"\g<1>1e\2\3", text)
     text = (
-        re.sub(r"\\[dtc]?frac\s*\{\s*([-+]?[\d.,]+)\s*\}\s*\{\s*([-+]?[\d.,]+)\s*\}", r" \1/\2", text)
+        re.sub(
+            r"\\[dtc]?frac\s*\{\s*([-+]?[\d.,]+)\s*\}\s*\{\s*([-+]?[\d.,]+)\s*\}", r" \1/\2", text
+        )
         .replace("- ", "-")
         .strip()
     )

@@ -21,9 +21,7 @@ UNICODE = str.maketrans(_SYMBOLS)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 FUNCTIONS = "sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|arcsin|arccos|arctan|log|ln|exp|pi|infty"
-_UNITS = (
-    "cm|mm|km|dm|m|ft|in|inches|kg|mg|g|lb|lbs|oz|s|h|hr|hrs|min|ms|mL|ml|L|l|mph|USD|EUR|units?|deg|sq|cu"
-)
+_UNITS = "cm|mm|km|dm|m|ft|in|inches|kg|mg|g|lb|lbs|oz|s|h|hr|hrs|min|ms|mL|ml|L|l|mph|USD|EUR|units?|deg|sq|cu"
 _JOINED_UNITS = "cm|mm|km/h|km|kg|mg|mL|ml|mph|lbs|hrs"  # no product of letters looks like these
 MAGNITUDES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _MAGNITUDE = "|".join(MAGNITUDES)
@@ -32,7 +30,9 @@ PLAIN_TEXT = re.compile(  # commands that change the looks of a text and not its
     r"|underline|emph)\s*\{([^{}]*)\}"
 )
 _LOOKS = r"\\(?:bf|it|rm|large|Large|huge|Huge|small|quad|qquad)(?![a-zA-Z])|\\(?:text)?color\s*\{[^{}]*\}"
-_ANNOUNCED = r"\\text\s*\{[^{}]*(?:\bis|:)\s*\}|(?i:(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*[:=]))"
+_ANNOUNCED = (
+    r"\\text\s*\{[^{}]*(?:\bis|:)\s*\}|(?i:(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*[:=]))"
+)
 _REWRITES = [(re.compile(pattern), by) for pattern, by in (
     (r"\\langle(?![a-z])", "("),
     (r"\\rangle(?![a-z])", ")"),

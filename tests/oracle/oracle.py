@@ -1,13 +1,17 @@
-"""Every advantage, policy loss, correction, KL estimator and aggregation a second time: NumPy float64, one token or one sample at a time.
+"""Every advantage, policy loss, correction, KL estimator and aggregation a second time: NumPy
+float64, one token or one sample at a time.
 
-Nothing here is shared with losses.py or advantages.py and nothing is vectorised, so that each function can be checked against its formula by reading it.
-Where a paper stops the gradient, the argument under the stop is passed as `frozen_T`: the same numbers as logprobs_T, held still while finite
-differences move logprobs_T. A value the formula leaves undefined (a mean over a sample without counting tokens) is NaN here.
-The bound of log-ratios, +-20, is part of every formula that has a ratio: see `ratio`.
+Nothing here is shared with losses.py or advantages.py and nothing is vectorised, so that each
+function can be checked against its formula by reading it. Where a paper stops the gradient, the
+argument under the stop is passed as `frozen_T`: the same numbers as logprobs_T, held still while
+finite differences move logprobs_T. A value the formula leaves undefined (a mean over a sample
+without counting tokens) is NaN here. The bound of log-ratios, +-20, is part of every formula that
+has a ratio: see `ratio`.
 
-N samples, T packed tokens, L tokens of one sample. A counting token is one with mask 1. Sources: PPO arXiv:1707.06347, dual clip 1912.09729,
-GRPO 2402.03300, Dr. GRPO 2503.20783, RLOO 2402.14740, REINFORCE++ 2501.03262, GAE 1506.02438, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585,
-KL estimators http://joschu.net/blog/kl-approx.html.
+N samples, T packed tokens, L tokens of one sample. A counting token is one with mask 1. Sources:
+PPO arXiv:1707.06347, dual clip 1912.09729, GRPO 2402.03300, Dr. GRPO 2503.20783, RLOO 2402.14740,
+REINFORCE++ 2501.03262, GAE 1506.02438, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585, KL
+estimators http://joschu.net/blog/kl-approx.html.
 """
 
 from dataclasses import dataclass
@@ -44,7 +48,11 @@ class Packed:
     samples: int
 
     def counting(self, sample: int) -> list[int]:
-        return [t for t in range(len(self.sample_T)) if self.sample_T[t] == sample and self.mask_T[t] == 1]
+        return [
+            t
+            for t in range(len(self.sample_T))
+            if self.sample_T[t] == sample and self.mask_T[t] == 1
+        ]
 
 
 # ---- Advantages: outcomes -> A_T ----
@@ -54,7 +62,10 @@ def net_rewards(outcomes: Outcomes) -> list[float]:
     """R_i: the reward of a sample minus the penalties of its counting tokens."""
     net = []
     for reward, span in zip(outcomes.rewards_N, outcomes.spans()):
-        net.append(float(reward) - sum(float(outcomes.penalties_T[t]) for t in span if outcomes.mask_T[t] == 1))
+        net.append(
+            float(reward)
+            - sum(float(outcomes.penalties_T[t]) for t in span if outcomes.mask_T[t] == 1)
+        )
     return net
 
 
@@ -77,7 +88,9 @@ def on_tokens(outcomes: Outcomes, value_N: list[float]) -> np.ndarray:
 
 
 def whitened(value_T: np.ndarray, mask_T: np.ndarray) -> np.ndarray:
-    """(x - mean) / sqrt(var + 1e-8) over the counting tokens of the batch; var divides by their number (biased)."""
+    """(x - mean) / sqrt(var + 1e-8) over the counting tokens of the batch; var divides by their
+    number (biased).
+    """
     counting = [t for t in range(len(mask_T)) if mask_T[t] == 1]
     result_T = np.zeros(len(mask_T))
     if counting:
@@ -92,14 +105,20 @@ def grpo(outcomes: Outcomes) -> np.ndarray:
     net, advantages = net_rewards(outcomes), []
     for i in range(len(net)):
         group = [net[j] for j in group_of(outcomes, i)]
-        deviation = sqrt(sum((x - mean(group)) ** 2 for x in group) / (len(group) - 1)) if len(group) > 1 else 0.0
+        deviation = (
+            sqrt(sum((x - mean(group)) ** 2 for x in group) / (len(group) - 1))
+            if len(group) > 1
+            else 0.0
+        )
         advantages.append((net[i] - mean(group)) / (deviation + 1e-6))
     return on_tokens(outcomes, advantages)
 
 
 def dr_grpo(outcomes: Outcomes) -> np.ndarray:
     net = net_rewards(outcomes)
-    return on_tokens(outcomes, [net[i] - mean([net[j] for j in group_of(outcomes, i)]) for i in range(len(net))])
+    return on_tokens(
+        outcomes, [net[i] - mean([net[j] for j in group_of(outcomes, i)]) for i in range(len(net))]
+    )
 
 
 def rloo(outcomes: Outcomes) -> np.ndarray:
@@ -114,7 +133,9 @@ def reinforce_plus_plus(outcomes: Outcomes) -> np.ndarray:
     return_T = np.zeros(len(outcomes.mask_T))
     for reward, span in zip(outcomes.rewards_N, outcomes.spans()):
         for t in span:
-            still_to_pay = sum(float(outcomes.penalties_T[u]) for u in span if u >= t and outcomes.mask_T[u] == 1)
+            still_to_pay = sum(
+                float(outcomes.penalties_T[u]) for u in span if u >= t and outcomes.mask_T[u] == 1
+            )
             return_T[t] = float(reward) - still_to_pay
     return whitened(return_T, outcomes.mask_T)
 
@@ -133,7 +154,9 @@ ADVANTAGES = {
 
 
 def gae(rewards_L, values_L, mask_L, *, gamma: float, lam: float) -> tuple[np.ndarray, np.ndarray]:
-    """(A_L, returns_L) by the definition: A_k = sum over later counting tokens j of (gamma lam)^(j-k) delta_j, with no recursion."""
+    """(A_L, returns_L) by the definition: A_k = sum over later counting tokens j of (gamma
+    lam)^(j-k) delta_j, with no recursion.
+    """
     kept = [t for t in range(len(mask_L)) if mask_L[t] == 1]
     deltas = []
     for k, t in enumerate(kept):
@@ -189,17 +212,33 @@ def ppo(logprobs_T, frozen_T, old_T, advantages_T, packed, **bounds):
     results = [
         clipped_surrogate(r, advantage, **bounds) for r, advantage in zip(ratio_T, advantages_T)
     ]
-    return np.array([loss for loss, _ in results]), np.array(ratio_T), np.array([clipped for _, clipped in results])
+    return (
+        np.array([loss for loss, _ in results]),
+        np.array(ratio_T),
+        np.array([clipped for _, clipped in results]),
+    )
 
 
 def gspo(logprobs_T, frozen_T, old_T, advantages_T, packed, **bounds):
-    """log s_t = l_t - sg(l_t) + sg(mean of l - lo): the value is the sample's ratio, the gradient each token's own."""
+    """log s_t = l_t - sg(l_t) + sg(mean of l - lo): the value is the sample's ratio, the gradient
+    each token's own.
+    """
     ratio_T, results = [], []
     for t in range(len(logprobs_T)):
-        center = mean_log_ratio(np.asarray(frozen_T) - np.asarray(old_T), packed, packed.sample_T[t])
+        center = mean_log_ratio(
+            np.asarray(frozen_T) - np.asarray(old_T), packed, packed.sample_T[t]
+        )
         ratio_T.append(ratio(logprobs_T[t] - frozen_T[t] + center))
-        results.append(clipped_surrogate(ratio_T[t], advantages_T[t], **bounds) if center == center else (nan, False))
-    return np.array([loss for loss, _ in results]), np.array(ratio_T), np.array([clipped for _, clipped in results])
+        results.append(
+            clipped_surrogate(ratio_T[t], advantages_T[t], **bounds)
+            if center == center
+            else (nan, False)
+        )
+    return (
+        np.array([loss for loss, _ in results]),
+        np.array(ratio_T),
+        np.array([clipped for _, clipped in results]),
+    )
 
 
 def cispo(logprobs_T, frozen_T, old_T, advantages_T, packed, *, clip_low, clip_high, dual_clip):
@@ -234,17 +273,19 @@ def tis(log_weight_T, packed, *, low, high):
 
 def icepop(log_weight_T, packed, *, low, high):
     inside_T = np.array([low <= ratio(x) <= high for x in log_weight_T])
-    return np.array(
-        [ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]
-    ), ~inside_T
+    return (
+        np.array([ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]),
+        ~inside_T,
+    )
 
 
 def decoupled(log_weight_T, packed, *, low, high):
     assert low is None
     inside_T = np.array([ratio(x) <= high for x in log_weight_T])
-    return np.array(
-        [ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]
-    ), ~inside_T
+    return (
+        np.array([ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]),
+        ~inside_T,
+    )
 
 
 def sequence_mask(log_weight_T, packed, *, low, high):
@@ -255,7 +296,13 @@ def sequence_mask(log_weight_T, packed, *, low, high):
     return np.array(weight_T), np.array([weight == 0 for weight in weight_T])
 
 
-CORRECTIONS = {"none": no_correction, "tis": tis, "icepop": icepop, "decoupled": decoupled, "sequence_mask": sequence_mask}
+CORRECTIONS = {
+    "none": no_correction,
+    "tis": tis,
+    "icepop": icepop,
+    "decoupled": decoupled,
+    "sequence_mask": sequence_mask,
+}
 
 
 # ---- KL estimators: (l, lf, lo) of one token ----
@@ -294,11 +341,23 @@ def token_mean(loss_T, packed, *, max_response_tokens) -> float:
 
 
 def sequence_mean(loss_T, packed, *, max_response_tokens) -> float:
-    return mean([mean([float(loss_T[t]) for t in packed.counting(n)]) for n in range(packed.samples) if packed.counting(n)])
+    return mean(
+        [
+            mean([float(loss_T[t]) for t in packed.counting(n)])
+            for n in range(packed.samples)
+            if packed.counting(n)
+        ]
+    )
 
 
 def constant_mean(loss_T, packed, *, max_response_tokens) -> float:
-    return mean([sum(float(loss_T[t]) for t in packed.counting(n)) / max_response_tokens for n in range(packed.samples) if packed.counting(n)])
+    return mean(
+        [
+            sum(float(loss_T[t]) for t in packed.counting(n)) / max_response_tokens
+            for n in range(packed.samples)
+            if packed.counting(n)
+        ]
+    )
 
 
 AGGREGATIONS = {"token": token_mean, "sequence": sequence_mean, "constant": constant_mean}
@@ -404,7 +463,10 @@ def through_softmax(
 
 
 def jacobian(function, x: np.ndarray, step: float = 1e-5) -> np.ndarray:
-    """Row i, column j: how output i moves with input j. The error is about 1e-10 of the output, at every size of it."""
+    """Row i, column j: how output i moves with input j.
+
+    The error is about 1e-10 of the output, at every size of it.
+    """
     columns = []
     for j in range(len(x)):
         up, down = x.copy(), x.copy()

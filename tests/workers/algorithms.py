@@ -1,4 +1,5 @@
-"""Every algorithm on one parallel layout, run under torchrun by test_splits.py: loss and whole gradient of one batch.
+"""Every algorithm on one parallel layout, run under torchrun by test_splits.py: loss and whole
+gradient of one batch.
 
     torchrun --nproc-per-node N algorithms.py OUT_FOLDER TP PP CP MICROBATCH_TOKENS ORDER MODEL_FOLDER       ORDER: given, reversed or shuffled
 
@@ -33,16 +34,28 @@ ALGORITHMS = {
     "grpo, ppo, token mean, tis": ({}, {}),
     "dr_grpo, constant": ({"advantage": "dr_grpo"}, {"aggregation": "constant"}),
     "rloo, sequence mean": ({"advantage": "rloo"}, {"aggregation": "sequence"}),
-    "reinforce++, KL in the reward": ({"advantage": "reinforce++"}, {"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1"}),
-    "reinforce++_baseline, k2": ({"advantage": "reinforce++_baseline"}, {"kl_coef": 0.1, "kl_estimator": "k2"}),
+    "reinforce++, KL in the reward": (
+        {"advantage": "reinforce++"},
+        {"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1"},
+    ),
+    "reinforce++_baseline, k2": (
+        {"advantage": "reinforce++_baseline"},
+        {"kl_coef": 0.1, "kl_estimator": "k2"},
+    ),
     "gspo": ({}, {"policy_loss": "gspo", "aggregation": "sequence"}),
     "cispo": ({}, {"policy_loss": "cispo"}),
     "dual clip, overlong penalty": ({"overlong_buffer": 6}, {"dual_clip": 3.0}),
     "icepop": ({}, {"correction": "icepop"}),
     "decoupled": ({}, {"correction": "decoupled"}),
     "sequence mask": ({}, {"correction": "sequence_mask"}),
-    "unbiased k3, entropy bonus": ({}, {"kl_coef": 0.1, "kl_estimator": "unbiased_k3", "entropy_coef": 0.01}),
-    "low_var_kl, no correction": ({}, {"correction": "none", "kl_coef": 0.1, "kl_estimator": "low_var_kl"}),
+    "unbiased k3, entropy bonus": (
+        {},
+        {"kl_coef": 0.1, "kl_estimator": "unbiased_k3", "entropy_coef": 0.01},
+    ),
+    "low_var_kl, no correction": (
+        {},
+        {"correction": "none", "kl_coef": 0.1, "kl_estimator": "low_var_kl"},
+    ),
 }  # settings of reward and of loss
 TABLES = {
     "advantage": ADVANTAGES,
@@ -62,8 +75,12 @@ def not_named() -> dict[str, tuple[dict, dict]]:
         named = {getattr(settings, field)}
         named |= {part[field] for pair in ALGORITHMS.values() for part in pair if field in part}
         for name in [name for name in table if name not in named]:
-            fitting = {other: values[0] for other, values in getattr(table[name], "only", {}).items()}
-            chosen = {field: name, **fitting} | ({"kl_coef": 0.1} if field == "kl_estimator" else {})
+            fitting = {
+                other: values[0] for other, values in getattr(table[name], "only", {}).items()
+            }
+            chosen = {field: name, **fitting} | (
+                {"kl_coef": 0.1} if field == "kl_estimator" else {}
+            )
             found[f"{field} {name}"] = (chosen, {}) if field == "advantage" else ({}, chosen)
     return found
 
@@ -72,19 +89,36 @@ ALGORITHMS |= not_named()
 
 
 def batch(vocab: int) -> list[rollout.Sample]:
-    """Ragged groups with everything that an algorithm looks at: masked tokens within a response, a wholly masked one, and one whose judge failed."""
+    """Ragged groups with everything that an algorithm looks at: masked tokens within a response, a
+    wholly masked one, and one whose judge failed.
+    """
     generator = torch.Generator().manual_seed(0)
     samples = []
     for i in range(GROUPS * PER_GROUP):
-        prompt, response = (torch.randint(3, vocab, (n,), generator=generator).tolist() for n in (3 + i % 5, 1 + (7 * i) % 11))
+        prompt, response = (
+            torch.randint(3, vocab, (n,), generator=generator).tolist()
+            for n in (3 + i % 5, 1 + (7 * i) % 11)
+        )
         mask = [0 if i == 3 or (i % 5 == 0 and j == 1) else 1 for j in range(len(response))]
         scored = None if i == 4 else float(torch.rand(1, generator=generator))
-        samples.append(rollout.Sample(prompt, group=i // PER_GROUP, index=i % PER_GROUP, response_ids=response, loss_mask=mask, reward=scored))
+        samples.append(
+            rollout.Sample(
+                prompt,
+                group=i // PER_GROUP,
+                index=i % PER_GROUP,
+                response_ids=response,
+                loss_mask=mask,
+                reward=scored,
+            )
+        )
     return samples
 
 
 def give_rollout_logprobs(trainer, samples: list[rollout.Sample]) -> None:
-    """The engine's log-probs: the trainer's own, and noise that some corrections cut off. Old ones from weights a little apart, so that ratios differ."""
+    """The engine's log-probs: the trainer's own, and noise that some corrections cut off.
+
+    Old ones from weights a little apart, so that ratios differ.
+    """
     generator = torch.Generator().manual_seed(1)
     ordered = sorted(samples, key=lambda sample: (sample.group, sample.index))
     for sample in train_step.score(trainer, ordered, temperature=0.7):
@@ -125,35 +159,62 @@ def without_a_token(trainer, weights) -> list[bool]:
 
 
 def main() -> None:
-    out, (tp, pp, cp, microbatch_tokens), order, folder = Path(sys.argv[1]), map(int, sys.argv[2:6]), sys.argv[6], sys.argv[7]
+    out, (tp, pp, cp, microbatch_tokens), order, folder = (
+        Path(sys.argv[1]),
+        map(int, sys.argv[2:6]),
+        sys.argv[6],
+        sys.argv[7],
+    )
     distributed.init_distributed()
     config = read_config(folder)
     settings = TrainSettings(
-        tp=tp, pp=pp, cp=cp, train_dtype="fp32", microbatch_tokens=microbatch_tokens, lr=LR, lr_schedule="constant", clip_grad=1e9, megatron=("adam_eps=1.0",)
+        tp=tp,
+        pp=pp,
+        cp=cp,
+        train_dtype="fp32",
+        microbatch_tokens=microbatch_tokens,
+        lr=LR,
+        lr_schedule="constant",
+        clip_grad=1e9,
+        megatron=("adam_eps=1.0",),
     )
     losses, gradients = {}, {}
     for name, (reward_changes, loss_changes) in ALGORITHMS.items():
         if mpu.model_parallel_is_initialized():
             mpu.destroy_model_parallel()
         loss = LossSettings(**loss_changes)
-        trainer = train_step.build_trainer(folder, settings, config, steps=4, seed=1, with_reference=loss.kl_coef > 0)
+        trainer = train_step.build_trainer(
+            folder, settings, config, steps=4, seed=1, with_reference=loss.kl_coef > 0
+        )
         if trainer.reference is not None:  # a reference that differs from the model
             with torch.no_grad():
                 for parameter in trainer.reference.parameters():
                     parameter.mul_(0.9)
         weights = weight_sync.Weights(trainer, config, frozenset(), bucket_bytes=2**20)
-        before = {n: t.clone() for bucket in weight_sync.trainer_buckets(weights, quantize=False) for n, t in bucket}
+        before = {
+            n: t.clone()
+            for bucket in weight_sync.trainer_buckets(weights, quantize=False)
+            for n, t in bucket
+        }
         samples = batch(config["vocab_size"])
         if order == "reversed":
             samples.reverse()
         elif order == "shuffled":
             random.Random(0).shuffle(samples)
         give_rollout_logprobs(trainer, samples)
-        reward.compute_advantages(samples, RewardSettings(**reward_changes), loss, max_response_tokens=12)
-        metrics = train_step.train_step(trainer, samples, loss, temperature=0.7, max_response_tokens=12)
+        reward.compute_advantages(
+            samples, RewardSettings(**reward_changes), loss, max_response_tokens=12
+        )
+        metrics = train_step.train_step(
+            trainer, samples, loss, temperature=0.7, max_response_tokens=12
+        )
         losses[name] = {key: value for key, value in metrics.items() if key != "lr"}
         losses[name]["microbatches"] = len(train_step.local_microbatches(trainer, samples))
-        moved = {n: (before[n] - t) / LR for bucket in weight_sync.trainer_buckets(weights, quantize=False) for n, t in bucket}
+        moved = {
+            n: (before[n] - t) / LR
+            for bucket in weight_sync.trainer_buckets(weights, quantize=False)
+            for n, t in bucket
+        }
         gradients[name] = {n: m / (1 - m.abs()) for n, m in moved.items()}
     losses["no token counts"] = without_a_token(trainer, weights)
     if dist.get_rank() == 0:

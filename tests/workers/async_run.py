@@ -1,8 +1,10 @@
-"""loop_async.py with artificial slowness and a record of everything that passes, run under torchrun by test_loop_async.py.
+"""loop_async.py with artificial slowness and a record of everything that passes, run under torchrun
+by test_loop_async.py.
 
     torchrun --nproc-per-node 2 async_run.py OUT_FOLDER SLOW flags of loop_async.py …        SLOW: comma-separated trainer, engine, sync; or none
 
-Every rank writes OUT_FOLDER/rank-R.json: the groups its engine started, what each step was given, and what its engine's weight version was at each reply.
+Every rank writes OUT_FOLDER/rank-R.json: the groups its engine started, what each step was given,
+and what its engine's weight version was at each reply.
 """
 
 import asyncio
@@ -28,7 +30,9 @@ without_marks, check_staleness = rollout.without_marks, in_flight.check_stalenes
 
 
 async def recorded_generate(self, prompts_ids, sampling, *, request_ids=None, cache=""):
-    """Every fourth group writes on to the token limit, over several versions; the slow engine takes its time for every tenth."""
+    """Every fourth group writes on to the token limit, over several versions; the slow engine takes
+    its time for every tenth.
+    """
     if request_ids is None:
         return await generate(self, prompts_ids, sampling, cache=cache)
     group, version = int(request_ids[0].split("-")[1]), self.version
@@ -36,7 +40,12 @@ async def recorded_generate(self, prompts_ids, sampling, *, request_ids=None, ca
     if "engine" in SLOW and group % 10 == 9:
         await asyncio.sleep(1.5)
         version = self.version
-    outputs = await generate(self, prompts_ids, [{**one, "ignore_eos": group % 4 == 3} for one in sampling], request_ids=request_ids)
+    outputs = await generate(
+        self,
+        prompts_ids,
+        [{**one, "ignore_eos": group % 4 == 3} for one in sampling],
+        request_ids=request_ids,
+    )
     versions.append([version, self.version, [output["weight_versions"] for output in outputs]])
     return outputs
 
@@ -53,9 +62,18 @@ def slow_train(trainer, samples, settings, **arguments):
 
 def recorded_step(samples):
     """What a step is given: which samples are trained, and which are set aside, for which reason."""
-    names = {reason: [(s.group, s.index) for s in samples if s.finish_reason == reason] for reason in (rollout.DROPPED, rollout.REPLACED)}
+    names = {
+        reason: [(s.group, s.index) for s in samples if s.finish_reason == reason]
+        for reason in (rollout.DROPPED, rollout.REPLACED)
+    }
     trained, set_aside = without_marks(samples)
-    steps.append({"trained": [(s.group, s.index) for s in trained], **names, "weight_versions": [s.weight_versions for s in trained]})
+    steps.append(
+        {
+            "trained": [(s.group, s.index) for s in trained],
+            **names,
+            "weight_versions": [s.weight_versions for s in trained],
+        }
+    )
     return trained, set_aside
 
 
@@ -67,8 +85,14 @@ def recorded_version(samples, *, version, max_staleness):
 
 if __name__ == "__main__":
     Engine.generate, Engine.load = recorded_generate, slow_load
-    train_step.train_step, rollout.without_marks, in_flight.check_staleness = slow_train, recorded_step, recorded_version
+    train_step.train_step, rollout.without_marks, in_flight.check_staleness = (
+        slow_train,
+        recorded_step,
+        recorded_version,
+    )
     sys.argv = ["loop_async.py", *sys.argv[3:]]
     settings = flags.parse_or_exit(loop_async.Settings, checks.check_flags)
     exits.run_main(lambda: loop_async.main(settings))
-    (OUT / f"rank-{os.environ['RANK']}.json").write_text(json.dumps({"started": started, "steps": steps, "versions": versions}), encoding="utf-8")
+    (OUT / f"rank-{os.environ['RANK']}.json").write_text(
+        json.dumps({"started": started, "steps": steps, "versions": versions}), encoding="utf-8"
+    )

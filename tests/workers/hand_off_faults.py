@@ -1,9 +1,11 @@
-"""A fault injected into each phase of a hand-off, run under torchrun by test_weight_sync.py: two tensor-parallel trainers, an engine beside rank 0.
+"""A fault injected into each phase of a hand-off, run under torchrun by test_weight_sync.py: two
+tensor-parallel trainers, an engine beside rank 0.
 
     torchrun --nproc-per-node 2 hand_off_faults.py OUT_FILE
 
-Rank 0 writes {phase: what happened} as JSON. Faults of the trainers are raised on both ranks, so that neither waits for the other. The engine is mended by a
-whole hand-off before the next fault, but for the last one, which kills it.
+Rank 0 writes {phase: what happened} as JSON. Faults of the trainers are raised on both ranks, so
+that neither waits for the other. The engine is mended by a whole hand-off before the next fault,
+but for the last one, which kills it.
 """
 
 import asyncio
@@ -45,7 +47,9 @@ def failing_from(call: int, stock):
 
 @contextlib.contextmanager
 def not_a_number(trainer):
-    """One weight of the second layer is NaN, as after a broken optimizer step: the first buckets are in the engine by the time it is found."""
+    """One weight of the second layer is NaN, as after a broken optimizer step: the first buckets
+    are in the engine by the time it is found.
+    """
     weight = trainer.gpt.decoder.layers[1].mlp.linear_fc2.weight
     kept = weight.detach().clone()
     with torch.no_grad():
@@ -57,11 +61,18 @@ def not_a_number(trainer):
 
 @contextlib.contextmanager
 def misshapen(trainer):
-    """A tensor that does not fit the engine's parameter: SGLang's loader refuses it in the engine's own process."""
+    """A tensor that does not fit the engine's parameter: SGLang's loader refuses it in the engine's
+    own process.
+    """
     stock = buckets.pack
 
     def pack(named):
-        return stock([(name, tensor[:-1] if name == "model.layers.1.input_layernorm.weight" else tensor) for name, tensor in named])
+        return stock(
+            [
+                (name, tensor[:-1] if name == "model.layers.1.input_layernorm.weight" else tensor)
+                for name, tensor in named
+            ]
+        )
 
     with mock.patch("backends.sglang.engine.pack", pack):
         yield
@@ -92,15 +103,27 @@ def main() -> None:
     config = read_config(TOY)
     trainer = train_step.build_trainer(TOY, TrainSettings(tp=2), config, steps=1, seed=1)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
-    weights = weight_sync.Weights(trainer, config, fp8, bucket_bytes=100_000, broadcast_group=dist.group.WORLD)
-    engine = rollout.start_engine(TOY, RolloutSettings(), config, seed=1) if dist.get_rank() == 0 else None
+    weights = weight_sync.Weights(
+        trainer, config, fp8, bucket_bytes=100_000, broadcast_group=dist.group.WORLD
+    )
+    engine = (
+        rollout.start_engine(TOY, RolloutSettings(), config, seed=1)
+        if dist.get_rank() == 0
+        else None
+    )
     version, report = 0, {}
     weight_sync.hand_over(weights, engine, version=version)
     faults = {
         "quantize": not_a_number(trainer),
         "gather": mock.patch("weight_sync.dist.all_gather", failing_from(3, dist.all_gather)),
-        "send": mock.patch("weight_sync.broadcast_bytes", failing_from(3, weight_sync.broadcast_bytes)),
-        "end of update": mock.patch("backends.sglang.engine.Engine._close_update", failing_from(1, None)) if engine else contextlib.nullcontext(),
+        "send": mock.patch(
+            "weight_sync.broadcast_bytes", failing_from(3, weight_sync.broadcast_bytes)
+        ),
+        "end of update": mock.patch(
+            "backends.sglang.engine.Engine._close_update", failing_from(1, None)
+        )
+        if engine
+        else contextlib.nullcontext(),
         "refusal": refusing(engine) if engine else contextlib.nullcontext(),
         "load": misshapen(trainer),
     }
@@ -118,7 +141,8 @@ def main() -> None:
             break
         if engine:
             report[fault] |= {"version": engine.version, "answers": answers(engine)}
-            engine._last_part = None  # what a run never does: mend the engine with a whole hand-off, for the next fault
+            # What a run never does: mend the engine with a whole hand-off, for the next fault
+            engine._last_part = None
             engine.call(engine._close_update())
         version += 1
         weight_sync.hand_over(weights, engine, version=version)

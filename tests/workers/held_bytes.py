@@ -1,8 +1,10 @@
-"""What the ranks of real trainers hold, in bytes, at several layouts of four ranks; run by test_plan.py.
+"""What the ranks of real trainers hold, in bytes, at several layouts of four ranks; run by
+test_plan.py.
 
     torchrun --nproc-per-node 4 held_bytes.py OUT DENSE_FOLDER MOE_FOLDER
 
-Writes to OUT, as JSON: for each case of CASES, for each rank, the bytes of parameters, of DDP's gradient buffers, and of FP32 main weights with Adam's moments.
+Writes to OUT, as JSON: for each case of CASES, for each rank, the bytes of parameters, of DDP's
+gradient buffers, and of FP32 main weights with Adam's moments.
 """
 
 import json
@@ -42,8 +44,12 @@ def held(trainer) -> dict[str, int]:
     for chained in trainer.optimizer.chained_optimizers:
         for group in chained.optimizer.param_groups:
             for main in group["params"]:
-                own = main.untyped_storage().data_ptr() not in {buffer.param_data.untyped_storage().data_ptr() for buffer in buffers}
-                optimizer += (main.nbytes if own else 0) + sum(chained.optimizer.state[main][name].nbytes for name in ("exp_avg", "exp_avg_sq"))
+                own = main.untyped_storage().data_ptr() not in {
+                    buffer.param_data.untyped_storage().data_ptr() for buffer in buffers
+                }
+                optimizer += (main.nbytes if own else 0) + sum(
+                    chained.optimizer.state[main][name].nbytes for name in ("exp_avg", "exp_avg_sq")
+                )
     assert len(weights) == len(list(trainer.gpt.parameters()))
     return {
         "weights": sum(parameter.nbytes for parameter in trainer.gpt.parameters()),
@@ -59,13 +65,22 @@ def main() -> None:
         if mpu.model_parallel_is_initialized():
             mpu.destroy_model_parallel()
         config = read_config(folders[folder])
-        trainer = train_step.build_trainer(folders[folder], TrainSettings(**settings), config, steps=1, seed=1)
+        trainer = train_step.build_trainer(
+            folders[folder], TrainSettings(**settings), config, steps=1, seed=1
+        )
         mine = held(trainer)
-        found[name] = [json.loads(row) for row in distributed.all_gather_bytes(json.dumps(mine).encode(), everyone)]
+        found[name] = [
+            json.loads(row)
+            for row in distributed.all_gather_bytes(json.dumps(mine).encode(), everyone)
+        ]
         del trainer
     if torch.distributed.get_rank() == 0:
         Path(out).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    exits.run_main(main)  # destroys the process groups: with gloo's threads still there, the interpreter's end now and then aborts
+    exits.run_main(
+        main
+        # Destroys the process groups: with gloo's threads still there, the interpreter's end now and
+        # then aborts
+    )

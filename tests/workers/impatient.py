@@ -1,6 +1,6 @@
 """torchrun worker of test_process_groups.py: loop_sync.py with 2 s for what no flag limits.
 
-    torchrun --nproc-per-node 2 impatient.py FLAGS
+torchrun --nproc-per-node 2 impatient.py FLAGS
 """
 
 import sys

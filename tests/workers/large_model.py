@@ -1,8 +1,10 @@
-"""Which Hugging Face tensors the ranks of a large layout deliver, found without weights and without the ranks; run by test_large_models.py.
+"""Which Hugging Face tensors the ranks of a large layout deliver, found without weights and without
+the ranks; run by test_large_models.py.
 
     python large_model.py FOLDER TP EP PP
 
-Every pipeline stage is built on the meta device, with process groups that are stand-ins. Prints {name: shape} as JSON; fails on a name delivered twice.
+Every pipeline stage is built on the meta device, with process groups that are stand-ins. Prints
+{name: shape} as JSON; fails on a name delivered twice.
 """
 
 import json
@@ -32,7 +34,10 @@ def build_as(rank: int, world_size: int, settings: TrainSettings, config: dict):
         mpu.destroy_model_parallel()
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    experts = dict(expert_model_parallel_size=EP, expert_tensor_parallel_size=megatron_model.expert_tp(settings))
+    experts = dict(
+        expert_model_parallel_size=EP,
+        expert_tensor_parallel_size=megatron_model.expert_tp(settings),
+    )
     mpu.initialize_model_parallel(TP, PP, **experts, create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(1)
     return megatron_model.build_gpt(settings, config)
@@ -46,8 +51,12 @@ def main() -> None:
     delivered = {}
     for stage in range(PP):
         gpt, layout = build_as(stage * world_size // PP, world_size, settings, config)
-        assert sum(parameter.nbytes for parameter in gpt.parameters() if not parameter.is_meta) < 2**30  # Megatron allocates routers on the CPU
-        weights = weight_sync.Weights(type("Trainer", (), {"gpt": gpt, "layout": layout}), config, frozenset(), bucket_bytes=1)
+        assert (
+            sum(parameter.nbytes for parameter in gpt.parameters() if not parameter.is_meta) < 2**30
+        )  # Megatron allocates routers on the CPU
+        weights = weight_sync.Weights(
+            type("Trainer", (), {"gpt": gpt, "layout": layout}), config, frozenset(), bucket_bytes=1
+        )
         for shard in weight_sync.walk(weights, quantize=False):
             shape = list(shard.local.shape)
             if shard.rule.tp_dim is not None:

@@ -39,28 +39,49 @@ from transformers import AutoModelForCausalLM
 
 
 def fixed_samples(vocab: int) -> list[rollout.Sample]:
-    """24 ragged samples with everything the loss looks at; one wholly masked, as a sample whose judge failed."""
+    """24 ragged samples with everything the loss looks at; one wholly masked, as a sample whose
+    judge failed.
+    """
     generator = torch.Generator().manual_seed(0)
     samples = []
     for i in range(24):
-        prompt, response = (torch.randint(3, vocab, (n,), generator=generator).tolist() for n in (3 + i % 5, 1 + (7 * i) % 11))
+        prompt, response = (
+            torch.randint(3, vocab, (n,), generator=generator).tolist()
+            for n in (3 + i % 5, 1 + (7 * i) % 11)
+        )
         logprobs = (-torch.rand(len(response), generator=generator) * 5).tolist()
         mask = [0 if i == 3 or (i == 5 and j == 0) else 1 for j in range(len(response))]
-        samples.append(rollout.Sample(prompt, response_ids=response, rollout_logprobs=logprobs, loss_mask=mask, advantages=[(i % 7 - 3) / 2] * len(response)))
+        samples.append(
+            rollout.Sample(
+                prompt,
+                response_ids=response,
+                rollout_logprobs=logprobs,
+                loss_mask=mask,
+                advantages=[(i % 7 - 3) / 2] * len(response),
+            )
+        )
     return samples
 
 
 def build(folder: str, tp: int, ep: int, pp: int, cp: int, dtype: str, microbatch_tokens: int):
     config = read_config(folder)
-    settings = TrainSettings(tp=tp, ep=ep, pp=pp, cp=cp, train_dtype=dtype, microbatch_tokens=microbatch_tokens, lr=1e-3)
+    settings = TrainSettings(
+        tp=tp, ep=ep, pp=pp, cp=cp, train_dtype=dtype, microbatch_tokens=microbatch_tokens, lr=1e-3
+    )
     trainer = train_step.build_trainer(folder, settings, config, steps=4, seed=1)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
-    return trainer, weight_sync.Weights(trainer, config, fp8, bucket_bytes=200_000, broadcast_group=dist.group.WORLD)
+    return trainer, weight_sync.Weights(
+        trainer, config, fp8, bucket_bytes=200_000, broadcast_group=dist.group.WORLD
+    )
 
 
 def one_step(trainer, temperature: float = 0.7) -> dict:
-    samples = train_step.score(trainer, fixed_samples(trainer.config["vocab_size"]), temperature=temperature)
-    return train_step.train_step(trainer, samples, LossSettings(), temperature=temperature, max_response_tokens=16)
+    samples = train_step.score(
+        trainer, fixed_samples(trainer.config["vocab_size"]), temperature=temperature
+    )
+    return train_step.train_step(
+        trainer, samples, LossSettings(), temperature=temperature, max_response_tokens=16
+    )
 
 
 def whole(mine: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
@@ -72,7 +93,9 @@ def whole(mine: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tenso
 
 def errors(trainer, folder: str, temperature: float) -> dict[str, float]:
     """Largest |trainer - transformers| of the logits, and of the log-probs at the temperature, over every position of this rank's samples, in fp32."""
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    reference = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     batches = train_step.local_microbatches(trainer, fixed_samples(trainer.config["vocab_size"]))
     seen, stock = [], train_step.logprobs_and_entropy
 
@@ -83,22 +106,35 @@ def errors(trainer, folder: str, temperature: float) -> dict[str, float]:
     with mock.patch.object(train_step, "logprobs_and_entropy", keep_logits):
         logprobs = train_step.compute_logprobs(trainer, batches, temperature=temperature)
     worst = {"logits": 0.0, "logprobs": 0.0}
-    for batch, logits_TV, logprobs_T in zip(batches, seen, logprobs):  # only the last pipeline stage has any
+    for batch, logits_TV, logprobs_T in zip(
+        batches, seen, logprobs
+    ):  # only the last pipeline stage has any
         lengths, cp = batch.packed.cu_seqlens_q.diff().tolist(), trainer.cp_group
-        in_order = torch.cat([zigzag(lengths, cp.size(), rank) for rank in range(cp.size())]).argsort()
-        tokens_T, labels_T, logprobs_T, logits_TV = (whole(x, cp, 0)[in_order] for x in (batch.tokens_T, batch.labels_T, logprobs_T, logits_TV))
+        in_order = torch.cat(
+            [zigzag(lengths, cp.size(), rank) for rank in range(cp.size())]
+        ).argsort()
+        tokens_T, labels_T, logprobs_T, logits_TV = (
+            whole(x, cp, 0)[in_order]
+            for x in (batch.tokens_T, batch.labels_T, logprobs_T, logits_TV)
+        )
         logits_TV = whole(logits_TV, trainer.layout.tp_group, -1)[:, : trainer.config["vocab_size"]]
-        for ours_LV, tokens_L, labels_L, logprobs_L in zip(*(x.split(lengths) for x in (logits_TV, tokens_T, labels_T, logprobs_T))):
+        for ours_LV, tokens_L, labels_L, logprobs_L in zip(
+            *(x.split(lengths) for x in (logits_TV, tokens_T, labels_T, logprobs_T))
+        ):
             with torch.no_grad():
                 expected_LV = reference(tokens_L[None]).logits[0]
-            expected_L = (expected_LV / temperature).log_softmax(-1).gather(1, labels_L[:, None])[:, 0]
+            expected_L = (
+                (expected_LV / temperature).log_softmax(-1).gather(1, labels_L[:, None])[:, 0]
+            )
             worst["logits"] = max(worst["logits"], (expected_LV - ours_LV).abs().max().item())
             worst["logprobs"] = max(worst["logprobs"], (expected_L - logprobs_L).abs().max().item())
     return worst
 
 
 def hand_off_errors(weights, folder: str) -> list[str]:
-    """Names whose bytes, as this rank receives them from rank 0, are not quantize(full tensor) of the folder's file, plus names missing or too many."""
+    """Names whose bytes, as this rank receives them from rank 0, are not quantize(full tensor) of
+    the folder's file, plus names missing or too many.
+    """
     source = load_file(Path(folder) / "model.safetensors")
     expected = {}
     for name, tensor in source.items():
@@ -107,11 +143,17 @@ def hand_off_errors(weights, folder: str) -> list[str]:
         else:
             expected[name] = tensor
     got = dict(pair for bucket in weight_sync.buckets_of(weights, quantize=True) for pair in bucket)
-    return sorted(set(got) ^ set(expected)) + [name for name in got.keys() & expected.keys() if not same_bytes(got[name], expected[name])]
+    return sorted(set(got) ^ set(expected)) + [
+        name for name in got.keys() & expected.keys() if not same_bytes(got[name], expected[name])
+    ]
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    )
 
 
 def report_of(folder: str, splits: list[int], out: Path, *, trains: bool) -> dict:

@@ -1,6 +1,7 @@
-"""A batch of which one sample spoils the loss, on two data-parallel ranks, run under torchrun by test_splits.py: each rank prints what it raises.
+"""A batch of which one sample spoils the loss, on two data-parallel ranks, run under torchrun by
+test_splits.py: each rank prints what it raises.
 
-    torchrun --nproc-per-node 2 not_finite.py MODEL_FOLDER
+torchrun --nproc-per-node 2 not_finite.py MODEL_FOLDER
 """
 
 import sys
@@ -22,15 +23,27 @@ import torch.distributed as dist
 def main() -> None:
     distributed.init_distributed()
     folder = sys.argv[1]
-    trainer = train_step.build_trainer(folder, TrainSettings(train_dtype="fp32"), read_config(folder), steps=4, seed=1)
-    answer = dict(response_ids=[7, 8], rollout_logprobs=[-1.0, -1.0], loss_mask=[1, 1], advantages=[1.0, 1.0], group=5)
+    trainer = train_step.build_trainer(
+        folder, TrainSettings(train_dtype="fp32"), read_config(folder), steps=4, seed=1
+    )
+    answer = dict(
+        response_ids=[7, 8],
+        rollout_logprobs=[-1.0, -1.0],
+        loss_mask=[1, 1],
+        advantages=[1.0, 1.0],
+        group=5,
+    )
     samples = [Sample([5, 6], index=i, **answer) for i in range(4)]
     samples[2].rollout_logprobs = [-1.0, float("nan")]
     train_step.score(trainer, samples, temperature=1.0)
     try:
-        train_step.train_step(trainer, samples, LossSettings(), temperature=1.0, max_response_tokens=8)
+        train_step.train_step(
+            trainer, samples, LossSettings(), temperature=1.0, max_response_tokens=8
+        )
     except RuntimeError as error:
-        sys.stdout.write(f"rank {dist.get_rank()} raises: {error}\n")  # in one piece: print would write the end of the line apart, after the other rank's
+        sys.stdout.write(
+            f"rank {dist.get_rank()} raises: {error}\n"
+        )  # in one piece: print would write the end of the line apart, after the other rank's
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """torchrun worker of test_process_groups.py: ranks without an engine meet, wait, and end.
 
-    torchrun --nproc-per-node 2 two_ranks.py stopped FOLDER
+torchrun --nproc-per-node 2 two_ranks.py stopped FOLDER
 """
 
 import json
