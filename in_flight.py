@@ -41,12 +41,12 @@ from rollout import (
     REPLACED,
     Prompts,
     check_aborts,
-    copies,
-    fill,
+    new_group,
+    write_outputs,
     marks,
     sampling_params,
     step_share,
-    taken_before,
+    prompts_taken_before,
 )
 
 
@@ -65,7 +65,7 @@ class Group:
         return [f"group-{sample.group}-{sample.index}" for sample in self.samples]
 
 
-class InFlight:
+class GroupQueue:
     """A rollout rank's queue; on ranks without an engine it is empty and does nothing."""
 
     def __init__(
@@ -92,7 +92,9 @@ class InFlight:
         )
         engines = settings.rollout_ranks // rollout.engine_tp
         self.per_step, self.oversample = step_share(rollout), settings.oversample // engines
-        self.prompts = Prompts(data, rollout, taken=taken_before(ranks, rollout) if engine else 0)
+        self.prompts = Prompts(
+            data, rollout, taken=prompts_taken_before(ranks, rollout) if engine else 0
+        )
         self.queue: list[Group] = []
         self.replacements = 0  # how many more groups of this step may be replaced
         self.replaced: list[Sample] = []
@@ -104,14 +106,14 @@ class InFlight:
                 [Sample(**mark) for mark in mine["replaced"]],
             )
 
-    def next_step(self, version: int) -> list[Sample]:
+    def take_step(self, version: int) -> list[Sample]:
         """This rank's samples for the step that trains weights `version`, and those that are
         dropped now, without responses; blocks until they are there.
 
         Raises what went wrong in the background: EngineDied for a request that the engine gave up
         on.
         """
-        return self.engine.call(self._next_step(version)) if self.engine else []
+        return self.engine.call(self._take_step(version)) if self.engine else []
 
     def drain(self) -> None:
         """With --updates drain: block until no request is running."""
@@ -142,7 +144,7 @@ class InFlight:
             "replaced": [json.loads(sample.to_json()) for sample in self.replaced],
         }
 
-    async def _next_step(self, version: int) -> list[Sample]:
+    async def _take_step(self, version: int) -> list[Sample]:
         for group in self.before:
             self._start(Sample(**group["prompt"]), version, group)
         self.before = []
@@ -180,7 +182,7 @@ class InFlight:
         """Put a group at the queue's end. before: what a checkpoint held of it; if it was finished
         it still is, and as old as it was.
         """
-        group = Group(prompt, copies(prompt, self.rollout.samples_per_prompt), version)
+        group = Group(prompt, new_group(prompt, self.rollout.samples_per_prompt), version)
         if before and before["answers"]:
             group.samples, group.version = (
                 [Sample(**answer) for answer in before["answers"]],
@@ -218,7 +220,7 @@ class InFlight:
         )
         if group.stopped:
             return
-        fill(group.samples, outputs, self.data)
+        write_outputs(group.samples, outputs, self.data)
         check_aborts(group.samples)
         await asyncio.wrap_future(self.judge.submit(group.samples))
         if self.replacements and not group.stopped and is_uninformative(group.samples):

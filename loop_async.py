@@ -112,7 +112,7 @@ def main(settings: Settings) -> None:
     problems.of(plan.check_machine, settings, config, **load)
     read = problems.of(checkpoint.what_was_read, settings, data) if data else {}
     resumed = (
-        problems.of(checkpoint.find, settings, "async", read)
+        problems.of(checkpoint.find_latest_checkpoint, settings, "async", read)
         if settings.run.resume and settings.run.name
         else None
     )
@@ -141,7 +141,7 @@ def main(settings: Settings) -> None:
     )
     checkpoint.restore(resumed, trainer)
     learner = None if settings.run.debug_rollout_only else trainer
-    weights = weight_sync.Weights(
+    weights = weight_sync.WeightPath(
         trainer, config, fp8, settings.sync.bucket_bytes, broadcast_group=everyone
     )
     engine = (
@@ -162,7 +162,7 @@ def main(settings: Settings) -> None:
             record.profile(start)
         if settings.run.eval_only:
             return record.finish_evaluation()
-        groups = in_flight.InFlight(
+        groups = in_flight.GroupQueue(
             engine,
             data,
             settings.rollout,
@@ -176,11 +176,11 @@ def main(settings: Settings) -> None:
             watch = Stopwatch()
             # The engines start new groups, and hand over finished ones. No trained token is older
             # than the bound, or this raises.
-            samples, set_aside = rollout.without_marks(
-                rollout.replay(
+            samples, set_aside = rollout.split_discarded(
+                rollout.save_or_load(
                     record,
                     step,
-                    rollout.all_gather_samples(groups.next_step(version=step - 1), everyone),
+                    rollout.all_gather_samples(groups.take_step(version=step - 1), everyone),
                 )
             )
             in_flight.check_staleness(
@@ -188,13 +188,13 @@ def main(settings: Settings) -> None:
             )
             wait_s = watch.lap("wait")
 
-            batch = train_step.score(
+            batch = train_step.add_logprobs(
                 learner, samples, settings.loss, temperature=temperature
             )  # log-probs of trainer and reference, where needed
-            reward.compute_advantages(
+            reward.add_advantages(
                 batch, settings.reward, settings.loss, max_response_tokens=max_response_tokens
             )
-            metrics = train_step.train_step(
+            metrics = train_step.update_policy(
                 learner,
                 batch,
                 settings.loss,

@@ -104,7 +104,7 @@ def main(settings: Settings) -> None:
     problems.of(plan.check_machine, settings, config, **load)
     read = problems.of(checkpoint.what_was_read, settings, data) if data else {}
     resumed = (
-        problems.of(checkpoint.find, settings, "sync", read)
+        problems.of(checkpoint.find_latest_checkpoint, settings, "sync", read)
         if settings.run.resume and settings.run.name
         else None
     )
@@ -128,7 +128,7 @@ def main(settings: Settings) -> None:
     )
     checkpoint.restore(resumed, trainer)
     learner = None if settings.run.debug_rollout_only else trainer
-    weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
+    weights = weight_sync.WeightPath(trainer, config, fp8, settings.sync.bucket_bytes)
     engine = (
         None
         if settings.run.load_rollouts
@@ -148,7 +148,7 @@ def main(settings: Settings) -> None:
         if settings.run.eval_only:
             return record.finish_evaluation()
         prompts = rollout.Prompts(
-            data, settings.rollout, taken=rollout.taken_before(ranks, settings.rollout)
+            data, settings.rollout, taken=rollout.prompts_taken_before(ranks, settings.rollout)
         )
         for step in range(start + 1, steps + 1):
             watch = Stopwatch()
@@ -163,22 +163,22 @@ def main(settings: Settings) -> None:
             rollout_s = watch.lap("rollout")
 
             reward.compute_rewards(samples, judge)
-            samples = reward.refill(
+            samples = reward.replace_uninformative(
                 samples, engine, prompts, data, settings.rollout, settings.reward, judge
             )  # with --dynamic-sampling
-            samples, set_aside = rollout.without_marks(
-                rollout.replay(record, step, rollout.all_gather_samples(samples, everyone))
+            samples, set_aside = rollout.split_discarded(
+                rollout.save_or_load(record, step, rollout.all_gather_samples(samples, everyone))
             )
             reward_s = watch.lap("reward")
 
             rollout.release_memory(engine)  # on a GPU; the hand-off takes it back
-            batch = train_step.score(
+            batch = train_step.add_logprobs(
                 learner, samples, settings.loss, temperature=temperature
             )  # log-probs of trainer and reference, where needed
-            reward.compute_advantages(
+            reward.add_advantages(
                 batch, settings.reward, settings.loss, max_response_tokens=max_response_tokens
             )
-            metrics = train_step.train_step(
+            metrics = train_step.update_policy(
                 learner,
                 batch,
                 settings.loss,

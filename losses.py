@@ -8,7 +8,7 @@ flags, default bounds and refusals follow from the line. Over the tokens of the 
 terms of the tables:
 
     loss = sum of weight_T (correction_T policy_loss_T + kl_coef kl_T - entropy_coef entropy_T) /
-    sum of units_N
+    sum of normalizer_N
 
 Three log-probs of the same token, three names, here and everywhere:
     rollout_logprobs   by the engine that sampled it, from FP8 weights, at sampling time
@@ -185,7 +185,7 @@ POLICY_LOSSES = {
 
 # --- aggregation: one number from the tokens of the global batch --------------------------------
 #
-# Each takes (sequences, *, max_response_tokens) and returns (weight_T, units_N): loss = sum of we
+# Each takes (sequences, *, max_response_tokens) and returns (weight_T, normalizer_N): loss = sum of we
 # of the global batch, on whatever rank they are. Averages of averages would depend on who holds w
 # average to 2.0, where the mean over tokens is 2.6.
 

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from advantages import ADVANTAGES, Scores, overlong_penalty
 from backends.sglang.engine import Engine
 from common.settings import RewardSettings, RolloutSettings
-from common.timeline import Row
+from common.timeline import Timeline
 from data import math_judge, reasoning_gym_tasks
 from data.prompts import Data
 from data.sample import Sample
@@ -103,10 +103,10 @@ class Judge:
     """
 
     def __init__(self, reward: Reward, judges: int = 32, timeout_s: float = 120.0):
-        self.reward, self.timeout_s, self.row, self._busy, self._failed = (
+        self.reward, self.timeout_s, self.timeline, self._busy, self._failed = (
             reward,
             timeout_s,
-            Row(),
+            Timeline(),
             0,
             False,
         )
@@ -170,7 +170,7 @@ class Judge:
 
     def _count(self, change: int) -> None:
         self._busy += change
-        self.row.mark("reward" if self._busy else "wait")
+        self.timeline.switch_to("reward" if self._busy else "wait")
 
 
 def _cut(text: str, *, most: int = 1000) -> str:
@@ -190,7 +190,7 @@ def is_uninformative(samples: list[Sample]) -> bool:
     return len({sample.reward for sample in samples if sample.reward is not None}) < 2
 
 
-def refill(
+def replace_uninformative(
     samples: list[Sample],
     engine: Engine | None,
     prompts: Prompts,
@@ -208,14 +208,14 @@ def refill(
     replaced = []
     for _ in range(rewards.dynamic_sampling):
         groups = by_group(samples)
-        dull = [group for group in groups if is_uninformative(group)]
-        if not dull:
+        uninformative = [group for group in groups if is_uninformative(group)]
+        if not uninformative:
             break
         fresh = generate(
-            engine, prompts.take(len(dull)), data, settings, n=settings.samples_per_prompt
+            engine, prompts.take(len(uninformative)), data, settings, n=settings.samples_per_prompt
         )
         compute_rewards(fresh, judge)
-        replaced += [mark for group in dull for mark in marks(group, REPLACED)]
+        replaced += [mark for group in uninformative for mark in marks(group, REPLACED)]
         samples = [
             sample for group in groups if not is_uninformative(group) for sample in group
         ] + fresh
@@ -229,7 +229,7 @@ def by_group(samples: list[Sample]) -> list[list[Sample]]:
     return list(groups.values())
 
 
-def compute_advantages(
+def add_advantages(
     samples: list[Sample], settings: RewardSettings, loss: LossSettings, *, max_response_tokens: int
 ) -> None:
     """Set every sample's advantages, float64 [L], from the whole batch; every rank computes the

@@ -192,7 +192,7 @@ def sampling_params(data: Data, settings: RolloutSettings, samples: list[Sample]
     ]
 
 
-def copies(prompt: Sample, n: int) -> list[Sample]:
+def new_group(prompt: Sample, n: int) -> list[Sample]:
     """A group: n samples of one prompt, still without responses."""
     return [
         replace(prompt, index=index, metadata=dict(prompt.metadata), notes=dict(prompt.notes))
@@ -200,7 +200,7 @@ def copies(prompt: Sample, n: int) -> list[Sample]:
     ]
 
 
-def fill(samples: list[Sample], outputs: list[dict], data: Data) -> None:
+def write_outputs(samples: list[Sample], outputs: list[dict], data: Data) -> None:
     """Write the engine's outputs into the samples they answer.
 
     The token that ended a response stays in response_ids; the text does not show it.
@@ -239,8 +239,8 @@ def generate(
     """
     if engine is None or not prompts:
         return []
-    samples = [sample for prompt in prompts for sample in copies(prompt, n)]
-    fill(
+    samples = [sample for prompt in prompts for sample in new_group(prompt, n)]
+    write_outputs(
         samples,
         engine.call(
             engine.generate(
@@ -294,7 +294,7 @@ class Prompts:
         return prompts
 
 
-def taken_before(ranks: list[dict] | None, settings: RolloutSettings) -> int:
+def prompts_taken_before(ranks: list[dict] | None, settings: RolloutSettings) -> int:
     """How many prompts this rank's engine had taken at a checkpoint, of whose ranks these are the
     states; if there were other engines, so many that none comes twice. 0 without a checkpoint.
     """
@@ -321,7 +321,7 @@ def marks(samples: list[Sample], reason: str) -> list[Sample]:
     ]
 
 
-def without_marks(samples: list[Sample]) -> tuple[list[Sample], dict[str, int]]:
+def split_discarded(samples: list[Sample]) -> tuple[list[Sample], dict[str, int]]:
     """The samples to train, and how many others were set aside, for which reason."""
     kept = [sample for sample in samples if sample.finish_reason not in (DROPPED, REPLACED)]
     return kept, {
@@ -353,7 +353,7 @@ def longest_of_dumps(settings, config: dict | None) -> int:
         file = rollouts_file(settings.run.load_rollouts, step)
         if not os.path.isfile(file):
             break  # checks.check_run_flags names it
-        dump, _ = without_marks(read_dump(file, vocab_size=vocab_size))
+        dump, _ = split_discarded(read_dump(file, vocab_size=vocab_size))
         longest = max([longest, *(len(s.prompt_ids) + len(s.response_ids) for s in dump)])
         if len(dump) < minibatches:
             yield (
@@ -369,7 +369,7 @@ def longest_of_dumps(settings, config: dict | None) -> int:
     return longest
 
 
-def replay(record, step: int, samples: list[Sample]) -> list[Sample]:
+def save_or_load(record, step: int, samples: list[Sample]) -> list[Sample]:
     """A step's samples, of all ranks: given, and with --save-rollouts written; with --load-rollouts
     read in their place. record: record.Record.
     """

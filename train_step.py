@@ -275,7 +275,7 @@ def compute_logprobs(
     ]
 
 
-def score(
+def add_logprobs(
     trainer: Trainer | None,
     samples: list[Sample],
     settings: LossSettings | None = None,
@@ -364,12 +364,12 @@ def backward(
         )
         kl_coef = settings.kl_coef if settings.kl_in == "loss" else 0.0
         loss_T = correction_T * policy_T + kl_coef * kl_T - settings.entropy_coef * entropy_T
-        weight_T, units_N = AGGREGATIONS[settings.aggregation](
+        weight_T, normalizer_N = AGGREGATIONS[settings.aggregation](
             batch.sequences, max_response_tokens=max_response_tokens
         )
         loss, units = (
             (weight_T * loss_T).sum(),
-            units_N.sum() if trainer.cp_group.rank() == 0 else units_N.sum() * 0,
+            normalizer_N.sum() if trainer.cp_group.rank() == 0 else normalizer_N.sum() * 0,
         )
 
         mismatch_T, approx_kl_T = mismatch(old_T, rollout_T), k3(old_T, logprobs_T, None)
@@ -396,7 +396,7 @@ def backward(
     )
 
 
-def train_step(
+def update_policy(
     trainer: Trainer | None,
     samples: list[Sample],
     settings: LossSettings,

@@ -9,7 +9,7 @@ What happens to one tensor on its way, for example linear_fc1 at tensor parallel
       -> hand the bucket to the engine            buckets.load_bucket, in the engine's process: shared memory on a CPU, CUDA IPC on a GPU
 
 Contract: whatever the parallel layout, the engine holds exactly quantize(full Hugging Face tensor),
-byte for byte. read_back proves it: it computes the expected bytes another way (gather BF16, then
+byte for byte. verify_engine_weights proves it: it computes the expected bytes another way (gather BF16, then
 quantize the whole tensor), sends them through the same loader, and has every write replaced by a
 comparison with what the engine already holds.
 
@@ -42,7 +42,7 @@ from backends.huggingface.names import (
     unquantized_linears,
 )
 from backends.megatron.layout import Layout
-from backends.sglang.buckets import Named, entries, pack, phase, unpack, where
+from backends.sglang.buckets import Named, entries, pack, phase, unpack, failure_note
 from common.distributed import broadcast_bytes
 from common.errors import EngineDied
 from fp8_quant import BLOCK, quantize_blockwise
@@ -51,7 +51,7 @@ from fp8_quant import BLOCK, quantize_blockwise
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightPath:
     """A rank's end of the path that weights take: the trainer's, or in the asynchronous loop also a
     rollout rank's, where they only arrive.
     """
@@ -111,7 +111,7 @@ def linear_modules(config: dict) -> list[str]:
 
 
 @torch.no_grad()
-def walk(weights: Weights, *, quantize: bool) -> Iterator[Shard]:
+def shards_in_model_order(weights: WeightPath, *, quantize: bool) -> Iterator[Shard]:
     """Every weight as shards of Hugging Face tensors, in the model's own order, which is the same
     on every rank.
 
@@ -142,7 +142,7 @@ def walk(weights: Weights, *, quantize: bool) -> Iterator[Shard]:
                 yield Shard(names, part, rule, quantize_whole=True)
 
 
-def buckets_of(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]:
+def buckets_of(weights: WeightPath, *, quantize: bool) -> Iterator[list[Named]]:
     """Full tensors, a list of about bucket_bytes at a time, on trainers and rollout ranks alike.
 
     Collective: every rank must iterate to the end.
@@ -155,7 +155,7 @@ def buckets_of(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]:
     )
 
 
-def trainer_buckets(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]:
+def trainer_buckets(weights: WeightPath, *, quantize: bool) -> Iterator[list[Named]]:
     """Full tensors of the whole model on every trainer: one pipeline stage after the other.
 
     A stage's tensor-parallel ranks all have the bucket. Each sends its own part of the bytes to the
@@ -214,10 +214,10 @@ def _device() -> torch.device:
     )
 
 
-def gather_buckets(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]:
+def gather_buckets(weights: WeightPath, *, quantize: bool) -> Iterator[list[Named]]:
     """The buckets of this pipeline stage. Collective over its tensor- and expert-parallel ranks."""
     bucket, size = [], 0
-    for shard in walk(weights, quantize=quantize):
+    for shard in shards_in_model_order(weights, quantize=quantize):
         bucket.append(shard)
         size += shard.local.nbytes * (
             len(shard.names)
@@ -232,12 +232,12 @@ def gather_buckets(weights: Weights, *, quantize: bool) -> Iterator[list[Named]]
         yield _gather(bucket, weights)
 
 
-def _gather(bucket: list[Shard], weights: Weights) -> list[Named]:
+def _gather(bucket: list[Shard], weights: WeightPath) -> list[Named]:
     """One all_gather of the bytes of all split tensors in the bucket, and one of its experts'; then
     each tensor is put together from the ranks' parts.
     """
     with phase("gather", [name for shard in bucket for name in shard.names]):
-        whole = _whole(bucket, weights.trainer.layout)
+        whole = _gather_full_tensors(bucket, weights.trainer.layout)
     named = []
     for shard, tensors in zip(bucket, whole):
         for name, tensor in zip(shard.names, tensors):
@@ -249,7 +249,7 @@ def _gather(bucket: list[Shard], weights: Weights) -> list[Named]:
     return named
 
 
-def _whole(bucket: list[Shard], layout: Layout) -> list[list[torch.Tensor]]:
+def _gather_full_tensors(bucket: list[Shard], layout: Layout) -> list[list[torch.Tensor]]:
     """For every shard its full tensors, one for each of its names."""
     whole = {id(shard): [shard.local] for shard in bucket}  # one tensor for each name
     for group in dict.fromkeys(
@@ -313,15 +313,15 @@ def describe(config: dict, fp8: frozenset[str]) -> str:
     return f"hand-off: {len(fp8)} weights in block FP8{reason}"
 
 
-def sync_weights(weights: Weights, engine, *, version: int, check: bool) -> int:
-    """hand_over, and if check is set the read-back gate; returns the bytes handed over."""
-    sent_bytes = hand_over(weights, engine, version=version)
+def sync_weights(weights: WeightPath, engine, *, version: int, check: bool) -> int:
+    """send_weights, and if check is set the read-back gate; returns the bytes handed over."""
+    sent_bytes = send_weights(weights, engine, version=version)
     if check:
-        read_back(weights, engine)
+        verify_engine_weights(weights, engine)
     return sent_bytes
 
 
-def hand_over(weights: Weights, engine, *, version: int) -> int:
+def send_weights(weights: WeightPath, engine, *, version: int) -> int:
     """Give the engine this version of the weights; returns the bytes handed over.
 
     Every rank calls it; engine is None on ranks without one.
@@ -348,15 +348,15 @@ def hand_over(weights: Weights, engine, *, version: int) -> int:
         if (
             engine is not None
         ):  # what it was given last is what it died of, whatever this rank has done since
-            error.add_note(where(*engine.last_phase))
+            error.add_note(failure_note(*engine.last_phase))
         raise
     return sent_bytes
 
 
 @torch.no_grad()
-def read_back(weights: Weights, engine) -> int:
+def verify_engine_weights(weights: WeightPath, engine) -> int:
     """Prove that the engine holds quantize(full tensor) for every weight; returns the bytes
-    compared. Collective, like hand_over.
+    compared. Collective, like send_weights.
 
     Raises RuntimeError naming the first tensors that differ, that the engine has no place for (0 of
     0 bytes), that are missing or that come twice, or saying how many of the engine's bytes no
@@ -389,7 +389,7 @@ def read_back(weights: Weights, engine) -> int:
     return compared_bytes
 
 
-def check_all_compared(names: Counter, weights: Weights, uncompared_bytes: int) -> None:
+def check_all_compared(names: Counter, weights: WeightPath, uncompared_bytes: int) -> None:
     """Raise RuntimeError unless every tensor was compared once, and every byte of a parameter."""
     gaps = {
         "never compared": sorted(set(hf_shapes(weights.config)) - set(names)),

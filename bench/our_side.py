@@ -76,7 +76,7 @@ def bare_stages(settings) -> None:
     trainer = train_step.build_trainer(
         settings.run.model, settings.train, config, steps=rounds, seed=1
     )
-    weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
+    weights = weight_sync.WeightPath(trainer, config, fp8, settings.sync.bucket_bytes)
     judge = reward.Judge(reward.REWARDS["exact"])
     limits = dict(max_response_tokens=settings.rollout.max_response_tokens)
     times: dict[str, list[float]] = {}
@@ -153,17 +153,16 @@ def bare_stages(settings) -> None:
                 ),
             )
             timed(
-                "score", lambda: train_step.score(trainer, samples, settings.loss, temperature=1.0)
+                "score",
+                lambda: train_step.add_logprobs(trainer, samples, settings.loss, temperature=1.0),
             )
             timed(
                 "advantages",
-                lambda: reward.compute_advantages(
-                    samples, settings.reward, settings.loss, **limits
-                ),
+                lambda: reward.add_advantages(samples, settings.reward, settings.loss, **limits),
             )
             timed(
                 "train",
-                lambda: train_step.train_step(
+                lambda: train_step.update_policy(
                     trainer, samples, settings.loss, temperature=1.0, **limits
                 ),
             )

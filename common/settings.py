@@ -259,7 +259,7 @@ def is_generated(source: str) -> bool:
     return source == "toy" or source.startswith(GYM)
 
 
-def weighted(prompts: tuple[str, ...], *, flag: str = "--prompts") -> dict[str, float]:
+def parse_weights(prompts: tuple[str, ...], *, flag: str = "--prompts") -> dict[str, float]:
     """("a.jsonl", "b.parquet:0.5") -> {"a.jsonl": 1.0, "b.parquet": 0.5}. Raises BadInput."""
     weights = {}
     for given in prompts:

@@ -19,7 +19,7 @@ class Stopwatch:
         return self.last - previous
 
 
-class Row:
+class Timeline:
     """What a part of this rank does when, as spans of the timeline; any thread may mark a change."""
 
     def __init__(self):
@@ -30,14 +30,14 @@ class Row:
             time.time(),
         )
 
-    def mark(self, activity: str) -> None:
+    def switch_to(self, activity: str) -> None:
         """From now on it does this."""
         if activity != self._activity:
             with self._lock:
                 self._close()
                 self._activity = activity
 
-    def take(self) -> list[tuple[str, float, float]]:
+    def pop_spans(self) -> list[tuple[str, float, float]]:
         """(activity, from, to), in seconds since the epoch, since the last call and up to now."""
         with self._lock:
             self._close()

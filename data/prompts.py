@@ -25,7 +25,7 @@ import orjson
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import BadInput, Problems, all_problems
-from common.settings import GYM, DataSettings, RunSettings, is_generated, weighted
+from common.settings import GYM, DataSettings, RunSettings, is_generated, parse_weights
 from data import reasoning_gym_tasks
 from data.chat import check_template_kwargs
 from data.prompt_files import LabelProblems, read_prompts
@@ -80,7 +80,7 @@ def toy_prompts(
     return generated(problems(seed=seed, held_out=held_out), tokenizer, settings, name="toy")
 
 
-def fitting(
+def drop_long_prompts(
     stream: Iterator[Sample], *, name: str, max_prompt_tokens: int
 ) -> tuple[Iterator[Sample], int]:
     """A generated stream, and the length of its longest prompt: of the first PROBE that is; later
@@ -121,7 +121,7 @@ def open_generated(
             given.removeprefix(GYM), seed="held-out" if is_eval else seed
         )
         stream = generated(rows, tokenizer, settings, name=name)
-    stream, length = fitting(stream, name=name, max_prompt_tokens=room)
+    stream, length = drop_long_prompts(stream, name=name, max_prompt_tokens=room)
     first = list(islice(stream, PROBE))
     return chain(first, stream), length, [given, *first]
 
@@ -191,7 +191,7 @@ def load_data(
     )
     streams, held_out, longest, digest, marked = [], [], 0, {}, set()
 
-    def opened(given: str, name: str, *, is_eval: bool) -> tuple[Iterator[Sample], int, list]:
+    def open_source(given: str, name: str, *, is_eval: bool) -> tuple[Iterator[Sample], int, list]:
         if is_generated(given):
             return open_generated(
                 given, name, tokenizer, settings, seed=seed, is_eval=is_eval, room=room
@@ -203,14 +203,18 @@ def load_data(
         stream = iter(samples) if is_eval else shuffled(samples, seed=seed)
         return stream, max(len(sample.prompt_ids) for sample in samples), samples
 
-    sources = weighted(settings.prompts)
-    for given, name in names(list(sources)).items():
-        stream, length, read = found.of(opened, given, name, is_eval=False) or (iter(()), 0, [])
+    sources = parse_weights(settings.prompts)
+    for given, name in short_names(list(sources)).items():
+        stream, length, read = found.of(open_source, given, name, is_eval=False) or (
+            iter(()),
+            0,
+            [],
+        )
         streams, longest = [*streams, stream], max(longest, length)
         digest[str(len(streams))] = checksum(sources[given], read)
     own = [given for given in sources if is_generated(given)]
-    for given, name in names(list(settings.eval_prompts) or own).items():
-        prompts, length, _ = found.of(opened, given, name, is_eval=True) or (iter(()), 0, [])
+    for given, name in short_names(list(settings.eval_prompts) or own).items():
+        prompts, length, _ = found.of(open_source, given, name, is_eval=True) or (iter(()), 0, [])
         held_out, longest = (
             [*held_out, *islice(prompts, settings.eval_samples)],
             max(longest, length),
@@ -244,7 +248,7 @@ def checksum(weight: float, read: Iterable[str | Sample]) -> str:
     return digest.hexdigest()
 
 
-def names(sources: list[str]) -> dict[str, str]:
+def short_names(sources: list[str]) -> dict[str, str]:
     """{"toy": "toy", "a/gsm8k/train.parquet": "gsm8k/train", "a/math/train.parquet": "math/train"}:
     short names that tell the sources apart.
 

@@ -278,7 +278,7 @@ def critic_backward(
         # Only what counts is looked at, so that nothing else can spoil the batch: 0 times infinity
         # is not 0.
         counts_T = batch.mask_T > 0
-        values_C, place_C = output_T1[counts_T, 0].float(), batch.place_T[counts_T]
+        values_C, place_C = output_T1[counts_T, 0].float(), batch.response_index_T[counts_T]
         loss = value_loss(
             values_C, old_values_R[place_C], returns_R[place_C], value_clip=value_clip
         ).sum()
@@ -399,7 +399,7 @@ def main(settings: Settings) -> None:
     critic = train_step.build_trainer(
         model, critic_train, config, steps=steps, seed=seed, head=ValueHead
     )
-    weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
+    weights = weight_sync.WeightPath(trainer, config, fp8, settings.sync.bucket_bytes)
     engine = rollout.start_engine(model, settings.rollout, config, seed=seed, longest=data.longest)
     judge = reward.Judge(judged_by, settings.reward.judges, settings.reward.judge_timeout_s)
     with engine or contextlib.nullcontext(), record:
@@ -427,7 +427,7 @@ def main(settings: Settings) -> None:
             reward_s = watch.lap("reward")
 
             rollout.release_memory(engine)  # on a GPU; the hand-off takes it back
-            batch = train_step.score(
+            batch = train_step.add_logprobs(
                 trainer, samples, settings.loss, temperature=temperature
             )  # log-probs of trainer and reference, where needed
             score_values(critic, batch)
@@ -439,7 +439,7 @@ def main(settings: Settings) -> None:
             )
             metrics = critic_step(critic, batch, settings.critic)
             if step > settings.critic.critic_warmup_steps:
-                metrics |= train_step.train_step(
+                metrics |= train_step.update_policy(
                     trainer,
                     batch,
                     settings.loss,

@@ -271,7 +271,9 @@ def converse(
     """
     if engine is None:
         return []
-    live = samples = [begin(sample) for prompt in prompts for sample in rollout.copies(prompt, n)]
+    live = samples = [
+        begin(sample) for prompt in prompts for sample in rollout.new_group(prompt, n)
+    ]
     while live:
         # A turn is a Sample too: its prompt is all that was said, its group and index, from which
         # its sampling seed comes, are those of the conversation.
@@ -281,7 +283,7 @@ def converse(
         sampling = rollout.sampling_params(data, settings, turns)
         for sample, params in zip(live, sampling):
             params["max_new_tokens"] = settings.max_response_tokens - len(sample.response_ids)
-        rollout.fill(
+        rollout.write_outputs(
             turns,
             engine.call(
                 engine.generate([turn.prompt_ids for turn in turns], sampling, cache=cache)
@@ -392,8 +394,8 @@ def warm_start(record: Record, data: Data, settings: Settings, config: dict) -> 
         ]
         for sample in samples:
             sample.advantages = sample.loss_mask
-        batch = train_step.score(trainer, samples, temperature=temperature)
-        train_step.train_step(
+        batch = train_step.add_logprobs(trainer, samples, temperature=temperature)
+        train_step.update_policy(
             trainer,
             batch,
             LossSettings(correction="none"),
@@ -408,7 +410,7 @@ def warm_start(record: Record, data: Data, settings: Settings, config: dict) -> 
         f"warm start: {tools.warm_steps} steps; log-prob of a demonstrated token"
         f" {(logprobs_T * mask_T).sum() / mask_T.sum():.2f}"
     )
-    weights = weight_sync.Weights(trainer, config, frozenset(), settings.sync.bucket_bytes)
+    weights = weight_sync.WeightPath(trainer, config, frozenset(), settings.sync.bucket_bytes)
     hf_export.export_hf(weights, folder, source=settings.run.model, dtype="bf16")
     distributed.all_gather_bytes(b"", record.group)  # rank 0 has written it
     return str(folder)
@@ -454,7 +456,7 @@ def main(settings: Settings) -> None:
     )
     read = problems.of(checkpoint.what_was_read, settings, data) if data else {}
     resumed = (
-        problems.of(checkpoint.find, settings, "tool", read)
+        problems.of(checkpoint.find_latest_checkpoint, settings, "tool", read)
         if settings.run.resume and settings.run.name
         else None
     )
@@ -479,7 +481,7 @@ def main(settings: Settings) -> None:
         model, settings.train, config, steps=steps, seed=seed, with_reference=with_reference
     )
     checkpoint.restore(resumed, trainer)
-    weights = weight_sync.Weights(trainer, config, fp8, settings.sync.bucket_bytes)
+    weights = weight_sync.WeightPath(trainer, config, fp8, settings.sync.bucket_bytes)
     engine = rollout.start_engine(model, settings.rollout, config, seed=seed, longest=data.longest)
     judge = reward.Judge(right_answer, settings.reward.judges, settings.reward.judge_timeout_s)
     with engine or contextlib.nullcontext(), record:
@@ -496,7 +498,7 @@ def main(settings: Settings) -> None:
         if settings.run.eval_only:
             return record.finish_evaluation()
         prompts = rollout.Prompts(
-            data, settings.rollout, taken=rollout.taken_before(ranks, settings.rollout)
+            data, settings.rollout, taken=rollout.prompts_taken_before(ranks, settings.rollout)
         )
         for step in range(start + 1, steps + 1):
             watch = Stopwatch()
@@ -516,13 +518,13 @@ def main(settings: Settings) -> None:
             reward_s = watch.lap("reward")
 
             rollout.release_memory(engine)  # on a GPU; the hand-off takes it back
-            batch = train_step.score(
+            batch = train_step.add_logprobs(
                 trainer, samples, settings.loss, temperature=temperature
             )  # log-probs of trainer and reference, where needed
-            reward.compute_advantages(
+            reward.add_advantages(
                 batch, settings.reward, settings.loss, max_response_tokens=max_response_tokens
             )
-            metrics = train_step.train_step(
+            metrics = train_step.update_policy(
                 trainer,
                 batch,
                 settings.loss,

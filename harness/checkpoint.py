@@ -89,7 +89,7 @@ class Checkpoint:
 # --- finding ------------------------------------------------------------------------------------
 
 
-def damage(folder: Path, *, share: int = 0, of: int = 1) -> str:
+def describe_damage(folder: Path, *, share: int = 0, of: int = 1) -> str:
     """What is wrong with a checkpoint's files, "" if nothing.
 
     Every file's size is looked at, and the contents of each of-th file.
@@ -150,7 +150,9 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint that is whole and safe to read. Raises BadInput."""
-    if wrong := damage(folder, share=int(os.environ["RANK"]), of=int(os.environ["WORLD_SIZE"])):
+    if wrong := describe_damage(
+        folder, share=int(os.environ["RANK"]), of=int(os.environ["WORLD_SIZE"])
+    ):
         earlier = [
             other
             for other in checkpoints_of(folder.parent.parent)
@@ -160,7 +162,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             (
                 f"; {other.name} before it is whole"
                 for other in reversed(earlier)
-                if not damage(other)
+                if not describe_damage(other)
             ),
             "",
         )
@@ -227,7 +229,7 @@ def folder_digest(folder: Path) -> str:
     return f"{crc:08x}"
 
 
-def find(settings, loop: str, read: dict[str, str]) -> Checkpoint:
+def find_latest_checkpoint(settings, loop: str, read: dict[str, str]) -> Checkpoint:
     """The newest checkpoint of the run --name, checked. read: what_was_read.
 
     Raises BadInput where there is none, where it is damaged, where it is of another run than

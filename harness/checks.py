@@ -25,7 +25,7 @@ from common.settings import (
     SyncSettings,
     TrainSettings,
     is_generated,
-    weighted,
+    parse_weights,
 )
 from harness.run_folder import name_problems, rollouts_file
 from losses import LossSettings, check_loss_settings
@@ -208,9 +208,9 @@ def _engine_problems(settings: RolloutSettings, ranks: int | None) -> Iterator[s
 def _source_problems(settings: RolloutSettings) -> Iterator[str]:
     """Yield what is wrong with the sources of prompts, but for their files."""
     found = Problems()
-    found.of(weighted, settings.prompts)
+    found.of(parse_weights, settings.prompts)
     for given in settings.eval_prompts:
-        weights = found.of(weighted, (given,), flag="--eval-prompts")
+        weights = found.of(parse_weights, (given,), flag="--eval-prompts")
         if weights is not None and given not in weights:
             why = "a held-out set has no weight, each is evaluated whole"
             yield f"--eval-prompts {given}: {why}: leave the number out"
@@ -226,7 +226,7 @@ def check_prompt_files(settings: RolloutSettings) -> None:
     sources = []
     for given in (settings.prompts, *((source,) for source in settings.eval_prompts)):
         with contextlib.suppress(BadInput):  # another check says so
-            sources += weighted(given)
+            sources += parse_weights(given)
     for source in dict.fromkeys(sources):
         if not is_generated(source) and (problem := file_problem(source)):
             yield problem

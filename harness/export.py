@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from backends.huggingface.folder import INDEX, files_to_export
 from backends.huggingface.names import fp8_config
 from common.errors import BadInput, ExportError, read_json
-from weight_sync import Weights, fp8_weights, quantize_named, trainer_buckets
+from weight_sync import WeightPath, fp8_weights, quantize_named, trainer_buckets
 
 
 MAX_FILE_BYTES = 4 * 2**30
@@ -29,7 +29,7 @@ def check_export_target(target: Path, source: str | Path) -> None:
         raise BadInput(f"the export would overwrite its own model, {source}: choose another folder")
 
 
-def export_all(weights: Weights, targets: dict[str, Path], *, source: str | Path) -> None:
+def export_all(weights: WeightPath, targets: dict[str, Path], *, source: str | Path) -> None:
     """Call export_hf for each {dtype: folder}. Collective.
 
     A failure in one leaves the others whole; raises one ExportError at the end, on the first rank.
@@ -44,7 +44,7 @@ def export_all(weights: Weights, targets: dict[str, Path], *, source: str | Path
         raise ExportError("; ".join(failures))
 
 
-def export_hf(weights: Weights, target: Path, *, source: str | Path, dtype: str) -> None:
+def export_hf(weights: WeightPath, target: Path, *, source: str | Path, dtype: str) -> None:
     """Write the weights as a Hugging Face folder that transformers (bf16) or SGLang (bf16, fp8)
     loads. Collective; the first rank writes.
 

@@ -318,7 +318,11 @@ class Record:
         while it generates nothing. Clocks of several machines are taken as they are.
         """
         rows = {"trainer": watch.spans} if self.trains else {}
-        of_engine = {"engine": engine.row.take(), "judge": judge.row.take()} if engine else {}
+        of_engine = (
+            {"engine": engine.timeline.pop_spans(), "judge": judge.timeline.pop_spans()}
+            if engine
+            else {}
+        )
         rows |= {row: renamed(spans, *self.evaluated) for row, spans in of_engine.items()}
         self.spans_end = time.time()
         ranks = [json.loads(row) for row in all_gather_bytes(json.dumps(rows).encode(), self.group)]

@@ -16,7 +16,7 @@ from common import distributed
 from common.errors import BadInput
 from common.settings import RunSettings
 from data.sample import Sample
-from rollout import replay
+from rollout import save_or_load
 
 
 class Started(Exception):
@@ -105,7 +105,7 @@ def test_a_blank_line_of_a_dump_is_no_sample(tmp_path):
     write_dumps(tmp_path / "dumps", 0)
     settings = RunSettings(load_rollouts=str(tmp_path / "dumps"))
     record = type("Record", (), {"settings": settings})
-    assert len(replay(record, 1, [])) == 4
+    assert len(save_or_load(record, 1, [])) == 4
 
 
 @pytest.fixture

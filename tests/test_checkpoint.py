@@ -197,7 +197,9 @@ def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_m
         ]
 
     before = trainer_of(lr=1e-3, weight_decay=0.1, adam_beta2=0.95)
-    train_step.train_step(before, samples, LossSettings(), temperature=1.0, max_response_tokens=8)
+    train_step.update_policy(
+        before, samples, LossSettings(), temperature=1.0, max_response_tokens=8
+    )
     checkpoint.save(record, Settings(), before, step=1, read={}, rank_state={})
     after = trainer_of(
         lr=1e-4,
@@ -227,7 +229,7 @@ def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_m
     ]
     assert {float(state["step"]) for state in states} == {1.0}
     # Each parameter counts for itself: a count that they shared would grow once for each of them.
-    train_step.train_step(after, samples, LossSettings(), temperature=1.0, max_response_tokens=8)
+    train_step.update_policy(after, samples, LossSettings(), temperature=1.0, max_response_tokens=8)
     assert {float(state["step"]) for state in states} == {2.0}
 
 
@@ -241,7 +243,9 @@ def test_a_rank_draws_on_as_it_did(fresh_megatron, tmp_path, monkeypatch, rank, 
     trainer = train_step.build_trainer(toy, TrainSettings(), read_config(toy), steps=10, seed=1)
     answer = dict(response_ids=[7], rollout_logprobs=[-1.0], loss_mask=[1], advantages=[1.0])
     samples = [Sample([5, 6], **answer)]
-    train_step.train_step(trainer, samples, LossSettings(), temperature=1.0, max_response_tokens=8)
+    train_step.update_policy(
+        trainer, samples, LossSettings(), temperature=1.0, max_response_tokens=8
+    )
     states, draws = [], []
     for seed in (5, 6):
         torch.manual_seed(seed)
@@ -366,7 +370,9 @@ def test_a_part_that_is_written_elsewhere_leaves_the_checkpoints_before(
     settings = Settings(run=RunSettings(keep=1))
     answer = dict(response_ids=[7], rollout_logprobs=[-1.0], loss_mask=[1], advantages=[1.0])
     samples = [Sample([5, 6], **answer)]
-    train_step.train_step(trainer, samples, LossSettings(), temperature=1.0, max_response_tokens=8)
+    train_step.update_policy(
+        trainer, samples, LossSettings(), temperature=1.0, max_response_tokens=8
+    )
     checkpoint.save(record, settings, trainer, step=1, read={}, rank_state={})
     stock = dist_checkpointing.save
 
@@ -553,7 +559,7 @@ def find(folder, monkeypatch, loop="sync", read=None, reward="exact", **changes)
         rollout=RolloutSettings(samples_per_prompt=8),
         reward=RewardSettings(reward=reward),
     )
-    return checkpoint.find(settings(**parts), loop, read or {})
+    return checkpoint.find_latest_checkpoint(settings(**parts), loop, read or {})
 
 
 def test_a_checkpoint_is_a_folder_named_by_its_step_and_steps_count_as_numbers(tmp_path):
@@ -766,7 +772,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(stopped, tmp_path):
         and "step-000006 is whole" in done.stderr
     )
     assert (
-        checkpoint.damage(stopped / "checkpoints" / "step-000006") == ""
+        checkpoint.describe_damage(stopped / "checkpoints" / "step-000006") == ""
         and not (stopped / "checkpoints" / "step-000007").exists()
     )
 
@@ -797,7 +803,7 @@ def test_torchrun_told_to_stop_leaves_a_checkpoint(start_loop, tmp_path, script,
     assert started.end(60) != 0  # torchrun's own code for a signal
     rows = metrics_of(tmp_path / "runs" / "long")
     (saved,) = checkpoints_of(tmp_path / "runs" / "long")
-    assert checkpoint.damage(saved) == "" and saved.name == f"step-{rows[-1]['step']:06d}"
+    assert checkpoint.describe_damage(saved) == "" and saved.name == f"step-{rows[-1]['step']:06d}"
     assert not any(row["reward_errors"] for row in rows[1:])
     said = started.text()
     assert f"as asked by {number.name}: go on" in said and "SGLang engine died" not in said
@@ -834,7 +840,10 @@ def test_told_to_stop_it_saves_and_ends_well(start_loop, tmp_path, script, flags
     assert started.end(60) == 0
     run = tmp_path / "runs" / "long"
     (saved,) = checkpoints_of(run)
-    assert checkpoint.damage(saved) == "" and "go on with --name long --resume" in started.text()
+    assert (
+        checkpoint.describe_damage(saved) == ""
+        and "go on with --name long --resume" in started.text()
+    )
     assert false_alarms(started.whole_output()) == []
     last = metrics_of(run)[-1]["step"]
     assert saved.name == f"step-{last:06d}"

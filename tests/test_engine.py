@@ -48,7 +48,7 @@ class Pair:
             folder, TrainSettings(train_dtype=train_dtype), self.config, steps=50, seed=1
         )
         fp8 = weight_sync.fp8_weights(self.config, rollout_dtype=rollout_dtype, engine_tp=1)
-        self.weights = weight_sync.Weights(
+        self.weights = weight_sync.WeightPath(
             self.trainer, self.config, fp8, bucket_bytes=400_000
         )  # several buckets
         self.engine = rollout.start_engine(folder, self.settings, self.config, seed=1)
@@ -207,7 +207,7 @@ def test_an_update_in_flight(exact, monkeypatch, reported):
     monkeypatch.setattr(engine_module, "REPORTS_VERSIONS", reported)
     engine, samples = (
         exact.engine,
-        [sample for prompt in exact.data.held_out[:8] for sample in rollout.copies(prompt, 2)],
+        [sample for prompt in exact.data.held_out[:8] for sample in rollout.new_group(prompt, 2)],
     )
     sampling = [
         {**one, "max_new_tokens": 150, "ignore_eos": True}
@@ -259,7 +259,7 @@ def test_versions_grow(exact):
         exact.engine.end_update(exact.engine.version)
         exact.engine.settle()
     exact.engine._last_part = None  # what a run never does: go on after a failed update
-    weight_sync.hand_over(exact.weights, exact.engine, version=exact.engine.version + 1)
+    weight_sync.send_weights(exact.weights, exact.engine, version=exact.engine.version + 1)
 
 
 def test_the_gate_finds_one_changed_value(exact):
@@ -268,24 +268,24 @@ def test_the_gate_finds_one_changed_value(exact):
     with torch.no_grad():
         parameter[5, 7] += 1.0
     with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.down_proj\.weight \([1-4] of"):
-        weight_sync.read_back(exact.weights, exact.engine)
+        weight_sync.verify_engine_weights(exact.weights, exact.engine)
     with torch.no_grad():
         parameter.copy_(original)
     assert (
-        weight_sync.read_back(exact.weights, exact.engine) > 0
+        weight_sync.verify_engine_weights(exact.weights, exact.engine) > 0
     )  # comparing has not written anything
 
 
 def test_the_gate_names_a_tensor_that_is_not_handed_over(exact, monkeypatch):
-    stock = weight_sync.walk
+    stock = weight_sync.shards_in_model_order
     missing = "model.layers.2.self_attn.k_norm.weight"
 
-    def walk(*args, **kwargs):
+    def shards_in_model_order(*args, **kwargs):
         return (shard for shard in stock(*args, **kwargs) if shard.names != [missing])
 
-    monkeypatch.setattr(weight_sync, "walk", walk)
+    monkeypatch.setattr(weight_sync, "walk", shards_in_model_order)
     with pytest.raises(RuntimeError, match=f"never compared: {missing}, 1 tensors in all$"):
-        weight_sync.read_back(exact.weights, exact.engine)
+        weight_sync.verify_engine_weights(exact.weights, exact.engine)
 
 
 class Finalized:
@@ -316,7 +316,7 @@ def test_a_death_of_which_the_notice_is_lost_is_noticed_by_the_next_call(exact, 
 def test_fp8_engine_holds_the_quantized_weights(fp8):
     # sync() ran the gate; here: what it compared is every byte of the engine, about one per linear
     # weight.
-    compared = weight_sync.read_back(fp8.weights, fp8.engine)
+    compared = weight_sync.verify_engine_weights(fp8.weights, fp8.engine)
     linear = sum(
         p.numel()
         for name, p in fp8.trainer.gpt.named_parameters()
@@ -335,7 +335,7 @@ def test_fp8_gate_finds_one_flipped_code(fp8):
         row, column = divmod(int((block.abs() - block.abs().max() / 2).abs().argmin()), 128)
         parameter[row, column] /= 2
     with pytest.raises(RuntimeError, match=r"o_proj\.weight \(1 of .* 1 tensors in all"):
-        weight_sync.read_back(fp8.weights, fp8.engine)
+        weight_sync.verify_engine_weights(fp8.weights, fp8.engine)
     with torch.no_grad():
         parameter.copy_(original)
 
@@ -363,7 +363,7 @@ def test_sglang_loads_the_fp8_export(fp8, tmp_path):
         for parameter, original in zip(fp8.trainer.gpt.parameters(), originals):
             parameter.copy_(original)
     with pytest.raises(RuntimeError, match="read-back failed"):
-        weight_sync.read_back(fp8.weights, fp8.engine)
+        weight_sync.verify_engine_weights(fp8.weights, fp8.engine)
     request = io_struct.UpdateWeightFromDiskReqInput(
         model_path=str(tmp_path / "fp8"), load_format="auto"
     )
@@ -371,7 +371,7 @@ def test_sglang_loads_the_fp8_export(fp8, tmp_path):
         fp8.engine.tokenizer_manager.update_weights_from_disk(request, None)
     )
     assert success, message
-    assert weight_sync.read_back(fp8.weights, fp8.engine) > 0
+    assert weight_sync.verify_engine_weights(fp8.weights, fp8.engine) > 0
 
 
 def test_shutdown_leaves_no_process_and_no_file(fp8):

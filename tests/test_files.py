@@ -89,7 +89,9 @@ def find_checkpoint(path: Path):
     """Resume the run in whose folder the path is."""
     (path.parent / "checkpoints" / "step-000001").mkdir(parents=True)
     os.chdir(path.parent.parent.parent)
-    return checkpoint.find(Settings(run=RunSettings(name=path.parent.name)), "sync", {})
+    return checkpoint.find_latest_checkpoint(
+        Settings(run=RunSettings(name=path.parent.name)), "sync", {}
+    )
 
 
 # name of the file below a model folder, and what reads it
@@ -144,7 +146,7 @@ def test_a_pipe_of_any_name_in_a_model_folder_is_refused(model, name):
 
 def test_a_checkpoint_whose_list_of_files_is_a_pipe_is_damaged(tmp_path):
     os.mkfifo(tmp_path / "files.json")
-    assert "files.json cannot be read" in checkpoint.damage(tmp_path)
+    assert "files.json cannot be read" in checkpoint.describe_damage(tmp_path)
 
 
 @pytest.mark.parametrize("name", [name for name in MODEL_FILES if name.endswith(".json")])

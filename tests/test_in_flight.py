@@ -18,13 +18,13 @@ import pytest
 from backends.huggingface.config import read_config
 from common.errors import BadInput, EngineDied
 from common.settings import REPOSITORY, InFlightSettings, RewardSettings, RolloutSettings
-from common.timeline import Row
+from common.timeline import Timeline
 from data.prompts import load_data
 from data.sample import Sample
 from harness.checks import check_in_flight_flags
-from in_flight import InFlight, check_staleness
+from in_flight import GroupQueue, check_staleness
 from reward import Judge
-from rollout import DROPPED, REPLACED, without_marks
+from rollout import DROPPED, REPLACED, split_discarded
 
 TOY = str(REPOSITORY / "toy")
 PER_STEP, STEPS = 3, 25
@@ -37,7 +37,7 @@ class StandIn:
     """
 
     def __init__(self, seconds, hold=lambda engine, group: False):
-        self.loop, self.version, self.row = asyncio.new_event_loop(), 0, Row()
+        self.loop, self.version, self.timeline = asyncio.new_event_loop(), 0, Timeline()
         self.seconds, self.hold, self.started, self.aborted = seconds, hold, [], []
 
     def call(self, coroutine):
@@ -81,7 +81,7 @@ def run_steps(
     """The loop's body with a trainer that only takes time. Returns what each step was given."""
     engine = engine or StandIn(seconds)
     rollout = RolloutSettings(prompts_per_step=PER_STEP, samples_per_prompt=2)
-    groups = InFlight(
+    groups = GroupQueue(
         engine,
         data,
         rollout,
@@ -92,7 +92,7 @@ def run_steps(
     )
     given = []
     for version in range(steps):
-        given.append(groups.next_step(version))
+        given.append(groups.take_step(version))
         assert len(groups.queue) <= (groups.settings.max_staleness + 1) * PER_STEP
         engine.call(asyncio.sleep(train_s))
         engine.version = version + 1
@@ -109,12 +109,12 @@ def new_queue(
     per_step=PER_STEP,
     steps=STEPS,
     **settings,
-) -> InFlight:
+) -> GroupQueue:
     """A queue of its own prompts; ranks: as in a checkpoint, which holds JSON."""
     data = load_data(TOY, RolloutSettings(), read_config(TOY), seed=1)
     rollout = RolloutSettings(prompts_per_step=per_step, samples_per_prompt=2)
     rewards = RewardSettings(dynamic_sampling=dynamic_sampling)
-    return InFlight(
+    return GroupQueue(
         engine, data, rollout, InFlightSettings(**settings), rewards, Judge(judge, 4), steps=steps,
         ranks=json.loads(json.dumps(ranks)),
     )  # fmt: skip
@@ -125,7 +125,7 @@ def stopped_after(steps: int, seconds, *, wait_s: float = 0.1, **settings) -> li
     engine = StandIn(seconds)
     groups = new_queue(engine, **settings)
     for version in range(steps):
-        groups.next_step(version)
+        groups.take_step(version)
         engine.call(asyncio.sleep(wait_s))
         engine.version = version + 1
     return [{}, groups.state()]
@@ -157,7 +157,7 @@ def test_without_oversampling_the_steps_are_those_of_the_synchronous_loop(data, 
             range(version * PER_STEP, (version + 1) * PER_STEP)
         )
         assert all(sample.reward == sample.group % 2 for sample in samples)
-        kept, set_aside = without_marks(samples)
+        kept, set_aside = split_discarded(samples)
         check_staleness(kept, version=version, max_staleness=bound)
         assert len(kept) == 2 * PER_STEP and set_aside == {DROPPED: 0, REPLACED: 0}
     assert (
@@ -197,7 +197,7 @@ def test_oversampling_leaves_stragglers_and_loses_count_of_none(data, bound, ove
     for version, samples in enumerate(given):
         assert len(groups_of(samples, dropped=True)) <= oversample or version == STEPS - 1
         check_staleness(
-            without_marks(samples)[0], version=version, max_staleness=bound
+            split_discarded(samples)[0], version=version, max_staleness=bound
         )  # raises if a token is too old
 
 
@@ -219,7 +219,7 @@ def test_groups_that_teach_nothing_are_replaced_within_the_bound(data, bound):
         judge=judge,
         dynamic_sampling=20,
     )
-    kept = [without_marks(samples)[0] for samples in given]
+    kept = [split_discarded(samples)[0] for samples in given]
     trained, replaced = (
         sorted({s.group for samples in kept for s in samples}),
         [s.group for samples in given for s in samples if s.finish_reason == REPLACED],
@@ -277,7 +277,7 @@ def test_replacing_has_a_cap(data):
         steps=4,
     )
     for samples in given:
-        kept, set_aside = without_marks(samples)
+        kept, set_aside = split_discarded(samples)
         assert len(kept) == 2 * PER_STEP and set_aside == {DROPPED: 0, REPLACED: 2 * 2 * PER_STEP}
 
 
@@ -320,7 +320,7 @@ def test_an_answer_that_the_engine_aborted_ends_the_run(one_rank):
             return outputs
 
     with pytest.raises(EngineDied, match="aborted sample 0 of group 0: no memory"):
-        new_queue(Aborting(lambda group: 0), max_staleness=0).next_step(0)
+        new_queue(Aborting(lambda group: 0), max_staleness=0).take_step(0)
 
 
 def test_a_failing_judge_masks_its_samples(data, capsys):
@@ -341,7 +341,7 @@ def test_a_resumed_run_trains_finished_groups_at_their_true_age(one_rank):
     engine = StandIn(lambda group: 0)
     engine.version = 2
     groups = new_queue(engine, ranks=ranks, max_staleness=1)
-    samples = groups.next_step(2)
+    samples = groups.take_step(2)
     assert {sample.group: sample.weight_versions[0] for sample in samples} == {6: 1, 7: 2, 8: 1}
     assert engine.started == [7, 9, 10, 11]  # no finished group is asked again, no prompt left out
     check_staleness(samples, version=2, max_staleness=1)
@@ -368,12 +368,12 @@ def test_finished_groups_that_a_resumed_run_cannot_train_in_time_are_dropped(one
     engine = StandIn(lambda group: 0)
     engine.version = 2
     groups = new_queue(engine, ranks=ranks, max_staleness=1, per_step=1)
-    samples = groups.next_step(2)
+    samples = groups.take_step(2)
     assert (groups_of(samples, dropped=False), groups_of(samples, dropped=True)) == ([6], [7, 8])
     engine.version = 3
-    later = groups.next_step(3)
+    later = groups.take_step(3)
     assert groups_of(later, dropped=False) == [9]
-    check_staleness(without_marks(later)[0], version=3, max_staleness=1)
+    check_staleness(split_discarded(later)[0], version=3, max_staleness=1)
 
 
 def test_a_group_keeps_its_age_over_two_checkpoints(one_rank):
@@ -382,7 +382,7 @@ def test_a_group_keeps_its_age_over_two_checkpoints(one_rank):
     engine = StandIn(lambda group: 0)
     engine.version = 2
     groups = new_queue(engine, ranks=ranks, max_staleness=2)
-    groups.next_step(2)
+    groups.take_step(2)
     assert in_flight([groups.state()])[:PER_STEP] == [(group, 1, True) for group in (9, 10, 11)]
 
 
@@ -401,14 +401,14 @@ def test_a_checkpoint_keeps_answers_as_they_were_judged(one_rank):
 
     engine = Empty(lambda group: 0)
     groups = new_queue(engine, judge=judge, max_staleness=1)
-    groups.next_step(0)
+    groups.take_step(0)
     engine.call(asyncio.sleep(0.1))
     kept = [sample for group in groups.queue for sample in group.samples]
     resumed = new_queue(
         StandIn(lambda group: 0), ranks=[groups.state()], max_staleness=1, judge=judge, steps=2
     )
     resumed.engine.version = 1
-    samples = resumed.next_step(1)
+    samples = resumed.take_step(1)
     assert samples == kept
     empty, full = samples[:2]
     assert (empty.response_ids, empty.reward) == ([], None)
@@ -427,7 +427,7 @@ def test_replaced_groups_are_counted_once_over_a_resume(one_rank):
         dynamic_sampling=1,
         max_staleness=1,
     )
-    assert without_marks(groups.next_step(0))[1] == {DROPPED: 0, REPLACED: 0}
+    assert split_discarded(groups.take_step(0))[1] == {DROPPED: 0, REPLACED: 0}
     engine.call(asyncio.sleep(0.2))
     ranks = [groups.state()]
     assert [group for group, *_ in in_flight(ranks)] == [3, 5, 6]  # 4 was replaced by 6
@@ -439,11 +439,11 @@ def test_replaced_groups_are_counted_once_over_a_resume(one_rank):
         dynamic_sampling=1,
     )
     resumed.engine.version = 1
-    kept, set_aside = without_marks(resumed.next_step(1))
+    kept, set_aside = split_discarded(resumed.take_step(1))
     assert set_aside == {DROPPED: 0, REPLACED: 2}
     assert sorted({sample.group for sample in kept}) == [3, 5, 6]
     resumed.engine.version = 2
-    assert without_marks(resumed.next_step(2))[1] == {DROPPED: 0, REPLACED: 0}
+    assert split_discarded(resumed.take_step(2))[1] == {DROPPED: 0, REPLACED: 0}
 
 
 def test_a_token_older_than_the_bound_stops_the_run():

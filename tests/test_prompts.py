@@ -30,10 +30,18 @@ from transformers import PreTrainedTokenizerFast
 
 from backends.huggingface.config import read_config
 from common.errors import BadInput
-from common.settings import REPOSITORY, DataSettings, RewardSettings, RolloutSettings, weighted
+from common.settings import REPOSITORY, DataSettings, RewardSettings, RolloutSettings, parse_weights
 from data import reasoning_gym_tasks
 from data.chat import check_template_kwargs
-from data.prompts import fitting, generated, load_data, mixture, names, read_prompts, toy_prompts
+from data.prompts import (
+    drop_long_prompts,
+    generated,
+    load_data,
+    mixture,
+    short_names,
+    read_prompts,
+    toy_prompts,
+)
 from data.sample import Sample, read_dump
 from data.tokenizer import encode, end_tokens, load_tokenizer
 from harness.checks import check_reward_flags, check_rollout_flags
@@ -967,7 +975,7 @@ def test_a_mixture_draws_by_weight_and_numbers_as_it_draws(one_rank, tmp_path):
     (("toy:1e-300",), {"toy": 1e-300}),  # alone its share is 1
 ])  # fmt: skip
 def test_weights(prompts, weights):
-    assert weighted(prompts) == weights
+    assert parse_weights(prompts) == weights
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -999,7 +1007,7 @@ def test_sources_that_cannot_work(settings, message):
 
 def test_names_are_as_short_as_they_can_be():
     def of(*sources):
-        return list(names(list(sources)).values())
+        return list(short_names(list(sources)).values())
 
     assert of("toy", "data/aime.jsonl", "reasoning-gym:chain_sum") == ["toy", "aime", "chain_sum"]
     assert of("d/gsm8k/train.parquet", "d/math/train.parquet") == ["gsm8k/train", "math/train"]
@@ -1031,7 +1039,7 @@ def test_held_out_sets(tmp_path):
 
 
 def test_what_is_longer_than_the_first_problems_is_passed_over():
-    stream, longest = fitting(
+    stream, longest = drop_long_prompts(
         (Sample([1] * n) for n in [3, 5, *[2] * 70, 6, 5, 9, 1]), name="x", max_prompt_tokens=5
     )
     assert longest == 5 and [len(sample.prompt_ids) for sample in stream] == [3, 5, *[2] * 70, 5, 1]

@@ -49,7 +49,7 @@ def write(monkeypatch, tmp_path):
 def resume(loop="sync", rollout=None, **changes):
     settings = dict(sync=loop_sync, **{"async": loop_async})[loop].Settings
     parts = dict(run=RunSettings(name="old", **changes), rollout=rollout or RolloutSettings())
-    return checkpoint.find(settings(**parts), loop, {})
+    return checkpoint.find_latest_checkpoint(settings(**parts), loop, {})
 
 
 @pytest.mark.parametrize("loop", ["sync", "async"])

@@ -34,7 +34,7 @@ from reward import (
     math_reward,
     pass_at_k,
 )
-from rollout import without_marks
+from rollout import split_discarded
 
 
 def answer(response="", label="", *, group=0, reward=None, finish="stop") -> Sample:
@@ -295,15 +295,17 @@ def test_groups_that_teach_nothing_are_refilled(monkeypatch):
     coming = iter(Sample([1], group=group) for group in range(4, 20))
     prompts = SimpleNamespace(take=lambda n: list(islice(coming, n)))
     arguments = first, None, prompts, None, RolloutSettings(samples_per_prompt=2)
-    samples, set_aside = without_marks(
-        reward.refill(*arguments, RewardSettings(dynamic_sampling=3), Judge(judge))
+    samples, set_aside = split_discarded(
+        reward.replace_uninformative(*arguments, RewardSettings(dynamic_sampling=3), Judge(judge))
     )
     assert rounds == [[4, 5], [6]] and [sample.group for sample in samples] == [4, 4, 6, 6]
     assert set_aside == {"dropped": 0, "replaced": 6} and not any(
         is_uninformative(group) for group in reward.by_group(samples)
     )
-    capped, set_aside = without_marks(
-        reward.refill(*arguments, RewardSettings(dynamic_sampling=1), Judge(lambda sample: 0.0))
+    capped, set_aside = split_discarded(
+        reward.replace_uninformative(
+            *arguments, RewardSettings(dynamic_sampling=1), Judge(lambda sample: 0.0)
+        )
     )
     assert (
         len(capped) == 4 and set_aside["replaced"] == 4

@@ -49,7 +49,7 @@ def test_collate_by_hand():
     assert batch.rollout_logprobs_T.tolist() == [0, -0.5, -0.25, 0, -1, 0, 0, 0]
     assert batch.advantages_T.tolist() == [0, 2, 3, 0, -1, 0, 0, 0]
     assert batch.old_logprobs_T.tolist() == [0] * 8  # not there yet
-    assert batch.place_T.tolist() == [
+    assert batch.response_index_T.tolist() == [
         -1,
         0,
         1,
@@ -261,9 +261,9 @@ def sample(index: int, **changes) -> Sample:
 
 
 def step(trainer, samples, **settings) -> dict:
-    return train_step.train_step(
+    return train_step.update_policy(
         trainer,
-        train_step.score(trainer, samples, temperature=1.0),
+        train_step.add_logprobs(trainer, samples, temperature=1.0),
         LossSettings(**settings),
         temperature=1.0,
         max_response_tokens=8,
@@ -326,7 +326,7 @@ def test_what_is_scored_is_what_is_needed(fresh_megatron, models, minibatches, l
     trainer = train_step.build_trainer(
         str(models["llama"]), settings, config, steps=9, seed=1, with_reference=bool(loss)
     )
-    for one in train_step.score(
+    for one in train_step.add_logprobs(
         trainer, [sample(0), sample(1)], LossSettings(**loss), temperature=1.0
     ):
         assert (len(one.old_logprobs), len(one.ref_logprobs)) == (old, ref)
@@ -344,14 +344,14 @@ def test_a_batch_of_which_some_are_not_scored_is_refused(trainer, field):
     batch = [sample(0, **values), sample(1, **{**values, field: []})]
     loss = LossSettings(kl_coef=0.1)
     with pytest.raises(ValueError, match=f"sample 1 of group 5 has no {field}"):
-        train_step.train_step(trainer, batch, loss, temperature=1.0, max_response_tokens=8)
+        train_step.update_policy(trainer, batch, loss, temperature=1.0, max_response_tokens=8)
 
 
 def test_scoring_gives_every_sample_its_own_length(trainer):
     batch = [sample(0, **EMPTY), sample(1), sample(2, **EMPTY)]
-    train_step.score(trainer, batch, temperature=1.0)
+    train_step.add_logprobs(trainer, batch, temperature=1.0)
     assert [len(one.old_logprobs) for one in batch] == [0, 2, 0]
-    assert train_step.score(trainer, [], temperature=1.0) == []
+    assert train_step.add_logprobs(trainer, [], temperature=1.0) == []
 
 
 def test_a_token_that_the_trainer_holds_impossible_is_named(trainer):
@@ -406,11 +406,11 @@ def test_the_only_update_of_a_batch_needs_no_old_logprobs(fresh_megatron, models
             steps=9,
             seed=1,
         )
-        batch = train_step.score(
+        batch = train_step.add_logprobs(
             trainer, [sample(0), sample(1, advantages=[-1.0, 0.5])], settings, temperature=1.0
         )
         assert [len(one.old_logprobs) for one in batch] == ([2, 2] if settings is None else [0, 0])
-        metrics = train_step.train_step(
+        metrics = train_step.update_policy(
             trainer, batch, LossSettings(), temperature=1.0, max_response_tokens=8
         )
         steps.append((metrics, [parameter.clone() for parameter in trainer.gpt.parameters()]))
@@ -510,7 +510,7 @@ def scored(trainer, batch, temperature: float) -> list[Sample]:
     batch = [
         Sample(one.prompt_ids, response_ids=one.response_ids, loss_mask=[1, 1]) for one in batch
     ]
-    return train_step.score(trainer, batch, temperature=temperature)
+    return train_step.add_logprobs(trainer, batch, temperature=temperature)
 
 
 def test_scores_are_the_policys_and_the_references_at_the_temperature(fresh_megatron, models):
@@ -537,16 +537,16 @@ def test_the_first_mini_batch_starts_from_ratio_one(fresh_megatron, models, temp
         n = 1 + 5 * i % 17
         fields = dict(rollout_logprobs=[-1.0] * n, loss_mask=[1] * n, advantages=[1.0] * n)
         batch.append(sample(i, response_ids=rng.integers(3, 90, n).tolist(), **fields))
-    train_step.score(trainer, batch, temperature=temperature)
+    train_step.add_logprobs(trainer, batch, temperature=temperature)
     limits = dict(temperature=temperature, max_response_tokens=32)
-    metrics = train_step.train_step(trainer, batch, LossSettings(), **limits)
+    metrics = train_step.update_policy(trainer, batch, LossSettings(), **limits)
     assert metrics["logprob_shift"] == 0 and metrics["ratio"] == 1 and metrics["approx_kl"] == 0
 
 
 def test_an_offloaded_reference_is_on_the_device_for_its_pass_only(fresh_megatron, models):
     trainer = built(models, with_reference=True, offload_reference=True)
     with mock.patch.object(trainer.reference, "to", wraps=trainer.reference.to) as moved:
-        train_step.score(trainer, [sample(0)], temperature=1.0)
+        train_step.add_logprobs(trainer, [sample(0)], temperature=1.0)
     device = next(trainer.gpt.parameters()).device
     assert [call.args[0] for call in moved.call_args_list] == [device, "cpu"]
 

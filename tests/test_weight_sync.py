@@ -19,7 +19,7 @@ from conftest import ROOT, torchrun
 
 from backends.huggingface.config import read_config
 from backends.huggingface.names import hf_shapes
-from backends.sglang.buckets import compare_loader, load_bucket, pack, phase, unpack, where
+from backends.sglang.buckets import compare_loader, load_bucket, pack, phase, unpack, failure_note
 from common.errors import BadInput
 from common.settings import REPOSITORY, SyncSettings
 from fp8_quant import quantize_blockwise
@@ -76,7 +76,7 @@ def test_the_innermost_phase_tells():
     with pytest.raises(ValueError) as raised:
         with phase("send", ["a", "b"]), phase("quantize", ["c"]):
             raise ValueError("a weight")
-    assert raised.value.__notes__ == [where("quantize", ["c"])]
+    assert raised.value.__notes__ == [failure_note("quantize", ["c"])]
 
 
 def test_memory_is_that_of_buckets_not_of_the_model():
@@ -144,7 +144,7 @@ class Gate:
 
     def __init__(self, rollout_dtype: str):
         fp8 = weight_sync.fp8_weights(TOY, rollout_dtype=rollout_dtype, engine_tp=1)
-        self.weights = weight_sync.Weights(None, TOY, fp8, bucket_bytes=1)
+        self.weights = weight_sync.WeightPath(None, TOY, fp8, bucket_bytes=1)
         self.model = HeldModel(fp8)
         generator = torch.Generator().manual_seed(0)
         self.tensors = {
@@ -162,7 +162,7 @@ class Gate:
             named = [pair for these in pairs for pair in these]
         return iter([named[i : i + 5] for i in range(0, len(named), 5)])
 
-    def hand_over(self):
+    def send_weights(self):
         for bucket in self.buckets(self.weights, quantize=True):
             header, flat = pack(bucket)
             load_bucket(
@@ -173,23 +173,23 @@ class Gate:
                 ],
             )
 
-    def read_back(self) -> int:
+    def verify_engine_weights(self) -> int:
         with mock.patch("weight_sync.buckets_of", self.buckets):
-            return weight_sync.read_back(self.weights, HeldEngine(self.model))
+            return weight_sync.verify_engine_weights(self.weights, HeldEngine(self.model))
 
 
 @pytest.fixture(params=["bf16", "fp8"])
 def gate(one_rank, request):
     gate = Gate(request.param)
-    gate.hand_over()
+    gate.send_weights()
     return gate
 
 
 def test_the_gate_compares_every_byte_and_writes_none(gate):
     before = [parameter.clone() for parameter in gate.model.parameters()]
     assert (
-        gate.read_back()
-        == gate.read_back()
+        gate.verify_engine_weights()
+        == gate.verify_engine_weights()
         == sum(parameter.nbytes for parameter in gate.model.parameters())
     )
     assert all(
@@ -201,18 +201,18 @@ def test_the_gate_compares_every_byte_and_writes_none(gate):
 @pytest.mark.parametrize("missing", [O_PROJ, K_NORM, NORM])
 def test_the_gate_names_a_tensor_that_is_not_compared(gate, missing):
     # The engine holds it: only the proof is missing. That of an earlier read-back does not count.
-    gate.read_back()
+    gate.verify_engine_weights()
     del gate.tensors[missing]
     with pytest.raises(RuntimeError, match=f"does not cover the model. never compared: {missing}"):
-        gate.read_back()
+        gate.verify_engine_weights()
 
 
 def test_the_gate_finds_that_one_tensor_came_twice_in_the_place_of_another(one_rank):
     """The count of bytes is right: both norms have one shape. They are equal, as in a new model."""
     gate = Gate("bf16")
     gate.tensors[K_NORM] = gate.tensors[Q_NORM]
-    gate.hand_over()
-    assert gate.read_back()
+    gate.send_weights()
+    assert gate.verify_engine_weights()
     buckets = gate.buckets
     gate.buckets = lambda weights, quantize: (
         [(Q_NORM if name == K_NORM else name, tensor) for name, tensor in bucket]
@@ -222,7 +222,7 @@ def test_the_gate_finds_that_one_tensor_came_twice_in_the_place_of_another(one_r
         RuntimeError,
         match=f"never compared: {K_NORM}, 1 tensors in all; compared more than once: {Q_NORM}, 1",
     ):
-        gate.read_back()
+        gate.verify_engine_weights()
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -241,24 +241,24 @@ def test_the_gate_finds_a_parameter_that_no_tensor_reaches(one_rank, merged):
         del gate.model.held[Q_NORM], gate.model.held[K_NORM]
         gate.model.held["qk_norm"], gate.model.places[Q_NORM] = halves, halves.data[: nbytes // 2]
     gate.model.places[K_NORM] = gate.model.places[Q_NORM]
-    gate.hand_over()
+    gate.send_weights()
     with pytest.raises(
         RuntimeError,
         match=f" {nbytes} bytes of the engine's parameters were never",
     ):
-        gate.read_back()
+        gate.verify_engine_weights()
 
 
 def test_the_gate_finds_a_parameter_that_the_trainer_does_not_know(gate):
     gate.model.held["model.layers.0.mtp.eh_proj.weight"] = torch.nn.Parameter(torch.zeros(3, 5))
     with pytest.raises(RuntimeError, match=" 60 bytes of the engine's parameters were never"):
-        gate.read_back()
+        gate.verify_engine_weights()
 
 
 def test_the_gate_finds_a_tensor_that_the_engine_has_no_place_for(gate):
     del gate.model.held[NORM], gate.model.places[NORM]
     with pytest.raises(RuntimeError, match=f"{NORM} .0 of 0 bytes.; 1 tensors in all"):
-        gate.read_back()
+        gate.verify_engine_weights()
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_the_gate_names_a_tensor_that_differs_in_one_byte(gate, name, place):
     held.view(torch.uint8)[place] ^= 1
     before = held.clone()
     with pytest.raises(RuntimeError, match=f"{name} .1 of {held.nbytes} bytes.; 1 tensors in all"):
-        gate.read_back()
+        gate.verify_engine_weights()
     assert torch.equal(
         held.view(torch.uint8), before.view(torch.uint8)
     )  # comparing has not mended it
@@ -278,15 +278,15 @@ def test_the_gate_names_a_tensor_that_differs_in_one_byte(gate, name, place):
 
 def test_the_gate_compares_bytes_not_values(gate):
     gate.tensors[NORM][0] = 0.0
-    gate.hand_over()
+    gate.send_weights()
     gate.model.held[NORM][0] = -0.0
     with pytest.raises(RuntimeError, match=f"{NORM} .1 of"):
-        gate.read_back()
+        gate.verify_engine_weights()
 
 
 def test_the_gate_of_a_kv_cache_scale_asks_for_no_tensor(gate):
     gate.model.held["model.layers.0.self_attn.attn.k_scale"] = torch.nn.Parameter(torch.zeros(1))
-    assert gate.read_back()
+    assert gate.verify_engine_weights()
 
 
 @pytest.mark.parametrize("multiple_of", [1, 3, 8])

@@ -2,7 +2,7 @@
 
 Each formula has an oracle of its own (tests/oracle). Here is what they cannot see: a sign, a
 coefficient, a weight on the wrong term, old log-probs in place of current ones. The path is the
-shipped one: reward.compute_advantages, and train_step.backward under Megatron's schedule, DDP and
+shipped one: reward.add_advantages, and train_step.backward under Megatron's schedule, DDP and
 normaliser. Its model is a table with a row of logits for each token id. All ids of the batch
 differ, so each position's logits are parameters, and one step takes milliseconds. The batch is
 ragged: tool tokens masked within a response, an empty response, one that does not count at all. A
@@ -223,7 +223,7 @@ def table(one_rank, models):
 def shipped(trainer, batch: Batch, settings: LossSettings) -> tuple[dict[str, float], np.ndarray]:
     """(sums, gradient at the table) by the shipped path."""
     chosen = RewardSettings(advantage=advantage_of(settings))
-    reward.compute_advantages(batch.samples, chosen, settings, max_response_tokens=MAX_RESPONSE)
+    reward.add_advantages(batch.samples, chosen, settings, max_response_tokens=MAX_RESPONSE)
     limits = dict(temperature=TEMPERATURE, max_response_tokens=MAX_RESPONSE)
     sums = train_step.backward(trainer, batch.samples, settings, **limits)
     return sums, trainer.gpt.weight.main_grad.double().numpy().reshape(V, V)
@@ -381,10 +381,10 @@ def test_a_real_model_descends_the_same_loss(table, models):
             for chosen in algorithms(policy, correction)[::7]:
                 batch = Batch(logits[0], scored=True)
                 rewards = RewardSettings(advantage=advantage_of(chosen))
-                reward.compute_advantages(
+                reward.add_advantages(
                     batch.samples, rewards, chosen, max_response_tokens=MAX_RESPONSE
                 )
-                metrics = train_step.train_step(trainer, batch.samples, chosen, **limits)
+                metrics = train_step.update_policy(trainer, batch.samples, chosen, **limits)
                 known, algorithm = batch.known(chosen, advantage_of(chosen)), algorithm_of(chosen)
                 expected = oracle.whole_loss(batch.logprobs_T, batch.entropy_T, known, algorithm)
                 assert metrics["loss"] == pytest.approx(expected, rel=1e-4, abs=1e-6), chosen

@@ -66,7 +66,7 @@ from common import distributed
 from harness import checkpoint, exits, export as hf_export
 from harness.run_folder import checkpoints_of
 import train_step
-from weight_sync import Weights
+from weight_sync import WeightPath
 
 
 def main(settings: ExportSettings) -> None:
@@ -110,7 +110,7 @@ def main(settings: ExportSettings) -> None:
     megatron_model.init_parallel(train, seed=1)
     gpt, layout, _ = megatron_model.load_model(model, train, config)
     checkpoint.restore_weights(saved, gpt)
-    weights = Weights(SimpleNamespace(gpt=gpt, layout=layout), config, frozenset(), BUCKET_BYTES)
+    weights = WeightPath(SimpleNamespace(gpt=gpt, layout=layout), config, frozenset(), BUCKET_BYTES)
     hf_export.export_all(weights, targets, source=model)
     if dist.get_rank() == 0:
         for dtype, target in targets.items():

@@ -67,7 +67,7 @@ def minibatches(trainer, samples: list[Sample]) -> list[list[Sample]]:
 
 
 def has_old_logprobs(samples: list[Sample], *, with_reference: bool) -> bool:
-    """Tell whether train_step.score has set old_logprobs, on all samples or on none.
+    """Tell whether train_step.add_logprobs has set old_logprobs, on all samples or on none.
 
     Raises ValueError where some lack them, or the ref_logprobs of a KL: they would count as 0.
     """
@@ -90,7 +90,7 @@ class MicroBatch:
 
     tokens_T: torch.Tensor  # int64
     labels_T: torch.Tensor  # int64, tokens shifted left within each sequence
-    place_T: (
+    response_index_T: (
         torch.Tensor
     )  # int64, where the token stands among the R response tokens of the batch, -1 for others
     sample_T: (
@@ -243,8 +243,8 @@ def give_to_samples(
     lengths = [len(sample.response_ids) for sample in samples]
     values_R = torch.zeros(sum(lengths), device=batches[0].tokens_T.device)
     for batch, values_T in zip(batches, values):
-        is_response_T = batch.place_T >= 0
-        values_R[batch.place_T[is_response_T]] = values_T[is_response_T]
+        is_response_T = batch.response_index_T >= 0
+        values_R[batch.response_index_T[is_response_T]] = values_T[is_response_T]
     dist.all_reduce(values_R, group=trainer.dp_cp_group)
     stages = trainer.layout.pp_group
     dist.broadcast(values_R, group=stages, group_src=stages.size() - 1)

@@ -60,7 +60,7 @@ def unpack(header: bytes, flat: torch.Tensor) -> list[Named]:
     ]
 
 
-def where(name: str, tensors: list[str]) -> str:
+def failure_note(name: str, tensors: list[str]) -> str:
     """The note that tells in which phase of the hand-off something failed, and about which tensors."""
     about = (
         tensors[0]
@@ -77,7 +77,7 @@ def where(name: str, tensors: list[str]) -> str:
 def phase(name: str, tensors: list[str]):
     """What fails inside is told in which phase; the innermost one tells.
 
-    That an engine has died is no matter of what this rank was doing: see hand_over.
+    That an engine has died is no matter of what this rank was doing: see send_weights.
     """
     try:
         yield
@@ -85,7 +85,7 @@ def phase(name: str, tensors: list[str]):
         raise
     except Exception as error:
         if not hasattr(error, "__notes__"):
-            error.add_note(where(name, tensors))
+            error.add_note(failure_note(name, tensors))
         raise
 
 

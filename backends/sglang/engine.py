@@ -36,7 +36,7 @@ from backends.sglang.buckets import pack, phase
 from backends.sglang.process import died_at_start, engine_files, run_scheduler
 from common.errors import EngineDied, engine_died
 from common.processes import end_signals_blocked, kill_with_children, main_module_hidden
-from common.timeline import Row
+from common.timeline import Timeline
 
 # 0.5.21 reports the weight versions of a response as spans. Where it does not, tokens are counted
 # as they arrive.
@@ -90,7 +90,7 @@ class Engine(sglang_engine.Engine):
                 raise died_at_start(exit_codes) from error
             raise
         self.version, self.answer_timeout_s = -1, answer_timeout_s
-        self.row = Row()
+        self.timeline = Timeline()
         self._requests, self._paused, self._released = 0, False, False
         self._last_part, self.last_phase = None, ("start", ["no weights yet"])
         # The loop's thread and the judges' threads share the interpreter with the main thread,
@@ -270,7 +270,7 @@ class Engine(sglang_engine.Engine):
         self._mark()
 
     def _mark(self) -> None:
-        self.row.mark("sync" if self._paused else "rollout" if self._requests else "wait")
+        self.timeline.switch_to("sync" if self._paused else "rollout" if self._requests else "wait")
 
     # --- weights
     #

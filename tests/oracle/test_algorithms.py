@@ -433,14 +433,14 @@ def aggregate(
     """
     numerator, denominator = 0, 0
     for first, end in zip([0, *cuts], [*cuts, batch.packed.samples]):
-        weight_T, units_N = losses.AGGREGATIONS[name](
+        weight_T, normalizer_N = losses.AGGREGATIONS[name](
             batch.sequences(range(first, end)), max_response_tokens=8
         )
-        assert len(units_N) == end - first
+        assert len(normalizer_N) == end - first
         numerator = (
             numerator + (weight_T * loss_T[torch.from_numpy(batch.tokens(range(first, end)))]).sum()
         )
-        denominator = denominator + units_N.sum()
+        denominator = denominator + normalizer_N.sum()
     return numerator, denominator
 
 
@@ -476,8 +476,8 @@ def test_a_mean_of_rank_means_is_not_the_mean():
     for name in oracle.AGGREGATIONS:
         parts = [losses.AGGREGATIONS[name](sequences, max_response_tokens=8) for sequences in ranks]
         sums = [
-            ((weight_T * x).sum().item(), units_N.sum().item())
-            for (weight_T, units_N), x in zip(parts, loss_T)
+            ((weight_T * x).sum().item(), normalizer_N.sum().item())
+            for (weight_T, normalizer_N), x in zip(parts, loss_T)
         ]
         got[name] = sum(numerator for numerator, _ in sums) / sum(
             denominator for _, denominator in sums

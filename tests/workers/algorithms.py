@@ -121,7 +121,7 @@ def give_rollout_logprobs(trainer, samples: list[rollout.Sample]) -> None:
     """
     generator = torch.Generator().manual_seed(1)
     ordered = sorted(samples, key=lambda sample: (sample.group, sample.index))
-    for sample in train_step.score(trainer, ordered, temperature=0.7):
+    for sample in train_step.add_logprobs(trainer, ordered, temperature=0.7):
         first, second = torch.randn(2, len(sample.response_ids), generator=generator).numpy()
         sample.rollout_logprobs = sample.old_logprobs + 0.5 * first
         sample.old_logprobs = sample.old_logprobs + 0.3 * second
@@ -142,9 +142,9 @@ def without_a_token(trainer, weights) -> list[bool]:
         for n in (3, 1, 9)
     ]
     for samples in ([], [rollout.Sample([5, 6]), rollout.Sample([7])], masked):
-        train_step.score(trainer, samples, temperature=0.7)
-        reward.compute_advantages(samples, RewardSettings(), LossSettings(), max_response_tokens=12)
-        metrics = train_step.train_step(
+        train_step.add_logprobs(trainer, samples, temperature=0.7)
+        reward.add_advantages(samples, RewardSettings(), LossSettings(), max_response_tokens=12)
+        metrics = train_step.update_policy(
             trainer, samples, LossSettings(), temperature=0.7, max_response_tokens=12
         )
         after = (
@@ -190,7 +190,7 @@ def main() -> None:
             with torch.no_grad():
                 for parameter in trainer.reference.parameters():
                     parameter.mul_(0.9)
-        weights = weight_sync.Weights(trainer, config, frozenset(), bucket_bytes=2**20)
+        weights = weight_sync.WeightPath(trainer, config, frozenset(), bucket_bytes=2**20)
         before = {
             n: t.clone()
             for bucket in weight_sync.trainer_buckets(weights, quantize=False)
@@ -202,10 +202,10 @@ def main() -> None:
         elif order == "shuffled":
             random.Random(0).shuffle(samples)
         give_rollout_logprobs(trainer, samples)
-        reward.compute_advantages(
+        reward.add_advantages(
             samples, RewardSettings(**reward_changes), loss, max_response_tokens=12
         )
-        metrics = train_step.train_step(
+        metrics = train_step.update_policy(
             trainer, samples, loss, temperature=0.7, max_response_tokens=12
         )
         losses[name] = {key: value for key, value in metrics.items() if key != "lr"}

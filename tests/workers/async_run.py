@@ -25,8 +25,8 @@ import train_step
 
 OUT, SLOW = Path(sys.argv[1]), sys.argv[2].split(",")
 started, steps, versions = [], [], []
-generate, load, train = Engine.generate, Engine.load, train_step.train_step
-without_marks, check_staleness = rollout.without_marks, in_flight.check_staleness
+generate, load, train = Engine.generate, Engine.load, train_step.update_policy
+split_discarded, check_staleness = rollout.split_discarded, in_flight.check_staleness
 
 
 async def recorded_generate(self, prompts_ids, sampling, *, request_ids=None, cache=""):
@@ -66,7 +66,7 @@ def recorded_step(samples):
         reason: [(s.group, s.index) for s in samples if s.finish_reason == reason]
         for reason in (rollout.DROPPED, rollout.REPLACED)
     }
-    trained, set_aside = without_marks(samples)
+    trained, set_aside = split_discarded(samples)
     steps.append(
         {
             "trained": [(s.group, s.index) for s in trained],
@@ -85,7 +85,7 @@ def recorded_version(samples, *, version, max_staleness):
 
 if __name__ == "__main__":
     Engine.generate, Engine.load = recorded_generate, slow_load
-    train_step.train_step, rollout.without_marks, in_flight.check_staleness = (
+    train_step.update_policy, rollout.split_discarded, in_flight.check_staleness = (
         slow_train,
         recorded_step,
         recorded_version,

@@ -103,7 +103,7 @@ def main() -> None:
     config = read_config(TOY)
     trainer = train_step.build_trainer(TOY, TrainSettings(tp=2), config, steps=1, seed=1)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
-    weights = weight_sync.Weights(
+    weights = weight_sync.WeightPath(
         trainer, config, fp8, bucket_bytes=100_000, broadcast_group=dist.group.WORLD
     )
     engine = (
@@ -112,7 +112,7 @@ def main() -> None:
         else None
     )
     version, report = 0, {}
-    weight_sync.hand_over(weights, engine, version=version)
+    weight_sync.send_weights(weights, engine, version=version)
     faults = {
         "quantize": not_a_number(trainer),
         "gather": mock.patch("weight_sync.dist.all_gather", failing_from(3, dist.all_gather)),
@@ -131,7 +131,7 @@ def main() -> None:
         error = None
         with injected:
             try:
-                weight_sync.hand_over(weights, engine, version=version + 1)
+                weight_sync.send_weights(weights, engine, version=version + 1)
                 if engine:
                     engine.settle()
             except (RuntimeError, ValueError, errors.EngineDied) as raised:
@@ -145,7 +145,7 @@ def main() -> None:
             engine._last_part = None
             engine.call(engine._close_update())
         version += 1
-        weight_sync.hand_over(weights, engine, version=version)
+        weight_sync.send_weights(weights, engine, version=version)
         report[fault]["answers_when_mended"] = engine is None or answers(engine)
     if engine:
         Path(sys.argv[1]).write_text(json.dumps(report), encoding="utf-8")

@@ -54,10 +54,10 @@ def main() -> None:
         assert (
             sum(parameter.nbytes for parameter in gpt.parameters() if not parameter.is_meta) < 2**30
         )  # Megatron allocates routers on the CPU
-        weights = weight_sync.Weights(
+        weights = weight_sync.WeightPath(
             type("Trainer", (), {"gpt": gpt, "layout": layout}), config, frozenset(), bucket_bytes=1
         )
-        for shard in weight_sync.walk(weights, quantize=False):
+        for shard in weight_sync.shards_in_model_order(weights, quantize=False):
             shape = list(shard.local.shape)
             if shard.rule.tp_dim is not None:
                 shape[shard.rule.tp_dim] *= layout.tp(shard.rule)

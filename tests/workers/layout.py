@@ -70,16 +70,16 @@ def build(folder: str, tp: int, ep: int, pp: int, cp: int, dtype: str, microbatc
     )
     trainer = train_step.build_trainer(folder, settings, config, steps=4, seed=1)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
-    return trainer, weight_sync.Weights(
+    return trainer, weight_sync.WeightPath(
         trainer, config, fp8, bucket_bytes=200_000, broadcast_group=dist.group.WORLD
     )
 
 
 def one_step(trainer, temperature: float = 0.7) -> dict:
-    samples = train_step.score(
+    samples = train_step.add_logprobs(
         trainer, fixed_samples(trainer.config["vocab_size"]), temperature=temperature
     )
-    return train_step.train_step(
+    return train_step.update_policy(
         trainer, samples, LossSettings(), temperature=temperature, max_response_tokens=16
     )
 

@@ -35,9 +35,9 @@ def main() -> None:
     )
     samples = [Sample([5, 6], index=i, **answer) for i in range(4)]
     samples[2].rollout_logprobs = [-1.0, float("nan")]
-    train_step.score(trainer, samples, temperature=1.0)
+    train_step.add_logprobs(trainer, samples, temperature=1.0)
     try:
-        train_step.train_step(
+        train_step.update_policy(
             trainer, samples, LossSettings(), temperature=1.0, max_response_tokens=8
         )
     except RuntimeError as error:
