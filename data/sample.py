@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
 
@@ -63,6 +63,14 @@ class Sample:
     """What generators, rollouts and reward functions leave for one another: the problem of
     reasoning-gym, the calls of a tool.
     """
+
+    TRAINING_FIELDS: ClassVar[tuple[str, ...]] = (
+        "advantages",
+        "rollout_logprobs",
+        "old_logprobs",
+        "ref_logprobs",
+    )
+    """The fields per response token that reach the loss: a field "x" as batch.x_T, float32 [T]."""
 
     def to_json(self) -> bytes:
         return orjson.dumps(self, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
