@@ -81,7 +81,7 @@ def _fill_bins(lengths: list[int], n_bins: int) -> tuple[list[list[int]], list[i
 
 
 def padded_length(length: int, cp: int) -> int:
-    """Return the length of a sequence in a micro-batch: with cp > 1 a multiple of 2 cp, see zigzag."""
+    """Return the length of a sequence in a micro-batch; with cp > 1 a multiple of 2 cp (zigzag)."""
     return length if cp == 1 else -(-length // (2 * cp)) * 2 * cp
 
 
@@ -118,7 +118,8 @@ class MicroBatch:
     response_index_T: torch.Tensor
     """int64: the token's place among the R response tokens of the batch, -1 for other tokens."""
     sample_T: torch.Tensor
-    """int64: place of the token's sample in the micro-batch. Filler is one more sample at the end."""
+    """int64: place of the token's sample in the micro-batch. Filler is one more sample, the last.
+    """
     mask_T: torch.Tensor
     """float32: 1 where the next token is the policy's own and counts."""
     per_token: dict[str, torch.Tensor]
