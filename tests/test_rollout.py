@@ -1,5 +1,5 @@
-"""rollout.py and backends/sglang/checks.py without an engine: settings that cannot work, and machines on
-which no engine could start.
+"""rollout.py and backends/sglang/checks.py without an engine: settings that cannot work, and
+machines on which no engine could start.
 
 Prompt data is tested in test_prompts.py, generation in test_engine.py. Not covered: settings that
 need a GPU.
