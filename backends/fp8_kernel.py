@@ -45,6 +45,7 @@ def _quantize_block(
     POWER_OF_TWO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Quantize block (n, k) of the weight; codes and scales are contiguous."""
     n, k = tl.program_id(0), tl.program_id(1)
     # int64: an embedding has more than 2^31 bytes.
     rows = (n * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]

@@ -534,7 +534,7 @@ def test_the_gradient_is_clipped_to_its_norm(fresh_megatron, models, clip_grad):
 
 
 def scored(trainer, batch, temperature: float) -> list[Sample]:
-    """Copies of the samples, with what score() sets."""
+    """Copies of the samples, with what add_logprobs() sets."""
     batch = [
         Sample(one.prompt_ids, response_ids=one.response_ids, loss_mask=[1, 1]) for one in batch
     ]
@@ -558,7 +558,7 @@ def test_scores_are_the_policys_and_the_references_at_the_temperature(fresh_mega
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_the_first_mini_batch_starts_from_ratio_one(fresh_megatron, models, temperature):
-    """score() packs each mini-batch as its update does: its numbers are the same to the bit."""
+    """add_logprobs() packs a mini-batch as its update does: its numbers are the same to the bit."""
     trainer, rng = built(models, lr=0.0, minibatches=3), np.random.default_rng(0)
     batch = []
     for i in range(9):

@@ -48,6 +48,7 @@ def patch_megatron() -> None:
 
 
 def _patch_torch_cuda() -> None:
+    """Replace torch.cuda's functions for the device, streams and random states."""
     cuda, cpu = torch.cuda, torch.device("cpu")
     cuda.current_device = lambda: cpu  # used as device=torch.cuda.current_device()
     # A function object of its own for each name: torch.compile's tables refuse one that has two.
@@ -64,6 +65,7 @@ def _patch_torch_cuda() -> None:
 
 
 def _patch_tensors() -> None:
+    """Let tensors that are created on, moved to, or asked for a CUDA type be CPU tensors."""
     # PyTorch caches here which factories `with torch.device("meta")` redirects. Filled now, the
     # cache holds the unwrapped ones, which that context looks up.
     torch.utils._device._device_constructors()
@@ -83,6 +85,7 @@ def _patch_tensors() -> None:
 
 
 def _patch_megatron_core() -> None:
+    """Replace what megatron-core itself asks of CUDA or of Transformer Engine."""
     import megatron.core.tensor_parallel.random as megatron_random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher

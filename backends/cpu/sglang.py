@@ -1,6 +1,6 @@
 """SGLang's scheduler on a CPU: block-FP8 layers emulated, the attention of a batch in one call.
 
-Shape letters: B requests, N new tokens per request, L tokens per request, T packed tokens, H heads,
+Shape letters: B requests, N new tokens per request, L tokens per request, T packed tokens; H heads,
 D head size, K input features, V vocabulary, E experts of a token.
 """
 

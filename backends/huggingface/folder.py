@@ -192,7 +192,7 @@ def check_model_folder(
     found.of(check_shapes, weights, config)
     yield from found.found
     if found.found:
-        return  # slices of a tensor that is missing or has another shape cannot be compared
+        return  # slices of tensors that do not fit cannot be compared
     # Qwen3-0.6B has tied embeddings and stores the head too, equal to the embedding.
     if config["tie_word_embeddings"] and "lm_head.weight" in weights.file_of:
         if not _head_is_embedding(weights, config):

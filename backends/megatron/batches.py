@@ -175,18 +175,12 @@ def collate(
         np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64)
         for sample in samples
     ]
-    lengths = [padded_length(len(sequence), cp) for sequence in sequences]
-    # A masked filler sequence brings T above 0 and to a multiple that context and sequence
-    # parallelism can split.
-    multiple_of = tp if cp == 1 else cp * math.lcm(2, tp)
-    filler = -sum(lengths) % multiple_of if lengths else multiple_of
-    lengths += [filler] if filler else []
+    lengths = _packed_lengths(sequences, tp=tp, cp=cp)
     T, ends = sum(lengths), np.cumsum(lengths)
 
     tokens, labels = np.zeros(T, np.int64), np.zeros(T, np.int64)
     response_index, owner = np.full(T, -1, np.int64), np.full(T, len(samples), np.int64)
-    mask = np.zeros(T, np.float32)
-    per_token = {name: np.zeros(T, np.float32) for name in fields}
+    places = []  # of each response: where it is predicted, one to the left of its tokens
     for i, sample in enumerate(samples):
         sequence, n_response = sequences[i], len(sample.response_ids)
         begin = ends[i] - lengths[i]
@@ -194,45 +188,61 @@ def collate(
         tokens[begin:end] = sequence
         labels[begin:end] = np.append(sequence[1:], sequence[-1])
         owner[begin:end] = i
-        # Positions that predict the response: one to the left of its tokens.
-        response = slice(end - n_response - 1, end - 1)
-        response_index[response] = np.arange(starts[i], starts[i] + n_response)
-        if len(sample.loss_mask):
-            mask[response] = sample.loss_mask
-        for name in fields:
-            if len(values := getattr(sample, name)):
-                per_token[name][response] = values
+        places.append(slice(end - n_response - 1, end - 1))
+        response_index[places[i]] = np.arange(starts[i], starts[i] + n_response)
 
     held = zigzag(lengths, cp, cp_rank)
 
-    def on_device(array: np.ndarray) -> torch.Tensor:
+    def held_tokens(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)[held].to(device)
+
+    def packed_field(name: str) -> torch.Tensor:
+        array = np.zeros(T, np.float32)
+        for sample, place in zip(samples, places):
+            if len(values := getattr(sample, name)):
+                array[place] = values
+        return held_tokens(array)
 
     counts = [*(sum(sample.loss_mask) for sample in samples), 0]  # filler is the last sample
     bounds = torch.tensor([0, *ends], dtype=torch.int32, device=device)
     return MicroBatch(
-        tokens_T=on_device(tokens),
-        labels_T=on_device(labels),
-        response_index_T=on_device(response_index),
-        sample_T=on_device(owner),
-        mask_T=on_device(mask),
-        per_token={name: on_device(array) for name, array in per_token.items()},
+        tokens_T=held_tokens(tokens),
+        labels_T=held_tokens(labels),
+        response_index_T=held_tokens(response_index),
+        sample_T=held_tokens(owner),
+        mask_T=packed_field("loss_mask"),
+        per_token={name: packed_field(name) for name in fields},
         counts_N=torch.tensor(counts, dtype=torch.float32, device=device),
-        packed=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=bounds,
-            cu_seqlens_kv=bounds,
-            cu_seqlens_q_padded=bounds,
-            cu_seqlens_kv_padded=bounds,
-            max_seqlen_q=max(lengths),
-            max_seqlen_kv=max(lengths),
-        ),
+        packed=_packed_seq_params(bounds, max(lengths)),
+    )
+
+
+def _packed_lengths(sequences: list[np.ndarray], *, tp: int, cp: int) -> list[int]:
+    """Return the packed length of each sequence, and that of a masked filler sequence if needed.
+
+    Filler brings T above 0 and to a multiple that context and sequence parallelism can split.
+    """
+    lengths = [padded_length(len(sequence), cp) for sequence in sequences]
+    multiple_of = tp if cp == 1 else cp * math.lcm(2, tp)
+    filler = -sum(lengths) % multiple_of if lengths else multiple_of
+    return [*lengths, filler] if filler else lengths
+
+
+def _packed_seq_params(bounds: torch.Tensor, longest: int) -> PackedSeqParams:
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        cu_seqlens_q_padded=bounds,
+        cu_seqlens_kv_padded=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )
 
 
 def local_microbatches(trainer, samples: list) -> list[MicroBatch]:
     """Pack this rank's share of a batch. Every rank passes the same samples in the same order."""
-    tp, cp, plan = trainer.settings.tp, trainer.settings.cp, microbatch_plan(trainer, samples)
+    plan, cp = microbatch_plan(trainer, samples), trainer.settings.cp
     starts = np.cumsum([0, *(len(sample.response_ids) for sample in samples)]).tolist()
     device = next(trainer.gpt.parameters()).device
     # Read from the samples' class: a field added there reaches the loss without an edit here.
@@ -243,7 +253,7 @@ def local_microbatches(trainer, samples: list) -> list[MicroBatch]:
             [samples[i] for i in indices],
             [starts[i] for i in indices],
             fields=fields,
-            tp=tp,
+            tp=trainer.settings.tp,
             cp=cp,
             cp_rank=trainer.cp_group.rank(),
             device=device,
@@ -303,10 +313,8 @@ def global_sums(trainer, reports: list[dict]) -> dict[str, float]:
     totals = {}
     if reports:
         names = list(reports[0]["sums"])
-        rows = []
-        for report in reports:
-            rows.append(torch.stack([report["sums"][name].double() for name in names]))
-        sums = torch.stack(rows).sum(0)
+        rows = [[report["sums"][name].double() for name in names] for report in reports]
+        sums = torch.stack([torch.stack(row) for row in rows]).sum(0)
         largest = torch.stack([report["max"] for report in reports]).max()
         dist.all_reduce(sums, group=trainer.dp_cp_group)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=trainer.dp_cp_group)

@@ -88,6 +88,7 @@ class PackedAttention(torch.nn.Module):
         attention_bias=None,
         packed_seq_params=None,
     ):
+        """Attend within each packed sequence; float [T, H, D] with this rank's tokens."""
         if packed_seq_params is None:
             raise NotImplementedError(
                 "PackedAttention takes packed sequences only: pass packed_seq_params"

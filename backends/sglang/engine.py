@@ -321,6 +321,7 @@ class Engine(sglang_engine.Engine):
         self._enqueue(self._begin, "begin of update", [f"after version {self.version}"])
 
     async def _begin(self) -> None:
+        """Pause generation and open an update, for new weights or for verification."""
         request = io_struct.PauseGenerationReqInput(mode="in_place")
         await self.tokenizer_manager.pause_generation(request)
         if self._released:  # only the weights; the cache when the trainer's buckets are gone
