@@ -19,7 +19,7 @@ from data.sample import Sample
 from harness.checks import check_train_flags
 from losses import LossSettings
 import train_step
-from train_step import check_train_settings
+from harness.model_checks import check_train_settings
 
 
 def test_collate_by_hand():
