@@ -22,7 +22,8 @@ from megatron.core import dist_checkpointing
 from backends.huggingface.config import read_config
 from common import process_groups
 from common.errors import BadInput, EngineDied
-from common.settings import RewardSettings, RolloutSettings, RunSettings, TrainSettings
+from common.settings import RolloutSettings, RunSettings, TrainSettings
+from reward import RewardSettings
 from data.prompts import load_data
 from data.sample import Sample
 from harness import checkpoint

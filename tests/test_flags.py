@@ -21,7 +21,8 @@ import tool_use
 
 import advantages
 from common.errors import BadInput
-from common.settings import RewardSettings, RunSettings
+from common.settings import RunSettings
+from reward import RewardSettings
 from harness import exits, flags
 from harness.checks import check_flags
 import losses

@@ -17,7 +17,8 @@ import pytest
 
 from backends.huggingface.config import read_config
 from common.errors import BadInput, EngineDied
-from common.settings import REPOSITORY, InFlightSettings, RewardSettings, RolloutSettings
+from common.settings import REPOSITORY, InFlightSettings, RolloutSettings
+from reward import RewardSettings
 from common.timeline import Timeline
 from data.prompts import load_data
 from data.sample import Sample

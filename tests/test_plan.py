@@ -140,7 +140,7 @@ def test_activations_are_those_that_autograd_saves(fresh_megatron, models, famil
         loss_mask=[1] * 100,
         advantages=[1.0] * 100,
     )
-    batch = collate([sample], [0], fields=Sample.TRAINING_FIELDS, device=torch.device("cpu"))
+    batch = collate([sample], [0], device=torch.device("cpu"))
     weights = {
         buffer.param_data.untyped_storage().data_ptr()
         for buffer in [*trainer.ddp.buffers, *trainer.ddp.expert_parallel_buffers]

@@ -26,7 +26,8 @@ from conftest import ROOT, metrics_of, torchrun
 
 from backends.megatron import model as megatron_model
 from common import process_groups
-from common.settings import InFlightSettings, RewardSettings, RolloutSettings, TrainSettings
+from common.settings import InFlightSettings, RolloutSettings, TrainSettings
+from reward import RewardSettings
 from harness.run_folder import checkpoints_of
 
 WORKERS = ROOT / "tests" / "workers"

@@ -30,7 +30,8 @@ from transformers import PreTrainedTokenizerFast
 
 from backends.huggingface.config import read_config
 from common.errors import BadInput
-from common.settings import REPOSITORY, DataSettings, RewardSettings, RolloutSettings, parse_weights
+from common.settings import REPOSITORY, DataSettings, RolloutSettings, parse_weights
+from reward import RewardSettings
 from data import reasoning_gym_tasks
 from data.chat import check_template_kwargs
 from data.prompts import (

@@ -19,7 +19,8 @@ import pytest
 
 import reward
 from conftest import ROOT
-from common.settings import RewardSettings, RolloutSettings
+from common.settings import RolloutSettings
+from reward import RewardSettings
 from data.sample import Sample
 from losses import LossSettings
 from reward import (

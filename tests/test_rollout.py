@@ -25,7 +25,7 @@ from common.settings import RolloutSettings
 from data.sample import Sample
 from harness.checks import check_rollout_flags
 import rollout
-from rollout import check_rollout_settings
+from harness.model_checks import check_rollout_settings
 
 TOY = ROOT / "toy"
 

@@ -3,7 +3,6 @@
 What the packed model computes is tested in test_layouts.py and test_splits.py.
 """
 
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,21 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from backends.huggingface.config import read_config
-from backends.megatron.batches import (
-    collate,
-    local_microbatches,
-    microbatch_plan,
-    plan_microbatches,
-)
+from backends.megatron.batches import collate, microbatch_plan, plan_microbatches
 from common.errors import BadInput
 from common.settings import TrainSettings
 from data.sample import Sample
 from harness.checks import check_train_flags
 from losses import LossSettings
 import train_step
-from train_step import check_train_settings
-
-FIELDS = Sample.TRAINING_FIELDS
+from harness.model_checks import check_train_settings
 
 
 def test_collate_by_hand():
@@ -41,7 +33,7 @@ def test_collate_by_hand():
         ),
         Sample([9], response_ids=[3], rollout_logprobs=[-1.0], loss_mask=[0], advantages=[-1.0]),
     ]
-    batch = collate(samples, [0, 2], fields=FIELDS, tp=4, device=torch.device("cpu"))
+    batch = collate(samples, [0, 2], tp=4, device=torch.device("cpu"))
     assert batch.tokens_T.tolist() == [5, 6, 7, 8, 9, 3, 0, 0]  # two filler tokens make 8
     assert batch.labels_T.tolist() == [6, 7, 8, 8, 3, 3, 0, 0]
     assert batch.mask_T.tolist() == [
@@ -75,28 +67,8 @@ def test_collate_by_hand():
     assert batch.packed.cu_seqlens_q.tolist() == [0, 4, 6, 8]
 
 
-def test_a_field_that_sample_declares_for_training_reaches_the_micro_batch():
-    """A teacher's log-probs, say: nothing but the sample's class names them."""
-
-    @dataclass
-    class Taught(Sample):
-        teacher_logprobs: list[float] = field(default_factory=list)
-        TRAINING_FIELDS = (*Sample.TRAINING_FIELDS, "teacher_logprobs")
-
-    taught = [Taught([5, 6], response_ids=[7, 8], loss_mask=[1, 1], teacher_logprobs=[-0.5, -2.0])]
-    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    gpt = SimpleNamespace(parameters=lambda: iter([torch.zeros(1)]))
-    trainer = SimpleNamespace(
-        settings=TrainSettings(), gpt=gpt, dp_group=alone, cp_group=alone, dp_cp_group=alone
-    )
-    [batch] = local_microbatches(trainer, taught)
-    assert batch.teacher_logprobs_T.tolist() == [0, -0.5, -2.0, 0]
-    with pytest.raises(AttributeError, match="no student_logprobs_T.* add others to Sample"):
-        batch.student_logprobs_T  # noqa: B018
-
-
 def test_an_empty_micro_batch_is_filler_only():
-    batch = collate([], [], fields=FIELDS, tp=2, device=torch.device("cpu"))
+    batch = collate([], [], tp=2, device=torch.device("cpu"))
     assert len(batch.tokens_T) == 2 and batch.mask_T.sum() == 0
 
 
@@ -108,7 +80,7 @@ def test_context_parallel_ranks_share_each_sequence():
         Sample([4], response_ids=[3, 3], rollout_logprobs=[0.0, 0.0], loss_mask=[1, 1]),
     ]
     first, second = (
-        collate(samples, [0, 2], fields=FIELDS, cp=2, cp_rank=rank, device=torch.device("cpu"))
+        collate(samples, [0, 2], cp=2, cp_rank=rank, device=torch.device("cpu"))
         for rank in range(2)
     )
     assert first.tokens_T.tolist() == [5, 6, 0, 0, 4, 0] and second.tokens_T.tolist() == [
@@ -534,7 +506,7 @@ def test_the_gradient_is_clipped_to_its_norm(fresh_megatron, models, clip_grad):
 
 
 def scored(trainer, batch, temperature: float) -> list[Sample]:
-    """Copies of the samples, with what add_logprobs() sets."""
+    """Copies of the samples, with what score() sets."""
     batch = [
         Sample(one.prompt_ids, response_ids=one.response_ids, loss_mask=[1, 1]) for one in batch
     ]
@@ -558,7 +530,7 @@ def test_scores_are_the_policys_and_the_references_at_the_temperature(fresh_mega
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_the_first_mini_batch_starts_from_ratio_one(fresh_megatron, models, temperature):
-    """add_logprobs() packs a mini-batch as its update does: its numbers are the same to the bit."""
+    """score() packs each mini-batch as its update does: its numbers are the same to the bit."""
     trainer, rng = built(models, lr=0.0, minibatches=3), np.random.default_rng(0)
     batch = []
     for i in range(9):

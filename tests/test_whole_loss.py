@@ -30,7 +30,8 @@ import train_step
 from megatron.core import parallel_state as mpu
 from megatron.core.enums import ModelType
 from backends.megatron.batches import local_microbatches
-from common.settings import RewardSettings, TrainSettings
+from common.settings import TrainSettings
+from reward import RewardSettings
 from data.sample import Sample
 
 V, TEMPERATURE, MAX_RESPONSE = 32, 0.7, 8

@@ -17,7 +17,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 from advantages import ADVANTAGES
 from backends.huggingface.config import read_config
 from common import distributed
-from common.settings import RewardSettings, TrainSettings
+from common.settings import TrainSettings
+from reward import RewardSettings
 from harness import exits
 from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings
 import reward

@@ -47,7 +47,7 @@ def main() -> None:
     torch.cuda.current_device = lambda: torch.device("meta")  # where Megatron puts its parameters
     config, world_size = read_config(FOLDER), max(TP, EP) * PP
     settings = TrainSettings(tp=TP, pp=PP, ep=EP)
-    train_step.check_train_settings(settings, config, world_size=world_size, longest=8192)
+    model_checks.check_train_settings(settings, config, world_size=world_size, longest=8192)
     delivered = {}
     for stage in range(PP):
         gpt, layout = build_as(stage * world_size // PP, world_size, settings, config)
