@@ -60,7 +60,8 @@ class Engine(sglang_engine.Engine):
     def __init__(self, answer_timeout_s: float = 3600.0, **server_args):
         """Start the engine, without weights. Raises EngineDied if one of its processes ends.
 
-        answer_timeout_s: an engine that takes longer for a request or a part of an update hangs.
+        answer_timeout_s: an engine that takes longer for a request, or for a part of an update,
+        counts as dead.
         """
         # It reports that it installs its SIGQUIT handler as if that were an error.
         logging.getLogger("sglang.srt.entrypoints.engine").addFilter(

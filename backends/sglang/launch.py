@@ -10,7 +10,7 @@ import torch.distributed as dist
 from backends.cpu.sglang import SERVER_ARGS
 from backends.huggingface.names import fp8_config
 from backends.sglang.checks import server_overrides
-from backends.sglang.engine import Engine
+from backends.sglang.engine import BUCKETS, Engine
 from common.errors import BadInput
 from common.settings import RolloutSettings
 
@@ -41,7 +41,7 @@ def launch_engine(
         tp_size=settings.engine_tp,
         ep_size=settings.engine_ep,
         skip_tokenizer_init=True,
-        custom_weight_loader=[f"backends.sglang.buckets.{name}" for name in LOADERS],
+        custom_weight_loader=[f"{BUCKETS}.{name}" for name in LOADERS],
         custom_sigquit_handler=signal.getsignal(signal.SIGQUIT),
         random_seed=seed + dist.get_rank(),
         log_level="error",
