@@ -32,15 +32,28 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from backends.megatron.batches import Batch, MicroBatch, give_to_samples, global_sums
-from backends.megatron.batches import has_old_logprobs, pack, pack_batch
+from backends.megatron.batches import (
+    Batch,
+    MicroBatch,
+    give_to_samples,
+    global_sums,
+    has_old_logprobs,
+    pack,
+    pack_batch,
+)
 from backends.megatron.layout import Layout
 from backends.megatron.logprobs import logprobs_and_entropy
 from backends.megatron.optimizer import build_optimizer, wrap_data_parallel
 from common.settings import TrainSettings
-from data.sample import Sample
-from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings
-from losses import k3, mismatch
+from losses import (
+    AGGREGATIONS,
+    CORRECTIONS,
+    KL_ESTIMATORS,
+    POLICY_LOSSES,
+    LossSettings,
+    k3,
+    mismatch,
+)
 
 __all__ = ["Trainer", "add_logprobs", "build_trainer", "pack", "start_trainer", "update_policy"]
 

@@ -25,7 +25,7 @@ import orjson
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import BadInput, Problems, all_problems
-from common.settings import GYM, DataSettings, RunSettings, is_generated, parse_weights
+from common.settings import GYM, DataSettings, is_generated, parse_weights
 from data import reasoning_gym_tasks
 from data.chat import check_template_kwargs
 from data.prompt_files import LabelProblems, read_prompts

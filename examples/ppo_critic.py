@@ -147,13 +147,13 @@ import rollout
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import train_step
-import weight_sync
 from advantages import gae, overlong_penalty, whiten
 from backends.megatron.batches import Batch, give_to_samples
 from data.sample import Sample, per_token_field
 from harness import evaluate, export, start
 from harness.exits import run_main
+import train_step
+import weight_sync
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from train_step import Trainer
 
@@ -225,13 +225,11 @@ def add_advantages(
 
     The whole batch counts; every rank computes the same.
 
-    The reward stands at the last token that counts. Samples without a reward get advantages 0 and
-    an all-zero loss mask.
+    The reward stands at the last token that counts. The judge has masked samples without a reward;
+    they get advantages 0.
     """
     for sample in samples:
         length = len(sample.response_ids)
-        if sample.reward is None:
-            sample.loss_mask = [0] * length
         mask_L, rewards_L = np.array(sample.loss_mask), np.zeros(length)
         if mask_L.any():
             rewards_L[np.flatnonzero(mask_L)[-1]] = sample.reward + overlong_penalty(

@@ -124,16 +124,16 @@ if __name__ == "__main__":
 
 import numpy as np
 
-import loop_sync
-import reward
-import rollout
-import train_step
-import weight_sync
 from common.distributed import all_gather_bytes
 from data.prompts import Data, toy_prompts
 from data.sample import Sample
 from harness import export, start
 from harness.exits import run_main
+import loop_sync
+import reward
+import rollout
+import train_step
+import weight_sync
 
 # --- the tool -----------------------------------------------------------------------------------
 

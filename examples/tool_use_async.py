@@ -23,8 +23,8 @@ class Settings(tool_use.Settings):
 if __name__ == "__main__":
     settings = flags.parse_or_exit(Settings, checks.check_flags, tool_use.check_tool_flags)
 
-import loop_async
 from harness.exits import run_main
+import loop_async
 
 
 def main(settings: Settings) -> None:

@@ -27,9 +27,9 @@ from common.settings import (
     is_generated,
     parse_weights,
 )
-from reward import RewardSettings
 from harness.run_folder import name_problems, rollouts_file
 from losses import LossSettings, check_loss_settings
+from reward import RewardSettings
 
 # Numpy takes seeds below 2**32. Engine and trainer add a number to --seed on each rank.
 SEEDS = 2**31

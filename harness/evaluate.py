@@ -3,9 +3,9 @@
 import math
 from collections import Counter, defaultdict
 
+from data.sample import Sample
 import reward
 import rollout
-from data.sample import Sample
 
 
 def held_out(run, engine, judge: reward.Judge, *, step: int, answer=rollout.answer) -> dict:

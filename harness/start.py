@@ -10,15 +10,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-import reward
 from backends.huggingface.config import read_config
 from backends.huggingface.folder import check_model_folder
-from common import process_groups
-from common.distributed import init_distributed
+from common import distributed, process_groups
 from common.errors import Problems
 from data.prompts import Data, load_data
 from harness import checkpoint, checks, model_checks, plan
 from harness.record import Record
+import reward
 
 
 @dataclass
@@ -129,7 +128,7 @@ def prepare(
     waits = dict(rollout_ranks=rollout_ranks, turns=turns)
     wait_s = process_groups.longest_wait_s(settings, reward_function, **waits)
     separate = rollout_ranks if is_async(settings) else 0
-    group = init_distributed(separate, wait_s=wait_s)
+    group = distributed.init_distributed(separate, wait_s=wait_s)
     is_trainer = group.rank() < trainer_ranks
     engine_tp, rank = rollout.engine_tp, dist.get_rank()  # in the default world of its side
     generates = not (is_async(settings) and is_trainer) and not run_settings.load_rollouts

@@ -63,8 +63,7 @@ from backends.huggingface.config import read_config
 from backends.megatron import model as megatron_model
 from backends.megatron.state import load_weights
 from common import distributed
-from harness import checkpoint, exits, model_checks
-from harness import export as hf_export
+from harness import checkpoint, exits, export as hf_export, model_checks
 from harness.run_folder import checkpoints_of
 from weight_sync import WeightPath
 
