@@ -59,6 +59,13 @@ def test_the_readme_is_short():
     assert len(TEXT[README].splitlines()) <= 250
 
 
+def test_the_first_test_line_is_the_whole_command():
+    """.ci/run takes it: a fresh environment, the install, and the tests."""
+    lines = TEXT[README].replace("\\\n", " ").splitlines()
+    line = next(line for line in lines if "python -m pytest" in line)
+    assert line.startswith("python3 -m venv .venv && ") and line.endswith("&& python -m pytest")
+
+
 def test_no_line_of_the_readme_is_wide():
     lines = [line for line in TEXT[README].splitlines() if not line.startswith("![")]
     assert [line for line in lines if len(line) > 100] == []

@@ -168,10 +168,14 @@ def python(line: str, *, cwd) -> subprocess.CompletedProcess:
     return done
 
 
-@pytest.mark.parametrize("line", [line for line in ELSEWHERE if "nnodes" in line])
+@pytest.mark.parametrize(
+    "line", [line for line in ELSEWHERE if "nnodes" in line and "FOLDER" in line]
+)
 def test_what_needs_several_nodes_can_be_planned(line):
-    """With as many GPUs, and Qwen3-4B where the reader's own model would be."""
-    nodes, ranks = (int(re.search(rf"--{name} (\d+)", line)[1]) for name in ("nnodes", "per-node"))
+    """With as many GPUs, and Qwen3-4B in place of the reader's own model."""
+    nodes, ranks = (
+        int(re.search(rf"--{name} (\d+)", line)[1]) for name in ("nnodes", "nproc-per-node")
+    )
     flags = re.search(r"loop_a?sync\.py.*", line)[0].replace("--model FOLDER", "--model Qwen3-4B")
     plan = f"python {flags} --plan --plan-gpus {nodes * ranks}"
     assert python(plan, cwd=ROOT / "docs" / "configs").stdout.rstrip().endswith("fits")
