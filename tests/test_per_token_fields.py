@@ -38,20 +38,6 @@ def test_a_declared_field_reaches_the_micro_batch():
     assert microbatch.per_token["teacher_logprobs"].tolist() == [0, -0.5, -2.0, 0, -1.0, 0]
 
 
-def test_the_fields_of_a_sample_by_hand():
-    """Every token outside of a response is 0. Masked tokens keep their values."""
-    values = dict(rollout_logprobs=[-0.5, -0.25], advantages=[2.0, 3.0])
-    first = Sample([5, 6], response_ids=[7, 8], loss_mask=[1, 1], **values)
-    values = dict(rollout_logprobs=[-1.0], advantages=[-1.0])
-    second = Sample([9], response_ids=[3], loss_mask=[0], **values)
-    batch = packed(first, second)
-    batch.read_samples()
-    fields = batch.microbatches[0].per_token
-    assert fields["rollout_logprobs"].tolist() == [0, -0.5, -0.25, 0, -1, 0]
-    assert fields["advantages"].tolist() == [0, 2, 3, 0, -1, 0]
-    assert fields["old_logprobs"].tolist() == [0] * 6  # the samples have none yet
-
-
 def test_a_field_that_no_sample_has_yet_is_zero():
     batch = packed(Taught([5, 6], response_ids=[7, 8], loss_mask=[1, 1]))
     batch.read_samples()

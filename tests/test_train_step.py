@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from backends.huggingface.config import read_config
-from backends.megatron.batches import collate, microbatch_plan, plan_microbatches
+from backends.megatron.batches import Batch, collate, microbatch_plan, plan_microbatches
 from common.errors import BadInput
 from common.settings import TrainSettings
 from data.sample import Sample
@@ -24,8 +24,14 @@ import train_step
 
 def test_collate_by_hand():
     samples = [
-        Sample([5, 6], response_ids=[7, 8], loss_mask=[1, 1]),
-        Sample([9], response_ids=[3], loss_mask=[0]),
+        Sample(
+            [5, 6],
+            response_ids=[7, 8],
+            rollout_logprobs=[-0.5, -0.25],
+            loss_mask=[1, 1],
+            advantages=[2.0, 3.0],
+        ),
+        Sample([9], response_ids=[3], rollout_logprobs=[-1.0], loss_mask=[0], advantages=[-1.0]),
     ]
     batch = collate(samples, [0, 2], tp=4, device=torch.device("cpu"))
     assert batch.tokens_T.tolist() == [5, 6, 7, 8, 9, 3, 0, 0]  # two filler tokens make 8
@@ -40,6 +46,11 @@ def test_collate_by_hand():
         0,
         0,
     ]  # token 6 predicts 7, the first answer token; the second sample is masked
+    Batch(samples, [], [batch]).read_samples()
+    per_token = {name: values_T.tolist() for name, values_T in batch.per_token.items()}
+    assert per_token["rollout_logprobs"] == [0, -0.5, -0.25, 0, -1, 0, 0, 0]
+    assert per_token["advantages"] == [0, 2, 3, 0, -1, 0, 0, 0]
+    assert per_token["old_logprobs"] == [0] * 8  # not there yet
     assert batch.response_index_T.tolist() == [
         -1,
         0,
