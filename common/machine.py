@@ -15,7 +15,7 @@ warnings.simplefilter("ignore")
 use_writable_home()
 
 
-CPU_SGLANG = "0.5.21"  # the version that cpu.py is written for
+CPU_SGLANG = "0.5.21"  # the version that backends/cpu is written for
 
 
 def check_installation() -> None:

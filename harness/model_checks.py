@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import torch
 
-from backends.cpu.sglang import SERVER_ARGS
 from backends.huggingface.config import check_layout, megatron_arguments, read_config
 from backends.huggingface.folder import HFWeights, check_shapes
 from backends.megatron.batches import padded_length
@@ -110,7 +109,11 @@ def check_rollout_settings(
             given = f"--max-response-tokens {settings.max_response_tokens}"
             yield f"{given} must lie below the model's context, {context}, {kept}"
     overrides = server_overrides(settings.sglang, on_gpu=on_gpu)
-    most = None if on_gpu else SERVER_ARGS["max_total_tokens"]
+    most = None
+    if not on_gpu:
+        from backends.cpu.sglang import SERVER_ARGS  # here: on a cluster the folder may be gone
+
+        most = SERVER_ARGS["max_total_tokens"]
     server_args = {"max_total_tokens": most, **overrides}
     yield from _length_problems(settings, config, server_args, longest=longest)
 

@@ -1,1 +1,1 @@
-"""Everything that only a machine without a GPU needs. On a cluster the folder can be deleted."""
+"""Everything that only a machine without a GPU needs; on a cluster the folder can be deleted."""

@@ -7,7 +7,6 @@ import signal
 import torch
 import torch.distributed as dist
 
-from backends.cpu.sglang import SERVER_ARGS
 from backends.huggingface.names import fp8_config
 from backends.sglang.checks import server_overrides
 from backends.sglang.engine import BUCKETS, Engine
@@ -53,6 +52,8 @@ def launch_engine(
             mem_fraction_static=MEM_FRACTION_STATIC,
         )
     else:
+        from backends.cpu.sglang import SERVER_ARGS  # here: on a cluster the folder may be gone
+
         arguments.update(SERVER_ARGS)
     if settings.rollout_dtype == "fp8":
         split = dict(engine_tp=settings.engine_tp, engine_ep=settings.engine_ep)
