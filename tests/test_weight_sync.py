@@ -130,6 +130,8 @@ class HeldModel(torch.nn.Module):
 class HeldEngine:
     """Stands in for engine.Engine: the model is in this process."""
 
+    holds_weights = True
+
     def __init__(self, model: HeldModel):
         self.model = model
 
