@@ -76,9 +76,8 @@ def write_dumps(folder, *versions: int, answers: int = 4) -> None:
             Sample([4], weight_versions=[version], reward=1.0, **fields) for _ in range(answers)
         ]
         lines = b"\n".join(sample.to_json() for sample in samples)
-        (folder / f"step-{step:06d}.jsonl").write_bytes(
-            lines + b"\n\n"
-        )  # a blank line is no sample
+        # A blank line is no sample.
+        (folder / f"step-{step:06d}.jsonl").write_bytes(lines + b"\n\n")
 
 
 def test_dumps_older_than_the_bound_are_refused(start, tmp_path):

@@ -27,9 +27,8 @@ def round_e4m3(x: float) -> float:
         return 0.0
     exponent = max(math.floor(math.log2(abs(x))), -6)
     step = 2.0 ** (exponent - 3)
-    return math.copysign(
-        min(round(abs(x) / step) * step, 448.0), x
-    )  # Python's round is half to even
+    # Python's round is half to even.
+    return math.copysign(min(round(abs(x) / step) * step, 448.0), x)
 
 
 def assert_same(got, expected) -> None:
@@ -122,9 +121,8 @@ def test_quantizing_what_was_quantized_changes_nothing():
     again, scale_again = quantize_blockwise(
         dequantize_blockwise(codes, scale_inv, dtype=torch.float32)
     )
-    assert torch.equal(codes.view(torch.uint8), again.view(torch.uint8)) and torch.allclose(
-        scale_inv, scale_again, rtol=1e-6
-    )
+    assert torch.equal(codes.view(torch.uint8), again.view(torch.uint8))
+    assert torch.allclose(scale_inv, scale_again, rtol=1e-6)
 
 
 def test_shards_cut_at_blocks_quantize_alone():

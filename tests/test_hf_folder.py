@@ -69,9 +69,8 @@ def test_shards_of_an_older_save_beside_the_indexed_ones_do_not_count(split, mod
     for stale in ("model.safetensors", "model-00003-of-00003.safetensors", "zzz.safetensors"):
         save_file(zeros, split / stale, metadata={"format": "pt"})
     read = tensors_of(split)
-    assert read.keys() == right.keys() and all(
-        torch.equal(read[name], right[name]) for name in right
-    )
+    assert read.keys() == right.keys()
+    assert all(torch.equal(read[name], right[name]) for name in right)
 
 
 def test_a_file_that_the_index_does_not_name_is_not_opened(split):
@@ -253,9 +252,8 @@ def export(monkeypatch, tmp_path, models):
 def assert_whole(folder, source) -> None:
     right = load_file(source / "model.safetensors")
     read = tensors_of(folder)
-    assert read.keys() == right.keys() and all(
-        torch.equal(read[name], right[name].bfloat16()) for name in right
-    )
+    assert read.keys() == right.keys()
+    assert all(torch.equal(read[name], right[name].bfloat16()) for name in right)
     check_model_folder(folder, read_config(folder), None, stop=())
 
 
@@ -332,11 +330,9 @@ def test_an_export_says_its_dtype_once(export, tmp_path, given):
     )
     export(tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
-    assert (
-        written["dtype"] == "bfloat16"
-        and "torch_dtype" not in written
-        and "quantization_config" not in written
-    )
+    assert written["dtype"] == "bfloat16"
+    assert "torch_dtype" not in written
+    assert "quantization_config" not in written
 
 
 @pytest.mark.parametrize("cut", ["_place_weights", "_copy_files"])
@@ -376,9 +372,10 @@ def test_a_failure_in_one_export_leaves_the_others_whole(export, tmp_path):
             source=export.source,
         )
     assert "fp8/" not in str(failed.value)
-    assert read_quantization(tmp_path / "fp8") == "fp8" and len(
-        HFWeights(tmp_path / "fp8").file_of
-    ) > len(load_file(export.source / "model.safetensors"))
+    assert read_quantization(tmp_path / "fp8") == "fp8"
+    assert len(HFWeights(tmp_path / "fp8").file_of) > len(
+        load_file(export.source / "model.safetensors")
+    )
 
 
 def read_quantization(folder) -> str:

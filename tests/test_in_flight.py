@@ -160,9 +160,9 @@ def test_without_oversampling_the_steps_are_those_of_the_synchronous_loop(data, 
         kept, set_aside = split_discarded(samples)
         check_staleness(kept, version=version, max_staleness=bound)
         assert len(kept) == 2 * PER_STEP and set_aside == {DROPPED: 0, REPLACED: 0}
-    assert (
-        engine.started == list(range(STEPS * PER_STEP)) and engine.aborted == []
-    )  # nothing is started that cannot be trained
+    # Nothing is started that cannot be trained.
+    assert engine.started == list(range(STEPS * PER_STEP))
+    assert engine.aborted == []
 
 
 def test_the_bound_is_used_not_only_kept(data):
@@ -190,15 +190,14 @@ def test_oversampling_leaves_stragglers_and_loses_count_of_none(data, bound, ove
         [group for samples in given for group in groups_of(samples, dropped=kind)]
         for kind in (False, True)
     )
-    assert (
-        sorted(trained + dropped) == engine.started and len(trained) == STEPS * PER_STEP
-    )  # each group once, and every step is full
+    # Each group once, and every step is full.
+    assert sorted(trained + dropped) == engine.started
+    assert len(trained) == STEPS * PER_STEP
     assert dropped and set(engine.aborted) == set(dropped)
     for version, samples in enumerate(given):
         assert len(groups_of(samples, dropped=True)) <= oversample or version == STEPS - 1
-        check_staleness(
-            split_discarded(samples)[0], version=version, max_staleness=bound
-        )  # raises if a token is too old
+        # Raises if a token is too old.
+        check_staleness(split_discarded(samples)[0], version=version, max_staleness=bound)
 
 
 @pytest.mark.parametrize("bound", [0, 1, 3])
@@ -458,9 +457,8 @@ def test_a_token_older_than_the_bound_stops_the_run():
     ):
         check_staleness([sample], version=5, max_staleness=1)
     with pytest.raises(RuntimeError, match="group 9"):
-        check_staleness(
-            [sample], version=3, max_staleness=1
-        )  # from the future: the trainer missed an update
+        # From the future: the trainer missed an update.
+        check_staleness([sample], version=3, max_staleness=1)
 
 
 @pytest.mark.parametrize("changes, world_size, message", [

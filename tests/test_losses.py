@@ -126,9 +126,8 @@ def _vocab_parallel(rank, store_port, results):
     store = dist.TCPStore("127.0.0.1", store_port, 2, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     logits, labels = inputs()
-    logits[
-        2, [0, V // 2, V - 2]
-    ] = -math.inf  # also where a rank that does not hold the label looks for it
+    # Also where a rank that does not hold the label looks for it.
+    logits[2, [0, V // 2, V - 2]] = -math.inf
     labels[2] = 1
     mine = logits.chunk(2, dim=1)[rank].clone().requires_grad_()
     # All but four tokens are padding: the second rank holds nothing else.
@@ -165,9 +164,8 @@ def test_two_vocabulary_shards_equal_one(one_rank):
     (logprobs.sum() + 0.5 * entropy.sum()).backward()
     for _, rank_logprobs, rank_entropy, _, rank_few in got:
         assert np.allclose(rank_few, few.numpy(), atol=1e-6)
-        assert np.allclose(rank_logprobs, logprobs.detach().numpy(), atol=1e-6) and np.allclose(
-            rank_entropy, entropy.detach().numpy(), atol=1e-6
-        )
+        assert np.allclose(rank_logprobs, logprobs.detach().numpy(), atol=1e-6)
+        assert np.allclose(rank_entropy, entropy.detach().numpy(), atol=1e-6)
     gradient = np.concatenate([item[3] for item in got], axis=1)
     assert np.allclose(gradient, x.grad.numpy(), atol=1e-6) and not gradient[:, V - 1].any()
 
@@ -183,9 +181,8 @@ def test_mismatch_k3_by_hand():
     """Of d = trainer - rollout: e^d - 1 - d, which is not the same for -d."""
     apart = mismatch(torch.tensor([0.0, 0.0]), torch.tensor([-math.log(2), math.log(2)]))
     twice, half = apart["mismatch_k3"].tolist()
-    assert twice == pytest.approx(2 - 1 - math.log(2)) and half == pytest.approx(
-        0.5 - 1 + math.log(2)
-    )
+    assert twice == pytest.approx(2 - 1 - math.log(2))
+    assert half == pytest.approx(0.5 - 1 + math.log(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -235,10 +232,8 @@ def test_settings_that_cannot_work(changes, message):
 
 
 def test_each_policy_loss_has_bounds_of_its_own():
-    assert LossSettings().clips == (0.2, 0.28) and LossSettings(policy_loss="gspo").clips == (
-        3e-4,
-        4e-4,
-    )
+    assert LossSettings().clips == (0.2, 0.28)
+    assert LossSettings(policy_loss="gspo").clips == (3e-4, 4e-4)
     assert LossSettings(policy_loss="cispo", clip_high=1.5).clips == (1.0, 1.5)
     assert LossSettings(clip_low=0.1).clips == (0.1, 0.28)
 

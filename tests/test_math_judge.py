@@ -137,12 +137,8 @@ def test_labels_that_cannot_be_judged_against_are_found_before_the_start(label, 
 
 def test_exact_takes_any_text_as_a_label():
     problems = label_problems(RewardSettings(reward="exact"))(["3x +", 42, None, "a\n#### 5"])
-    assert [bool(problem) for problem in problems] == [
-        False,
-        False,
-        True,
-        True,
-    ] and "--reward exact needs" in problems[2]
+    assert [bool(problem) for problem in problems] == [False, False, True, True]
+    assert "--reward exact needs" in problems[2]
 
 
 def test_a_label_that_takes_for_ever_to_parse_is_found_before_the_start(short_limit, monkeypatch):

@@ -73,16 +73,12 @@ def test_a_layer_by_hand(models):
     """Qwen3, 128 wide, 4 heads and 2 key-value heads of 64, 512 in the middle."""
     config = read_config(models["qwen3"])
     shapes = layer_shapes(config, 0)
-    assert shapes["self_attn.q_proj.weight"] == (256, 128) and shapes["mlp.down_proj.weight"] == (
-        128,
-        512,
-    )
+    assert shapes["self_attn.q_proj.weight"] == (256, 128)
+    assert shapes["mlp.down_proj.weight"] == (128, 512)
     whole = 2 * 256 * 128 + 2 * 128 * 128 + 3 * 128 * 512 + 2 * 128 + 2 * 64
     assert memory.layer_parameters(config, sparse=False, tp=1, ep=1) == (0, whole)
-    assert memory.layer_parameters(config, sparse=False, tp=2, ep=1) == (
-        0,
-        (whole + 384) / 2,
-    )  # norms are on every rank
+    # Norms are on every rank.
+    assert memory.layer_parameters(config, sparse=False, tp=2, ep=1) == (0, (whole + 384) / 2)
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +104,8 @@ def test_trainers_hold_what_the_plan_says(held, case):
     )
     counted = memory.trainer_bytes(read_config(folders[which]), ranks=4, **split, **load)
     fullest = max(measured[case], key=lambda rank: sum(rank.values()))
-    assert fullest == {
-        name: pytest.approx(counted[name], rel=0.002) for name in fullest
-    }  # DDP pads its buffers
+    # DDP pads its buffers.
+    assert fullest == {name: pytest.approx(counted[name], rel=0.002) for name in fullest}
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "glm4_moe"])
@@ -367,14 +362,11 @@ def test_a_plan_is_a_command_without_torchrun(model, code, tmp_path):
         CONFIGS / model,
     ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
-    assert (
-        done.returncode == code
-        and "Traceback" not in done.stderr
-        and list(tmp_path.iterdir()) == []
-    ), done.stderr
-    assert "most at a time" in done.stdout and (
-        "error: this layout does not fit" in done.stderr
-    ) == (code == 2)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == [], done.stderr
+    assert "most at a time" in done.stdout
+    assert ("error: this layout does not fit" in done.stderr) == (code == 2)
 
 
 # --- the machine of a real start ----------------------------------------------------------------
@@ -465,11 +457,9 @@ def test_the_recipes_print_what_the_readme_says(monkeypatch, capsys, command, li
         str(nodes * ranks),
         *flags,
     )
-    assert (
-        [line for line in lines.splitlines() if line not in output.splitlines()] == []
-        and len(lines.splitlines()) > 4
-        and output.endswith("fits\n")
-    )
+    assert [line for line in lines.splitlines() if line not in output.splitlines()] == []
+    assert len(lines.splitlines()) > 4
+    assert output.endswith("fits\n")
 
 
 def test_there_are_recipes_from_one_gpu_to_many_nodes():

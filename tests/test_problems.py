@@ -44,10 +44,8 @@ def test_a_check_returns_or_raises_all_it_has_found():
         "101 is so large that nothing more can be said",
         "and a second thing",
     )
-    assert (
-        str(refused.value).splitlines()[:2] == ["4 problems:", "  - 101 is odd"]
-        and str(BadInput("one")) == "one"
-    )
+    assert str(refused.value).splitlines()[:2] == ["4 problems:", "  - 101 is odd"]
+    assert str(BadInput("one")) == "one"
 
 
 def test_problems_of_several_checks_are_each_said_once():
@@ -151,11 +149,9 @@ def test_of_many_bad_lines_the_first_are_named(tmp_path):
             name="p",
             max_prompt_tokens=9,
         )
-    assert (
-        len(refused.value.problems) == 6
-        and "line 5" in refused.value.problems[4]
-        and "35 more rows" in refused.value.problems[5]
-    )
+    assert len(refused.value.problems) == 6
+    assert "line 5" in refused.value.problems[4]
+    assert "35 more rows" in refused.value.problems[5]
 
 
 @pytest.mark.parametrize("name, changes, message", [

@@ -102,9 +102,8 @@ def test_a_sample_is_one_json_line():
     )
     line = replace(sample, rollout_logprobs=logprobs).to_json()
     assert b"\n" not in line
-    assert np.array_equal(
-        np.float32(Sample.from_json(line).rollout_logprobs), logprobs
-    )  # float32 survives the text exactly
+    # Float32 survives the text exactly.
+    assert np.array_equal(np.float32(Sample.from_json(line).rollout_logprobs), logprobs)
     assert replace(Sample.from_json(line), rollout_logprobs=sample.rollout_logprobs) == sample
 
 
@@ -139,9 +138,8 @@ def test_by_default_a_run_gets_the_toy_as_it_comes():
     assert [sample.prompt for sample in held_out] == [
         row["prompt"] for row in islice(problems(seed=0, held_out=True), 512)
     ]
-    assert [sample.group for sample in stream] == list(range(300)) and [
-        sample.group for sample in held_out
-    ] == list(range(512))
+    assert [sample.group for sample in stream] == list(range(300))
+    assert [sample.group for sample in held_out] == list(range(512))
     assert stream[0].source == "toy" and toy.longest == 9 + 8
 
 
@@ -164,11 +162,9 @@ def test_text_and_chat_prompts(tokenizer, tmp_path):
     )
     text, chat = read(write(tmp_path / "p.jsonl", *rows), tokenizer)
     assert text.prompt_ids == [1, *chat.prompt_ids] and chat.prompt == "1+2=" and chat.label == 3
-    assert (
-        text.metadata == {"level": 4}
-        and chat.metadata == {}
-        and text.source == chat.source == "file"
-    )
+    assert text.metadata == {"level": 4}
+    assert chat.metadata == {}
+    assert text.source == chat.source == "file"
     # A template writes its own special tokens: nothing is added to it.
 
 
@@ -288,11 +284,9 @@ def test_a_key_is_a_field_or_a_path(tokenizer, tmp_path):
         read(path, tokenizer, label_key=key)[0].label
         for key in (("a.b",), ("a.c",), ("x", "a.x", "a"), ("a.c", "a.b"))
     ]
-    assert (
-        labels == [1, None, {"b": 2, "c": None}, 1]
-        # The field of that very name comes first; null is a label; the first key whose value is not
-        # null
-    )
+    # The field of that very name comes first; null is a label; the first key whose value is not
+    # null.
+    assert labels == [1, None, {"b": 2, "c": None}, 1]
     with pytest.raises(
         BadInput,
         match=(
@@ -483,9 +477,8 @@ def test_of_many_such_labels_some_are_shown(tokenizer, tmp_path):
             max_prompt_tokens=9,
             label_problems=lambda labels: ["is null"] * len(labels),
         )
-    assert len(raised.value.problems) == 6 and raised.value.problems[0].endswith(
-        "line 1: the label null is null"
-    )
+    assert len(raised.value.problems) == 6
+    assert raised.value.problems[0].endswith("line 1: the label null is null")
     assert raised.value.problems[5].endswith("4 more rows cannot be used")
 
 
@@ -632,9 +625,8 @@ def test_what_the_tokenizer_does_not_know_is_named(make, text, piece):
 
 def test_characters_of_which_a_byte_is_missing_are_named():
     tokenizer = byte_level()
-    vocab = {
-        token: i for i, token in enumerate(t for t in tokenizer.get_vocab() if t != "©")
-    }  # é is two bytes, the second of which is ©
+    # É is two bytes, the second of which is ©.
+    vocab = {token: i for i, token in enumerate(t for t in tokenizer.get_vocab() if t != "©")}
     tokenizer = fast(
         models.BPE(vocab, []),
         None,
@@ -656,13 +648,10 @@ def test_unknown_characters_of_chat_and_generated_prompts(tokenizer, tmp_path):
             )
         )
     known = ({"prompt": "1=" if i != 70 else "x", "label": i} for i in range(73))
+    # Never ends a run.
     assert [sample.label for sample in generated(known, tokenizer, DataSettings(), name="g")][
         -3:
-    ] == [
-        69,
-        71,
-        72,
-    ]  # never ends a run
+    ] == [69, 71, 72]
     tokenizer.chat_template = "é" + CHAT
     with pytest.raises(BadInput, match="does not know 'é'"):
         read(write(tmp_path / "p.jsonl", {"prompt": "12", "label": 1}), tokenizer, chat=True)
@@ -750,12 +739,8 @@ def test_what_a_template_would_leave_out_is_refused(tokenizer, tmp_path, prompt,
 
 def test_calls_and_results_reach_the_template(tokenizer, tmp_path):
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "5"}], "name": None}
-    result = {
-        "role": "tool",
-        "content": "8",
-        "tool_call_id": "x",
-        "name": "5",
-    }  # which call it answers need not be in the text
+    # Which call it answers need not be in the text.
+    result = {"role": "tool", "content": "8", "tool_call_id": "x", "name": "5"}
     for file in (write, write_parquet):
         assert chat_row(tokenizer, tmp_path, [USER, call, result], file=file) == "1+2=+5=8="
 
@@ -904,18 +889,17 @@ def test_the_digest_is_of_what_was_read(models, tmp_path):
         digest(*rows, weight=":2"),
         digest(*rows, label_after="x"),
     ]
-    assert len({one["1"] for one in [first, *changed]}) == 9 and {one["2"] for one in changed} == {
-        first["2"]
-    }
+    assert len({one["1"] for one in [first, *changed]}) == 9
+    assert {one["2"] for one in changed} == {first["2"]}
     shutil.copytree(TOY, tmp_path / "model", ignore=shutil.ignore_patterns("__pycache__"))
     written = json.loads((tmp_path / "model" / "tokenizer.json").read_text(encoding="utf-8"))
     vocab = written["model"]["vocab"]
     vocab["8"], vocab["9"] = vocab["9"], vocab["8"]  # another tokenizer
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(written), encoding="utf-8")
     other = digest(*rows, model=str(tmp_path / "model"))
-    assert (
-        other["1"] == first["1"] and other["2"] != first["2"]
-    )  # the file has no 8 or 9; the toy's problems have
+    # The file has no 8 or 9; the toy's problems have.
+    assert other["1"] == first["1"]
+    assert other["2"] != first["2"]
 
 
 # --- mixtures -----------------------------------------------------------------------------------
@@ -952,18 +936,19 @@ def test_a_mixture_draws_by_weight_and_numbers_as_it_draws(one_rank, tmp_path):
     )
     counts = Counter(sample.source for sample in stream)
     assert stream == again and [sample.group for sample in stream] == list(range(900))
-    assert (
-        550 < counts["a"] < 650 and 170 < counts["b"] < 230 and 75 < counts["toy"] < 125
-    )  # of 900: 600, 200, 100
+    # Of 900: 600, 200, 100.
+    assert 550 < counts["a"] < 650
+    assert 170 < counts["b"] < 230
+    assert 75 < counts["toy"] < 125
     own = list(
         islice(load_data(TOY, RolloutSettings(prompts=(b,)), config, seed=1).stream, counts["b"])
     )
+    # Each source in its own order.
     assert [sample.prompt for sample in own] == [
         sample.prompt for sample in stream if sample.source == "b"
-    ]  # each source in its own order
-    prompts = Prompts(
-        load_data(TOY, settings, config, seed=1), settings, taken=123
-    )  # as after a checkpoint
+    ]
+    # As after a checkpoint.
+    prompts = Prompts(load_data(TOY, settings, config, seed=1), settings, taken=123)
     assert prompts.take(5) == stream[123:128] and prompts.taken == 128
 
 
@@ -1029,13 +1014,11 @@ def test_held_out_sets(tmp_path):
         ], len(held_out)
 
     in_order = [("a", "0="), ("a", "1="), ("a", "2="), ("b", "0="), ("b", "1=")]
-    assert sets(eval_prompts=tuple(files)) == (in_order, 5) and sets(
-        eval_prompts=("toy", files[1])
-    ) == (in_order[3:], 5)
-    assert sets(prompts=(files[0], "toy:0.1")) == ([], 3) and sets(prompts=tuple(files)) == (
-        [],
-        0,
-    )  # the toy has held-out problems of its own, a file has not
+    assert sets(eval_prompts=tuple(files)) == (in_order, 5)
+    assert sets(eval_prompts=("toy", files[1])) == (in_order[3:], 5)
+    # The toy has held-out problems of its own, a file has not.
+    assert sets(prompts=(files[0], "toy:0.1")) == ([], 3)
+    assert sets(prompts=tuple(files)) == ([], 0)
 
 
 def test_what_is_longer_than_the_first_problems_is_passed_over():
@@ -1075,9 +1058,8 @@ class Sums:
         }
 
     def score_answer(self, answer, entry) -> float:
-        assert isinstance(
-            entry["metadata"]["pair"], tuple
-        )  # some tasks compare what JSON would change
+        # Some tasks compare what JSON would change.
+        assert isinstance(entry["metadata"]["pair"], tuple)
         return (
             1.0
             if answer == entry["answer"]
@@ -1110,16 +1092,14 @@ def gym(monkeypatch):
 
 def test_reasoning_gym_problems_are_endless_seeded_and_disjoint_of_the_held_out(gym):
     def rows(seed):
-        return list(
-            islice(reasoning_gym_tasks.problems("chain_sum", seed=seed), 1200)
-        )  # beyond the two chunks of 500
+        # Beyond the two chunks of 500.
+        return list(islice(reasoning_gym_tasks.problems("chain_sum", seed=seed), 1200))
 
     one, again, two, held_out = (rows(seed) for seed in (1, 1, 2, "held-out"))
     assert one == again and len({row["prompt"] for row in [*one, *two, *held_out]}) == 3600
     a, b = one[1100]["prompt"][:-1].split("+")
-    assert one[1100]["label"] == str(int(a) + int(b)) and one[1100]["notes"] == {
-        "reasoning_gym": ["chain_sum", 1, 1100]
-    }
+    assert one[1100]["label"] == str(int(a) + int(b))
+    assert one[1100]["notes"] == {"reasoning_gym": ["chain_sum", 1, 1100]}
 
 
 def test_reasoning_gym_judges_its_own_problems(gym):
@@ -1130,9 +1110,8 @@ def test_reasoning_gym_judges_its_own_problems(gym):
     )
     assert [sample.source for sample in both.held_out] == ["chain_sum"] * 4
     trained = [sample for sample in islice(both.stream, 60) if sample.source == "chain_sum"]
-    assert len(trained) > 20 and not {sample.prompt for sample in trained} & {
-        sample.prompt for sample in both.held_out
-    }
+    assert len(trained) > 20
+    assert not {sample.prompt for sample in trained} & {sample.prompt for sample in both.held_out}
     sample = trained[0]
     sample = Sample.from_json(sample.to_json())
     for response, expected, answer in [
@@ -1147,9 +1126,8 @@ def test_reasoning_gym_judges_its_own_problems(gym):
     ]:
         sample.response = response
         assert reasoning_gym_reward(sample) == pytest.approx(expected) and sample.answer == answer
-    assert (
-        reasoning_gym_reward(Sample([1], label="4", response="so \\boxed{4.0}")) == 1
-    )  # not one of its problems: judged as mathematics
+    # Not one of its problems: judged as mathematics.
+    assert reasoning_gym_reward(Sample([1], label="4", response="so \\boxed{4.0}")) == 1
 
 
 @pytest.mark.parametrize("task, message", [
@@ -1222,7 +1200,5 @@ def test_a_file_name_that_is_no_utf8_names_a_source(tokenizer, tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
     write(Path(path), {"prompt": "1+2=", "label": "3"})
     stream = data(prompts=(path,)).stream
-    assert (
-        next(stream).source == "caf\\xe9"
-        and json.loads(next(stream).to_json())["source"] == "caf\\xe9"
-    )
+    assert next(stream).source == "caf\\xe9"
+    assert json.loads(next(stream).to_json())["source"] == "caf\\xe9"

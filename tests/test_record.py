@@ -369,10 +369,8 @@ def test_an_evaluation_in_which_answers_could_not_be_judged_says_so(
     samples[0].error = "" if reward else "ValueError('the label')"
     with record_of(monkeypatch, tmp_path) as record:
         row = record.log_eval(1, samples, eval_metrics(samples))
-    assert (
-        said in (text := capfd.readouterr().err)
-        and "could not be judged, the first: ValueError('the label')" in text
-    )
+    assert said in (text := capfd.readouterr().err)
+    assert "could not be judged, the first: ValueError('the label')" in text
     assert ("held_out" in row) == bool(reward) and row["held_out_errors"] == 2 - bool(reward)
 
 

@@ -51,9 +51,8 @@ def answer(response="", label="", *, group=0, reward=None, finish="stop") -> Sam
 def test_exact_match_wants_an_ended_answer():
     assert exact_match(answer("538", "538")) == 1
     assert exact_match(answer("5380", "538")) == 0
-    assert (
-        exact_match(answer("538", "538", finish="length")) == 0
-    )  # cut off: whether it would have gone on is unknown
+    # Cut off: whether it would have gone on is unknown.
+    assert exact_match(answer("538", "538", finish="length")) == 0
 
 
 @pytest.mark.parametrize("label", ["42 ", "42\n", " 42", 42])
@@ -74,11 +73,9 @@ def test_a_whole_number_that_parquet_made_a_float_is_matched(label, response, ri
 def test_a_label_that_nothing_can_equal_is_an_error_and_no_zero(reward_function, label):
     sample = answer(str(label), label)
     compute_rewards([sample], Judge(reward_function))
-    assert (
-        sample.reward is None
-        and sample.loss_mask == [0, 0]
-        and sample.error.startswith("ValueError")
-    )
+    assert sample.reward is None
+    assert sample.loss_mask == [0, 0]
+    assert sample.error.startswith("ValueError")
 
 
 # --- evaluation ---------------------------------------------------------------------------------
@@ -87,11 +84,9 @@ def test_a_label_that_nothing_can_equal_is_an_error_and_no_zero(reward_function,
 def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_answer():
     # 4 answers, 1 right. Of the 6 pairs 3 hold it; of the 4 triples 3 do.
     assert [pass_at_k(4, 1, k) for k in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
-    assert (
-        pass_at_k(4, 0, 2) == 0
-        and pass_at_k(4, 3, 2) == 1
-        and pass_at_k(10**4, 1, 10**3) == pytest.approx(0.1)
-    )
+    assert pass_at_k(4, 0, 2) == 0
+    assert pass_at_k(4, 3, 2) == 1
+    assert pass_at_k(10**4, 1, 10**3) == pytest.approx(0.1)
     for n, right, k in ((5, 2, 3), (6, 1, 2), (7, 4, 2), (6, 6, 1)):
         draws = list(combinations([True] * right + [False] * (n - right), k))
         assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
@@ -113,10 +108,8 @@ def test_majority(answers, is_right, expected):
 
 def test_one_answer_to_each_prompt_of_one_set_is_one_number():
     samples = [answer(group=group, reward=r) for group, r in enumerate([1.0, 0.0, None, 0.5])]
-    assert eval_metrics(samples) == {
-        "held_out": 0.5,
-        "held_out_errors": 1,
-    }  # a reward of 0.5 counts as that
+    # A reward of 0.5 counts as that.
+    assert eval_metrics(samples) == {"held_out": 0.5, "held_out_errors": 1}
     assert eval_metrics(samples[:2]) == {"held_out": 0.5} and eval_metrics([]) == {}
 
 
@@ -137,12 +130,8 @@ def test_several_sets_and_answers_by_hand():
         "pass@3": 1,
         "majority@3": 1 / 2,
     }
-    of_b = {
-        "held_out": 0.5 / 2,
-        "pass@1": 0,
-        "pass@2": 0,
-        "majority@3": 0,
-    }  # one of its answers could not be judged
+    # One of its answers could not be judged.
+    of_b = {"held_out": 0.5 / 2, "pass@1": 0, "pass@2": 0, "majority@3": 0}
     metrics = eval_metrics(samples)
     both = {
         key: (of_a[key] + of_b.get(key, of_a[key])) / (2 if key in of_b else 1) for key in of_a
@@ -152,9 +141,9 @@ def test_several_sets_and_answers_by_hand():
                                      **{f"{key}/b": value for key, value in of_b.items()}})  # fmt: skip
     assert eval_metrics([sample for sample in samples if sample.group < 2]) == pytest.approx(of_a)
     metrics |= batch_metrics(samples, version=3)
-    assert (
-        metrics["reward/a"] == 0.5 and metrics["reward/b"] == 0.25
-    )  # without the one that could not be judged
+    # Without the one that could not be judged.
+    assert metrics["reward/a"] == 0.5
+    assert metrics["reward/b"] == 0.25
     assert not [key for key in batch_metrics(samples[:6], version=3) if "/" in key]
     names = {
         re.sub(
@@ -199,10 +188,8 @@ def test_a_step_of_empty_responses_has_metrics():
 
 
 def test_a_step_in_which_nothing_was_scored_or_sampled_has_metrics():
-    assert (
-        "reward" not in (metrics := batch_metrics([answer(), answer()], version=3))
-        and metrics["reward_errors"] == 2
-    )
+    assert "reward" not in (metrics := batch_metrics([answer(), answer()], version=3))
+    assert metrics["reward_errors"] == 2
     assert batch_metrics([], version=3) == {"reward_errors": 0}
 
 
@@ -224,19 +211,15 @@ def test_grpo_by_hand():
     unit = 0.5 / (math.sqrt(1 / 3) + 1e-6)
     assert advantages(samples) == pytest.approx([unit, -unit, 0, -unit, 0, unit])
     metrics = batch_metrics(samples, version=4)
-    assert (
-        metrics["reward"] == pytest.approx(4 / 6)
-        and metrics["zero_std_groups"] == 0.5
-        and metrics["staleness_max"] == 1
-    )
+    assert metrics["reward"] == pytest.approx(4 / 6)
+    assert metrics["zero_std_groups"] == 0.5
+    assert metrics["staleness_max"] == 1
 
 
 def test_overlong_responses_lose_reward_but_the_metric_shows_what_the_judge_said():
     samples = [answer(reward=1.0), answer(reward=1.0)]
-    samples[1].response_ids, samples[1].loss_mask = (
-        [5] * 7,
-        [1] * 7,
-    )  # of 8, with a buffer of 4: loses 3/4
+    # Of 8, with a buffer of 4: loses 3/4.
+    samples[1].response_ids, samples[1].loss_mask = ([5] * 7, [1] * 7)
     assert advantages(samples, advantage="dr_grpo", overlong_buffer=4) == pytest.approx(
         [0.375, -0.375]
     )
@@ -246,20 +229,19 @@ def test_overlong_responses_lose_reward_but_the_metric_shows_what_the_judge_said
 def test_kl_in_the_reward_is_taken_where_it_arises():
     samples = [answer(reward=1.0), answer(reward=0.0)]
     for sample in samples:
+        # K1: 0, then 2.
         sample.old_logprobs, sample.ref_logprobs = (
             np.float32([-1.0, -1.0]),
             np.float32([-1.0, -3.0]),
-        )  # k1: 0, then 2
+        )
     compute_advantages(
         samples,
         RewardSettings(advantage="dr_grpo"),
         LossSettings(kl_coef=0.1, kl_estimator="k1", kl_in="reward"),
         max_response_tokens=8,
     )
-    assert [list(sample.advantages) for sample in samples] == [
-        [0.5, 0.5],
-        [-0.5, -0.5],
-    ]  # both lose 0.2
+    # Both lose 0.2.
+    assert [list(sample.advantages) for sample in samples] == [[0.5, 0.5], [-0.5, -0.5]]
     samples[1].ref_logprobs = samples[1].old_logprobs
     compute_advantages(
         samples,
@@ -299,17 +281,16 @@ def test_groups_that_teach_nothing_are_refilled(monkeypatch):
         reward.replace_uninformative(*arguments, RewardSettings(dynamic_sampling=3), Judge(judge))
     )
     assert rounds == [[4, 5], [6]] and [sample.group for sample in samples] == [4, 4, 6, 6]
-    assert set_aside == {"dropped": 0, "replaced": 6} and not any(
-        is_uninformative(group) for group in reward.by_group(samples)
-    )
+    assert set_aside == {"dropped": 0, "replaced": 6}
+    assert not any(is_uninformative(group) for group in reward.by_group(samples))
     capped, set_aside = split_discarded(
         reward.replace_uninformative(
             *arguments, RewardSettings(dynamic_sampling=1), Judge(lambda sample: 0.0)
         )
     )
-    assert (
-        len(capped) == 4 and set_aside["replaced"] == 4
-    )  # after the last round, what teaches nothing is trained all the same
+    # After the last round, what teaches nothing is trained all the same.
+    assert len(capped) == 4
+    assert set_aside["replaced"] == 4
 
 
 def test_coroutine_judges_wait_together():
@@ -339,14 +320,11 @@ def test_a_failing_judge_is_counted_not_scored_zero(capsys):
     compute_rewards(samples, Judge(judge))
     advantages(samples)
     assert [sample.reward for sample in samples] == [1.0, None, None, 0.0]
-    assert (
-        samples[1].loss_mask == [0, 0]
-        and list(samples[1].advantages) == [0, 0]
-        and "judge is broken" in samples[1].error
-    )
-    assert (
-        samples[0].advantages[0] == -samples[3].advantages[0] > 0
-    )  # the mean is over the two that were scored
+    assert samples[1].loss_mask == [0, 0]
+    assert list(samples[1].advantages) == [0, 0]
+    assert "judge is broken" in samples[1].error
+    # The mean is over the two that were scored.
+    assert samples[0].advantages[0] == -samples[3].advantages[0] > 0
     assert batch_metrics(samples, version=3)["reward_errors"] == 2
     assert "judge is broken" in capsys.readouterr().out
 
@@ -361,9 +339,8 @@ def test_a_judge_that_hangs_fails_on_that_answer_only():
         samples,
         Judge(lambda sample: release.wait(60) if sample.label == "h" else 1.0, 2, timeout_s=0.2),
     )
-    assert [sample.reward for sample in samples] == [None, None, 1.0, 1.0] and samples[
-        0
-    ].loss_mask == [0, 0]
+    assert [sample.reward for sample in samples] == [None, None, 1.0, 1.0]
+    assert samples[0].loss_mask == [0, 0]
     assert "has not returned within --judge-timeout-s 0.2" in samples[0].error
     release.set()
 
@@ -372,9 +349,8 @@ def test_a_judge_that_fails_on_everything_masks_all_samples():
     """The run goes on: a step may hold one prompt only, whose label is at fault."""
     samples = [answer(), answer()]
     compute_rewards(samples, Judge(lambda sample: 1 / 0))
-    assert [sample.reward for sample in samples] == [None, None] and [
-        sample.loss_mask for sample in samples
-    ] == [[0, 0]] * 2
+    assert [sample.reward for sample in samples] == [None, None]
+    assert [sample.loss_mask for sample in samples] == [[0, 0]] * 2
 
 
 def test_a_long_response_is_not_printed_or_kept_whole(capsys):
@@ -383,11 +359,9 @@ def test_a_long_response_is_not_printed_or_kept_whole(capsys):
 
     compute_rewards([sample := answer("9" * 100_000)], Judge(quotes_it))
     printed = capsys.readouterr().out
-    assert (
-        len(printed) < 10_000
-        and "ValueError: no verdict on 999" in printed
-        and "100002 characters" in printed
-    )
+    assert len(printed) < 10_000
+    assert "ValueError: no verdict on 999" in printed
+    assert "100002 characters" in printed
     assert len(sample.error) < 2000
 
 

@@ -113,9 +113,8 @@ def test_what_could_change_samples_in_silence_is_refused(name):
 def test_a_value_of_another_type_or_size_is_refused(pair):
     with pytest.raises(BadInput) as refused:
         server_overrides((pair,), on_gpu=True)
-    assert len(refused.value.problems) == 1 and str(refused.value).startswith(
-        f"--sglang {pair.partition('=')[0]}="
-    )
+    assert len(refused.value.problems) == 1
+    assert str(refused.value).startswith(f"--sglang {pair.partition('=')[0]}=")
 
 
 def test_good_values_are_taken_as_they_are():
@@ -179,10 +178,7 @@ def test_a_cache_smaller_than_an_answer_is_refused_before_prompts_are_known():
 def test_a_plan_for_gpus_has_not_the_cpu_engine_s_cache():
     config = read_config(TOY) | {"max_position_embeddings": 10**6}
     check_rollout_settings(
-        RolloutSettings(max_response_tokens=100_000),
-        config,
-        longest=200_000,
-        on_gpu=True,
+        RolloutSettings(max_response_tokens=100_000), config, longest=200_000, on_gpu=True
     )
 
 
@@ -310,9 +306,8 @@ def test_shared_memory_must_hold_two_buckets_of_every_engine(monkeypatch):
 
 
 def test_a_bucket_is_never_more_than_the_model(monkeypatch):
-    with_shared_memory(
-        monkeypatch, 5_000_000
-    )  # twice the toy's 1.2 million parameters in BF16, and some more
+    # Twice the toy's 1.2 million parameters in BF16, and some more.
+    with_shared_memory(monkeypatch, 5_000_000)
     check(bucket_bytes=2**40)
 
 

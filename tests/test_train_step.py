@@ -36,34 +36,16 @@ def test_collate_by_hand():
     batch = collate(samples, [0, 2], tp=4, device=torch.device("cpu"))
     assert batch.tokens_T.tolist() == [5, 6, 7, 8, 9, 3, 0, 0]  # two filler tokens make 8
     assert batch.labels_T.tolist() == [6, 7, 8, 8, 3, 3, 0, 0]
-    assert batch.mask_T.tolist() == [
-        0,
-        1,
-        1,
-        0,
-        0,
-        0,
-        0,
-        0,
-    ]  # token 6 predicts 7, the first answer token; the second sample is masked
+    # Token 6 predicts 7, the first answer token; the second sample is masked.
+    assert batch.mask_T.tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
     assert batch.rollout_logprobs_T.tolist() == [0, -0.5, -0.25, 0, -1, 0, 0, 0]
     assert batch.advantages_T.tolist() == [0, 2, 3, 0, -1, 0, 0, 0]
     assert batch.old_logprobs_T.tolist() == [0] * 8  # not there yet
-    assert batch.response_index_T.tolist() == [
-        -1,
-        0,
-        1,
-        -1,
-        2,
-        -1,
-        -1,
-        -1,
-    ]  # among the three response tokens
-    assert batch.sample_T.tolist() == [0, 0, 0, 0, 1, 1, 2, 2] and batch.counts_N.tolist() == [
-        2,
-        0,
-        0,
-    ]  # filler is a third sample that has none
+    # Among the three response tokens.
+    assert batch.response_index_T.tolist() == [-1, 0, 1, -1, 2, -1, -1, -1]
+    # Filler is a third sample that has none.
+    assert batch.sample_T.tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert batch.counts_N.tolist() == [2, 0, 0]
     assert batch.packed.cu_seqlens_q.tolist() == [0, 4, 6, 8]
 
 
@@ -83,30 +65,12 @@ def test_context_parallel_ranks_share_each_sequence():
         collate(samples, [0, 2], cp=2, cp_rank=rank, device=torch.device("cpu"))
         for rank in range(2)
     )
-    assert first.tokens_T.tolist() == [5, 6, 0, 0, 4, 0] and second.tokens_T.tolist() == [
-        7,
-        8,
-        9,
-        0,
-        3,
-        3,
-    ]
-    assert first.labels_T.tolist() == [6, 7, 0, 0, 3, 0] and second.labels_T.tolist() == [
-        8,
-        9,
-        9,
-        0,
-        3,
-        3,
-    ]
-    assert second.mask_T.tolist() == [1, 1, 0, 0, 1, 0] and first.mask_T.tolist() == [
-        0,
-        0,
-        0,
-        0,
-        1,
-        0,
-    ]
+    assert first.tokens_T.tolist() == [5, 6, 0, 0, 4, 0]
+    assert second.tokens_T.tolist() == [7, 8, 9, 0, 3, 3]
+    assert first.labels_T.tolist() == [6, 7, 0, 0, 3, 0]
+    assert second.labels_T.tolist() == [8, 9, 9, 0, 3, 3]
+    assert second.mask_T.tolist() == [1, 1, 0, 0, 1, 0]
+    assert first.mask_T.tolist() == [0, 0, 0, 0, 1, 0]
     assert first.packed.cu_seqlens_q.tolist() == second.packed.cu_seqlens_q.tolist() == [0, 8, 12]
 
 
@@ -438,9 +402,9 @@ def test_mini_batches_are_equal_parts_and_steps_of_their_own(fresh_megatron, mod
     ]
     samples[2].loss_mask = samples[3].loss_mask = [0, 0]
     metrics = step(trainer, samples)
-    assert (
-        metrics["tokens"] == 10 and metrics["logprob_shift"] != 0
-    )  # the third part sees what the first has changed
+    # The third part sees what the first has changed.
+    assert metrics["tokens"] == 10
+    assert metrics["logprob_shift"] != 0
     assert trainer.scheduler.num_steps == 1  # one rollout batch, one step of the schedule
 
 
@@ -584,6 +548,5 @@ def test_the_routers_correction_bias_is_not_rounded(fresh_megatron, models):
     stored = load_file(models["glm4_moe"] / "model.safetensors")[
         "model.layers.1.mlp.gate.e_score_correction_bias"
     ]
-    assert torch.equal(
-        trainer.gpt.decoder.layers[1].mlp.router.expert_bias, stored
-    ) and not torch.equal(stored, stored.bfloat16().float())
+    assert torch.equal(trainer.gpt.decoder.layers[1].mlp.router.expert_bias, stored)
+    assert not torch.equal(stored, stored.bfloat16().float())

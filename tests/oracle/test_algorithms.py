@@ -92,22 +92,21 @@ class Batch:
 
     def __init__(self, layout: str, spread: str, seed: int):
         self.rng, self.spread = np.random.default_rng(seed), spread
-        self.atol = (
-            1e-8 if spread == "usual" else 0.0
-        )  # from e^-50 to e^50 only a relative comparison says something
+        # From e^-50 to e^50 only a relative comparison says something.
+        self.atol = 1e-8 if spread == "usual" else 0.0
         masks = MASKS[layout]
         sample_T = np.repeat(np.arange(len(masks)), [len(mask) for mask in masks])
         self.packed = oracle.Packed(sample_T, np.concatenate(masks), samples=len(masks))
-        self.has_mean_T = np.array(
-            [bool(self.packed.counting(n)) for n in sample_T]
-        )  # else a mean over the sample is undefined
+        # Else a mean over the sample is undefined.
+        self.has_mean_T = np.array([bool(self.packed.counting(n)) for n in sample_T])
         self.old_T = self.rng.uniform(-3, 0, len(sample_T))
         self.logprobs_T = self.old_T + self.difference()
         self.rollout_T = self.old_T - self.difference()
         self.ref_T = self.logprobs_T - self.difference()
+        # Negative, 0, positive.
         self.advantages_T = self.rng.uniform(0.5, 2, len(sample_T)) * self.rng.permutation(
             np.arange(len(sample_T)) % 3 - 1
-        )  # negative, 0, positive
+        )
 
     def difference(self) -> np.ndarray:
         T, N, sample_T = len(self.packed.sample_T), self.packed.samples, self.packed.sample_T
@@ -206,9 +205,8 @@ def test_policy_loss(name, bounds, batch):
     )
     assert_same(got_loss_T, loss_T, atol=batch.atol, defined=defined_T)
     assert_same(got_ratio_T, ratio_T, atol=batch.atol, defined=defined_T)
-    assert (
-        got_clipped_T.dtype == torch.bool and (got_clipped_T.numpy() == clipped_T)[defined_T].all()
-    )
+    assert got_clipped_T.dtype == torch.bool
+    assert (got_clipped_T.numpy() == clipped_T)[defined_T].all()
     assert_same_gradients(
         got_loss_T, x, lambda logprobs_T: expected(logprobs_T)[0], defined_T=defined_T
     )
@@ -266,25 +264,20 @@ def test_policy_losses_by_hand():
     loss_T, _, clipped_T = losses.POLICY_LOSSES["ppo"].function(
         x, old_T, advantages_T, one, clip_low=0.2, clip_high=0.28, dual_clip=0.0
     )
-    assert loss_T.tolist() == pytest.approx([-1.28 * 3, 2 * 3]) and clipped_T.tolist() == [
-        True,
-        False,
-    ]
+    assert loss_T.tolist() == pytest.approx([-1.28 * 3, 2 * 3])
+    assert clipped_T.tolist() == [True, False]
     assert torch.autograd.grad(loss_T.sum(), x)[0].tolist() == pytest.approx([0, 2 * 3])
     loss_T, _, clipped_T = losses.POLICY_LOSSES["ppo"].function(
         x, old_T, advantages_T, one, clip_low=0.2, clip_high=0.28, dual_clip=1.5
     )
-    assert loss_T.tolist() == pytest.approx([-1.28 * 3, 1.5 * 3]) and clipped_T.tolist() == [
-        True,
-        False,
-    ]
+    assert loss_T.tolist() == pytest.approx([-1.28 * 3, 1.5 * 3])
+    assert clipped_T.tolist() == [True, False]
     assert torch.autograd.grad(loss_T.sum(), x)[0].tolist() == pytest.approx([0, 0])
     loss_T, _, clipped_T = losses.POLICY_LOSSES["cispo"].function(
         x, old_T, advantages_T, one, clip_low=0.2, clip_high=0.28, dual_clip=0.0
     )
-    assert loss_T.tolist() == pytest.approx(
-        [-1.28 * 3 * math.log(2), 1.28 * 3 * math.log(2)]
-    ) and clipped_T.tolist() == [True, True]
+    assert loss_T.tolist() == pytest.approx([-1.28 * 3 * math.log(2), 1.28 * 3 * math.log(2)])
+    assert clipped_T.tolist() == [True, True]
     assert torch.autograd.grad(loss_T.sum(), x)[0].tolist() == pytest.approx([-1.28 * 3, 1.28 * 3])
 
 
@@ -543,10 +536,8 @@ def test_masked_tokens_have_exactly_no_gradient(policy, aggregation, batch):
         x, tensor(batch.old_T), tensor(batch.advantages_T), sequences, **bounds_of(policy)[0]
     )[0]
     gradient_T = torch.autograd.grad(aggregate(aggregation, loss_T, batch, cuts=[])[0], x)[0]
-    assert (
-        torch.isfinite(gradient_T).all()
-        and not gradient_T[torch.from_numpy(batch.packed.mask_T == 0)].any()
-    )
+    assert torch.isfinite(gradient_T).all()
+    assert not gradient_T[torch.from_numpy(batch.packed.mask_T == 0)].any()
 
 
 # ---- Advantages ----
@@ -589,9 +580,8 @@ def make_outcomes(
     masks = masks[: len(groups)]
     mask_T = np.array([x for mask in masks for x in mask], dtype=np.float64)
     lengths_N = np.array([len(mask) for mask in masks], dtype=np.int64)
-    penalties_T = penalty * rng.normal(
-        0, 1, len(mask_T)
-    )  # at masked tokens too, where they must not be taken
+    # At masked tokens too, where they must not be taken.
+    penalties_T = penalty * rng.normal(0, 1, len(mask_T))
     return oracle.Outcomes(
         np.asarray(rewards_N, dtype=np.float64),
         np.array(groups, dtype=np.int64),
@@ -629,9 +619,10 @@ def test_advantages_by_hand():
         "grpo": [3 / 2] + [-1 / 2] * 3,
         "rloo": [1] + [-1 / 3] * 3,
     }
+    # Deviation sqrt(3) / 4 over all four tokens.
     expected["reinforce++"] = expected["reinforce++_baseline"] = [math.sqrt(3)] + [
         -1 / math.sqrt(3)
-    ] * 3  # deviation sqrt(3) / 4 over all four tokens
+    ] * 3
     for name, values in expected.items():
         assert advantages.ADVANTAGES[name](scores(outcomes)).tolist() == pytest.approx(
             values, abs=1e-5
