@@ -5,6 +5,7 @@ import functools
 import logging
 
 import torch
+import torch.utils._device
 
 
 class _Stream:
