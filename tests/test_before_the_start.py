@@ -45,7 +45,8 @@ def start(monkeypatch, tmp_path):
     (["--judge-timeout-s", "nan"], "--judge-timeout-s nan must be positive"),
     (["--minibatches", "257"], "a step has 256 answers, .* use at most 256"),
     (["--wandb", "a:b"], "--wandb 'a:b' holds ':'"),
-    (["--megatron", "recompute_num_layers=x"], "'x' is of the wrong type: the field is int or null"),
+    (["--megatron", "recompute_num_layers=x"],
+     "'x' is of the wrong type: the field is int or null"),
     (["--megatron", "recompute_num_layers=1.0"], "=1.0 is of the wrong type"),
     (["--megatron", "adam_eps=NaN"], "--megatron adam_eps=nan must be finite"),
     (["--megatron", "adam_eps=1e-9", "adam_eps=1e-8"], "--megatron adam_eps is given twice"),
@@ -60,7 +61,8 @@ def test_flags_that_are_refused(start, flags, message):
 @pytest.mark.parametrize("flags", [
     ["--seed", str(2**31 - 1)], ["--seed", "0"], ["--minibatches", "256"],
     ["--megatron", "adam_eps=1e-9", "adam_beta1=0.8"],
-    ["--megatron", "recompute_granularity=full", "recompute_method=uniform", "recompute_num_layers=1"],
+    ["--megatron", "recompute_granularity=full", "recompute_method=uniform",
+     "recompute_num_layers=1"],
 ])  # fmt: skip
 def test_flags_that_hold(start, flags):
     with pytest.raises(Started):

@@ -54,10 +54,14 @@ def test_every_text_file_is_opened_with_an_encoding(path):
 
 
 @pytest.mark.parametrize("call, is_named", [
-    ("open(p)", True), ("open(p, 'w')", True), ("open(p, mode='a')", True), ("p.open()", True), ("p.open('w')", True), ("p.read_text()", True),
-    ("p.write_text(t)", True), ("os.fdopen(f)", True), ("open(p, 'a' if x else 'w')", True), ("Path.read_text(p)", True),
-    ("open(p, encoding='utf-8')", False), ("open(p, 'rb')", False), ("open(p, mode='wb')", False), ("p.open('rb')", False), ("p.read_bytes()", False),
-    ("os.fdopen(f, 'rb')", False), ("p.write_text(t, encoding='utf-8')", False), ("os.open(p, 0)", False),
+    ("open(p)", True), ("open(p, 'w')", True), ("open(p, mode='a')", True), ("p.open()", True),
+    ("p.open('w')", True), ("p.read_text()", True),
+    ("p.write_text(t)", True), ("os.fdopen(f)", True), ("open(p, 'a' if x else 'w')", True),
+    ("Path.read_text(p)", True),
+    ("open(p, encoding='utf-8')", False), ("open(p, 'rb')", False), ("open(p, mode='wb')", False),
+    ("p.open('rb')", False), ("p.read_bytes()", False),
+    ("os.fdopen(f, 'rb')", False), ("p.write_text(t, encoding='utf-8')", False),
+    ("os.open(p, 0)", False),
 ])  # fmt: skip
 def test_the_search_finds_what_it_should(call, is_named):
     assert (len(without_encoding(call)) == 1) == is_named

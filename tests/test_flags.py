@@ -125,7 +125,8 @@ def refused(monkeypatch, *words: str, loop=loop_sync, ranks=1) -> tuple[str, ...
     (["--steps", "1_000"], "--steps 1_000: write at most 15 digits, and no _"),
     (["--lr=1_0.5"], "--lr 1_0.5: write at most 15 digits, and no _"),
     (["--bucket-bytes", "9" * 400], "write at most 15 digits"),
-    (["--prompts", "toy:2", "--steps", "3", "--prompts=toy:1"], "--prompts is given twice, toy:2 and toy:1"),
+    (["--prompts", "toy:2", "--steps", "3", "--prompts=toy:1"],
+     "--prompts is given twice, toy:2 and toy:1"),
 ])  # fmt: skip
 def test_words_that_cannot_be_read(monkeypatch, words, message):
     assert message in refused(monkeypatch, *words)[0]

@@ -85,7 +85,8 @@ def test_its_bounds_are_in_the_help(forked, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--dual-clip", "3"], "--policy-loss tanh and --dual-clip 3.0 do not fit: use --dual-clip 0.0"),
+    (["--dual-clip", "3"],
+     "--policy-loss tanh and --dual-clip 3.0 do not fit: use --dual-clip 0.0"),
     (["--kl-coef", "0.1", "--kl-in", "reward"], "--kl-in reward do not fit: use --kl-in loss"),
     (["--clip-low", "0.2"], "--clip-low 0.2 has no effect: --policy-loss tanh has no such bound"),
 ])  # fmt: skip

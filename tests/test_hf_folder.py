@@ -174,10 +174,12 @@ def test_without_an_index_a_tensor_in_two_files_is_refused_naming_both(tmp_path,
 
 @pytest.mark.parametrize("name, tensor, message", [
     # More layers
-    ("model.layers.2.mlp.up_proj.weight", torch.zeros(512, 128), "model.layers.2.mlp.up_proj.weight is not of the model"),
+    ("model.layers.2.mlp.up_proj.weight", torch.zeros(512, 128),
+     "model.layers.2.mlp.up_proj.weight is not of the model"),
     ("model.layers.0.self_attn.q_proj.bias", torch.zeros(256), "q_proj.bias is not of the model"),
     ("model.norm.weight", torch.zeros(128, dtype=torch.int8), "model.norm.weight is I8"),
-    ("model.layers.0.mlp.up_proj.weight", torch.zeros(512, 128).to(torch.float8_e4m3fn), "up_proj.weight is F8_E4M3"),
+    ("model.layers.0.mlp.up_proj.weight", torch.zeros(512, 128).to(torch.float8_e4m3fn),
+     "up_proj.weight is F8_E4M3"),
 ])  # fmt: skip
 def test_weights_that_would_be_lost_or_misread_are_refused(tmp_path, models, name, tensor, message):
     shutil.copytree(models["qwen3"], tmp_path, dirs_exist_ok=True)

@@ -463,7 +463,8 @@ def test_a_token_older_than_the_bound_stops_the_run():
 
 @pytest.mark.parametrize("changes, world_size, message", [
     ({}, 1, "torchrun --nproc-per-node 2 loop_async.py"),
-    (dict(rollout_ranks=2), 2, "--rollout-ranks 2 must leave at least one of the 2 ranks to each side: use 1 to 1"),
+    (dict(rollout_ranks=2), 2,
+     "--rollout-ranks 2 must leave at least one of the 2 ranks to each side: use 1 to 1"),
     (dict(rollout_ranks=0), 2, "--rollout-ranks 0"),
     (dict(max_staleness=-1), 2, "--max-staleness -1"),
     (dict(rollout_ranks=2, oversample=3), 4, "--oversample 3 must be a multiple of the 2 engines"),

@@ -204,12 +204,17 @@ INFINITE, UNDEFINED = math.inf, math.nan
     (dict(clip_high=0.0), "--clip-high 0.0"),
     (dict(clip_high=UNDEFINED), "--clip-high nan"),
     (dict(dual_clip=UNDEFINED), "--dual-clip nan"),
-    (dict(policy_loss="gspo"), "--policy-loss gspo and --aggregation token .*use --aggregation sequence"),
+    (dict(policy_loss="gspo"),
+     "--policy-loss gspo and --aggregation token .*use --aggregation sequence"),
     (dict(policy_loss="gspo", aggregation="constant"), "--aggregation constant do not fit"),
-    (dict(correction="none", correction_low=0.5), "--correction-low 0.5 has no effect: --correction none"),
-    (dict(correction="none", correction_high=2.0), "--correction-high 2.0 has no effect: --correction none"),
-    (dict(correction="tis", correction_low=0.5), "--correction-low 0.5 has no effect: --correction tis"),
-    (dict(correction="decoupled", correction_low=0.5), "--correction-low 0.5 has no effect: --correction decoupled"),
+    (dict(correction="none", correction_low=0.5),
+     "--correction-low 0.5 has no effect: --correction none"),
+    (dict(correction="none", correction_high=2.0),
+     "--correction-high 2.0 has no effect: --correction none"),
+    (dict(correction="tis", correction_low=0.5),
+     "--correction-low 0.5 has no effect: --correction tis"),
+    (dict(correction="decoupled", correction_low=0.5),
+     "--correction-low 0.5 has no effect: --correction decoupled"),
     (dict(correction="icepop", correction_low=-0.1), "0 <= low <= 1"),
     (dict(correction="icepop", correction_low=UNDEFINED), "0 <= low <= 1"),
     (dict(correction="sequence_mask", correction_high=0.99), "low <= 1 <= high"),
@@ -221,10 +226,13 @@ INFINITE, UNDEFINED = math.inf, math.nan
     (dict(kl_estimator="k2"), "--kl-estimator k2 .*no effect without --kl-coef"),
     (dict(kl_in="reward"), "--kl-in reward has no effect without --kl-coef"),
     (dict(dual_clip=0.5), "--dual-clip 0.5 must be above 1"),
-    (dict(policy_loss="cispo", dual_clip=3.0), "--policy-loss cispo and --dual-clip 3.0 do not fit: use --dual-clip 0.0, or --policy-loss ppo or gspo"),
+    (dict(policy_loss="cispo", dual_clip=3.0),
+     "--policy-loss cispo and --dual-clip 3.0 do not fit: use --dual-clip 0.0, or --policy-loss "
+     "ppo or gspo"),
     (dict(correction="icepop", correction_low=2.0), "low <= 1 <= high"),
     (dict(kl_coef=-1.0), "--kl-coef -1.0"),
-    (dict(kl_coef=0.1, kl_estimator="k1"), "--kl-estimator k1 and --kl-in loss do not fit: use --kl-in reward, or --kl-estimator k2"),
+    (dict(kl_coef=0.1, kl_estimator="k1"),
+     "--kl-estimator k1 and --kl-in loss do not fit: use --kl-in reward, or --kl-estimator k2"),
 ])  # fmt: skip
 def test_settings_that_cannot_work(changes, message):
     with pytest.raises(BadInput, match=message):
@@ -239,7 +247,8 @@ def test_each_policy_loss_has_bounds_of_its_own():
 
 
 @pytest.mark.parametrize("correction, bounds", [
-    ("none", (None, None)), ("tis", (None, 2.0)), ("icepop", (0.5, 5.0)), ("decoupled", (None, 5.0)), ("sequence_mask", (0.9, 1.1)),
+    ("none", (None, None)), ("tis", (None, 2.0)), ("icepop", (0.5, 5.0)),
+    ("decoupled", (None, 5.0)), ("sequence_mask", (0.9, 1.1)),
 ])  # fmt: skip
 def test_each_correction_has_bounds_of_its_own(correction, bounds):
     settings = LossSettings(correction=correction)

@@ -20,8 +20,10 @@ NAN_AT = "mismatch_abs"
 def row(step: int, **changes) -> dict:
     """A step's metrics, as many as plot.py draws."""
     return {
-        "step": step, "reward": 0.5, "mismatch_abs": 0.01, "mismatch_k3": 1e-4, "rollout_s": 0.3, "train_s": 0.2, "sync_s": 0.1, "step_s": 0.6,
-        "staleness": [8, 2], "staleness_max": 1, "response_tokens": 4.0, "truncated": 0.0, "tokens": 10,
+        "step": step, "reward": 0.5, "mismatch_abs": 0.01, "mismatch_k3": 1e-4, "rollout_s": 0.3,
+        "train_s": 0.2, "sync_s": 0.1, "step_s": 0.6,
+        "staleness": [8, 2], "staleness_max": 1, "response_tokens": 4.0, "truncated": 0.0,
+        "tokens": 10,
         "reward_s": 0.05, "entropy": 0.7, "grad_norm": 2.0, "clipfrac": 0.1, "tis_clipfrac": 0.0,
         "kl": 0.0, "approx_kl": 0.0, "zero_std_groups": 0.25,
     } | changes  # fmt: skip
@@ -127,8 +129,10 @@ def test_a_line_that_is_cut_in_the_middle_of_the_file_is_refused(monkeypatch, tm
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "has no training step yet"), ("[1, 2]\n", "line 1 is no row of a step"), ('{"reward": 1}\n', "line 1 is no row of a step"),
-    ('{"step": 0, "held_out": 0.1}\n', "has no training step yet"), ("\xff\n", "is no run that can be read"), ("\n\n", "line 1 is not JSON"),
+    ("", "has no training step yet"), ("[1, 2]\n", "line 1 is no row of a step"),
+    ('{"reward": 1}\n', "line 1 is no row of a step"),
+    ('{"step": 0, "held_out": 0.1}\n', "has no training step yet"),
+    ("\xff\n", "is no run that can be read"), ("\n\n", "line 1 is not JSON"),
 ])  # fmt: skip
 def test_metrics_that_are_none_are_refused(monkeypatch, tmp_path, text, message):
     folder = write_run(tmp_path / "run", [])

@@ -155,11 +155,17 @@ def test_of_many_bad_lines_the_first_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("name, changes, message", [
-    ("config.json", dict(hidden_size=0, vocab_size=0, hidden_act="gelu", mamba=1), ["hidden_size", "vocab_size", "hidden_act", "mamba"]),
-    ("config.json", dict(rope_parameters=dict(rope_type="default", factor=8.0)), ["'default' with {'factor': 8.0} are not implemented"]),
-    ("config.json", dict(tie_word_embeddings=True), ["lm_head.weight is not the embedding and would be lost"]),
-    ("config.json", dict(intermediate_size=384), ["mlp.gate_proj.weight has shape (512, 128), config.json implies (384, 128)"]),
-    ("config.json", dict(eos_token_id=7), ["end at token 7 ('4') by config.json and generation_config.json, at 2 ('</s>') by the tokenizer"]),
+    ("config.json", dict(hidden_size=0, vocab_size=0, hidden_act="gelu", mamba=1),
+     ["hidden_size", "vocab_size", "hidden_act", "mamba"]),
+    ("config.json", dict(rope_parameters=dict(rope_type="default", factor=8.0)),
+     ["'default' with {'factor': 8.0} are not implemented"]),
+    ("config.json", dict(tie_word_embeddings=True),
+     ["lm_head.weight is not the embedding and would be lost"]),
+    ("config.json", dict(intermediate_size=384),
+     ["mlp.gate_proj.weight has shape (512, 128), config.json implies (384, 128)"]),
+    ("config.json", dict(eos_token_id=7),
+     ["end at token 7 ('4') by config.json and generation_config.json, at 2 ('</s>') by the "
+     "tokenizer"]),
     ("generation_config.json", dict(eos_token_id=[2, 97]), ["eos_token_id 97", "model's 97"]),
 ])  # fmt: skip
 def test_what_does_not_agree_in_a_model_folder(tmp_path, name, changes, message):
@@ -195,7 +201,8 @@ def changed_config(folder, family: str, *, without=(), **changes):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("architectures", [
-    "absent", None, [], ["Qwen3Model"], ["Qwen3ForSequenceClassification"], ["Qwen3ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM"],
+    "absent", None, [], ["Qwen3Model"], ["Qwen3ForSequenceClassification"],
+    ["Qwen3ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM"],
 ])  # fmt: skip
 def test_a_model_of_another_architecture_is_refused(tmp_path, family, architectures):
     folder = changed_config(
@@ -211,9 +218,12 @@ def test_a_model_of_another_architecture_is_refused(tmp_path, family, architectu
 
 
 @pytest.mark.parametrize("family, changes, message", [
-    ("qwen3", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6), rope_theta=5e5), "contradict one another"),
+    ("qwen3", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6), rope_theta=5e5),
+     "contradict one another"),
     ("qwen3", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6), rope_scaling=dict(rope_type="yarn", factor=4.0)), "yarn"),
-    ("qwen3", dict(rope_theta=1e6, rope_scaling=dict(rope_type="yarn", factor=4.0), rope_parameters=None), "yarn"),
+    ("qwen3",
+     dict(rope_theta=1e6, rope_scaling=dict(rope_type="yarn", factor=4.0), rope_parameters=None),
+     "yarn"),
     ("qwen3", dict(head_dim=33), "rope would turn 33"),
     ("glm4_moe", dict(head_dim=66, partial_rotary_factor=0.5), "rope would turn 33"),
     ("qwen3", dict(use_sliding_window=True), "use_sliding_window is True"),
@@ -236,8 +246,10 @@ def test_a_config_that_trainer_and_engine_would_read_otherwise_is_refused(
 
 
 @pytest.mark.parametrize("family, field, value", [
-    ("qwen3", "head_dim", 128), ("qwen2", "num_key_value_heads", 32), ("glm4_moe", "rms_norm_eps", 1e-5), ("glm4_moe", "first_k_dense_replace", 1),
-    ("glm4_moe", "n_shared_experts", 1), ("glm4_moe", "routed_scaling_factor", 1.0), ("llama", "num_key_value_heads", 4), ("llama", "head_dim", 32),
+    ("qwen3", "head_dim", 128), ("qwen2", "num_key_value_heads", 32),
+    ("glm4_moe", "rms_norm_eps", 1e-5), ("glm4_moe", "first_k_dense_replace", 1),
+    ("glm4_moe", "n_shared_experts", 1), ("glm4_moe", "routed_scaling_factor", 1.0),
+    ("llama", "num_key_value_heads", 4), ("llama", "head_dim", 32),
 ])  # fmt: skip
 def test_a_field_that_is_left_out_has_transformers_value(tmp_path, family, field, value):
     wide = dict(num_attention_heads=32) if value == 32 and field == "num_key_value_heads" else {}
@@ -299,7 +311,8 @@ def test_rope_settings_of_published_models_are_not_refused():
 
 
 @pytest.mark.parametrize("family, changes, message", [
-    ("qwen3", dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is implemented for glm4_moe"),
+    ("qwen3", dict(partial_rotary_factor=0.5),
+     "partial_rotary_factor 0.5 is implemented for glm4_moe"),
     ("qwen3_moe", dict(n_group=2), "n_group"),
     ("qwen3", dict(num_hidden_layers=10**9), "num_hidden_layers 1000000000 must be at most 10000"),
 ])  # fmt: skip

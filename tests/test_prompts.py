@@ -46,7 +46,7 @@ from data.sample import Sample, read_dump
 from data.tokenizer import encode, end_tokens, load_tokenizer
 from harness.checks import check_reward_flags, check_rollout_flags
 from reward import reasoning_gym_reward
-from rollout import Prompts, fill
+from rollout import Prompts, write_outputs
 from toy.task import is_held_out, problems
 
 TOY = str(REPOSITORY / "toy")
@@ -185,10 +185,14 @@ def test_chat_wraps_text_and_the_system_message_goes_first(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("template, settings, prompt, message", [
-    (None, dict(chat=True), "1+2", "line 1: chat messages need a chat template, and the tokenizer has none"),
-    (CHAT, dict(system_prompt="7"), "1+2", "--system-prompt needs chat messages, and the prompt of .* line 1 is text: add --chat"),
-    (CHAT, dict(system_prompt="7"), [{"role": "system", "content": "8"}], "line 1 has a system message of its own"),
-    ("{{ raise_exception('no system') }}", dict(chat=True), "1+2", r"line 1: the tokenizer's chat template refuses these messages \(no system\)"),
+    (None, dict(chat=True), "1+2",
+     "line 1: chat messages need a chat template, and the tokenizer has none"),
+    (CHAT, dict(system_prompt="7"), "1+2",
+     "--system-prompt needs chat messages, and the prompt of .* line 1 is text: add --chat"),
+    (CHAT, dict(system_prompt="7"), [{"role": "system", "content": "8"}],
+     "line 1 has a system message of its own"),
+    ("{{ raise_exception('no system') }}", dict(chat=True), "1+2",
+     r"line 1: the tokenizer's chat template refuses these messages \(no system\)"),
 ])  # fmt: skip
 def test_chat_that_cannot_be(tokenizer, tmp_path, template, settings, prompt, message):
     tokenizer.chat_template = template
@@ -201,12 +205,17 @@ def test_chat_that_cannot_be(tokenizer, tmp_path, template, settings, prompt, me
     ("1" * 5000, "line 2 is not JSON"),
     ("[" * 100_000, "line 2 is not JSON"),
     ("[]", "line 2 is no object"),
-    ('{"prompt": "1=", "label": 1, "label": 2}', r"line 2 is not JSON \(the field 'label' is given twice\)"),
-    ({"prompt": json.dumps([{"role": "user", "content": "1"}]), "label": 1}, "line 2: the prompt is JSON text of chat messages: give the list itself"),
-    ({"label": 1}, "line 2 has no prompt; its fields are label: name the right one with --prompt-key"),
+    ('{"prompt": "1=", "label": 1, "label": 2}',
+     r"line 2 is not JSON \(the field 'label' is given twice\)"),
+    ({"prompt": json.dumps([{"role": "user", "content": "1"}]), "label": 1},
+     "line 2: the prompt is JSON text of chat messages: give the list itself"),
+    ({"label": 1},
+     "line 2 has no prompt; its fields are label: name the right one with --prompt-key"),
     ({"prompt": "", "label": 1}, "line 2 has no prompt"),
     ({"prompt": [], "label": 1}, "line 2 has no prompt"),
-    ({"prompt": "1+1="}, r"line 2 has no label \(null if the reward uses none\); its fields are prompt: name the right one with --label-key"),
+    ({"prompt": "1+1="},
+     r"line 2 has no label \(null if the reward uses none\); its fields are prompt: name the right "
+     r"one with --label-key"),
     ({"prompt": "1+1=", "label": 2, "metadata": [1]}, "metadata"),
     ({"prompt": "1+1=", "label": 10**20}, "must fit in a line of JSON"),
     ('{"prompt": "\\ud800", "label": 1}', "must fit in a line of JSON"),
@@ -385,7 +394,8 @@ def test_a_label_that_is_false_is_a_label(tokenizer, tmp_path, label):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("metadata", {"a": float("nan")}), ("metadata", {"a": [float("inf")]}), ("label", float("inf")), ("label", [float("nan")]), ("label", 2**64),
+    ("metadata", {"a": float("nan")}), ("metadata", {"a": [float("inf")]}), ("label", float("inf")),
+    ("label", [float("nan")]), ("label", 2**64),
 ])  # fmt: skip
 def test_what_json_cannot_hold_is_refused(tokenizer, tmp_path, field, value):
     with pytest.raises(
@@ -607,7 +617,8 @@ ODD_TEXT = (
 
 
 @pytest.mark.parametrize("make, text", [
-    (byte_level, ODD_TEXT), (byte_level, "a<|end|>b"), (byte_fallback, ODD_TEXT), (byte_fallback, "a <unk> b</s>"), (unigram, "  ＡＢ ② １\u3000h"),
+    (byte_level, ODD_TEXT), (byte_level, "a<|end|>b"), (byte_fallback, ODD_TEXT),
+    (byte_fallback, "a <unk> b</s>"), (unigram, "  ＡＢ ② １\u3000h"),
     (word_piece, "Café\u200b CAFÉS\x07 1"), (dropping, "a b^\n"),
 ])  # fmt: skip
 def test_a_good_prompt_is_never_refused(make, text):
@@ -615,8 +626,10 @@ def test_a_good_prompt_is_never_refused(make, text):
 
 
 @pytest.mark.parametrize("make, text, piece", [
-    (unigram, "ab 你 c", "你"), (unigram, "1*2", r"\*"), (word_piece, "cafe xyz", "xyz"), (dropping, "a c b", "c"), (dropping, "a<b", "<"),
-    (lambda: load_tokenizer(TOY), "1*2=", r"\*"), (lambda: load_tokenizer(TOY), "1+2=\n", r"\\n"), (lambda: load_tokenizer(TOY), "１+2=", "１"),
+    (unigram, "ab 你 c", "你"), (unigram, "1*2", r"\*"), (word_piece, "cafe xyz", "xyz"),
+    (dropping, "a c b", "c"), (dropping, "a<b", "<"),
+    (lambda: load_tokenizer(TOY), "1*2=", r"\*"), (lambda: load_tokenizer(TOY), "1+2=\n", r"\\n"),
+    (lambda: load_tokenizer(TOY), "１+2=", "１"),
 ])  # fmt: skip
 def test_what_the_tokenizer_does_not_know_is_named(make, text, piece):
     with pytest.raises(BadInput, match=f"row: the model's tokenizer does not know '{piece}'"):
@@ -717,20 +730,26 @@ def test_fields_that_parquet_adds_are_no_fields(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("prompt, settings, message", [
-    ("1+2", dict(tools=TOOLS), """the row's "tools" needs chat messages, and the prompt of .* is text: add --chat"""),
-    ([USER], dict(tools=TOOLS, template=CHAT), """chat template leaves out the row's "tools": remove it"""),
+    ("1+2", dict(tools=TOOLS),
+     """the row's "tools" needs chat messages, and the prompt of .* is text: add --chat"""),
+    ([USER], dict(tools=TOOLS, template=CHAT),
+     """chat template leaves out the row's "tools": remove it"""),
     ([USER], dict(tools="no json"), '"tools" cannot be read'),
     ([USER], dict(tools={"a": 1}), "\"tools\" is {'a': 1}; it must be a list of objects"),
     ([USER], dict(tools=["3"]), '"tools" is .*; it must be a list of objects'),
     ([USER], dict(tools=7), '"tools" is 7; it must be a list of objects'),
-    ([{"role": "developer", "content": "2"}, USER], {}, "leaves out message 1, of role 'developer'"),
+    ([{"role": "developer", "content": "2"}, USER], {},
+     "leaves out message 1, of role 'developer'"),
     ([{**USER, "name": "7"}], {}, """leaves out the messages' field "name": remove it"""),
-    ([USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "5"}]}, USER], dict(template=CHAT), 'leaves out the messages\' field "tool_calls"'),
-    ([{"role": "user", "content": [{"type": "text", "text": "1"}]}], {}, 'text "content" \\(join the parts of a list\\)'),
+    ([USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "5"}]}, USER],
+     dict(template=CHAT), 'leaves out the messages\' field "tool_calls"'),
+    ([{"role": "user", "content": [{"type": "text", "text": "1"}]}], {},
+     'text "content" \\(join the parts of a list\\)'),
     ([{"role": "user", "content": None}], {}, 'needs a "role" and a text "content"'),
     ([{"role": ["user"], "content": "1"}], {}, 'needs a "role"'),
     (["1"], {}, 'needs a "role"'),
-    ([USER, {"role": "assistant", "content": "3"}], {}, "the last message is the assistant's, and a prompt ends before the answer"),
+    ([USER, {"role": "assistant", "content": "3"}], {},
+     "the last message is the assistant's, and a prompt ends before the answer"),
 ])  # fmt: skip
 def test_what_a_template_would_leave_out_is_refused(tokenizer, tmp_path, prompt, settings, message):
     with pytest.raises(BadInput, match=message):
@@ -804,7 +823,7 @@ def test_the_token_that_ends_a_response_is_not_in_its_text(tokenizer):
             "meta_info": {"finish_reason": {"type": reason}, "output_token_logprobs": logprobs},
             "weight_versions": [0] * len(ids),
         }
-        fill([sample], [output], ended)
+        write_outputs([sample], [output], ended)
         assert sample.response_ids == ids  # for the trainer nothing is left out
         return sample.response
 
@@ -833,14 +852,19 @@ def test_a_dump_comes_back_as_it_was_written(tmp_path):
     ("{no", "line 2 is not JSON"),
     ("[]", "line 2: it is no object"),
     (dump_line(colour=1), "line 2: 'colour' is no field of a sample"),
-    ({k: v for k, v in dump_line().items() if k != "loss_mask"}, "line 2: the field 'loss_mask' is missing"),
-    (dump_line(loss_mask=[1]), "its lists differ in length.*response_ids 2, rollout_logprobs 2, loss_mask 1, weight_versions 2"),
-    (dump_line(rollout_logprobs=[-0.5, None]), "rollout_logprobs holds null at place 1, which is no number"),
+    ({k: v for k, v in dump_line().items() if k != "loss_mask"},
+     "line 2: the field 'loss_mask' is missing"),
+    (dump_line(loss_mask=[1]),
+     "its lists differ in length.*response_ids 2, rollout_logprobs 2, loss_mask 1, weight_versions "
+     "2"),
+    (dump_line(rollout_logprobs=[-0.5, None]),
+     "rollout_logprobs holds null at place 1, which is no number"),
     (dump_line(rollout_logprobs=[-0.5, "x"]), "rollout_logprobs holds 'x' at place 1"),
     (dump_line(response_ids=[6, 2.0]), "response_ids holds 2.0 at place 1, which is no integer"),
     (dump_line(response_ids=[6, True]), "response_ids holds True at place 1, which is no integer"),
     (dump_line(response_ids="62"), "response_ids is a str; it must be a list"),
-    (dump_line(response_ids=[6, 32]), "response_ids holds 32; a token id must be at least 0 and below the model's vocabulary, 32"),
+    (dump_line(response_ids=[6, 32]),
+     "response_ids holds 32; a token id must be at least 0 and below the model's vocabulary, 32"),
     (dump_line(prompt_ids=[-1]), "prompt_ids holds -1"),
     (dump_line(prompt_ids=[]), "prompt_ids is empty"),
     (dump_line(loss_mask=[1, 2]), "loss_mask holds another value than 0 and 1"),
@@ -955,7 +979,8 @@ def test_a_mixture_draws_by_weight_and_numbers_as_it_draws(one_rank, tmp_path):
 @pytest.mark.parametrize("prompts, weights", [
     (("toy",), {"toy": 1}),
     (("a.jsonl:0.25", "dir:2/b.parquet"), {"a.jsonl": 0.25, "dir:2/b.parquet": 1}),
-    (("reasoning-gym:gcd", "reasoning-gym:lcm:3"), {"reasoning-gym:gcd": 1, "reasoning-gym:lcm": 3}),
+    (("reasoning-gym:gcd", "reasoning-gym:lcm:3"),
+     {"reasoning-gym:gcd": 1, "reasoning-gym:lcm": 3}),
     ((":2",), {":2": 1}),
     (("toy:1e-300",), {"toy": 1e-300}),  # alone its share is 1
 ])  # fmt: skip
@@ -967,9 +992,11 @@ def test_weights(prompts, weights):
     (dict(prompts=("toy:0",)), "--prompts toy:0: the weight 0 must be a positive number"),
     (dict(prompts=("toy:nan",)), "the weight nan must be"),
     (dict(prompts=("toy:1e999",)), "the weight 1e999 must be"),
-    (dict(prompts=("toy:1e-300", "reasoning-gym:gcd")), "--prompts toy:1e-300 beside reasoning-gym:gcd:1: each source's share of the prompts must be"),
+    (dict(prompts=("toy:1e-300", "reasoning-gym:gcd")),
+     "--prompts toy:1e-300 beside reasoning-gym:gcd:1: each source's share of the prompts must be"),
     # The sum is infinite
-    (dict(prompts=("toy:1e308", "reasoning-gym:gcd:1e308")), "share of the prompts must be at least 1e-09"),
+    (dict(prompts=("toy:1e308", "reasoning-gym:gcd:1e308")),
+     "share of the prompts must be at least 1e-09"),
     (dict(prompts=("toy", "toy:2")), "toy is given twice"),
     (dict(prompts=()), "names nothing to learn from"),
     (dict(eval_prompts=("toy:2",)), "--eval-prompts toy:2: a held-out set has no weight"),

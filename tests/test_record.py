@@ -88,7 +88,8 @@ def test_metrics_reach_the_boards(one_rank, monkeypatch, tmp_path, boards):
     assert boards.pop(1)[:3] == ("init", "project", "a")
     assert boards == [
         ("open", "runs/a/tensorboard", None),
-        ("scalar", "step", 1, 1), ("scalar", "loss", 0.5, 1), ("flush",), ("wandb", {"step": 1, "loss": 0.5}, 1), ("end", 0),
+        ("scalar", "step", 1, 1), ("scalar", "loss", 0.5, 1), ("flush",),
+        ("wandb", {"step": 1, "loss": 0.5}, 1), ("end", 0),
     ]  # fmt: skip
     assert json.loads((tmp_path / "runs/a/metrics.jsonl").read_text(encoding="utf-8")) == {
         "step": 1,
@@ -150,7 +151,8 @@ def test_plain_names_are_taken(monkeypatch, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [
-    "/tmp/runs/a", "../a", "a/../b", "a/..", ".", "./a", "a/", "a//b", "-a", "a/-b", ".hidden", "a:b", "a#1", "a?", "a%20", "a b", "a\\b",
+    "/tmp/runs/a", "../a", "a/../b", "a/..", ".", "./a", "a/", "a//b", "-a", "a/-b", ".hidden",
+    "a:b", "a#1", "a?", "a%20", "a b", "a\\b",
     "a\n", "é", "x" * 129,
 ])  # fmt: skip
 def test_other_names_are_refused(monkeypatch, tmp_path, name):
@@ -499,8 +501,10 @@ def test_the_last_line_names_samples_and_weights(one_rank, monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("rows, said", [
-    ([{"held_out": 0.25, "reward": 0.1}, {"held_out": 0.5, "reward": 0.2}], "held-out reward 0.250 -> 0.500 in 3 steps"),
-    ([{"reward": 0.1}, {}, {"reward": 0.2}], "no held-out prompts; reward of the training steps 0.100 -> 0.200 in 3 steps"),
+    ([{"held_out": 0.25, "reward": 0.1}, {"held_out": 0.5, "reward": 0.2}],
+     "held-out reward 0.250 -> 0.500 in 3 steps"),
+    ([{"reward": 0.1}, {}, {"reward": 0.2}],
+     "no held-out prompts; reward of the training steps 0.100 -> 0.200 in 3 steps"),
     ([{}], "no reward in 3 steps"),
 ])  # fmt: skip
 def test_the_last_line_says_what_was_learned(one_rank, monkeypatch, tmp_path, capsys, rows, said):

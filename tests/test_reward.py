@@ -25,7 +25,7 @@ from losses import LossSettings
 from reward import (
     Judge,
     batch_metrics,
-    compute_advantages,
+    add_advantages,
     compute_rewards,
     eval_metrics,
     exact_match,
@@ -197,7 +197,7 @@ def test_a_step_in_which_nothing_was_scored_or_sampled_has_metrics():
 
 
 def advantages(samples, **settings) -> list[float]:
-    compute_advantages(samples, RewardSettings(**settings), LossSettings(), max_response_tokens=8)
+    add_advantages(samples, RewardSettings(**settings), LossSettings(), max_response_tokens=8)
     return [sample.advantages[0] for sample in samples]
 
 
@@ -234,7 +234,7 @@ def test_kl_in_the_reward_is_taken_where_it_arises():
             np.float32([-1.0, -1.0]),
             np.float32([-1.0, -3.0]),
         )
-    compute_advantages(
+    add_advantages(
         samples,
         RewardSettings(advantage="dr_grpo"),
         LossSettings(kl_coef=0.1, kl_estimator="k1", kl_in="reward"),
@@ -243,7 +243,7 @@ def test_kl_in_the_reward_is_taken_where_it_arises():
     # Both lose 0.2.
     assert [list(sample.advantages) for sample in samples] == [[0.5, 0.5], [-0.5, -0.5]]
     samples[1].ref_logprobs = samples[1].old_logprobs
-    compute_advantages(
+    add_advantages(
         samples,
         RewardSettings(advantage="dr_grpo"),
         LossSettings(kl_coef=0.1, kl_estimator="k1", kl_in="reward"),

@@ -44,7 +44,8 @@ TOY = ROOT / "toy"
     (dict(samples_per_prompt=1), "at least 2"),
     (dict(max_response_tokens=0), "--max-response-tokens 0 must be at least 1"),
     (dict(eval_samples=0), "--eval-samples 0"),
-    (dict(eval_samples=10**20), "--eval-samples 100000000000000000000 must lie between 1 and 100,000"),
+    (dict(eval_samples=10**20),
+     "--eval-samples 100000000000000000000 must lie between 1 and 100,000"),
     (dict(eval_samples_per_prompt=0), "--eval-samples-per-prompt 0"),
     (dict(sglang=("log_level",)), "--sglang 'log_level' is not of the form key=value"),
 ])  # fmt: skip
@@ -94,10 +95,14 @@ def test_what_something_else_decides_is_refused_by_its_name(pair, decided_by):
 
 
 @pytest.mark.parametrize("name", [
-    "allow_auto_truncate", "speculative_algorithm", "speculative_num_steps", "enable_lora", "lora_paths", "enable_custom_logit_processor", "forward_hooks",
-    "dist_init_addr", "pp_size", "dp_size", "enable_dp_attention", "model_impl", "trust_remote_code", "is_embedding", "revision", "quantization_param_path",
-    "cpu_offload_gb", "disaggregation_mode", "dllm_algorithm", "rl_on_policy_target", "tokenizer_mode", "stream_interval", "enable_eplb", "max_queued_requests",
-    "ep_num_redundant_experts", "debug_tensor_dump_input_file", "enable_tf32_matmul", "reasoning_parser", "host", "port", "enable_hierarchical_cache",
+    "allow_auto_truncate", "speculative_algorithm", "speculative_num_steps", "enable_lora",
+    "lora_paths", "enable_custom_logit_processor", "forward_hooks",
+    "dist_init_addr", "pp_size", "dp_size", "enable_dp_attention", "model_impl",
+    "trust_remote_code", "is_embedding", "revision", "quantization_param_path",
+    "cpu_offload_gb", "disaggregation_mode", "dllm_algorithm", "rl_on_policy_target",
+    "tokenizer_mode", "stream_interval", "enable_eplb", "max_queued_requests",
+    "ep_num_redundant_experts", "debug_tensor_dump_input_file", "enable_tf32_matmul",
+    "reasoning_parser", "host", "port", "enable_hierarchical_cache",
 ])  # fmt: skip
 def test_what_could_change_samples_in_silence_is_refused(name):
     with pytest.raises(BadInput, match=f"--sglang {name} cannot be set"):
@@ -105,9 +110,12 @@ def test_what_could_change_samples_in_silence_is_refused(name):
 
 
 @pytest.mark.parametrize("pair", [
-    "max_total_tokens=many", "max_total_tokens=5.5", "max_total_tokens=true", "max_total_tokens=-5", "max_total_tokens=0", "mem_fraction_static=2",
-    "mem_fraction_static=0", "mem_fraction_static=null", "mem_fraction_static=NaN", "mem_fraction_static=half", "log_level=7", "log_level=loud",
-    "schedule_policy=best", "disable_radix_cache=1", "disable_radix_cache=True", "chunked_prefill_size=-2", "watchdog_timeout=Infinity", "numa_node=0",
+    "max_total_tokens=many", "max_total_tokens=5.5", "max_total_tokens=true", "max_total_tokens=-5",
+    "max_total_tokens=0", "mem_fraction_static=2",
+    "mem_fraction_static=0", "mem_fraction_static=null", "mem_fraction_static=NaN",
+    "mem_fraction_static=half", "log_level=7", "log_level=loud",
+    "schedule_policy=best", "disable_radix_cache=1", "disable_radix_cache=True",
+    "chunked_prefill_size=-2", "watchdog_timeout=Infinity", "numa_node=0",
     "cuda_graph_bs_decode=[1, -2]",
 ])  # fmt: skip
 def test_a_value_of_another_type_or_size_is_refused(pair):
@@ -152,8 +160,10 @@ def test_all_bad_fields_are_said_at_once():
 
 
 @pytest.mark.parametrize("fields, longest, is_cut", [
-    ((), 65534, False), ((), 65535, True), (("max_total_tokens=100",), 98, False), (("max_total_tokens=100",), 99, True),
-    (("max_total_tokens=100", "page_size=16"), 64, False), (("max_total_tokens=100", "page_size=16"), 65, True),
+    ((), 65534, False), ((), 65535, True), (("max_total_tokens=100",), 98, False),
+    (("max_total_tokens=100",), 99, True),
+    (("max_total_tokens=100", "page_size=16"), 64, False),
+    (("max_total_tokens=100", "page_size=16"), 65, True),
 ])  # fmt: skip
 def test_a_cache_that_would_cut_the_longest_answer_is_refused(fields, longest, is_cut):
     config = read_config(TOY) | {"max_position_embeddings": 10**6}

@@ -150,7 +150,8 @@ def test_fewer_samples_than_ranks_leaves_an_empty_bin():
     (dict(lr=-1.0), "--lr -1.0"),
     (dict(lr=float("nan")), "--lr nan"),
     (dict(lr=float("inf")), "--lr inf"),
-    (dict(min_lr=1e-5, lr_schedule="constant"), "--min-lr 1e-05 has no effect with --lr-schedule constant"),
+    (dict(min_lr=1e-5, lr_schedule="constant"),
+     "--min-lr 1e-05 has no effect with --lr-schedule constant"),
     (dict(offload_reference=True), "--offload-reference has no effect without --kl-coef"),
     (dict(reference="toy"), "--reference toy is not used without --kl-coef"),
     (dict(adam_beta2=1.0), "--adam-beta2 1.0"),
@@ -161,7 +162,8 @@ def test_fewer_samples_than_ranks_leaves_an_empty_bin():
     (dict(lr_warmup_steps=10), "--lr-warmup-steps 10"),
     (dict(minibatches=0), "--minibatches 0"),
     (dict(clip_grad=0.0), "--clip-grad 0.0"),
-    (dict(megatron=("recompute_granularity",)), "--megatron 'recompute_granularity' is not of the form key=value"),
+    (dict(megatron=("recompute_granularity",)),
+     "--megatron 'recompute_granularity' is not of the form key=value"),
 ])  # fmt: skip
 def test_flags_that_cannot_work(changes, message):
     with pytest.raises(BadInput, match=message):
@@ -180,7 +182,8 @@ def test_flags_that_cannot_work(changes, message):
     (dict(megatron=("window_size=4",)), "is not a field that can be set there"),
     (dict(megatron=("optimizer=sgd",)), "optimizer is not a field that can be set there"),
     (dict(megatron=("calculate_per_token_loss=false",)), "is not a field"),
-    (dict(megatron=("adam_eps=small",)), "--megatron adam_eps='small' is of the wrong type: the field is float or int"),
+    (dict(megatron=("adam_eps=small",)),
+     "--megatron adam_eps='small' is of the wrong type: the field is float or int"),
     (dict(megatron=("fp32_residual_connection=1",)), "wrong type: the field is bool"),
     (dict(megatron=("recompute_granularity=full",)), "megatron-core refuses it"),
 ])  # fmt: skip
@@ -279,7 +282,8 @@ def test_a_batch_without_a_token_that_counts_is_no_update(
 
 
 @pytest.mark.parametrize("minibatches, loss, old, ref", [
-    (1, {}, 0, 0), (2, {}, 2, 0), (1, dict(kl_coef=0.1), 0, 2), (1, dict(kl_coef=0.1, kl_in="reward"), 2, 2),
+    (1, {}, 0, 0), (2, {}, 2, 0), (1, dict(kl_coef=0.1), 0, 2),
+    (1, dict(kl_coef=0.1, kl_in="reward"), 2, 2),
 ])  # fmt: skip
 def test_what_is_scored_is_what_is_needed(fresh_megatron, models, minibatches, loss, old, ref):
     """Old log-probs serve a second update, and a KL that is taken from the reward."""
@@ -516,7 +520,8 @@ def test_an_offloaded_reference_is_on_the_device_for_its_pass_only(fresh_megatro
 
 
 @pytest.mark.parametrize("changes", [
-    (dict(min_lr=1e-5), {}), (dict(offload_reference=True), dict(kl_coef=0.1)), (dict(clip_grad=float("inf")), {}), (dict(lr=0.0), {}),
+    (dict(min_lr=1e-5), {}), (dict(offload_reference=True), dict(kl_coef=0.1)),
+    (dict(clip_grad=float("inf")), {}), (dict(lr=0.0), {}),
 ])  # fmt: skip
 def test_settings_that_work(models, changes):
     train, loss = TrainSettings(**changes[0]), LossSettings(**changes[1])
