@@ -1,0 +1,117 @@
+"""doc"""
+
+import sys
+from itertools import islice
+import pytest
+from common.errors import BadInput
+from common.settings import RewardSettings, RolloutSettings
+from data import reasoning_gym_tasks
+from data.sample import Sample
+from harness.checks import check_reward_flags
+from reward import reasoning_gym_reward
+from prompt_helpers import data, read, write
+
+pytest_plugins = ["prompt_helpers", "reasoning_gym_stand_in"]  # the fixtures tokenizer and gym
+
+
+def test_reasoning_gym_problems_are_endless_seeded_and_disjoint_of_the_held_out(gym):
+    def rows(seed):
+        # Beyond the two chunks of 500.
+        return list(islice(reasoning_gym_tasks.problems("chain_sum", seed=seed), 1200))
+
+    one, again, two, held_out = (rows(seed) for seed in (1, 1, 2, "held-out"))
+    assert one == again and len({row["prompt"] for row in [*one, *two, *held_out]}) == 3600
+    a, b = one[1100]["prompt"][:-1].split("+")
+    assert one[1100]["label"] == str(int(a) + int(b))
+    assert one[1100]["notes"] == {"reasoning_gym": ["chain_sum", 1, 1100]}
+
+
+def test_reasoning_gym_judges_its_own_problems(gym):
+    both = data(
+        prompts=("toy", "reasoning-gym:chain_sum:2"),
+        eval_prompts=("reasoning-gym:chain_sum",),
+        eval_samples=4,
+    )
+    assert [sample.source for sample in both.held_out] == ["chain_sum"] * 4
+    trained = [sample for sample in islice(both.stream, 60) if sample.source == "chain_sum"]
+    assert len(trained) > 20
+    assert not {sample.prompt for sample in trained} & {sample.prompt for sample in both.held_out}
+    sample = trained[0]
+    sample = Sample.from_json(sample.to_json())
+    for response, expected, answer in [
+        (sample.label, 1.0, sample.label),
+        (f"thus <answer>1</answer>, no: <answer> {sample.label} </answer>.", 1.0, sample.label),
+        (
+            f"it is {sample.label}",
+            len(sample.label) / len(f"it is {sample.label}"),
+            f"it is {sample.label}",
+        ),
+        ("", 0.0, ""),
+    ]:
+        sample.response = response
+        assert reasoning_gym_reward(sample) == pytest.approx(expected) and sample.answer == answer
+    # Not one of its problems: judged as mathematics.
+    assert reasoning_gym_reward(Sample([1], label="4", response="so \\boxed{4.0}")) == 1
+
+
+@pytest.mark.parametrize("task, message", [
+    ("chain_sums", "reasoning-gym:chain_sums is no task of reasoning-gym; it has chain_sum, gcd$"),
+    ("countdown", "refused: its scorer runs the model's answer as Python"),
+])  # fmt: skip
+def test_tasks_that_cannot_be_used(gym, task, message):
+    with pytest.raises(BadInput, match=message):
+        data(prompts=(f"reasoning-gym:{task}",))
+
+
+def test_a_row_cannot_name_the_task_that_judges_it(gym, tokenizer, tmp_path):
+    """Some scorers run the answer as Python.
+
+    What a row brings is its own, and a refused task judges nothing.
+    """
+    rows = {
+        "prompt": "1+2=",
+        "label": "3",
+        "metadata": {"reasoning_gym": ["countdown", 1, 0]},
+        "notes": {"reasoning_gym": ["countdown", 1, 0]},
+    }
+    (sample,) = read(write(tmp_path / "p.jsonl", rows), tokenizer)
+    assert sample.notes == {}
+    with pytest.raises(ValueError, match="reasoning-gym:countdown is refused"):
+        reasoning_gym_tasks.score("3", "countdown", 1, 0)
+
+
+def test_without_the_package_the_install_line_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # as if it were not installed
+    with pytest.raises(
+        BadInput, match="needs the package reasoning-gym .*: pip install reasoning-gym==0.1.25"
+    ):
+        data(prompts=("reasoning-gym:chain_sum",))
+
+
+def test_its_reward_needs_its_problems():
+    with pytest.raises(
+        BadInput,
+        match="--prompts has none: add one such as reasoning-gym:chain_sum, or use --reward math",
+    ):
+        check_reward_flags(RewardSettings(reward="reasoning_gym"), RolloutSettings())
+    check_reward_flags(
+        RewardSettings(reward="reasoning_gym"),
+        RolloutSettings(prompts=("toy", "reasoning-gym:gcd:0.1")),
+    )
+
+
+def test_a_rows_own_fields_are_its_own(tokenizer, tmp_path):
+    """Fields that the program writes stand beside metadata: a row may call its own as it likes."""
+    own = {"answer": 7, "source": "book", "error": "none", "reasoning_gym": ["gcd"], "abort": 1}
+    (sample,) = read(
+        write(tmp_path / "p.jsonl", {"prompt": "1+2=", "label": "3", "metadata": own}), tokenizer
+    )
+    assert (sample.metadata, sample.source, sample.answer, sample.error, sample.notes) == (
+        own,
+        "file",
+        None,
+        "",
+        {},
+    )
+    sample.response, sample.finish_reason = "3", "stop"
+    assert reasoning_gym_reward(sample) == 1 and sample.metadata == own and sample.answer == "3"
