@@ -1,9 +1,11 @@
 """What the tests of prompts share: the toy's tokenizer, files of rows, and reading them."""
 
 import json
+
 import pyarrow
 import pyarrow.parquet
 import pytest
+
 from backends.huggingface.config import read_config
 from common.settings import REPOSITORY, DataSettings, RolloutSettings
 from data.prompts import (
@@ -12,7 +14,6 @@ from data.prompts import (
 )
 from data.sample import Sample
 from data.tokenizer import load_tokenizer
-
 
 TOY = str(REPOSITORY / "toy")
 ROLES = "{'user': '1', 'system': '2', 'assistant': '3', 'tool': '4'}"

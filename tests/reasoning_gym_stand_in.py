@@ -4,9 +4,10 @@ import random
 import re
 import sys
 from types import ModuleType
-import pytest
-from data import reasoning_gym_tasks
 
+import pytest
+
+from data import reasoning_gym_tasks
 
 # --- reasoning-gym ------------------------------------------------------------------------------
 

@@ -18,12 +18,11 @@ from backends.huggingface import folder as hf_folder
 from backends.huggingface.config import read_config
 from backends.huggingface.folder import (
     INDEX,
-    ExportError,
     HFWeights,
     check_model_folder,
     check_shapes,
 )
-from common.errors import BadInput
+from common.errors import BadInput, ExportError
 from harness import export as hf_export
 from harness.export import export_all, export_hf
 

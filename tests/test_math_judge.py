@@ -14,17 +14,20 @@ import time
 import psutil
 import pytest
 
-from data import math_judge, math_rules
-from conftest import ROOT
-from data.math_judge import TooHard, call_in_worker, judged_in_worker
-from math_pairs import PAIRS
+import math_pairs_expressions
+import math_pairs_notation
+import math_pairs_places
 from common.settings import RewardSettings
+from conftest import ROOT
+from data import math_judge, math_rules
+from data.math_judge import TooHard, call_in_worker, judged_in_worker
 from data.sample import Sample
 from reward import Judge, compute_rewards, label_problems, math_reward
 
 CASES = [
     pytest.param(*pair, id=f"{kind}: {pair[0]} | {pair[1]}")
-    for kind, pairs in PAIRS.items()
+    for module in (math_pairs_places, math_pairs_notation, math_pairs_expressions)
+    for kind, pairs in module.PAIRS.items()
     for pair in pairs
 ]
 HARD = r"\boxed{9^{9^{9}}}"  # SymPy computes all of its 369,693,100 digits.

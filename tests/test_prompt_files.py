@@ -6,9 +6,11 @@ import os
 import random
 import re
 from pathlib import Path
+
 import pyarrow
 import pyarrow.parquet
 import pytest
+
 from backends.huggingface.config import read_config
 from common.errors import BadInput
 from common.settings import DataSettings, RolloutSettings

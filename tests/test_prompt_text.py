@@ -1,9 +1,11 @@
 """doc"""
 
 import json
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
 from common.errors import BadInput
 from common.settings import DataSettings
 from data.chat import check_template_kwargs

@@ -12,7 +12,9 @@ import json
 import shutil
 from collections import Counter
 from itertools import islice
+
 import pytest
+
 from backends.huggingface.config import read_config
 from common.errors import BadInput
 from common.settings import RolloutSettings, parse_weights
@@ -24,10 +26,10 @@ from data.prompts import (
 )
 from data.sample import Sample
 from harness.checks import check_rollout_flags
-from rollout import Prompts
-from toy.task import is_held_out, problems
 from prompt_helpers import TOY, data, write, write_parquet
 from reasoning_gym_stand_in import gym  # noqa: F401  other tests take it from here
+from rollout import Prompts
+from toy.task import is_held_out, problems
 
 pytest_plugins = ["prompt_helpers"]  # the fixture tokenizer
 

@@ -2,14 +2,16 @@
 
 import sys
 from itertools import islice
+
 import pytest
+
 from common.errors import BadInput
 from common.settings import RewardSettings, RolloutSettings
 from data import reasoning_gym_tasks
 from data.sample import Sample
 from harness.checks import check_reward_flags
-from reward import reasoning_gym_reward
 from prompt_helpers import data, read, write
+from reward import reasoning_gym_reward
 
 pytest_plugins = ["prompt_helpers", "reasoning_gym_stand_in"]  # the fixtures tokenizer and gym
 

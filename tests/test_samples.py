@@ -1,13 +1,15 @@
 """doc"""
 
 from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
+
 from common.errors import BadInput
 from data.sample import Sample, read_dump
 from data.tokenizer import end_tokens
-from rollout import write_outputs
 from prompt_helpers import data, write
+from rollout import write_outputs
 
 pytest_plugins = ["prompt_helpers"]  # the fixture tokenizer
 
