@@ -1,4 +1,4 @@
-"""What the tests of prompts share: the toy's tokenizer, files of rows, and reading them."""
+"""Shared by the tests of prompts: the toy's tokenizer, files of rows, and reading them."""
 
 import json
 
@@ -18,7 +18,7 @@ from data.tokenizer import load_tokenizer
 TOY = str(REPOSITORY / "toy")
 ROLES = "{'user': '1', 'system': '2', 'assistant': '3', 'tool': '4'}"
 CHAT = "{% for m in messages %}{{ " + ROLES + "[m['role']] }}+{{ m['content'] }}={% endfor %}"
-"""Writes digits for roles: the toy's alphabet is 0 to 9, + and =."""
+"""Write digits for roles, since the toy's alphabet is 0 to 9, + and =."""
 
 
 @pytest.fixture

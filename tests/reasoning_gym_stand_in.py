@@ -1,4 +1,9 @@
-"""doc"""
+"""A stand-in for the package reasoning-gym, with the four names that this project uses.
+
+They behave as in reasoning-gym 0.1.25: create_dataset makes problem i from seed + i,
+factory.DATASETS lists the tasks, score_answer may give part of 1, and utils.extract_answer returns
+the last <answer>.
+"""
 
 import random
 import re
@@ -13,8 +18,9 @@ from data import reasoning_gym_tasks
 
 
 class Sums:
-    """As a task of reasoning-gym: problem i of seed s is made from s + i, and a response that holds
-    the answer gets a part of 1.
+    """A task as reasoning-gym has them: problem i of seed s is made from s + i.
+
+    A response that holds the answer among other text gets part of 1.
     """
 
     def __init__(self, seed: int, size: int):
@@ -30,7 +36,7 @@ class Sums:
         }
 
     def score_answer(self, answer, entry) -> float:
-        # Some tasks compare what JSON would change.
+        # Some tasks compare types that JSON would change, such as tuples.
         assert isinstance(entry["metadata"]["pair"], tuple)
         return (
             1.0

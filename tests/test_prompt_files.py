@@ -1,4 +1,9 @@
-"""doc"""
+"""Files of prompts, JSONL and Parquet: which rows are read, and how a bad one is named.
+
+Why: whoever mistypes a file learns the file, the row, the rule and the fix. A row that is dropped
+or misread in silence would train on the wrong task. What a tokenizer or a chat template makes of a
+prompt is in test_prompt_text.py. Not covered: files that do not fit into memory.
+"""
 
 import gzip
 import json
@@ -38,7 +43,7 @@ def test_text_and_chat_prompts(tokenizer, tmp_path):
     assert text.metadata == {"level": 4}
     assert chat.metadata == {}
     assert text.source == chat.source == "file"
-    # A template writes its own special tokens: nothing is added to it.
+    # A template writes its own special tokens, so the chat prompt gets no start token.
 
 
 def test_chat_wraps_text_and_the_system_message_goes_first(tokenizer, tmp_path):
@@ -97,25 +102,17 @@ def test_chat_that_cannot_be(tokenizer, tmp_path, template, settings, prompt, me
     ({"prompt": "1" * 30, "label": 1}, "has 31 tokens; it must have 1 to 20"),
 ])  # fmt: skip
 def test_a_bad_line_is_named(tokenizer, tmp_path, line, message):
+    path = write(tmp_path / "p.jsonl", {"prompt": "1+1=", "label": 2}, line)
     with pytest.raises(BadInput, match=message):
-        read(
-            write(tmp_path / "p.jsonl", {"prompt": "1+1=", "label": 2}, line),
-            tokenizer,
-            max_prompt_tokens=20,
-        )
+        read(path, tokenizer, max_prompt_tokens=20)
 
 
 def test_a_line_ends_only_where_a_line_ends(tokenizer, tmp_path):
-    """U+2028 and its like may stand in a JSON string as they are; str.splitlines() would cut the
-    row there.
-    """
-    (tmp_path / "p.jsonl").write_bytes(
-        '{"prompt": "1+1=", "label": "a\u2028b\x85c"}\r\n\r\n{"prompt": "2+2=", "label": 4}'.encode()
-    )
-    assert [sample.label for sample in read(str(tmp_path / "p.jsonl"), tokenizer)] == [
-        "a\u2028b\x85c",
-        4,
-    ]
+    """JSON allows U+2028 inside a string. str.splitlines() would cut the row there."""
+    rows = ['{"prompt": "1+1=", "label": "a\u2028b\x85c"}', "", '{"prompt": "2+2=", "label": 4}']
+    (tmp_path / "p.jsonl").write_bytes("\r\n".join(rows).encode())
+    labels = [sample.label for sample in read(str(tmp_path / "p.jsonl"), tokenizer)]
+    assert labels == ["a\u2028b\x85c", 4]
 
 
 def test_no_prompts_at_all(tokenizer, tmp_path):
@@ -166,8 +163,8 @@ def test_a_key_is_a_field_or_a_path(tokenizer, tmp_path):
         read(path, tokenizer, label_key=key)[0].label
         for key in (("a.b",), ("a.c",), ("x", "a.x", "a"), ("a.c", "a.b"))
     ]
-    # The field of that very name comes first; null is a label; the first key whose value is not
-    # null.
+    # A field of exactly that name wins over a path. Null is a label. Of several keys, the first one
+    # counts whose value is not null.
     assert labels == [1, None, {"b": 2, "c": None}, 1]
     with pytest.raises(
         BadInput,
@@ -181,51 +178,35 @@ def test_a_key_is_a_field_or_a_path(tokenizer, tmp_path):
 
 def test_labels_are_cut_in_a_file_that_has_the_mark_throughout(tokenizer, tmp_path):
     rows = [{"prompt": "1=", "label": label} for label in ("#### 1 #### 2", "#### 3")]
-    assert [
-        sample.label
-        for sample in read(write(tmp_path / "p.jsonl", *rows), tokenizer, label_after="####")
-    ] == ["2", "3"]
-    assert (
-        read(
-            write(tmp_path / "p.jsonl", {"prompt": "1=", "label": 3}), tokenizer, label_after="####"
-        )[0].label
-        == 3
-    )
+    samples = read(write(tmp_path / "p.jsonl", *rows), tokenizer, label_after="####")
+    assert [sample.label for sample in samples] == ["2", "3"]
+    without = write(tmp_path / "p.jsonl", {"prompt": "1=", "label": 3})
+    assert read(without, tokenizer, label_after="####")[0].label == 3
     for label, message in {
         "4": "line 3: the label '4' does not hold --label-after '####'",
         5: "line 3: the label 5 does not hold",
         None: "line 3: the label null does not hold",
         "6 ####  ": "line 3: nothing follows --label-after '####' in the label '6 ####  '",
     }.items():
+        path = write(tmp_path / "p.jsonl", *rows, {"prompt": "1=", "label": label})
         with pytest.raises(BadInput, match=message):
-            read(
-                write(tmp_path / "p.jsonl", *rows, {"prompt": "1=", "label": label}),
-                tokenizer,
-                label_after="####",
-            )
+            read(path, tokenizer, label_after="####")
 
 
 def test_parquet_that_cannot_be_used(tokenizer, tmp_path):
+    rows = {"prompt": "1=", "label": 1}, {"prompt": None, "label": 1}
+    path = write_parquet(tmp_path / "p.parquet", *rows)
     with pytest.raises(BadInput, match="row 2 has no prompt: it needs a non-empty one"):
-        read(
-            write_parquet(
-                tmp_path / "p.parquet", {"prompt": "1=", "label": 1}, {"prompt": None, "label": 1}
-            ),
-            tokenizer,
-        )
-    with pytest.raises(
-        BadInput, match="row 1: prompt, label and metadata must fit in a line of JSON"
-    ):
-        read(write_parquet(tmp_path / "p.parquet", {"prompt": "1=", "label": b"1"}), tokenizer)
+        read(path, tokenizer)
+    path = write_parquet(tmp_path / "p.parquet", {"prompt": "1=", "label": b"1"})
+    too_rich = "row 1: prompt, label and metadata must fit in a line of JSON"
+    with pytest.raises(BadInput, match=too_rich):
+        read(path, tokenizer)
     with pytest.raises(BadInput, match="is a Parquet file: its name must end in .parquet"):
         read(str((tmp_path / "p.parquet").rename(tmp_path / "p.pq")), tokenizer)
     rng, whole = random.Random(0), (tmp_path / "p.pq").read_bytes()
-    for at in [
-        0,
-        4,
-        len(whole) - 1,
-        *(rng.randrange(len(whole)) for _ in range(40)),
-    ]:  # refused, or read all the same, but never a crash
+    lengths = [0, 4, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(40))]
+    for at in lengths:  # each cut file is refused; none crashes the reader
         (tmp_path / "p.parquet").write_bytes(whole[:at])
         with pytest.raises(BadInput, match="cannot be read as Parquet"):
             read(str(tmp_path / "p.parquet"), tokenizer)
@@ -235,7 +216,7 @@ def test_parquet_that_cannot_be_used(tokenizer, tmp_path):
 
 
 def test_a_null_or_nan_is_no_value(tokenizer, tmp_path):
-    """Parquet files of two makers in one: each row has both columns, and one of them is null."""
+    """In a file joined from two sources, each row has both columns, and one of them is null."""
     rows = (
         {"label": "3", "answer": None, "n": None},
         {"label": None, "answer": "4", "n": float("nan")},
@@ -243,27 +224,20 @@ def test_a_null_or_nan_is_no_value(tokenizer, tmp_path):
     )
     rows = [{"prompt": "1+2=", **row} for row in rows]
     for path in (write_parquet(tmp_path / "p.parquet", *rows), write(tmp_path / "p.jsonl", *rows)):
-        assert [
-            sample.label for sample in read(path, tokenizer, label_key=("label", "answer"))
-        ] == ["3", "4", None]
-        assert [sample.label for sample in read(path, tokenizer, label_key=("n",))] == [
-            None,
-            None,
-            0.0,
-        ]
-        assert [
-            sample.prompt for sample in read(path, tokenizer, prompt_key=("absent", "prompt"))
-        ] == ["1+2="] * 3
+        samples = read(path, tokenizer, label_key=("label", "answer"))
+        assert [sample.label for sample in samples] == ["3", "4", None]
+        samples = read(path, tokenizer, label_key=("n",))
+        assert [sample.label for sample in samples] == [None, None, 0.0]
+        samples = read(path, tokenizer, prompt_key=("absent", "prompt"))
+        assert [sample.prompt for sample in samples] == ["1+2="] * 3
 
 
 @pytest.mark.parametrize("label", [0, False, "", 0.0, [], {"a": None}, 2**63, -(2**63)])
 def test_a_label_that_is_false_is_a_label(tokenizer, tmp_path, label):
-    (sample,) = read(
-        write(tmp_path / "p.jsonl", {"prompt": "1=", "label": label, "answer": 7}),
-        tokenizer,
-        label_key=("label", "answer"),
-    )
-    assert sample.label == label and type(sample.label) is type(label)
+    path = write(tmp_path / "p.jsonl", {"prompt": "1=", "label": label, "answer": 7})
+    (sample,) = read(path, tokenizer, label_key=("label", "answer"))
+    assert sample.label == label
+    assert type(sample.label) is type(label)
 
 
 @pytest.mark.parametrize("field, value", [
@@ -271,10 +245,10 @@ def test_a_label_that_is_false_is_a_label(tokenizer, tmp_path, label):
     ("label", [float("nan")]), ("label", 2**64),
 ])  # fmt: skip
 def test_what_json_cannot_hold_is_refused(tokenizer, tmp_path, field, value):
-    with pytest.raises(
-        BadInput, match="line 1: prompt, label and metadata must fit in a line of JSON"
-    ):
-        read(write(tmp_path / "p.jsonl", {"prompt": "1=", "label": 1, field: value}), tokenizer)
+    path = write(tmp_path / "p.jsonl", {"prompt": "1=", "label": 1, field: value})
+    rule = "line 1: prompt, label and metadata must fit in a line of JSON"
+    with pytest.raises(BadInput, match=rule):
+        read(path, tokenizer)
 
 
 def test_columns_of_parquet_are_plain_values(tokenizer, tmp_path):
@@ -342,7 +316,7 @@ def test_labels_that_cannot_be_judged_are_named_by_row(tmp_path):
         )
 
     for flag in ("prompts", "eval_prompts"):
-        load("x2", flag=flag)  # the label is judged as it is after --label-after
+        load("x2", flag=flag)  # --label-after cuts the label before it is judged
         with pytest.raises(BadInput) as raised:
             load("x" + "7" * 100, flag=flag)
         (problem,) = raised.value.problems
@@ -380,8 +354,9 @@ def test_label_after_that_cuts_nothing(tmp_path):
 
 
 def test_a_file_name_that_is_no_utf8_names_a_source(tokenizer, tmp_path):
-    """Where the locale is not UTF-8, an é in a file's name comes as a lone surrogate, which JSON
-    cannot hold.
+    """Where the locale is not UTF-8, Python reads an é in a file's name as a lone surrogate.
+
+    JSON cannot hold a surrogate, so the source's name is escaped.
     """
     path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
     write(Path(path), {"prompt": "1+2=", "label": "3"})

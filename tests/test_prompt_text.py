@@ -1,4 +1,9 @@
-"""doc"""
+"""What tokenizer and chat template make of a prompt: nothing added twice, nothing lost in silence.
+
+Why: a character without a token, or a message that the template leaves out, gives the model another
+task than the file states. The tokenizers here are small ones of the kinds in use: byte level,
+byte fallback, unigram, WordPiece. Not covered: the tokenizers of published models.
+"""
 
 import json
 
@@ -23,9 +28,9 @@ pytest_plugins = ["prompt_helpers"]  # the fixture tokenizer
 
 
 @pytest.mark.parametrize("template, text, ids", [
-    ("<s> $A </s>", "1+2=", [1, 4, 13, 5, 14]),  # the end token would end the prompt
+    ("<s> $A </s>", "1+2=", [1, 4, 13, 5, 14]),  # an end token would end the prompt
     ("$A </s>", "1+2=", [4, 13, 5, 14]),
-    ("$A </s>", "1+2=</s>", [4, 13, 5, 14, 2]),  # the text's own stays
+    ("$A </s>", "1+2=</s>", [4, 13, 5, 14, 2]),  # one that the text writes stays
     ("<s> $A", "<s>1+2=", [1, 4, 13, 5, 14]),  # one start token is enough
     ("<s> $A </s>", "<s>1+2=</s>", [1, 4, 13, 5, 14, 2]),
     ("<s> <unused15> $A <unused16>", "1+2=", [1, 15, 4, 13, 5, 14]),  # as [CLS] and [SEP]
@@ -51,7 +56,7 @@ def fast(model, normalizer, pre_tokenizer, decoder, **special) -> PreTrainedToke
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """As GPT-2 and Qwen: every byte is a token, and the end token stands for pad and unknown too."""
+    """Build one as GPT-2 and Qwen: every byte is a token; <|end|> is end, padding and unknown."""
     vocab = {
         byte: i for i, byte in enumerate(["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
     }
@@ -66,7 +71,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """As Llama 2: blanks become ▁, and bytes stand for what has no token."""
+    """Build one as Llama 2: blanks become ▁; a character without a token becomes its bytes."""
     vocab = {
         token: i
         for i, token in enumerate(
@@ -87,7 +92,7 @@ def byte_fallback() -> PreTrainedTokenizerFast:
 
 
 def unigram(*more: str) -> PreTrainedTokenizerFast:
-    """As T5 and XLM-R: NFKC, blanks, and one unknown token."""
+    """Build one as T5 and XLM-R: NFKC, blanks as ▁, and one unknown token."""
     model = models.Unigram(
         [
             ("<unk>", 0.0),
@@ -106,7 +111,7 @@ def unigram(*more: str) -> PreTrainedTokenizerFast:
 
 
 def word_piece() -> PreTrainedTokenizerFast:
-    """As BERT: small letters without accents."""
+    """Build one as BERT: lower case, no accents."""
     vocab = {
         token: i for i, token in enumerate(["[UNK]", "[CLS]", "[SEP]", "cafe", "##s", "1", "+"])
     }
@@ -117,7 +122,7 @@ def word_piece() -> PreTrainedTokenizerFast:
 
 
 def dropping() -> PreTrainedTokenizerFast:
-    """Knows a, b and ^, and has no token for anything else."""
+    """Build one that knows a, b and ^ and drops everything else."""
     vocab = {"</s>": 0, "a": 1, "b": 2, "^": 3}
     return fast(
         models.BPE(vocab, []), None, pre_tokenizers.Whitespace(), decoders.Fuse(), eos_token="</s>"
@@ -151,7 +156,7 @@ def test_what_the_tokenizer_does_not_know_is_named(make, text, piece):
 
 def test_characters_of_which_a_byte_is_missing_are_named():
     tokenizer = byte_level()
-    # É is two bytes, the second of which is ©.
+    # UTF-8 writes é in two bytes. The second one is this tokenizer's ©.
     vocab = {token: i for i, token in enumerate(t for t in tokenizer.get_vocab() if t != "©")}
     tokenizer = fast(
         models.BPE(vocab, []),
@@ -167,17 +172,14 @@ def test_unknown_characters_of_chat_and_generated_prompts(tokenizer, tmp_path):
     tokenizer.chat_template = CHAT
     with pytest.raises(BadInput, match="p.jsonl line 1: the model's tokenizer does not know 'x'"):
         read(write(tmp_path / "p.jsonl", {"prompt": "1x2", "label": 1}), tokenizer, chat=True)
+    settings = DataSettings(chat=True, system_prompt="be good")
     with pytest.raises(BadInput, match="toy: the model's tokenizer does not know 'b'"):
-        next(
-            toy_prompts(
-                tokenizer, DataSettings(chat=True, system_prompt="be good"), seed=1, held_out=False
-            )
-        )
+        next(toy_prompts(tokenizer, settings, seed=1, held_out=False))
+    # After the first problems a generated one with an unknown character is passed over: it must not
+    # end a run.
     known = ({"prompt": "1=" if i != 70 else "x", "label": i} for i in range(73))
-    # Never ends a run.
-    assert [sample.label for sample in generated(known, tokenizer, DataSettings(), name="g")][
-        -3:
-    ] == [69, 71, 72]
+    samples = list(generated(known, tokenizer, DataSettings(), name="g"))
+    assert [sample.label for sample in samples][-3:] == [69, 71, 72]
     tokenizer.chat_template = "é" + CHAT
     with pytest.raises(BadInput, match="does not know 'é'"):
         read(write(tmp_path / "p.jsonl", {"prompt": "12", "label": 1}), tokenizer, chat=True)
@@ -187,11 +189,15 @@ def test_unknown_characters_of_chat_and_generated_prompts(tokenizer, tmp_path):
 
 
 TOOLS = [{"type": "function", "function": {"name": "13", "parameters": {"n": None}}}]
+# Writes a tool as name+parameters=, a message as content+calls=, and `deep` as 9 or 8.
 CALLS = (
-    "{% if tools %}{% for t in tools %}{{ t.function.name }}+{{ t.function.parameters | length"
-    " }}={% endfor %}{% endif %}{% for m in messages if m.role != 'developer' %}{{ m.content }}{%"
-    " for c in m.tool_calls or [] %}+{{ c.name }}{% endfor %}={% endfor %}{% if deep is defined and"
-    " deep is true %}9{% elif deep is defined %}8{% endif %}"
+    "{% if tools %}{% for t in tools %}"
+    "{{ t.function.name }}+{{ t.function.parameters | length }}="
+    "{% endfor %}{% endif %}"
+    "{% for m in messages if m.role != 'developer' %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}+{{ c.name }}{% endfor %}="
+    "{% endfor %}"
+    "{% if deep is defined and deep is true %}9{% elif deep is defined %}8{% endif %}"
 )
 USER = {"role": "user", "content": "1+2"}
 
@@ -199,7 +205,7 @@ USER = {"role": "user", "content": "1+2"}
 def chat_row(
     tokenizer, folder, prompt, *, template=CALLS, tools=None, file=write, **settings
 ) -> str:
-    """The prompt's text of a row."""
+    """Return the text of the prompt that a file of one row gives."""
     tokenizer.chat_template = template
     row = {"prompt": prompt, "label": 1, **({"tools": tools} if tools is not None else {})}
     path = folder / ("p.jsonl" if file is write else "p.parquet")
@@ -210,35 +216,20 @@ def chat_row(
 def test_tools_reach_the_template(tokenizer, tmp_path):
     assert chat_row(tokenizer, tmp_path, [USER], tools=TOOLS) == "13+1=1+2="
     assert chat_row(tokenizer, tmp_path, "1+2", tools=TOOLS, chat=True) == "13+1=1+2="
-    assert (
-        chat_row(tokenizer, tmp_path, [USER], tools=json.dumps(TOOLS), file=write_parquet)
-        == "13+1=1+2="
-    )
-    assert (
-        chat_row(
-            tokenizer,
-            tmp_path,
-            [USER],
-            tools=[json.dumps(tool) for tool in TOOLS],
-            file=write_parquet,
-        )
-        == "13+1=1+2="
-    )
-    assert (
-        chat_row(tokenizer, tmp_path, [USER], tools=[])
-        == chat_row(tokenizer, tmp_path, [USER], tools="null")
-        == "1+2="
-    )
+    for tools in (json.dumps(TOOLS), [json.dumps(tool) for tool in TOOLS]):
+        text = chat_row(tokenizer, tmp_path, [USER], tools=tools, file=write_parquet)
+        assert text == "13+1=1+2="
+    for tools in ([], "null"):
+        assert chat_row(tokenizer, tmp_path, [USER], tools=tools) == "1+2="
 
 
 def test_fields_that_parquet_adds_are_no_fields(tokenizer, tmp_path):
-    """Objects of a column have the same fields there: what only another object has is null in this
-    one.
+    """In Parquet all objects of a column have the same fields.
+
+    A field that only another object has is null in this one, and is left out again.
     """
-    two = [
-        *TOOLS,
-        {"type": "function", "function": {"name": "7", "parameters": {"m": {"type": "string"}}}},
-    ]
+    function = {"name": "7", "parameters": {"m": {"type": "string"}}}
+    two = [*TOOLS, {"type": "function", "function": function}]
     assert chat_row(tokenizer, tmp_path, [USER], tools=two, file=write_parquet) == "13+0=7+1=1+2="
 
 
@@ -271,7 +262,7 @@ def test_what_a_template_would_leave_out_is_refused(tokenizer, tmp_path, prompt,
 
 def test_calls_and_results_reach_the_template(tokenizer, tmp_path):
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "5"}], "name": None}
-    # Which call it answers need not be in the text.
+    # A template may leave out which call a result answers.
     result = {"role": "tool", "content": "8", "tool_call_id": "x", "name": "5"}
     for file in (write, write_parquet):
         assert chat_row(tokenizer, tmp_path, [USER, call, result], file=file) == "1+2=+5=8="
@@ -279,15 +270,10 @@ def test_calls_and_results_reach_the_template(tokenizer, tmp_path):
 
 def test_values_for_the_chat_template(tokenizer, tmp_path):
     values = {(): "1+2=", ("deep=true",): "1+2=9", ("deep=false",): "1+2=8"}
-    assert {
-        given: chat_row(tokenizer, tmp_path, [USER], chat_template_kwargs=given) for given in values
-    } == values
-    with pytest.raises(
-        BadInput,
-        match=(
-            "--chat-template-kwargs needs chat messages, and the prompt of .* is text: add --chat"
-        ),
-    ):
+    for given, text in values.items():
+        assert chat_row(tokenizer, tmp_path, [USER], chat_template_kwargs=given) == text
+    rule = "--chat-template-kwargs needs chat messages, and the prompt of .* is text: add --chat"
+    with pytest.raises(BadInput, match=rule):
         chat_row(tokenizer, tmp_path, "1+2", chat_template_kwargs=("deep=true",))
 
 
@@ -311,10 +297,10 @@ def test_values_that_would_do_nothing(tokenizer, template, given, message):
 
 
 def test_names_that_a_template_reads(tokenizer):
-    """Also where it gives a default, and beside the tag that transformers adds to Jinja."""
+    """A name with a default counts. So does one beside the tag that transformers adds to Jinja."""
     defaults = (
-        "{% set think = think | default(true) %}{% if not day is defined %}{% set day = 1 %}{%"
-        " endif %}"
+        "{% set think = think | default(true) %}"
+        "{% if not day is defined %}{% set day = 1 %}{% endif %}"
     )
     tokenizer.chat_template = "{% generation %}1{% endgeneration %}" + defaults
     check_template_kwargs(tokenizer, ("think=false", "day=2"))

@@ -1,11 +1,8 @@
-"""prompts.py and reasoning_gym_tasks.py: files, fields, chat, mixtures, generated problems.
+"""Which prompts a run gets, and in which order: toy, mixtures, held-out sets, the digest.
 
-Whoever mistypes an input learns file, row, rule and fix.
-
-reasoning-gym is no requirement of this repository, so a stand-in takes its place: a module with the
-four names that are used of it, which behave as those of reasoning-gym 0.1.25 do (create_dataset and
-its seed + index, factory.DATASETS, score_answer's parts of 1, utils.extract_answer). Not covered:
-that a later version still has them, and that its tasks which are not refused evaluate nothing.
+Why: a resumed run goes on with the very prompts that would have come, and one seed gives one order.
+The digest tells a resumed run that its data have changed. Rows of files are in
+test_prompt_files.py, their text in test_prompt_text.py, reasoning-gym in test_reasoning_gym.py.
 """
 
 import json
@@ -44,11 +41,8 @@ def test_toy_problems_are_right_disjoint_and_seeded():
     for row in train[:50]:
         a, b = row["prompt"][:-1].split("+")
         assert int(row["label"][::-1]) == int(a) + int(b)
-    assert (
-        train[:5]
-        == list(islice(problems(seed=0, held_out=False), 5))
-        != list(islice(problems(seed=1, held_out=False), 5))
-    )
+    same, other = (list(islice(problems(seed=seed, held_out=False), 5)) for seed in (0, 1))
+    assert train[:5] == same != other
 
 
 def test_the_toy_prompt_is_one_token_a_character(tokenizer):
@@ -59,15 +53,14 @@ def test_the_toy_prompt_is_one_token_a_character(tokenizer):
 def test_by_default_a_run_gets_the_toy_as_it_comes():
     toy = data()
     stream, held_out = list(islice(toy.stream, 300)), toy.held_out
-    assert [sample.prompt for sample in stream] == [
-        row["prompt"] for row in islice(problems(seed=1, held_out=False), 300)
-    ]
-    assert [sample.prompt for sample in held_out] == [
-        row["prompt"] for row in islice(problems(seed=0, held_out=True), 512)
-    ]
+    of_seed_1 = islice(problems(seed=1, held_out=False), 300)
+    assert [sample.prompt for sample in stream] == [row["prompt"] for row in of_seed_1]
+    of_seed_0 = islice(problems(seed=0, held_out=True), 512)
+    assert [sample.prompt for sample in held_out] == [row["prompt"] for row in of_seed_0]
     assert [sample.group for sample in stream] == list(range(300))
     assert [sample.group for sample in held_out] == list(range(512))
-    assert stream[0].source == "toy" and toy.longest == 9 + 8
+    assert stream[0].source == "toy"
+    assert toy.longest == 9 + 8
 
 
 # --- the digest ---------------------------------------------------------------------------------
@@ -103,10 +96,10 @@ def test_the_digest_is_of_what_was_read(models, tmp_path):
     shutil.copytree(TOY, tmp_path / "model", ignore=shutil.ignore_patterns("__pycache__"))
     written = json.loads((tmp_path / "model" / "tokenizer.json").read_text(encoding="utf-8"))
     vocab = written["model"]["vocab"]
-    vocab["8"], vocab["9"] = vocab["9"], vocab["8"]  # another tokenizer
+    vocab["8"], vocab["9"] = vocab["9"], vocab["8"]  # a different tokenizer
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(written), encoding="utf-8")
     other = digest(*rows, model=str(tmp_path / "model"))
-    # The file has no 8 or 9; the toy's problems have.
+    # The file holds no 8 or 9. The toy's problems do.
     assert other["1"] == first["1"]
     assert other["2"] != first["2"]
 
@@ -115,29 +108,24 @@ def test_the_digest_is_of_what_was_read(models, tmp_path):
 
 
 def test_file_prompts_come_in_new_seeded_orders(models, tmp_path):
-    path = write(
-        tmp_path / "p.jsonl", *({"prompt": f"{i}+1=", "label": str(i + 1)} for i in range(5))
-    )
+    rows = ({"prompt": f"{i}+1=", "label": str(i + 1)} for i in range(5))
+    path = write(tmp_path / "p.jsonl", *rows)
     settings, model = RolloutSettings(prompts=(path,)), str(models["qwen3"])
     config = read_config(model)
     first, again, other = (
         list(islice(load_data(model, settings, config, seed=seed).stream, 10)) for seed in (0, 0, 1)
     )
     assert first == again != other
-    assert (
-        {sample.label for sample in first[:5]}
-        == {sample.label for sample in first[5:]}
-        == {"1", "2", "3", "4", "5"}
-    )
+    for epoch in (first[:5], first[5:]):
+        assert {sample.label for sample in epoch} == {"1", "2", "3", "4", "5"}
     assert [sample.group for sample in first] == list(range(10))
     assert load_data(model, settings, config, seed=0).held_out == []
 
 
 def test_a_mixture_draws_by_weight_and_numbers_as_it_draws(one_rank, tmp_path):
     a = write(tmp_path / "a.jsonl", *({"prompt": f"{i}=", "label": i} for i in range(3)))
-    b = write_parquet(
-        tmp_path / "b.parquet", *({"prompt": f"{i}+1=", "label": i} for i in range(7))
-    )
+    rows = ({"prompt": f"{i}+1=", "label": i} for i in range(7))
+    b = write_parquet(tmp_path / "b.parquet", *rows)
     settings = RolloutSettings(prompts=(f"{a}:3", b, "toy:0.5"))
     config = read_config(TOY)
     stream, again = (
@@ -145,20 +133,18 @@ def test_a_mixture_draws_by_weight_and_numbers_as_it_draws(one_rank, tmp_path):
     )
     counts = Counter(sample.source for sample in stream)
     assert stream == again and [sample.group for sample in stream] == list(range(900))
-    # Of 900: 600, 200, 100.
+    # Expected of 900: 600, 200, 100.
     assert 550 < counts["a"] < 650
     assert 170 < counts["b"] < 230
     assert 75 < counts["toy"] < 125
-    own = list(
-        islice(load_data(TOY, RolloutSettings(prompts=(b,)), config, seed=1).stream, counts["b"])
-    )
-    # Each source in its own order.
-    assert [sample.prompt for sample in own] == [
-        sample.prompt for sample in stream if sample.source == "b"
-    ]
-    # As after a checkpoint.
+    # Each source keeps its own order.
+    alone = load_data(TOY, RolloutSettings(prompts=(b,)), config, seed=1).stream
+    of_b = [sample.prompt for sample in stream if sample.source == "b"]
+    assert [sample.prompt for sample in islice(alone, counts["b"])] == of_b
+    # A resumed run goes on behind the prompts that were taken.
     prompts = Prompts(load_data(TOY, settings, config, seed=1), settings, taken=123)
-    assert prompts.take(5) == stream[123:128] and prompts.taken == 128
+    assert prompts.take(5) == stream[123:128]
+    assert prompts.taken == 128
 
 
 @pytest.mark.parametrize("prompts, weights", [
@@ -167,7 +153,7 @@ def test_a_mixture_draws_by_weight_and_numbers_as_it_draws(one_rank, tmp_path):
     (("reasoning-gym:gcd", "reasoning-gym:lcm:3"),
      {"reasoning-gym:gcd": 1, "reasoning-gym:lcm": 3}),
     ((":2",), {":2": 1}),
-    (("toy:1e-300",), {"toy": 1e-300}),  # alone its share is 1
+    (("toy:1e-300",), {"toy": 1e-300}),  # of a single source the share is 1
 ])  # fmt: skip
 def test_weights(prompts, weights):
     assert parse_weights(prompts) == weights
@@ -179,7 +165,7 @@ def test_weights(prompts, weights):
     (dict(prompts=("toy:1e999",)), "the weight 1e999 must be"),
     (dict(prompts=("toy:1e-300", "reasoning-gym:gcd")),
      "--prompts toy:1e-300 beside reasoning-gym:gcd:1: each source's share of the prompts must be"),
-    # The sum is infinite
+    # The sum of the weights is infinite.
     (dict(prompts=("toy:1e308", "reasoning-gym:gcd:1e308")),
      "share of the prompts must be at least 1e-09"),
     (dict(prompts=("toy", "toy:2")), "toy is given twice"),
@@ -221,14 +207,13 @@ def test_held_out_sets(tmp_path):
     def sets(**settings):
         held_out = data(eval_samples=3, **settings).held_out
         assert [sample.group for sample in held_out] == list(range(len(held_out)))
-        return [
-            (sample.source, sample.prompt) for sample in held_out if sample.source != "toy"
-        ], len(held_out)
+        of_files = [(s.source, s.prompt) for s in held_out if s.source != "toy"]
+        return of_files, len(held_out)
 
     in_order = [("a", "0="), ("a", "1="), ("a", "2="), ("b", "0="), ("b", "1=")]
     assert sets(eval_prompts=tuple(files)) == (in_order, 5)
     assert sets(eval_prompts=("toy", files[1])) == (in_order[3:], 5)
-    # The toy has held-out problems of its own, a file has not.
+    # The toy has held-out problems of its own. A file has none.
     assert sets(prompts=(files[0], "toy:0.1")) == ([], 3)
     assert sets(prompts=tuple(files)) == ([], 0)
 
@@ -237,13 +222,11 @@ def test_what_is_longer_than_the_first_problems_is_passed_over():
     stream, longest = drop_long_prompts(
         (Sample([1] * n) for n in [3, 5, *[2] * 70, 6, 5, 9, 1]), name="x", max_prompt_tokens=5
     )
-    assert longest == 5 and [len(sample.prompt_ids) for sample in stream] == [3, 5, *[2] * 70, 5, 1]
+    assert longest == 5
+    assert [len(sample.prompt_ids) for sample in stream] == [3, 5, *[2] * 70, 5, 1]
 
 
 def test_a_mixture_of_one_is_that_one():
     stream = mixture([iter([Sample([1], label=i) for i in range(3)])], [0.5], seed=3)
-    assert [(sample.label, sample.group) for sample in islice(stream, 3)] == [
-        (0, 0),
-        (1, 1),
-        (2, 2),
-    ]
+    drawn = [(sample.label, sample.group) for sample in islice(stream, 3)]
+    assert drawn == [(0, 0), (1, 1), (2, 2)]

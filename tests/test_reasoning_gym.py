@@ -1,4 +1,10 @@
-"""doc"""
+"""reasoning-gym's problems and scores: endless, seeded, apart from the held-out ones, and safe.
+
+Why: some of its scorers run the model's answer as Python, so those tasks are refused and no row may
+name the task that judges it. The package is no requirement of this repository: a stand-in takes its
+place, reasoning_gym_stand_in.py. Not covered: later versions of the package, and that the tasks
+which are allowed evaluate nothing.
+"""
 
 import sys
 from itertools import islice
@@ -18,7 +24,7 @@ pytest_plugins = ["prompt_helpers", "reasoning_gym_stand_in"]  # the fixtures to
 
 def test_reasoning_gym_problems_are_endless_seeded_and_disjoint_of_the_held_out(gym):
     def rows(seed):
-        # Beyond the two chunks of 500.
+        # More than two chunks of 500 problems.
         return list(islice(reasoning_gym_tasks.problems("chain_sum", seed=seed), 1200))
 
     one, again, two, held_out = (rows(seed) for seed in (1, 1, 2, "held-out"))
@@ -52,7 +58,7 @@ def test_reasoning_gym_judges_its_own_problems(gym):
     ]:
         sample.response = response
         assert reasoning_gym_reward(sample) == pytest.approx(expected) and sample.answer == answer
-    # Not one of its problems: judged as mathematics.
+    # This sample is none of its problems, so it is judged as mathematics.
     assert reasoning_gym_reward(Sample([1], label="4", response="so \\boxed{4.0}")) == 1
 
 
@@ -68,7 +74,7 @@ def test_tasks_that_cannot_be_used(gym, task, message):
 def test_a_row_cannot_name_the_task_that_judges_it(gym, tokenizer, tmp_path):
     """Some scorers run the answer as Python.
 
-    What a row brings is its own, and a refused task judges nothing.
+    The program ignores a row's own `notes`, and a refused task judges nothing.
     """
     rows = {
         "prompt": "1+2=",
@@ -83,7 +89,9 @@ def test_a_row_cannot_name_the_task_that_judges_it(gym, tokenizer, tmp_path):
 
 
 def test_without_the_package_the_install_line_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # as if it were not installed
+    monkeypatch.setitem(
+        sys.modules, "reasoning_gym", None
+    )  # imports fail, as if it were not installed
     with pytest.raises(
         BadInput, match="needs the package reasoning-gym .*: pip install reasoning-gym==0.1.25"
     ):
@@ -103,7 +111,7 @@ def test_its_reward_needs_its_problems():
 
 
 def test_a_rows_own_fields_are_its_own(tokenizer, tmp_path):
-    """Fields that the program writes stand beside metadata: a row may call its own as it likes."""
+    """The program writes its fields beside metadata, so a row may name its own freely."""
     own = {"answer": 7, "source": "book", "error": "none", "reasoning_gym": ["gcd"], "abort": 1}
     (sample,) = read(
         write(tmp_path / "p.jsonl", {"prompt": "1+2=", "label": "3", "metadata": own}), tokenizer
