@@ -1,11 +1,9 @@
-"""in_flight.py without SGLang: which groups a step gets, when it waits, what is dropped.
+"""The asynchronous loop's queue without SGLang: which groups a step gets, when it waits, what it drops.
 
-A stand-in engine answers after random times.
-
-These are the promises of the asynchronous loop that do not depend on the engine: no token older
-than the bound, every group trained once or counted as dropped, no group left waiting while newer
-ones train, never more than (K + 1) steps' worth on its way. test_loop_async.py shows them on the
-real stack.
+Why: the loop's promises are kept here. No token is older than the bound K = --max-staleness. Each
+group is trained once or counted as dropped. No due group waits while newer ones train. At most
+(K + 1) steps' worth is in flight. A stand-in engine answers after seeded random times. Resuming is
+in test_in_flight_resume.py, the real stack in test_loop_async.py. Not covered: several engines.
 """
 
 import asyncio
@@ -31,9 +29,9 @@ PER_STEP, STEPS = 3, 25
 
 
 class StandIn:
-    """Answers each group after a time of its own, and after hold(engine, group) has become false.
+    """Answer each group after seconds(group), and not before hold(engine, group) is false.
 
-    The first token is of the version it was started with, the last of the one it ended with.
+    An answer's first token has the version at its start, its last token the version at its end.
     """
 
     def __init__(self, seconds, hold=lambda engine, group: False):
@@ -78,7 +76,10 @@ def run_steps(
     engine=None,
     **settings,
 ) -> tuple[list[list[Sample]], StandIn]:
-    """The loop's body with a trainer that only takes time. Returns what each step was given."""
+    """Run the loop's body with a trainer that only takes time.
+
+    Returns the samples that each step was given, and the engine.
+    """
     engine = engine or StandIn(seconds)
     rollout = RolloutSettings(prompts_per_step=PER_STEP, samples_per_prompt=2)
     groups = GroupQueue(
@@ -110,7 +111,7 @@ def new_queue(
     steps=STEPS,
     **settings,
 ) -> GroupQueue:
-    """A queue of its own prompts; ranks: as in a checkpoint, which holds JSON."""
+    """Build a queue with prompts of its own. ranks: the states of a checkpoint, which are JSON."""
     data = load_data(TOY, RolloutSettings(), read_config(TOY), seed=1)
     rollout = RolloutSettings(prompts_per_step=per_step, samples_per_prompt=2)
     rewards = RewardSettings(dynamic_sampling=dynamic_sampling)
@@ -134,22 +135,20 @@ def test_without_oversampling_the_steps_are_those_of_the_synchronous_loop(data, 
         data, lambda group: rng.choice([0, 0, 0, 0.05]), train_s=train_s, max_staleness=bound
     )
     for version, samples in enumerate(given):
-        assert groups_of(samples, dropped=False) == list(
-            range(version * PER_STEP, (version + 1) * PER_STEP)
-        )
+        first = version * PER_STEP
+        assert groups_of(samples, dropped=False) == list(range(first, first + PER_STEP))
         assert all(sample.reward == sample.group % 2 for sample in samples)
         kept, set_aside = split_discarded(samples)
         check_staleness(kept, version=version, max_staleness=bound)
-        assert len(kept) == 2 * PER_STEP and set_aside == {DROPPED: 0, REPLACED: 0}
-    # Nothing is started that cannot be trained.
+        assert len(kept) == 2 * PER_STEP
+        assert set_aside == {DROPPED: 0, REPLACED: 0}
+    # The queue starts nothing that the run cannot train.
     assert engine.started == list(range(STEPS * PER_STEP))
     assert engine.aborted == []
 
 
 def test_the_bound_is_used_not_only_kept(data):
-    """With a slow trainer the queue is full: every token is exactly K old, once the first K steps
-    are over.
-    """
+    """With a slow trainer the queue is full: after the first K steps every token is exactly K old."""
     given, _ = run_steps(data, lambda group: 0, train_s=0.01, max_staleness=2)
     ages = [
         {version - sample.weight_versions[0] for sample in samples}
@@ -171,20 +170,20 @@ def test_oversampling_leaves_stragglers_and_loses_count_of_none(data, bound, ove
         [group for samples in given for group in groups_of(samples, dropped=kind)]
         for kind in (False, True)
     )
-    # Each group once, and every step is full.
+    # Each group is trained or dropped, once. Every step is full.
     assert sorted(trained + dropped) == engine.started
     assert len(trained) == STEPS * PER_STEP
     assert dropped and set(engine.aborted) == set(dropped)
     for version, samples in enumerate(given):
         assert len(groups_of(samples, dropped=True)) <= oversample or version == STEPS - 1
-        # Raises if a token is too old.
         check_staleness(split_discarded(samples)[0], version=version, max_staleness=bound)
 
 
 @pytest.mark.parametrize("bound", [0, 1, 3])
 def test_groups_that_teach_nothing_are_replaced_within_the_bound(data, bound):
-    """Every third group has rewards that differ; the others are replaced, and every group is
-    trained or counted, once, and none is too old.
+    """Only every third group has rewards that differ. The queue replaces the others.
+
+    Every group is trained or counted as replaced, once, and none is too old.
     """
     rng, judged = random.Random(3), []
 
@@ -200,11 +199,10 @@ def test_groups_that_teach_nothing_are_replaced_within_the_bound(data, bound):
         dynamic_sampling=20,
     )
     kept = [split_discarded(samples)[0] for samples in given]
-    trained, replaced = (
-        sorted({s.group for samples in kept for s in samples}),
-        [s.group for samples in given for s in samples if s.finish_reason == REPLACED],
-    )
-    assert all(group % 3 == 0 for group in trained) and len(trained) == STEPS * PER_STEP
+    trained = sorted({s.group for samples in kept for s in samples})
+    replaced = [s.group for samples in given for s in samples if s.finish_reason == REPLACED]
+    assert all(group % 3 == 0 for group in trained)
+    assert len(trained) == STEPS * PER_STEP
     assert sorted(trained + replaced[::2]) == sorted(engine.started)
     for version, samples in enumerate(kept):
         check_staleness(samples, version=version, max_staleness=bound)
@@ -214,19 +212,20 @@ def test_groups_that_teach_nothing_are_replaced_within_the_bound(data, bound):
 def test_a_dropped_group_is_neither_trained_nor_replaced(data, slow):
     """Every fifth group is late, in its answers or in its judging, and its rewards are all equal.
 
-    It is dropped, and counted as dropped, and not as replaced as well.
+    The queue drops it and counts it as dropped only, not as replaced too.
     """
     judged = []
 
     def is_late(group):
         return group % 5 == 0
 
-    def holds(engine, group):  # until it has been dropped: no machine is too slow for this test
+    def holds(engine, group):  # until the group is dropped, so that no machine is too slow
         return is_late(group) and group not in engine.aborted
 
-    engine = StandIn(
-        lambda group: 0.001, holds if slow == "answer" else lambda engine, group: False
-    )
+    if slow == "answer":
+        engine = StandIn(lambda group: 0.001, holds)
+    else:
+        engine = StandIn(lambda group: 0.001)
 
     def judge(sample):
         judged.append(sample.group)
@@ -240,10 +239,11 @@ def test_a_dropped_group_is_neither_trained_nor_replaced(data, slow):
         reason: [s.group for samples in given for s in samples if s.finish_reason == reason]
         for reason in (DROPPED, REPLACED, "stop")
     }
-    assert set(names[DROPPED]) == set(engine.aborted) and names[DROPPED]
+    assert names[DROPPED]
+    assert set(names[DROPPED]) == set(engine.aborted)
     assert names[REPLACED] == []
     assert not set(names[DROPPED]) & set(names["stop"])
-    if slow == "answer":  # one that comes too late is not judged
+    if slow == "answer":  # an answer that comes too late is not judged
         assert not set(judged) & set(names[DROPPED])
 
 
@@ -258,12 +258,13 @@ def test_replacing_has_a_cap(data):
     )
     for samples in given:
         kept, set_aside = split_discarded(samples)
-        assert len(kept) == 2 * PER_STEP and set_aside == {DROPPED: 0, REPLACED: 2 * 2 * PER_STEP}
+        assert len(kept) == 2 * PER_STEP
+        assert set_aside == {DROPPED: 0, REPLACED: 2 * 2 * PER_STEP}
 
 
 def test_a_straggler_is_carried_over_while_the_bound_allows(data):
-    # K = 2: group 0 takes longer than a step; steps go on with newer groups, and it is trained,
-    # late, not dropped.
+    # K = 2 and group 0 takes longer than a step. Steps go on with newer groups. Group 0 is trained
+    # late and not dropped.
     engine = StandIn(lambda group: 0.001, lambda engine, group: group == 0 and engine.version < 1)
     given, _ = run_steps(
         data, None, engine=engine, train_s=0.3, max_staleness=2, oversample=1, steps=6
@@ -274,7 +275,7 @@ def test_a_straggler_is_carried_over_while_the_bound_allows(data):
 
 
 def test_nothing_newer_is_trained_while_a_due_group_is_missing(data):
-    """No oversampling: a slow group holds its step, however many newer ones are ready."""
+    """Without oversampling a step waits for its slow group, however many newer ones are ready."""
     given, _ = run_steps(data, lambda group: 0.1 if group == 4 else 0, max_staleness=4, steps=4)
     assert groups_of(given[1], dropped=False) == [3, 4, 5]
 
@@ -290,7 +291,7 @@ def test_what_fails_in_the_background_is_raised_in_the_loop(data):
 
 
 def test_an_answer_that_the_engine_aborted_ends_the_run(one_rank):
-    """Nobody asked for it: the engine gave up, and says why."""
+    """The queue did not ask for the abort: the engine gave up, and the error says why."""
 
     class Aborting(StandIn):
         async def generate(self, prompts_ids, sampling, *, request_ids):
@@ -314,16 +315,11 @@ def test_a_failing_judge_masks_its_samples(data, capsys):
 def test_a_token_older_than_the_bound_stops_the_run():
     sample = Sample([1], group=9, response_ids=[5, 2], weight_versions=[3, 4])
     check_staleness([sample], version=5, max_staleness=2)
-    with pytest.raises(
-        RuntimeError,
-        match=(
-            "group 9 has tokens of the weight versions .3, 4.; training version 5 .* none older"
-            " than 4"
-        ),
-    ):
+    rule = "has tokens of the weight versions .3, 4.; training version 5 .* none older than 4"
+    with pytest.raises(RuntimeError, match=f"group 9 {rule}"):
         check_staleness([sample], version=5, max_staleness=1)
+    # A token from a later version means that the trainer has missed an update.
     with pytest.raises(RuntimeError, match="group 9"):
-        # From the future: the trainer missed an update.
         check_staleness([sample], version=3, max_staleness=1)
 
 

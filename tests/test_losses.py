@@ -1,9 +1,9 @@
-"""logprobs.py against an independent float64 oracle and finite differences; settings of losses.py.
+"""Log-probs and entropy from logits, the mismatch metrics, and which loss settings are refused.
 
-The parts of a policy loss are in tests/oracle, and the whole is in test_whole_loss.py.
-
-The oracle is written from the formulas in the docstrings, one token at a time. Vocabulary-parallel
-results are compared with unsplit ones over two real processes. Not covered: CUDA.
+Why: every loss starts from these log-probs, and a wrong one trains in silence. They are compared
+with a float64 oracle, written one token at a time from the formulas, and with finite differences.
+Vocabulary-parallel results are compared with unsplit ones over two real processes. The parts of a
+policy loss are in tests/oracle, the whole is in test_whole_loss.py. Not covered: CUDA.
 """
 
 import math
@@ -40,7 +40,7 @@ def oracle(logits: np.ndarray, labels: np.ndarray, vocab_size: int):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [1, 3, 1024])
 def test_logprobs_and_entropy(one_rank, chunk, dtype):
-    """Of BF16 logits too: they are exact numbers, and what is computed from them is in fp32."""
+    """BF16 logits are exact numbers too: the function computes in FP32."""
     logits, labels = inputs(dtype)
     got = logprobs_and_entropy(
         logits, labels, temperature=TEMPERATURE, vocab_size=V, group=dist.group.WORLD, chunk=chunk
@@ -83,7 +83,7 @@ def test_gradient_is_that_of_finite_differences(one_rank):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_of_minus_infinity_are_tokens_of_probability_0(one_rank, dtype):
-    """Value and gradient are those of the vocabulary without them: 0 times -inf would be NaN."""
+    """Value and gradient equal those of the vocabulary without them. 0 times -inf would be NaN."""
     logits, labels = inputs(dtype)
     excluded = [0, 5, V - 1]
     kept = [v for v in range(V) if v not in excluded]
@@ -130,7 +130,7 @@ def _vocab_parallel(rank, store_port, results):
     logits[2, [0, V // 2, V - 2]] = -math.inf
     labels[2] = 1
     mine = logits.chunk(2, dim=1)[rank].clone().requires_grad_()
-    # All but four tokens are padding: the second rank holds nothing else.
+    # With vocab_size 4 the second rank holds nothing but padding.
     few, _ = logprobs_and_entropy(
         mine.detach(), labels % 4, temperature=TEMPERATURE, vocab_size=4, group=dist.group.WORLD
     )
@@ -145,7 +145,7 @@ def _vocab_parallel(rank, store_port, results):
 
 
 def test_two_vocabulary_shards_equal_one(one_rank):
-    # V - 1 real tokens: the second rank also holds a padding column, whose gradient must be 0.
+    # With V - 1 real tokens the second rank also holds a padding column. Its gradient must be 0.
     store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     results = mp.get_context("spawn").Queue()
     workers = mp.spawn(_vocab_parallel, args=(store.port, results), nprocs=2, join=False)
@@ -178,7 +178,7 @@ def test_mismatch_is_zero_only_on_agreement():
 
 
 def test_mismatch_k3_by_hand():
-    """Of d = trainer - rollout: e^d - 1 - d, which is not the same for -d."""
+    """With d = trainer - rollout it is e^d - 1 - d, which differs for -d."""
     apart = mismatch(torch.tensor([0.0, 0.0]), torch.tensor([-math.log(2), math.log(2)]))
     twice, half = apart["mismatch_k3"].tolist()
     assert twice == pytest.approx(2 - 1 - math.log(2))

@@ -46,18 +46,16 @@ def test_reasoning_gym_judges_its_own_problems(gym):
     assert not {sample.prompt for sample in trained} & {sample.prompt for sample in both.held_out}
     sample = trained[0]
     sample = Sample.from_json(sample.to_json())
+    label, prose = sample.label, f"it is {sample.label}"
     for response, expected, answer in [
-        (sample.label, 1.0, sample.label),
-        (f"thus <answer>1</answer>, no: <answer> {sample.label} </answer>.", 1.0, sample.label),
-        (
-            f"it is {sample.label}",
-            len(sample.label) / len(f"it is {sample.label}"),
-            f"it is {sample.label}",
-        ),
+        (label, 1.0, label),
+        (f"thus <answer>1</answer>, no: <answer> {label} </answer>.", 1.0, label),
+        (prose, len(label) / len(prose), prose),
         ("", 0.0, ""),
     ]:
         sample.response = response
-        assert reasoning_gym_reward(sample) == pytest.approx(expected) and sample.answer == answer
+        assert reasoning_gym_reward(sample) == pytest.approx(expected)
+        assert sample.answer == answer
     # This sample is none of its problems, so it is judged as mathematics.
     assert reasoning_gym_reward(Sample([1], label="4", response="so \\boxed{4.0}")) == 1
 
@@ -89,39 +87,28 @@ def test_a_row_cannot_name_the_task_that_judges_it(gym, tokenizer, tmp_path):
 
 
 def test_without_the_package_the_install_line_is_named(monkeypatch):
-    monkeypatch.setitem(
-        sys.modules, "reasoning_gym", None
-    )  # imports fail, as if it were not installed
-    with pytest.raises(
-        BadInput, match="needs the package reasoning-gym .*: pip install reasoning-gym==0.1.25"
-    ):
+    # With None here an import fails, as if the package were not installed.
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    line = "needs the package reasoning-gym .*: pip install reasoning-gym==0.1.25"
+    with pytest.raises(BadInput, match=line):
         data(prompts=("reasoning-gym:chain_sum",))
 
 
 def test_its_reward_needs_its_problems():
-    with pytest.raises(
-        BadInput,
-        match="--prompts has none: add one such as reasoning-gym:chain_sum, or use --reward math",
-    ):
-        check_reward_flags(RewardSettings(reward="reasoning_gym"), RolloutSettings())
-    check_reward_flags(
-        RewardSettings(reward="reasoning_gym"),
-        RolloutSettings(prompts=("toy", "reasoning-gym:gcd:0.1")),
-    )
+    settings = RewardSettings(reward="reasoning_gym")
+    rule = "--prompts has none: add one such as reasoning-gym:chain_sum, or use --reward math"
+    with pytest.raises(BadInput, match=rule):
+        check_reward_flags(settings, RolloutSettings())
+    check_reward_flags(settings, RolloutSettings(prompts=("toy", "reasoning-gym:gcd:0.1")))
 
 
 def test_a_rows_own_fields_are_its_own(tokenizer, tmp_path):
     """The program writes its fields beside metadata, so a row may name its own freely."""
     own = {"answer": 7, "source": "book", "error": "none", "reasoning_gym": ["gcd"], "abort": 1}
-    (sample,) = read(
-        write(tmp_path / "p.jsonl", {"prompt": "1+2=", "label": "3", "metadata": own}), tokenizer
-    )
-    assert (sample.metadata, sample.source, sample.answer, sample.error, sample.notes) == (
-        own,
-        "file",
-        None,
-        "",
-        {},
-    )
+    path = write(tmp_path / "p.jsonl", {"prompt": "1+2=", "label": "3", "metadata": own})
+    (sample,) = read(path, tokenizer)
+    written = (sample.source, sample.answer, sample.error, sample.notes)
+    assert sample.metadata == own
+    assert written == ("file", None, "", {})
     sample.response, sample.finish_reason = "3", "stop"
     assert reasoning_gym_reward(sample) == 1 and sample.metadata == own and sample.answer == "3"

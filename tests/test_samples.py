@@ -20,21 +20,7 @@ pytest_plugins = ["prompt_helpers"]  # the fixture tokenizer
 
 def test_a_sample_is_one_json_line():
     logprobs = np.float32([-0.1, -2.3333333])
-    sample = Sample(
-        [1, 5],
-        "3",
-        "7",
-        4,
-        0,
-        [6, 2],
-        "4",
-        list(logprobs),
-        [1, 0],
-        [3, 3],
-        "stop",
-        0.5,
-        source="töy\n",
-    )
+    sample = Sample(**dump_line(rollout_logprobs=list(logprobs), source="töy\n"))
     line = replace(sample, rollout_logprobs=logprobs).to_json()
     assert b"\n" not in line
     # A float32 survives as JSON text exactly.
@@ -77,6 +63,7 @@ def test_the_token_that_ends_a_response_is_not_in_its_text(tokenizer):
 
 
 def dump_line(**changes) -> dict:
+    """Return the fields of a whole sample."""
     sample = Sample([1, 5], "3", "7", 4, 0, [6, 2], "4", [-0.5, -1.0], [1, 1], [3, 3], "stop", 0.5)
     return {**asdict(sample), **changes}
 

@@ -1,4 +1,8 @@
-"""doc"""
+"""Every advantage a second time: NumPy float64, one sample or one token at a time.
+
+Nothing here is shared with advantages.py and nothing is vectorised. Letters and sources are those
+of oracle.py.
+"""
 
 from dataclasses import dataclass
 from math import sqrt
@@ -8,7 +12,7 @@ import numpy as np
 
 @dataclass
 class Outcomes:
-    """What the advantages are made from; the fields of advantages.Scores as NumPy arrays."""
+    """Hold what advantages are made from: the fields of advantages.Scores as NumPy arrays."""
 
     rewards_N: np.ndarray
     group_N: np.ndarray
@@ -17,7 +21,7 @@ class Outcomes:
     penalties_T: np.ndarray  # taken from the reward at each token
 
     def spans(self) -> list[range]:
-        """The token indices of each sample."""
+        """Return the token indices of each sample."""
         spans, start = [], 0
         for length in self.lengths_N:
             spans.append(range(start, start + int(length)))
@@ -29,7 +33,7 @@ class Outcomes:
 
 
 def net_rewards(outcomes: Outcomes) -> list[float]:
-    """R_i: the reward of a sample minus the penalties of its counting tokens."""
+    """Return R_i: the reward of a sample minus the penalties of its counting tokens."""
     net = []
     for reward, span in zip(outcomes.rewards_N, outcomes.spans()):
         net.append(
@@ -48,7 +52,7 @@ def mean(values: list[float]) -> float:
 
 
 def on_tokens(outcomes: Outcomes, value_N: list[float]) -> np.ndarray:
-    """The value of each sample at its counting tokens, 0 at the others."""
+    """Return the value of each sample at its counting tokens, 0 at the others."""
     value_T = np.zeros(len(outcomes.mask_T))
     for value, span in zip(value_N, outcomes.spans()):
         for t in span:
@@ -58,8 +62,9 @@ def on_tokens(outcomes: Outcomes, value_N: list[float]) -> np.ndarray:
 
 
 def whitened(value_T: np.ndarray, mask_T: np.ndarray) -> np.ndarray:
-    """(x - mean) / sqrt(var + 1e-8) over the counting tokens of the batch; var divides by their
-    number (biased).
+    """Return (x - mean) / sqrt(var + 1e-8) over the counting tokens of the batch.
+
+    The variance is biased: it divides by the number of counting tokens.
     """
     counting = [t for t in range(len(mask_T)) if mask_T[t] == 1]
     result_T = np.zeros(len(mask_T))
@@ -124,8 +129,9 @@ ADVANTAGES = {
 
 
 def gae(rewards_L, values_L, mask_L, *, gamma: float, lam: float) -> tuple[np.ndarray, np.ndarray]:
-    """(A_L, returns_L) by the definition: A_k = sum over later counting tokens j of (gamma
-    lam)^(j-k) delta_j, with no recursion.
+    """Return (A_L, returns_L) from the definition, without a recursion.
+
+    A_k is the sum of (gamma lam)^(j-k) delta_j over k and the later counting tokens j.
     """
     kept = [t for t in range(len(mask_L)) if mask_L[t] == 1]
     deltas = []

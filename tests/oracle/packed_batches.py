@@ -1,4 +1,8 @@
-"""doc"""
+"""Packed batches for the oracle's tests, and comparisons of values and gradients.
+
+A batch is packed as in training: samples one after the other, tool tokens masked in the middle,
+samples without a counting token, and a filler at the end.
+"""
 
 import numpy as np
 import pytest
@@ -9,8 +13,9 @@ import oracle
 
 
 def assert_same(shipped: torch.Tensor | np.ndarray, expected, *, atol=1e-8, defined=True):
-    """Equal to 1e-6 of the value where the formula says something, and finite everywhere: times a
-    weight of 0 the rest must be 0.
+    """Assert equality to 1e-6 of the value where the formula defines one.
+
+    The rest must be finite: it is multiplied by a weight of 0, and must give 0.
     """
     got, expected = (
         np.asarray(shipped.detach() if torch.is_tensor(shipped) else shipped),
@@ -25,11 +30,10 @@ def assert_same(shipped: torch.Tensor | np.ndarray, expected, *, atol=1e-8, defi
 
 
 def assert_same_gradients(outputs_T: torch.Tensor, inputs_T: torch.Tensor, function, *, defined_T):
-    """Row i, column j: how output i moves with input j, so that a token that is not stopped where
-    it should be shows off the diagonal.
+    """Assert that output i (row) moves with input j (column) as finite differences say.
 
-    Finite differences know a slope to 1e-10 of the output they are taken of, however large or small
-    that is.
+    A missing stop-gradient shows off the diagonal. Finite differences know a slope to 1e-10 of the
+    output, however large or small that is.
     """
     got = torch.stack(
         [torch.autograd.grad(output, inputs_T, retain_graph=True)[0] for output in outputs_T]
@@ -46,7 +50,7 @@ def assert_same_gradients(outputs_T: torch.Tensor, inputs_T: torch.Tensor, funct
 
 # ---- Packed batches for the losses ----
 
-MASKS = {  # of each sample; the last is the filler that packing appends
+MASKS = {  # of each sample; the last one is the filler that packing appends
     "ragged": [[1, 1, 1], [1, 1, 1, 1, 1, 1], [1], [1, 1, 1, 1], [0, 0, 0]],
     "tool tokens": [[1, 1, 0, 0, 1], [0, 1, 0, 1], [1, 0, 1, 1], [0, 1, 1], [0, 0]],
     "samples that do not count": [[0, 0, 0], [1, 0, 1, 1], [], [0], [1, 1], [0, 0, 0]],
@@ -56,22 +60,22 @@ SPREADS = ["usual", "sample at +-50", "token at +-50"]
 
 
 class Batch:
-    """Log-probs and advantages on one layout; difference() makes a log-ratio of the wanted spread."""
+    """Make log-probs and advantages on one layout; `spread` says how far log-ratios reach."""
 
     def __init__(self, layout: str, spread: str, seed: int):
         self.rng, self.spread = np.random.default_rng(seed), spread
-        # From e^-50 to e^50 only a relative comparison says something.
+        # Ratios from e^-50 to e^50 can only be compared relatively.
         self.atol = 1e-8 if spread == "usual" else 0.0
         masks = MASKS[layout]
         sample_T = np.repeat(np.arange(len(masks)), [len(mask) for mask in masks])
         self.packed = oracle.Packed(sample_T, np.concatenate(masks), samples=len(masks))
-        # Else a mean over the sample is undefined.
+        # Without a counting token a mean over the sample is undefined.
         self.has_mean_T = np.array([bool(self.packed.counting(n)) for n in sample_T])
         self.old_T = self.rng.uniform(-3, 0, len(sample_T))
         self.logprobs_T = self.old_T + self.difference()
         self.rollout_T = self.old_T - self.difference()
         self.ref_T = self.logprobs_T - self.difference()
-        # Negative, 0, positive.
+        # A third each is negative, 0 and positive.
         self.advantages_T = self.rng.uniform(0.5, 2, len(sample_T)) * self.rng.permutation(
             np.arange(len(sample_T)) % 3 - 1
         )
@@ -88,7 +92,7 @@ class Batch:
         return 50 * signs + self.rng.normal(0, 0.1, T)
 
     def sequences(self, samples: range | None = None) -> losses.Sequences:
-        """Of all samples, or of the micro-batch with these."""
+        """Return the Sequences of all samples, or of a micro-batch of these."""
         here = self.tokens(samples or range(self.packed.samples))
         counts = [len(self.packed.counting(n)) for n in samples or range(self.packed.samples)]
         first = samples[0] if samples else 0
@@ -119,7 +123,7 @@ def batches(spreads=SPREADS):
 
 
 def bounds_of(name: str) -> list[dict]:
-    """Return two sets of bounds that a policy loss takes: tight ones, and a dual clip or its own."""
+    """Return two sets of bounds for a policy loss: tight ones, and a dual clip or its own."""
     own = losses.POLICY_LOSSES[name]
     low, high = (None if own.clip_low is None else 0.2, None if own.clip_high is None else 0.28)
     first, *rest = own.only.get("dual_clip", (0.0, 1.5))
@@ -136,7 +140,7 @@ POLICIES = pytest.mark.parametrize(
 
 
 def defined(value_T: np.ndarray, batch: Batch) -> np.ndarray:
-    """Tell where a formula says something, which is wherever the token's sample has one that
+    """Return where the formula defines a value: at least where the token's sample has one that
     counts.
     """
     assert np.isfinite(value_T[batch.has_mean_T]).all()
@@ -147,6 +151,6 @@ def defined(value_T: np.ndarray, batch: Batch) -> np.ndarray:
 
 
 def bounds_for(correction: str, low: float, high: float) -> dict:
-    """These bounds, but for those that the correction does not have."""
+    """Return these bounds, with None for one that the correction does not have."""
     own = losses.CORRECTIONS[correction]
     return dict(low=None if own.low is None else low, high=None if own.high is None else high)

@@ -1,4 +1,9 @@
-"""doc"""
+"""Every advantage, GAE and the overlong penalty against the oracle, and by hand.
+
+Why: a biased deviation or a mean over the wrong samples still trains, only worse. Groups come in
+any order and size, with ids that are large or skip numbers. Masked tokens must get exactly 0. Not
+covered: how fast they are.
+"""
 
 import math
 
@@ -49,7 +54,7 @@ def make_outcomes(
     masks = masks[: len(groups)]
     mask_T = np.array([x for mask in masks for x in mask], dtype=np.float64)
     lengths_N = np.array([len(mask) for mask in masks], dtype=np.int64)
-    # At masked tokens too, where they must not be taken.
+    # Masked tokens have penalties too. They must not be subtracted.
     penalties_T = penalty * rng.normal(0, 1, len(mask_T))
     return oracle.Outcomes(
         np.asarray(rewards_N, dtype=np.float64),
@@ -80,15 +85,15 @@ def test_advantage(name, groups, counting, penalty):
 
 
 def test_advantages_by_hand():
-    # One of four samples is right. Mean 1/4, unbiased deviation sqrt((9 + 1 + 1 + 1) / 16 / 3) =
-    # 1/2; the others of the right one have mean 0.
+    # One of four samples is right. The mean is 1/4, the unbiased deviation
+    # sqrt((9 + 1 + 1 + 1) / 16 / 3) = 1/2. Without the right one the mean of the others is 0.
     outcomes = make_outcomes([8, 8, 8, 8], [[1]] * 4, [1, 0, 0, 0], 0.0, np.random.default_rng(0))
     expected = {
         "dr_grpo": [3 / 4] + [-1 / 4] * 3,
         "grpo": [3 / 2] + [-1 / 2] * 3,
         "rloo": [1] + [-1 / 3] * 3,
     }
-    # Deviation sqrt(3) / 4 over all four tokens.
+    # Over all four tokens the deviation is sqrt(3) / 4.
     expected["reinforce++"] = expected["reinforce++_baseline"] = [math.sqrt(3)] + [
         -1 / math.sqrt(3)
     ] * 3
@@ -96,8 +101,7 @@ def test_advantages_by_hand():
         assert advantages.ADVANTAGES[name](scores(outcomes)).tolist() == pytest.approx(
             values, abs=1e-5
         ), name
-    # One sample, penalties 2, (9 at a tool token) and 0: the returns -2 and 0 are whitened to -1
-    # and 1.
+    # One sample with penalties 2, 9 (at a tool token) and 0: the returns -2 and 0 become -1 and 1.
     outcomes = make_outcomes([0], [[1, 0, 1]], [0], 0.0, np.random.default_rng(0))
     outcomes.penalties_T[:] = [2, 9, 0]
     assert advantages.ADVANTAGES["reinforce++"](scores(outcomes)).tolist() == pytest.approx(
@@ -129,8 +133,8 @@ def test_gae(mask, gamma, lam):
 
 
 def test_gae_by_hand():
-    # The only reward is 1 at the end. gamma = lam = 1: every return is 1. lam = 0: one step of it,
-    # A = V_next - V; the tool token (V = 9) is not there.
+    # The only reward is 1, at the end. With gamma = lam = 1 every return is 1. With lam = 0 the
+    # advantage is V_next - V. The tool token (V = 9) does not take part.
     rewards_L, values_L, mask_L = (
         np.array(x, dtype=np.float64) for x in ([0, 0, 0, 1], [0.25, 9, 0.5, 0.75], [1, 0, 1, 1])
     )
@@ -152,7 +156,7 @@ def test_overlong_penalty(max_tokens, buffer):
 
 
 def test_overlong_penalty_by_hand():
-    # Limit 20, the last 5 tokens cost 1/5 each.
+    # Of at most 20 tokens the last 5 cost 1/5 each.
     got = [
         advantages.overlong_penalty(length, max_tokens=20, buffer=5)
         for length in (15, 16, 18, 20, 21, 100)

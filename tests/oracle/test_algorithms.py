@@ -1,13 +1,14 @@
-"""Every algorithm of losses.py and advantages.py against oracle.py, values and gradients.
+"""Policy losses and corrections against oracle.py: values and gradients.
 
-Why: a wrong sign, a biased deviation or a forgotten stop-gradient still trains, only worse, and no
-loss curve says so. The oracle is written one token at a time from the formulas; the shipped
-functions must give its values, and their gradients must be finite differences of it, to 1e-6 and,
-where log-ratios are +-50, to 1e-6 of the value itself. Batches are packed as in training: samples
-one after the other, tool tokens masked in the middle, samples that do not count at all, a filler at
-the end. A new entry in a table without an oracle fails here; with one it is compared as all others
-are, and what it may be given follows from its entry in losses.py. Not covered: context parallelism
-(cp_group), float32, the speed.
+Why: a wrong sign or a forgotten stop-gradient still trains, only worse, and no loss curve shows it.
+The oracle is written one token at a time from the formulas. The shipped functions must give its
+values, and their gradients must equal its finite differences, to 1e-6. Where log-ratios are +-50,
+that is 1e-6 of the value itself. KL estimators and aggregations are in test_kl_and_aggregation.py,
+advantages in test_advantages.py.
+
+An entry in a table without an oracle fails here. With one it is compared as all others are; its
+entry in losses.py says which bounds it takes. Not covered: context parallelism (cp_group), float32,
+the speed.
 
     OMP_NUM_THREADS=1 python -m pytest -q tests/oracle
 """
@@ -97,7 +98,7 @@ ONE_SIDED = {
     ("above", -1, False),
     ("dual clip", -1),
 }
-EXACT = {  # whether the clip holds, by the ratio and the advantage's sign
+EXACT = {  # (place of the ratio, sign of the advantage, whether it is clipped)
     "ppo": ONE_SIDED,
     "gspo": ONE_SIDED,
     "cispo": {("below", -1, True), ("below", 1, True), ("above", 1, True), ("above", -1, True)},
@@ -106,16 +107,11 @@ EXACT = {  # whether the clip holds, by the ratio and the advantage's sign
 
 @pytest.mark.parametrize("name", BOTH)
 def test_the_batches_reach_every_branch(name):
-    """Otherwise the comparisons above could agree on the easy half of the formulas."""
+    """Without this the comparisons above could agree on the easy half of the formulas."""
     seen, (plain, other) = set(), bounds_of(name)
     for batch in (Batch("ragged", spread, seed) for spread in SPREADS for seed in (0, 1)):
-        arguments = (
-            batch.logprobs_T,
-            batch.logprobs_T,
-            batch.old_T,
-            batch.advantages_T,
-            batch.packed,
-        )
+        logprobs_T, old_T = batch.logprobs_T, batch.old_T
+        arguments = (logprobs_T, logprobs_T, old_T, batch.advantages_T, batch.packed)
         loss_T, ratio_T, clipped_T = oracle.POLICY_LOSSES[name](*arguments, **plain)
         other_loss_T = oracle.POLICY_LOSSES[name](*arguments, **other)[0]
         for t in np.flatnonzero(batch.packed.mask_T):
@@ -131,14 +127,12 @@ def test_the_batches_reach_every_branch(name):
 
 
 def test_policy_losses_by_hand():
-    # Ratio 2, advantage 3: PPO stops at 1.28 * 3 and has no gradient; CISPO weighs l = log 2 with
-    # 1.28 and keeps it. Advantage -3: 2 * 3, dual clip 1.5 * 3.
+    # With ratio 2 and advantage 3, PPO stops at 1.28 * 3 and has no gradient. CISPO weighs
+    # l = log 2 with 1.28 and keeps its gradient. With advantage -3 the loss is 2 * 3, and with a
+    # dual clip 1.5 * 3.
     one = losses.Sequences(tensor([0, 0]), tensor([1.0, 1.0]), tensor([2.0]))
-    x, old_T, advantages_T = (
-        tensor([math.log(2)] * 2, requires_grad=True),
-        tensor([0.0, 0.0]),
-        tensor([3.0, -3.0]),
-    )
+    x = tensor([math.log(2)] * 2, requires_grad=True)
+    old_T, advantages_T = tensor([0.0, 0.0]), tensor([3.0, -3.0])
     loss_T, _, clipped_T = losses.POLICY_LOSSES["ppo"].function(
         x, old_T, advantages_T, one, clip_low=0.2, clip_high=0.28, dual_clip=0.0
     )
@@ -174,8 +168,8 @@ def test_correction(name, low, high, batch):
 
 
 def test_corrections_by_hand():
-    # Sample 0 has weights 2, 1/2 and, at a tool token, 8: its geometric mean over the counting
-    # tokens is 1. Sample 1 has 3 and 3. Bounds are inclusive.
+    # Sample 0 has weights 2 and 1/2, and 8 at a tool token. Its geometric mean over the counting
+    # tokens is 1. Sample 1 has 3 and 3. A weight at a bound is inside.
     log_weight_T = tensor([math.log(w) for w in (2, 8, 1 / 2, 3, 3)], dtype=torch.float64)
     sequences = losses.Sequences(
         tensor([0, 0, 0, 1, 1]), tensor([1.0, 0.0, 1.0, 1.0, 1.0]), tensor([2.0, 2.0])
@@ -197,6 +191,8 @@ def test_corrections_by_hand():
     for name, weights in expected.items():
         weight = losses.CORRECTIONS[name].weight
         weight_T, cut_T = weight(log_weight_T, sequences, **bounds_for(name, 0.75, 2.5))
-        assert weight_T.tolist() == pytest.approx(weights) and cut_T.tolist() == cut[name], name
+        assert weight_T.tolist() == pytest.approx(weights), name
+        assert cut_T.tolist() == cut[name], name
         weight_T, cut_T = weight(0 * log_weight_T, sequences, **bounds_for(name, 1.0, 1.0))
-        assert weight_T.tolist() == [1] * 5 and not cut_T.any(), name
+        assert weight_T.tolist() == [1] * 5, name
+        assert not cut_T.any(), name
