@@ -1,4 +1,4 @@
-"""The asynchronous loop's queue without SGLang: which groups a step gets, when it waits, what it drops.
+"""The asynchronous loop's queue without SGLang: what a step gets, when it waits, what it drops.
 
 Why: the loop's promises are kept here. No token is older than the bound K = --max-staleness. Each
 group is trained once or counted as dropped. No due group waits while newer ones train. At most
@@ -148,7 +148,7 @@ def test_without_oversampling_the_steps_are_those_of_the_synchronous_loop(data, 
 
 
 def test_the_bound_is_used_not_only_kept(data):
-    """With a slow trainer the queue is full: after the first K steps every token is exactly K old."""
+    """With a slow trainer the queue is full: after K steps every token is exactly K old."""
     given, _ = run_steps(data, lambda group: 0, train_s=0.01, max_staleness=2)
     ages = [
         {version - sample.weight_versions[0] for sample in samples}

@@ -1,4 +1,4 @@
-"""The asynchronous loop's queue over a checkpoint: what a resumed run trains, asks again and counts.
+"""The asynchronous loop's queue over a checkpoint: what a resumed run trains and asks again.
 
 Why: a finished group that is lost, asked twice or taken for younger than it is breaks the bound on
 staleness or the account of groups, in silence. Not covered: a resumed run with other ranks.
