@@ -1,9 +1,9 @@
-"""record.py: what a run writes, where that goes beside metrics.jsonl, and its profile.
+"""A run's folder and record: its name, its lock, its boards, its profile, and how it goes on.
 
-A whole run's files are looked at in test_loop_sync.py.
-
-TensorBoard and Weights & Biases are no requirements of this repository; stand-ins take their place,
-with the calls that record.py makes of them.
+Why: two runs in one folder, or rows behind a checkpoint, mix the figures of two runs. What a run
+shows to people is in test_record_shown.py, a whole run's files in test_loop_sync.py. TensorBoard
+and Weights & Biases are no requirements of this repository: stand-ins take the calls that the
+record makes. Not covered: the two packages themselves.
 """
 
 import errno
@@ -35,7 +35,7 @@ from reward import eval_metrics
 
 @pytest.fixture
 def boards(monkeypatch):
-    """What the stand-ins were told."""
+    """Put stand-ins in place of both boards. Return the list of calls that they get."""
     told = []
     tensorboard, wandb = ModuleType("torch.utils.tensorboard"), ModuleType("wandb")
 
@@ -54,31 +54,29 @@ def boards(monkeypatch):
             told.append(("wandb", metrics, step))
 
     tensorboard.SummaryWriter = SummaryWriter
-    wandb.init = lambda **about: (
-        told.append(("init", about["project"], about["name"], about["id"])) or WandbRun()
-    )
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+
+    def init(**about):
+        told.append(("init", about["project"], about["name"], about["id"]))
+        return WandbRun()
+
+    wandb.init = init
     wandb.teardown = lambda exit_code: told.append(("end", exit_code))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     return told
 
 
 def record_of(monkeypatch, tmp_path, name="a", resumed=None, **changes) -> Record:
     monkeypatch.chdir(tmp_path)
-    return Record(
-        Settings(run=RunSettings(name=name, steps=3, **changes)),
-        "sync",
-        dist.group.WORLD,
-        resumed=resumed,
-    )
+    settings = Settings(run=RunSettings(name=name, steps=3, **changes))
+    return Record(settings, "sync", dist.group.WORLD, resumed=resumed)
 
 
 def resumed_at(record: Record, step: int) -> Checkpoint:
-    """The checkpoint that would be written now, by a run that then ends."""
+    """Return the checkpoint that the run would write now, before it ends."""
     record.lock.close()
-    return Checkpoint(
-        record.folder / "checkpoints" / f"step-{step:06d}", step, {"record": record.positions()}
-    )
+    folder = record.folder / "checkpoints" / f"step-{step:06d}"
+    return Checkpoint(folder, step, {"record": record.positions()})
 
 
 def test_metrics_reach_the_boards(one_rank, monkeypatch, tmp_path, boards):
@@ -90,17 +88,15 @@ def test_metrics_reach_the_boards(one_rank, monkeypatch, tmp_path, boards):
         ("scalar", "step", 1, 1), ("scalar", "loss", 0.5, 1), ("flush",),
         ("wandb", {"step": 1, "loss": 0.5}, 1), ("end", 0),
     ]  # fmt: skip
-    assert json.loads((tmp_path / "runs/a/metrics.jsonl").read_text(encoding="utf-8")) == {
-        "step": 1,
-        "loss": 0.5,
-        "staleness": [3, 1],
-    }
+    row = json.loads((tmp_path / "runs/a/metrics.jsonl").read_text(encoding="utf-8"))
+    assert row == {"step": 1, "loss": 0.5, "staleness": [3, 1]}
 
 
 def test_wandb_is_told_that_a_run_failed(one_rank, monkeypatch, tmp_path, boards):
     with pytest.raises(KeyboardInterrupt), record_of(monkeypatch, tmp_path, wandb="project"):
         raise KeyboardInterrupt
-    assert [told[0] for told in boards] == ["init", "end"] and boards[-1] == ("end", 1)
+    assert [told[0] for told in boards] == ["init", "end"]
+    assert boards[-1] == ("end", 1)
 
 
 @pytest.mark.parametrize(
@@ -133,10 +129,8 @@ def test_chosen_steps_are_profiled(one_rank, monkeypatch, tmp_path):
         record.log({"step": step})
     (profile,) = (tmp_path / "runs/a/profile").iterdir()
     assert profile.name == "step-2-rank-0.json"
-    assert any(
-        event.get("name") == "aten::cumsum"
-        for event in json.loads(profile.read_text(encoding="utf-8"))["traceEvents"]
-    )
+    events = json.loads(profile.read_text(encoding="utf-8"))["traceEvents"]
+    assert "aten::cumsum" in [event.get("name") for event in events]
 
 
 # --- a run's name -------------------------------------------------------------------------------
@@ -151,8 +145,7 @@ def test_plain_names_are_taken(monkeypatch, tmp_path, name):
 
 @pytest.mark.parametrize("name", [
     "/tmp/runs/a", "../a", "a/../b", "a/..", ".", "./a", "a/", "a//b", "-a", "a/-b", ".hidden",
-    "a:b", "a#1", "a?", "a%20", "a b", "a\\b",
-    "a\n", "é", "x" * 129,
+    "a:b", "a#1", "a?", "a%20", "a b", "a\\b", "a\n", "é", "x" * 129,
 ])  # fmt: skip
 def test_other_names_are_refused(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
@@ -172,9 +165,7 @@ def test_a_name_that_is_taken_is_refused(monkeypatch, tmp_path):
 
 
 def test_two_runs_of_one_name_do_not_share_a_folder(monkeypatch, tmp_path):
-    """Both may have passed the check before one of them begins: the second to create the folder is
-    refused.
-    """
+    """Both may pass the check before one of them begins. The second to create the folder fails."""
     monkeypatch.chdir(tmp_path)
     new_run_folder("a", "sync")
     with pytest.raises(BadInput, match="runs/a already exists"):
@@ -198,8 +189,9 @@ def test_runs_of_one_last_name_are_two_runs_to_wandb(one_rank, monkeypatch, tmp_
     for name in ("lr1/seed1", "lr2/seed1"):
         record_of(monkeypatch, tmp_path, name=name, wandb="project")
     (_, _, first, first_id), (_, _, second, second_id) = boards
-    assert (first, second) == ("lr1/seed1", "lr2/seed1") and first_id != second_id
-    assert not {*first_id, *second_id} & set("/\\#?%:")  # what W&B refuses in an id
+    assert (first, second) == ("lr1/seed1", "lr2/seed1")
+    assert first_id != second_id
+    assert not {*first_id, *second_id} & set("/\\#?%:")  # W&B refuses these in an id
 
 
 def test_a_resumed_run_is_the_same_run_to_wandb(one_rank, monkeypatch, tmp_path, boards):
@@ -212,7 +204,9 @@ def test_a_name_that_comes_again_is_a_new_run_to_wandb(one_rank, monkeypatch, tm
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         record_of(monkeypatch, tmp_path / folder, wandb="project")
-    assert boards[0][2] == boards[1][2] and boards[0][3] != boards[1][3]
+    (_, _, first, first_id), (_, _, second, second_id) = boards
+    assert first == second
+    assert first_id != second_id
 
 
 def test_a_stopped_run_says_the_whole_name_to_go_on_with(one_rank, monkeypatch, tmp_path, capsys):
@@ -225,7 +219,7 @@ def test_a_stopped_run_says_the_whole_name_to_go_on_with(one_rank, monkeypatch, 
 
 
 def test_a_second_run_of_one_name_is_refused_while_the_first_lives(one_rank, monkeypatch, tmp_path):
-    """Nothing of the first is cut: not by --resume of a checkpoint that it has written either."""
+    """The first run keeps its rows, even if the second resumes a checkpoint of the first."""
     record = record_of(monkeypatch, tmp_path)
     saved = Checkpoint(tmp_path, 0, {"record": record.positions()})
     record.log({"step": 1})
@@ -239,11 +233,13 @@ def test_a_second_run_of_one_name_is_refused_while_the_first_lives(one_rank, mon
 
 def test_a_killed_run_frees_its_folder(monkeypatch, tmp_path):
     code = """
-import os, pathlib, sys, run_folder
+import os, pathlib, sys
+from harness import run_folder
 lock = run_folder.lock_run_folder(pathlib.Path(sys.argv[1]))
 os.kill(os.getpid(), 9)
 """
-    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT)
+    assert done.returncode == -9
     lock_run_folder(tmp_path).close()
     assert (tmp_path / "lock").read_text(encoding="utf-8").startswith(f"process {os.getpid()} on ")
 
@@ -325,7 +321,7 @@ def test_a_run_that_is_told_to_stop_writes_a_checkpoint_now(
 def test_a_run_that_is_told_to_stop_in_its_last_step_saves_and_finishes(
     one_rank, monkeypatch, tmp_path
 ):
-    """There is nothing to go on with: its weights are exported."""
+    """No step is left to go on with, so the run exports its weights."""
     record = record_of(monkeypatch, tmp_path)
     monkeypatch.setattr(exits, "told_to_stop", [signal.SIGTERM])
     record.log({"step": 3})

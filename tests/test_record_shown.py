@@ -1,4 +1,9 @@
-"""doc"""
+"""What a run shows to people: samples, the bar, the timeline and the last line.
+
+Why: a bar whose clock starts too early, or a last line that names files which are not there,
+misleads whoever watches a run. The files of a run are in test_record.py. Not covered: how a
+terminal draws the bar.
+"""
 
 import dataclasses
 import json
@@ -66,7 +71,7 @@ def test_the_bars_clock_runs_from_the_first_step(one_rank, monkeypatch, tmp_path
     record, now = record_of(monkeypatch, tmp_path), [0.0]
     started = record.bar.start_t
     record.bar._time = lambda: started + now[0]
-    now[0] = 40.0  # the engine's start, and the evaluation before the first step
+    now[0] = 40.0  # the engine has started and the first evaluation is over
     record.log({"step": 0, "held_out": 0.5})
     now[0] = 42.0
     assert record.bar.format_dict["elapsed"] == pytest.approx(2)
@@ -84,7 +89,7 @@ def test_the_bars_clock_of_a_resumed_run_runs_from_its_first_step(one_rank, monk
 
 
 def test_an_evaluation_is_no_rollout_of_the_timeline():
-    """It was from 5 to 8, in front of it the first weights; a step's rollout followed at once."""
+    """The evaluation took from 5 to 8, behind the first weights. A step's rollout came at once."""
     spans = [("sync", 5.0, 5.5), ("wait", 5.5, 6.0), ("rollout", 6.0, 9.0), ("wait", 9.0, 10.0)]
     assert renamed(spans, 5.0, 8.0) == [
         ("sync", 5.0, 5.5), ("wait", 5.5, 6.0), ("evaluation", 6.0, 8.0), ("rollout", 8.0, 9.0),

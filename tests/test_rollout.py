@@ -1,8 +1,8 @@
-"""rollout.py and engine_checks.py without an engine: settings that cannot work, and machines on
-which no engine could start.
+"""Rollout settings that cannot work, and machines on which no engine could start.
 
-Prompt data is tested in test_prompts.py, generation in test_engine.py. Not covered: settings that
-need a GPU.
+Why: an engine needs a minute to start on a GPU, and a setting that it takes for another one changes
+the samples in silence. No test here starts an engine. Prompts are in test_prompts.py, generation in
+test_engine.py. Not covered: settings that need a GPU.
 """
 
 import os
@@ -126,21 +126,15 @@ def test_a_value_of_another_type_or_size_is_refused(pair):
 
 
 def test_good_values_are_taken_as_they_are():
-    pairs = (
-        "mem_fraction_static=0.8",
-        "enable_deterministic_inference=true",
-        "attention_backend=fa3",
-        "numa_node=[0]",
-        "chunked_prefill_size=-1",
-    )
-    expected = dict(
-        mem_fraction_static=0.8,
-        enable_deterministic_inference=True,
-        attention_backend="fa3",
-        numa_node=[0],
-        chunked_prefill_size=-1,
-    )
-    assert server_overrides(pairs, on_gpu=True) == expected
+    values = {
+        "mem_fraction_static=0.8": 0.8,
+        "enable_deterministic_inference=true": True,
+        "attention_backend=fa3": "fa3",
+        "numa_node=[0]": [0],
+        "chunked_prefill_size=-1": -1,
+    }
+    expected = {pair.partition("=")[0]: value for pair, value in values.items()}
+    assert server_overrides(tuple(values), on_gpu=True) == expected
 
 
 def test_a_field_given_twice_is_refused():
@@ -175,14 +169,10 @@ def test_a_cache_that_would_cut_the_longest_answer_is_refused(fields, longest, i
 
 
 def test_a_cache_smaller_than_an_answer_is_refused_before_prompts_are_known():
-    with pytest.raises(
-        BadInput, match="an answer alone, by --max-response-tokens, can have 41 tokens"
-    ):
-        check_rollout_settings(
-            RolloutSettings(max_response_tokens=40, sglang=("max_total_tokens=42",)),
-            None,
-            on_gpu=False,
-        )
+    settings = RolloutSettings(max_response_tokens=40, sglang=("max_total_tokens=42",))
+    rule = "an answer alone, by --max-response-tokens, can have 41 tokens"
+    with pytest.raises(BadInput, match=rule):
+        check_rollout_settings(settings, None, on_gpu=False)
 
 
 def test_a_plan_for_gpus_has_not_the_cpu_engine_s_cache():
@@ -193,7 +183,7 @@ def test_a_plan_for_gpus_has_not_the_cpu_engine_s_cache():
 
 
 def test_a_prompt_that_the_engine_would_refuse_is_refused_before():
-    """SGLang takes prompts of less than the context less 6, however short the answer."""
+    """SGLang takes prompts shorter than the context minus 6, however short the answer is."""
     settings = RolloutSettings(max_response_tokens=2)
     check_rollout_settings(settings, read_config(TOY), longest=512 - 7 + 2)
     with pytest.raises(
@@ -228,7 +218,7 @@ def test_an_engine_that_found_too_little_memory_is_ended(monkeypatch, longest, i
 
 @pytest.fixture(autouse=True)
 def own_temporary_folder():
-    """tempfile remembers the folder that it has found."""
+    """Make tempfile forget the folder that it has found."""
     yield
     tempfile.tempdir = None
 
@@ -253,7 +243,7 @@ def test_this_machine_is_not_refused(monkeypatch):
 
 @pytest.fixture
 def folder_of_length():
-    """A function that makes a temporary folder whose path has so many bytes."""
+    """Give a function that makes a temporary folder whose path has so many bytes."""
     base = tempfile.mkdtemp(dir="/tmp")
 
     def make(length: int) -> str:
@@ -301,8 +291,9 @@ def with_shared_memory(monkeypatch, free: int) -> None:
 
 
 def test_shared_memory_must_hold_two_buckets_of_every_engine(monkeypatch):
-    """A bucket is at most --bucket-bytes and the largest tensor: of the toy, up_proj of 512 x 128
-    in BF16.
+    """A bucket holds at most --bucket-bytes and the largest tensor.
+
+    The toy's largest is up_proj, 512 x 128 in BF16.
     """
     needed = 2 * (100_000 + 512 * 128 * 2) * 3
     with_shared_memory(monkeypatch, needed)
@@ -316,7 +307,7 @@ def test_shared_memory_must_hold_two_buckets_of_every_engine(monkeypatch):
 
 
 def test_a_bucket_is_never_more_than_the_model(monkeypatch):
-    # Twice the toy's 1.2 million parameters in BF16, and some more.
+    # The toy has 1.2 million parameters. Two buckets hold all of them twice in BF16.
     with_shared_memory(monkeypatch, 5_000_000)
     check(bucket_bytes=2**40)
 
@@ -358,7 +349,7 @@ def test_a_run_without_an_engine_needs_none_of_it(monkeypatch, tmp_path):
 
 
 def test_each_response_has_a_seed_of_its_own():
-    """It depends on the run's seed and the response's place, and not on what else is sampled."""
+    """The seed depends on the run's seed and the response's place, not on what else is sampled."""
     settings = RolloutSettings()
 
     def seeds(run_seed, samples):

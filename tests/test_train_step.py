@@ -1,6 +1,8 @@
-"""packing.py, and train_step.py's settings and refusals.
+"""Training steps on one rank: settings, refusals, mini-batches, learning rate, log-probs.
 
-What the packed model computes is tested in test_layouts.py and test_splits.py.
+Why: a step that trains on a NaN, or counts an empty answer, spoils the weights for all that follow.
+Packing is in test_batches.py, what the packed model computes on several ranks in test_layouts.py
+and test_splits.py, the loss in test_whole_loss.py. Not covered: GPUs.
 """
 
 from unittest import mock
@@ -22,7 +24,7 @@ from train_step import check_train_settings
 
 
 def test_a_sample_longer_than_a_micro_batch_is_refused_by_name(trainer):
-    """No number of bins would ever be enough."""
+    """No number of micro-batches would ever be enough."""
     with pytest.raises(
         ValueError, match="a sample has 101 tokens, .* at most 100.* raise --microbatch-tokens"
     ):
@@ -138,7 +140,7 @@ EMPTY = dict(response_ids=[], rollout_logprobs=[], loss_mask=[], advantages=[])
 
 
 def state_of(trainer) -> list[torch.Tensor]:
-    """Weights, FP32 main weights and Adam's moments."""
+    """Return copies of weights, FP32 main weights and Adam's moments."""
     groups = trainer.optimizer.param_groups
     main = [parameter for group in groups for parameter in group["params"]]
     moments = [
@@ -160,7 +162,7 @@ def state_of(trainer) -> list[torch.Tensor]:
 def test_a_batch_without_a_token_that_counts_is_no_update(
     fresh_megatron, models, batch, minibatches
 ):
-    """A judge that fails on a whole step must not end the run. The schedule follows the step."""
+    """A judge that fails on a whole step must not end the run. The schedule counts the step."""
     settings = TrainSettings(train_dtype="fp32", minibatches=minibatches)
     trainer = train_step.build_trainer(
         str(models["llama"]),
@@ -170,7 +172,7 @@ def test_a_batch_without_a_token_that_counts_is_no_update(
         seed=1,
         with_reference=True,
     )
-    step(trainer, [sample(0), sample(1)])  # Adam has moments
+    step(trainer, [sample(0), sample(1)])  # gives Adam its moments
     before, lr = state_of(trainer), trainer.optimizer.param_groups[0]["lr"]
     assert step(trainer, batch(), kl_coef=0.1) == {"tokens": 0, "lr": lr}
     assert len(before) > 20 and all(map(torch.equal, state_of(trainer), before))
@@ -183,11 +185,9 @@ def test_a_batch_without_a_token_that_counts_is_no_update(
     (1, dict(kl_coef=0.1, kl_in="reward"), 2, 2),
 ])  # fmt: skip
 def test_what_is_scored_is_what_is_needed(fresh_megatron, models, minibatches, loss, old, ref):
-    """Old log-probs serve a second update, and a KL that is taken from the reward."""
-    settings, config = (
-        TrainSettings(train_dtype="fp32", minibatches=minibatches),
-        read_config(models["llama"]),
-    )
+    """A second update needs old log-probs, and so does a KL that is taken from the reward."""
+    settings = TrainSettings(train_dtype="fp32", minibatches=minibatches)
+    config = read_config(models["llama"])
     trainer = train_step.build_trainer(
         str(models["llama"]), settings, config, steps=9, seed=1, with_reference=bool(loss)
     )
@@ -220,7 +220,7 @@ def test_scoring_gives_every_sample_its_own_length(trainer):
 
 
 def test_a_token_that_the_trainer_holds_impossible_is_named(trainer):
-    """Its logit is -inf, and so is its log-prob: nothing can be learned from it."""
+    """Its logit is -inf and so is its log-prob, so no loss can be computed from it."""
     stock = trainer.gpt.output_layer.forward
 
     def without_8(*args, **kwargs):
@@ -236,32 +236,27 @@ def test_a_token_that_the_trainer_holds_impossible_is_named(trainer):
     "changes", [dict(rollout_logprobs=[-1.0, float("nan")]), dict(advantages=[3e38, 3e38])]
 )
 def test_a_loss_or_gradient_that_is_not_finite_names_the_sample(trainer, changes):
-    """The second loss is finite and its gradient is not.
+    """In the second case the loss is finite and its gradient is not.
 
-    Either way the weights stay those of before the step.
+    In both cases the weights stay as before the step.
     """
     step(trainer, [sample(0), sample(1)])
     before = [parameter.detach().clone() for parameter in trainer.gpt.parameters()]
-    with pytest.raises(
-        RuntimeError,
-        match="step 2, rank 0: sample 2 of group 5 has loss .* the weights are unchanged",
-    ):
+    rule = "step 2, rank 0: sample 2 of group 5 has loss .* the weights are unchanged"
+    with pytest.raises(RuntimeError, match=rule):
         step(trainer, [sample(0), sample(1), sample(2, **changes), sample(3)])
-    assert all(
-        torch.equal(parameter, old) for parameter, old in zip(trainer.gpt.parameters(), before)
-    )
+    assert all(map(torch.equal, trainer.gpt.parameters(), before))
 
 
 def test_an_empty_response_changes_nothing(trainer):
-    """An engine that gives up at once returns no token; such a sample has nothing to learn from,
-    and is in nobody's way.
-    """
+    """An engine that gives up at once returns no token. Such a sample adds nothing to the step."""
     metrics = step(trainer, [sample(0), sample(1, **EMPTY)])
-    assert metrics["tokens"] == 2 and all(np.isfinite(value) for value in metrics.values())
+    assert metrics["tokens"] == 2
+    assert all(np.isfinite(value) for value in metrics.values())
 
 
 def test_the_only_update_of_a_batch_needs_no_old_logprobs(fresh_megatron, models):
-    """Without a pass of their own, old log-probs are the update's: the step is the same to the bit."""
+    """Old log-probs from the update itself give the same step, to the bit."""
     steps = []
     for settings in (None, LossSettings()):
         trainer = train_step.build_trainer(
@@ -279,7 +274,9 @@ def test_the_only_update_of_a_batch_needs_no_old_logprobs(fresh_megatron, models
             trainer, batch, LossSettings(), temperature=1.0, max_response_tokens=8
         )
         steps.append((metrics, [parameter.clone() for parameter in trainer.gpt.parameters()]))
-    assert steps[0][0] == steps[1][0] and all(map(torch.equal, steps[0][1], steps[1][1]))
+    (metrics, weights), (other_metrics, other_weights) = steps
+    assert metrics == other_metrics
+    assert all(map(torch.equal, weights, other_weights))
 
 
 def test_what_does_not_count_cannot_spoil_the_batch(trainer):
@@ -287,7 +284,8 @@ def test_what_does_not_count_cannot_spoil_the_batch(trainer):
         1, rollout_logprobs=[float("nan"), -1.0], advantages=[float("inf"), 1.0], loss_mask=[0, 1]
     )
     metrics = step(trainer, [sample(0), spoiled], kl_coef=0.0)
-    assert metrics["tokens"] == 3 and all(np.isfinite(value) for value in metrics.values())
+    assert metrics["tokens"] == 3
+    assert all(np.isfinite(value) for value in metrics.values())
 
 
 def test_mini_batches_are_equal_parts_and_steps_of_their_own(fresh_megatron, models):
@@ -296,28 +294,25 @@ def test_mini_batches_are_equal_parts_and_steps_of_their_own(fresh_megatron, mod
         str(models["llama"]), settings, read_config(models["llama"]), steps=9, seed=1
     )
     samples = [sample(i) for i in range(7)]
-    assert [[s.index for s in part] for part in train_step.minibatches(trainer, samples)] == [
-        [0, 1],
-        [2, 3],
-        [4, 5, 6],
-    ]
+    parts = [[s.index for s in part] for part in train_step.minibatches(trainer, samples)]
+    assert parts == [[0, 1], [2, 3], [4, 5, 6]]
     samples[2].loss_mask = samples[3].loss_mask = [0, 0]
     metrics = step(trainer, samples)
-    # The third part sees what the first has changed.
+    # The third part is trained with the weights that the first has changed.
     assert metrics["tokens"] == 10
     assert metrics["logprob_shift"] != 0
-    assert trainer.scheduler.num_steps == 1  # one rollout batch, one step of the schedule
+    assert trainer.scheduler.num_steps == 1  # a rollout batch is one step of the schedule
 
 
 def built(models, *, steps=9, with_reference=False, **settings):
-    """A trainer of the small Llama in fp32."""
+    """Build a trainer of the small Llama in FP32."""
     settings, folder = TrainSettings(train_dtype="fp32", **settings), str(models["llama"])
     more = dict(steps=steps, seed=1, with_reference=with_reference)
     return train_step.build_trainer(folder, settings, read_config(folder), **more)
 
 
 def test_the_metrics_of_mini_batches_are_a_mean_and_a_largest(fresh_megatron, models):
-    """lr 0: each part has the gradient that it has alone. The largest mismatch is in the first."""
+    """With lr 0 each part has the gradient that it has alone. The first has more mismatch."""
     trainer = built(models, lr=0.0, minibatches=2)
     batch = [
         sample(0, rollout_logprobs=[-20.0, -1.0]),
@@ -329,7 +324,8 @@ def test_the_metrics_of_mini_batches_are_a_mean_and_a_largest(fresh_megatron, mo
     trainer = built(models, lr=0.0)
     alone = [step(trainer, part, correction="none") for part in (batch[:2], batch[2:])]
     norms, mismatches = ([m[k] for m in alone] for k in ("grad_norm", "mismatch_max"))
-    assert norms[0] != pytest.approx(norms[1], rel=0.1) and mismatches[0] > mismatches[1]
+    assert norms[0] != pytest.approx(norms[1], rel=0.1)
+    assert mismatches[0] > mismatches[1]
     assert both["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-5)
     assert both["mismatch_max"] == mismatches[0]
 
@@ -341,7 +337,7 @@ def test_the_metrics_of_mini_batches_are_a_mean_and_a_largest(fresh_megatron, mo
     (dict(lr_schedule="constant"), [0, 0.5, 1, 1, 1, 1, 1]),
 ])  # fmt: skip
 def test_the_learning_rate_follows_its_schedule(fresh_megatron, models, schedule, rates):
-    """2 steps of warm-up and 4 of decay, counted in rollout batches, whatever the mini-batches."""
+    """The schedule has 2 steps of warm-up and 4 of decay, counted in rollout batches."""
     trainer = built(models, steps=6, lr=1.0, lr_warmup_steps=2, **schedule)
     got = []
     for _ in range(7):
@@ -360,7 +356,7 @@ def test_the_optimizer_is_the_one_that_was_asked_for(fresh_megatron, models):
 
 @pytest.mark.parametrize("clip_grad", [1e-3, 1e-2])
 def test_the_gradient_is_clipped_to_its_norm(fresh_megatron, models, clip_grad):
-    """With Adam's epsilon of 1 the first step is lr g / (|g| + 1): as long as the gradient."""
+    """With Adam's epsilon at 1 the first step is lr g / (|g| + 1), as long as the gradient."""
     settings = dict(lr=1.0, lr_schedule="constant", clip_grad=clip_grad, megatron=("adam_eps=1.0",))
     trainer = built(models, **settings)
     before = [parameter.detach().clone() for parameter in trainer.gpt.parameters()]
@@ -371,7 +367,7 @@ def test_the_gradient_is_clipped_to_its_norm(fresh_megatron, models, clip_grad):
 
 
 def scored(trainer, batch, temperature: float) -> list[Sample]:
-    """Copies of the samples, with what score() sets."""
+    """Return copies of the samples with the log-probs that add_logprobs sets."""
     batch = [
         Sample(one.prompt_ids, response_ids=one.response_ids, loss_mask=[1, 1]) for one in batch
     ]
@@ -379,7 +375,7 @@ def scored(trainer, batch, temperature: float) -> list[Sample]:
 
 
 def test_scores_are_the_policys_and_the_references_at_the_temperature(fresh_megatron, models):
-    """The reference is brought apart from the policy, and the policy then takes its weights."""
+    """The test changes the reference. Then the policy takes the reference's weights."""
     trainer, batch = built(models, lr=0.0, with_reference=True), [sample(0), sample(1)]
     with torch.no_grad():
         for parameter in trainer.reference.parameters():
@@ -395,7 +391,7 @@ def test_scores_are_the_policys_and_the_references_at_the_temperature(fresh_mega
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_the_first_mini_batch_starts_from_ratio_one(fresh_megatron, models, temperature):
-    """score() packs each mini-batch as its update does: its numbers are the same to the bit."""
+    """add_logprobs packs each mini-batch as its update does. The numbers are equal to the bit."""
     trainer, rng = built(models, lr=0.0, minibatches=3), np.random.default_rng(0)
     batch = []
     for i in range(9):
@@ -405,7 +401,7 @@ def test_the_first_mini_batch_starts_from_ratio_one(fresh_megatron, models, temp
     train_step.add_logprobs(trainer, batch, temperature=temperature)
     limits = dict(temperature=temperature, max_response_tokens=32)
     metrics = train_step.update_policy(trainer, batch, LossSettings(), **limits)
-    assert metrics["logprob_shift"] == 0 and metrics["ratio"] == 1 and metrics["approx_kl"] == 0
+    assert (metrics["logprob_shift"], metrics["ratio"], metrics["approx_kl"]) == (0, 1, 0)
 
 
 def test_an_offloaded_reference_is_on_the_device_for_its_pass_only(fresh_megatron, models):
@@ -427,8 +423,9 @@ def test_settings_that_work(models, changes):
 
 
 def test_the_residual_stream_may_be_fp32(fresh_megatron, models):
-    """--megatron fp32_residual_connection=true: norms take fp32 and give BF16, what the linear
-    layers behind them take.
+    """With --megatron fp32_residual_connection=true norms take FP32 and give BF16.
+
+    The linear layers behind them take BF16.
     """
     config, logprobs = read_config(models["qwen3"]), []
     for changes in ({}, dict(megatron=("fp32_residual_connection=true",))):
@@ -437,18 +434,16 @@ def test_the_residual_stream_may_be_fp32(fresh_megatron, models):
         )
         batches = train_step.local_microbatches(trainer, [sample(0), sample(1)])
         logprobs.append(torch.cat(train_step.compute_logprobs(trainer, batches, temperature=1.0)))
-    assert (logprobs[0] - logprobs[1]).abs().max() < 0.1  # other roundings at most, the same model
+    # The same model, with other roundings at most.
+    assert (logprobs[0] - logprobs[1]).abs().max() < 0.1
 
 
 def test_the_routers_correction_bias_is_not_rounded(fresh_megatron, models):
-    """GLM-4.5 keeps it in FP32: rounded to BF16, the choice of experts could be another, here and
-    in the engine.
-    """
+    """GLM-4.5 keeps it in FP32. Rounded to BF16 it could choose other experts than the engine's."""
     trainer = train_step.build_trainer(
         str(models["glm4_moe"]), TrainSettings(), read_config(models["glm4_moe"]), steps=9, seed=1
     )
-    stored = load_file(models["glm4_moe"] / "model.safetensors")[
-        "model.layers.1.mlp.gate.e_score_correction_bias"
-    ]
+    weights = load_file(models["glm4_moe"] / "model.safetensors")
+    stored = weights["model.layers.1.mlp.gate.e_score_correction_bias"]
     assert torch.equal(trainer.gpt.decoder.layers[1].mlp.router.expert_bias, stored)
     assert not torch.equal(stored, stored.bfloat16().float())
