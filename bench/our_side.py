@@ -1,8 +1,9 @@
-"""Our side of bench/peers.py, started by it under torchrun: one rank of a loop, or the probes of
-its stages beside the bare stack.
+"""Our side of bench/peers.py: one rank of a loop, or its stages beside the bare stack.
 
-torchrun --nproc-per-node 2 bench/our_side.py sync|async toy|ragged FLAGS OF THE LOOP
-torchrun bench/our_side.py bare toy|ragged FLAGS OF THE LOOP              --steps is how often each probe is made
+    torchrun --nproc-per-node 2 bench/our_side.py sync|async toy|ragged FLAGS OF THE LOOP
+    torchrun bench/our_side.py bare toy|ragged FLAGS OF THE LOOP
+
+bench/peers.py starts it under torchrun. With `bare`, --steps is how often each stage is timed.
 """
 
 import json
@@ -18,7 +19,7 @@ from trl_side import answer_length, parity
 
 
 def force_lengths() -> None:
-    """In a rank of a ragged run: answers of given lengths, and a reward for them."""
+    """Make the engine of this rank give answers of the ragged lengths, and reward them."""
     from backends.sglang.engine import Engine
     import reward
 
@@ -29,16 +30,15 @@ def force_lengths() -> None:
             {"max_new_tokens": answer_length(ids, i % 16), "ignore_eos": True}
             for i, ids in enumerate(prompts_ids)
         ]
-        return await generate(
-            self, prompts_ids, [{**one, **length} for one, length in zip(sampling, lengths)], **more
-        )
+        sampling = [{**one, **length} for one, length in zip(sampling, lengths)]
+        return await generate(self, prompts_ids, sampling, **more)
 
     Engine.generate = ragged
     reward.REWARDS["exact"] = lambda sample: parity(sample.response_ids)
 
 
 def worker(what: str, workload: str, arguments: list[str]) -> None:
-    """One rank of one run: the loop's own main(), or the probes of the stages."""
+    """Run one rank: the loop's own main(), or the stages beside the bare stack."""
     from harness import checks, exits, flags
 
     if workload == "ragged":
@@ -50,8 +50,9 @@ def worker(what: str, workload: str, arguments: list[str]) -> None:
 
 
 def bare_stages(settings) -> None:
-    """Alternate between a stage of ours and the same work done by the bare stack; prints medians as
-    JSON. The learning rate is 0: weights stay as they are.
+    """Alternate between a stage of ours and the same work by the bare stack. Print medians as JSON.
+
+    The learning rate is 0, so the weights stay as they are.
     """
     import numpy as np
     from backends.huggingface.config import read_config
@@ -65,11 +66,8 @@ def bare_stages(settings) -> None:
     from data.prompts import load_data
     from sglang.srt.managers.io_struct import GenerateReqInput
 
-    config, rounds, n = (
-        read_config(settings.run.model),
-        settings.run.steps,
-        settings.rollout.samples_per_prompt,
-    )
+    config, rounds = read_config(settings.run.model), settings.run.steps
+    n = settings.rollout.samples_per_prompt
     data = load_data(settings.run.model, settings.rollout, config, seed=1)
     everyone = distributed.init_distributed()
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=1)
@@ -88,9 +86,7 @@ def bare_stages(settings) -> None:
         return result
 
     def ask(samples: list, key: str, *, logprobs: bool) -> None:
-        """The requests of these samples, of the lengths that they came out with, straight to
-        SGLang.
-        """
+        """Send these samples' requests straight to SGLang, for answers of the same lengths."""
         sampling = rollout.sampling_params(data, settings.rollout, samples)
         for one, sample in zip(sampling, samples):
             one |= {"max_new_tokens": len(sample.response_ids), "ignore_eos": True}
@@ -100,33 +96,28 @@ def bare_stages(settings) -> None:
         )
         engine.call(anext(engine.tokenizer_manager.generate_request(request, None)))
 
-    def megatron_step(batches: list) -> None:
+    def megatron_step(microbatches: list) -> None:
         def forward_step(iterator, model):
             batch = next(iterator)
-            losses_1T = model(
-                batch.tokens_T[None],
-                None,
-                None,
-                labels=batch.labels_T[None],
-                packed_seq_params=batch.packed,
-            )
-            return losses_1T, lambda losses_1T: (
-                (losses_1T[0] * batch.mask_T).sum(),
-                batch.mask_T.sum().int(),
-                {},
-            )
+            inputs = dict(labels=batch.labels_T[None], packed_seq_params=batch.packed)
+            losses_1T = model(batch.tokens_T[None], None, None, **inputs)
+
+            def loss(losses_1T):
+                return (losses_1T[0] * batch.mask_T).sum(), batch.mask_T.sum().int(), {}
+
+            return losses_1T, loss
 
         trainer.ddp.zero_grad_buffer()
         trainer.optimizer.zero_grad()
         schedule = dict(
-            num_microbatches=len(batches),
+            num_microbatches=len(microbatches),
             seq_length=settings.train.microbatch_tokens,
             micro_batch_size=1,
             forward_only=False,
         )
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
+            data_iterator=iter(microbatches),
             model=trainer.ddp,
             **schedule,
         )
@@ -166,8 +157,8 @@ def bare_stages(settings) -> None:
                     trainer, samples, settings.loss, temperature=1.0, **limits
                 ),
             )
-            batches = batches.local_microbatches(trainer, samples)
-            timed("bare Megatron", lambda: megatron_step(batches))
+            microbatches = batches.local_microbatches(trainer, samples)
+            timed("bare Megatron", lambda: megatron_step(microbatches))
             sync_bytes = timed(
                 "hand-off",
                 lambda: weight_sync.sync_weights(weights, engine, version=version, check=False),
@@ -175,14 +166,8 @@ def bare_stages(settings) -> None:
             timed("settled", engine.settle)
             source, target = np.ones(sync_bytes, np.uint8), np.zeros(sync_bytes, np.uint8)
             timed("memcpy", lambda: np.copyto(target, source))
-    print(
-        "\n"
-        + json.dumps(
-            {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
-            | {"bytes": sync_bytes}
-        ),
-        flush=True,
-    )
+    medians = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+    print("\n" + json.dumps(medians | {"bytes": sync_bytes}), flush=True)
 
 
 if __name__ == "__main__":
