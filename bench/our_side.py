@@ -49,6 +49,49 @@ def worker(what: str, workload: str, arguments: list[str]) -> None:
     exits.run_main(lambda: bare_stages(settings) if what == "bare" else loop.main(settings))
 
 
+def ask_sglang(engine, data, settings, samples: list, key: str, *, logprobs: bool) -> None:
+    """Send these samples' requests straight to SGLang, for answers of the same lengths."""
+    import rollout
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    sampling = rollout.sampling_params(data, settings.rollout, samples)
+    for one, sample in zip(sampling, samples):
+        one |= {"max_new_tokens": len(sample.response_ids), "ignore_eos": True}
+    ids = [sample.prompt_ids for sample in samples]
+    request = GenerateReqInput(
+        input_ids=ids, sampling_params=sampling, return_logprob=logprobs, extra_key=key
+    )
+    engine.call(anext(engine.tokenizer_manager.generate_request(request, None)))
+
+
+def step_megatron(trainer, settings, microbatches: list) -> None:
+    """Run Megatron's forward, backward and optimizer on these micro-batches, without our loss."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward_step(iterator, model):
+        batch = next(iterator)
+        inputs = dict(labels=batch.labels_T[None], packed_seq_params=batch.packed)
+        losses_1T = model(batch.tokens_T[None], None, None, **inputs)
+
+        def loss(losses_1T):
+            return (losses_1T[0] * batch.mask_T).sum(), batch.mask_T.sum().int(), {}
+
+        return losses_1T, loss
+
+    trainer.ddp.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(microbatches),
+        model=trainer.ddp,
+        num_microbatches=len(microbatches),
+        seq_length=settings.train.microbatch_tokens,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    trainer.optimizer.step()
+
+
 def bare_stages(settings) -> None:
     """Alternate between a stage of ours and the same work by the bare stack. Print medians as JSON.
 
@@ -62,9 +105,7 @@ def bare_stages(settings) -> None:
     import rollout
     import train_step
     import weight_sync
-    from megatron.core.pipeline_parallel import get_forward_backward_func
     from data.prompts import load_data
-    from sglang.srt.managers.io_struct import GenerateReqInput
 
     config, rounds = read_config(settings.run.model), settings.run.steps
     n = settings.rollout.samples_per_prompt
@@ -77,95 +118,41 @@ def bare_stages(settings) -> None:
     weights = weight_sync.WeightPath(trainer, config, fp8, settings.sync.bucket_bytes)
     judge = reward.Judge(reward.REWARDS["exact"])
     limits = dict(max_response_tokens=settings.rollout.max_response_tokens)
+    update = dict(temperature=1.0, **limits)
     times: dict[str, list[float]] = {}
 
-    def timed(name: str, call):
+    def timed(name: str, function, *arguments, **more):
         started = time.perf_counter()
-        result = call()
+        result = function(*arguments, **more)
         times.setdefault(name, []).append(time.perf_counter() - started)
         return result
 
-    def ask(samples: list, key: str, *, logprobs: bool) -> None:
-        """Send these samples' requests straight to SGLang, for answers of the same lengths."""
-        sampling = rollout.sampling_params(data, settings.rollout, samples)
-        for one, sample in zip(sampling, samples):
-            one |= {"max_new_tokens": len(sample.response_ids), "ignore_eos": True}
-        ids = [sample.prompt_ids for sample in samples]
-        request = GenerateReqInput(
-            input_ids=ids, sampling_params=sampling, return_logprob=logprobs, extra_key=key
-        )
-        engine.call(anext(engine.tokenizer_manager.generate_request(request, None)))
-
-    def megatron_step(microbatches: list) -> None:
-        def forward_step(iterator, model):
-            batch = next(iterator)
-            inputs = dict(labels=batch.labels_T[None], packed_seq_params=batch.packed)
-            losses_1T = model(batch.tokens_T[None], None, None, **inputs)
-
-            def loss(losses_1T):
-                return (losses_1T[0] * batch.mask_T).sum(), batch.mask_T.sum().int(), {}
-
-            return losses_1T, loss
-
-        trainer.ddp.zero_grad_buffer()
-        trainer.optimizer.zero_grad()
-        schedule = dict(
-            num_microbatches=len(microbatches),
-            seq_length=settings.train.microbatch_tokens,
-            micro_batch_size=1,
-            forward_only=False,
-        )
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(microbatches),
-            model=trainer.ddp,
-            **schedule,
-        )
-        trainer.optimizer.step()
+    def judge_and_exchange(samples: list) -> None:
+        reward.compute_rewards(samples, judge)
+        rollout.all_gather_samples(samples, everyone)
 
     with rollout.start_engine(settings.run.model, settings.rollout, config, seed=1) as engine:
         weight_sync.sync_weights(weights, engine, version=0, check=False)
-        prompts = rollout.Prompts(data, settings.rollout)
+        prompts, bare = rollout.Prompts(data, settings.rollout), (engine, data, settings)
         for version in range(1, rounds + 1):
             asked = prompts.take(settings.rollout.prompts_per_step)
-            samples = timed(
-                "rollout", lambda: rollout.generate(engine, asked, data, settings.rollout, n=n)
-            )
-            timed(
-                "bare engine, log-probs",
-                lambda: ask(samples, f"{version} log-probs", logprobs=True),
-            )
-            timed("bare engine", lambda: ask(samples, f"{version} bare", logprobs=False))
-            timed(
-                "reward",
-                lambda: (
-                    reward.compute_rewards(samples, judge),
-                    rollout.all_gather_samples(samples, everyone),
-                ),
-            )
-            timed(
-                "score",
-                lambda: train_step.add_logprobs(trainer, samples, settings.loss, temperature=1.0),
-            )
-            timed(
-                "advantages",
-                lambda: reward.add_advantages(samples, settings.reward, settings.loss, **limits),
-            )
-            timed(
-                "train",
-                lambda: train_step.update_policy(
-                    trainer, samples, settings.loss, temperature=1.0, **limits
-                ),
-            )
+            samples = timed("rollout", rollout.generate, engine, asked, data, settings.rollout, n=n)
+            key = f"{version} log-probs"
+            timed("bare engine, log-probs", ask_sglang, *bare, samples, key, logprobs=True)
+            timed("bare engine", ask_sglang, *bare, samples, f"{version} bare", logprobs=False)
+            timed("reward", judge_and_exchange, samples)
+            scored = (trainer, samples, settings.loss)
+            timed("score", train_step.add_logprobs, *scored, temperature=1.0)
+            rewarded = (samples, settings.reward, settings.loss)
+            timed("advantages", reward.add_advantages, *rewarded, **limits)
+            timed("train", train_step.update_policy, *scored, **update)
             microbatches = batches.local_microbatches(trainer, samples)
-            timed("bare Megatron", lambda: megatron_step(microbatches))
-            sync_bytes = timed(
-                "hand-off",
-                lambda: weight_sync.sync_weights(weights, engine, version=version, check=False),
-            )
+            timed("bare Megatron", step_megatron, trainer, settings, microbatches)
+            sync = dict(version=version, check=False)
+            sync_bytes = timed("hand-off", weight_sync.sync_weights, weights, engine, **sync)
             timed("settled", engine.settle)
             source, target = np.ones(sync_bytes, np.uint8), np.zeros(sync_bytes, np.uint8)
-            timed("memcpy", lambda: np.copyto(target, source))
+            timed("memcpy", np.copyto, target, source)
     medians = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
     print("\n" + json.dumps(medians | {"bytes": sync_bytes}), flush=True)
 

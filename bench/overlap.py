@@ -13,8 +13,8 @@ Both loops have the same two ranks and the same work. The synchronous loop train
 both ranks. The asynchronous one trains on one and generates on the other. Runs alternate, because
 timings on a shared machine are only comparable side by side.
 
-Printed are samples a second and the shares of a step that trainers and engines wait, over all steps
-except the first quarter and the last two. Then comes the bound of the asynchronous step,
+Printed are samples a second and the shares of a step that trainers and engines wait. The first
+quarter of the steps and the last two do not count. Then comes the bound of the asynchronous step,
 max(rollout, train, sync), from two measurements of the stages:
 
     as they ran   seconds of the asynchronous step in which engines generated, trainers trained and

