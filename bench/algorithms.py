@@ -8,9 +8,9 @@
 
 Each run has one rank. Two runs share two cores, since trainer and engine of a synchronous run take
 turns. The runs are compared by accuracy, which does not depend on speed. It is measured on 1,024
-held-out prompts with one answer each at temperature 1, so its standard error is 0.01. Every row has the loop's
-defaults except the flags shown. Nothing is tuned: a row says that an algorithm works here, not that
-it is the best.
+held-out prompts with one answer each at temperature 1, so its standard error is 0.01. Every row has
+the loop's defaults except the flags shown. Nothing is tuned: a row says that an algorithm works
+here, not that it is the best.
 """
 
 import argparse

@@ -11,11 +11,11 @@ Takes about half an hour: toy 10 minutes, ragged 15, the others 5.
                same requests and batches
 
 The sides are loop_sync.py on two ranks, loop_async.py on one rank that trains and one that
-generates, and TRL. TRL has a virtual environment of its own, made once, in --venv. A short calibration,
-which is printed, finds the best of each: the number format of our engines; TRL's layout, number
-format and micro-batches. TRL gets model, prompts, batch, optimizer, schedule and clips from the
-settings.json that our run writes. trl_side.py names what it does otherwise. Rounds alternate
-between the sides. Round r has seed r.
+generates, and TRL. TRL has a virtual environment of its own, made once, in --venv. A short
+calibration, which is printed, finds the best of each: the number format of our engines; TRL's
+layout, number format and micro-batches. TRL gets model, prompts, batch, optimizer, schedule and
+clips from the settings.json that our run writes. trl_side.py names what it does otherwise. Rounds
+alternate between the sides. Round r has seed r.
 
 Seconds a step are a mean. It leaves out the first two steps, the last two, and the two after each
 evaluation, during which the asynchronous loop's engines go on. Seconds to 0.9 are that mean times

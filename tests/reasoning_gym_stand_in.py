@@ -38,13 +38,11 @@ class Sums:
     def score_answer(self, answer, entry) -> float:
         # Some tasks compare types that JSON would change, such as tuples.
         assert isinstance(entry["metadata"]["pair"], tuple)
-        return (
-            1.0
-            if answer == entry["answer"]
-            else len(entry["answer"]) / len(answer)
-            if answer and entry["answer"] in answer
-            else 0.0
-        )
+        if answer == entry["answer"]:
+            return 1.0
+        if answer and entry["answer"] in answer:
+            return len(entry["answer"]) / len(answer)
+        return 0.0
 
 
 def extract_answer(completion: str) -> str | None:

@@ -1,7 +1,8 @@
 """The asynchronous loop's queue over a checkpoint: what a resumed run trains and asks again.
 
 Why: a resumed run may lose a finished group, ask it twice, or take it for younger than it is. Then
-the bound on staleness or the account of groups is wrong, in silence. Not covered: a resumed run with other ranks.
+the bound on staleness or the account of groups is wrong, in silence. Not covered: a resumed run
+with other ranks.
 """
 
 import asyncio

@@ -57,10 +57,8 @@ def test_published_numbers_of_parameters(model, total, used, layers_of_mtp):
         counted = [
             n + layer - 2 * memory.embedding_parameters(config) for n, layer in zip(counted, more)
         ]
-    assert [n / 1e9 for n in counted] == [
-        pytest.approx(total, rel=0.02),
-        pytest.approx(used, rel=0.05),
-    ]
+    assert counted[0] / 1e9 == pytest.approx(total, rel=0.02)
+    assert counted[1] / 1e9 == pytest.approx(used, rel=0.05)
 
 
 def test_a_layer_by_hand(models):
@@ -175,12 +173,10 @@ def test_the_bytes_of_a_hand_off(fresh_megatron, models, family, dtype):
 def test_the_bytes_that_runs_of_the_toy_log():
     """The figures are sync_bytes of metrics.jsonl and the bytes of a checkpoint's model folder."""
     config = read_config(ROOT / "toy")
-    assert [
-        sum(memory.hand_off_bytes(config, dtype=dtype).values()) for dtype in ("fp8", "bf16")
-    ] == [1199648, 2379008]
-    assert memory.checkpoint_bytes(
-        memory.parameters(config)[0], train_dtype="bf16"
-    ) == pytest.approx(8458045 + 8461199, rel=0.02)
+    assert sum(memory.hand_off_bytes(config, dtype="fp8").values()) == 1199648
+    assert sum(memory.hand_off_bytes(config, dtype="bf16").values()) == 2379008
+    counted = memory.checkpoint_bytes(memory.parameters(config)[0], train_dtype="bf16")
+    assert counted == pytest.approx(8458045 + 8461199, rel=0.02)
 
 
 def test_an_fp32_checkpoint_has_four_numbers_a_parameter():
