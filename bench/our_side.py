@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
@@ -99,7 +100,7 @@ def bare_stages(settings) -> None:
     """
     import numpy as np
     from backends.huggingface.config import read_config
-    from backends.megatron import batches
+    from backends.sglang.launch import launch_engine
     from common import distributed
     import reward
     import rollout
@@ -112,13 +113,15 @@ def bare_stages(settings) -> None:
     data = load_data(settings.run.model, settings.rollout, config, seed=1)
     everyone = distributed.init_distributed()
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=1)
-    trainer = train_step.build_trainer(
-        settings.run.model, settings.train, config, steps=rounds, seed=1
-    )
-    weights = weight_sync.WeightPath(trainer, config, fp8, settings.sync.bucket_bytes)
-    judge = reward.Judge(reward.REWARDS["exact"])
     limits = dict(max_response_tokens=settings.rollout.max_response_tokens)
-    update = dict(temperature=1.0, **limits)
+    trainer = train_step.build_trainer(
+        settings.run.model, settings.train, config, steps=rounds, seed=1, **limits
+    )
+    weights = weight_sync.WeightPath(
+        trainer.gpt, trainer.layout, config, fp8, settings.sync.bucket_bytes
+    )
+    judge = reward.Judge(reward.REWARDS["exact"])
+    run = SimpleNamespace(data=data, engine_index=0, engines=1, resumed_from=None)
     times: dict[str, list[float]] = {}
 
     def timed(name: str, function, *arguments, **more):
@@ -129,11 +132,11 @@ def bare_stages(settings) -> None:
 
     def judge_and_exchange(samples: list) -> None:
         reward.compute_rewards(samples, judge)
-        rollout.all_gather_samples(samples, everyone)
+        rollout.all_gather(samples, everyone)
 
-    with rollout.start_engine(settings.run.model, settings.rollout, config, seed=1) as engine:
-        weight_sync.sync_weights(weights, engine, version=0, check=False)
-        prompts, bare = rollout.Prompts(data, settings.rollout), (engine, data, settings)
+    with launch_engine(settings.run.model, settings.rollout, config, seed=1) as engine:
+        weight_sync.send_weights(weights, engine, version=0)
+        prompts, bare = rollout.PromptStream(run, settings.rollout), (engine, data, settings)
         for version in range(1, rounds + 1):
             asked = prompts.take(settings.rollout.prompts_per_step)
             samples = timed("rollout", rollout.generate, engine, asked, data, settings.rollout, n=n)
@@ -141,15 +144,15 @@ def bare_stages(settings) -> None:
             timed("bare engine, log-probs", ask_sglang, *bare, samples, key, logprobs=True)
             timed("bare engine", ask_sglang, *bare, samples, f"{version} bare", logprobs=False)
             timed("reward", judge_and_exchange, samples)
-            scored = (trainer, samples, settings.loss)
-            timed("score", train_step.add_logprobs, *scored, temperature=1.0)
+            batches = timed("pack", train_step.pack, trainer, samples)
+            timed("score", train_step.add_logprobs, trainer, batches, settings.loss)
             rewarded = (samples, settings.reward, settings.loss)
             timed("advantages", reward.add_advantages, *rewarded, **limits)
-            timed("train", train_step.update_policy, *scored, **update)
-            microbatches = batches.local_microbatches(trainer, samples)
-            timed("bare Megatron", step_megatron, trainer, settings, microbatches)
-            sync = dict(version=version, check=False)
-            sync_bytes = timed("hand-off", weight_sync.sync_weights, weights, engine, **sync)
+            timed("train", train_step.update_policy, trainer, batches, settings.loss)
+            (batch,) = batches
+            timed("bare Megatron", step_megatron, trainer, settings, batch.microbatches)
+            sent = dict(version=version)
+            sync_bytes = timed("hand-off", weight_sync.send_weights, weights, engine, **sent)
             timed("settled", engine.settle)
             source, target = np.ones(sync_bytes, np.uint8), np.zeros(sync_bytes, np.uint8)
             timed("memcpy", np.copyto, target, source)

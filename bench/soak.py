@@ -28,7 +28,7 @@ import tyro
 STAGES = {
     "generate": ("rollout", "generate"),
     "train": ("train_step", "update_policy"),
-    "sync": ("weight_sync", "sync_weights"),
+    "sync": ("weight_sync", "send_weights"),
     "save": ("harness.checkpoint", "save"),
 }
 # About the length of a stage. The kill comes at a random moment of it.

@@ -106,14 +106,13 @@ def build_path(size: str, tp: int, bucket_bytes: int, everyone):
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    config, trainer = config_of(size), None
+    config, gpt, layout = config_of(size), None, None
     if everyone.rank() < tp:
         mpu.initialize_model_parallel(tp)
         model_parallel_cuda_manual_seed(1)
         gpt, layout = megatron_model.build_gpt(TrainSettings(tp=tp), config)
-        trainer = type("Trainer", (), {"gpt": gpt, "layout": layout})
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
-    return weight_sync.WeightPath(trainer, config, fp8, bucket_bytes, broadcast_group=everyone)
+    return weight_sync.WeightPath(gpt, layout, config, fp8, bucket_bytes, broadcast_group=everyone)
 
 
 def copy_seconds(nbytes: int, rounds: int) -> float:
@@ -145,7 +144,7 @@ def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
     dist.all_gather = counted
 
     def usual_buckets():
-        mine = None if weights.trainer is None else usual(weights)
+        mine = None if weights.gpt is None else usual(weights)
         return weight_sync.broadcast_buckets(mine, everyone)
 
     paths = {

@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
-from advantages import ADVANTAGES
-from common.errors import BadInput
+from common.errors import BadInput, all_problems
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GYM = "reasoning-gym:"  # how a source of --prompts begins that a task of that package makes
@@ -148,30 +145,6 @@ class InFlightSettings:
 
 
 @dataclass(frozen=True)
-class RewardSettings:
-    """Rewards and advantages: how answers are judged"""
-
-    reward: Literal["exact", "math", "reasoning_gym"] = "exact"
-    """exact: the response equals the label and ended by itself. math: its answer has the label's
-    value; see math_rules/. reasoning_gym: the task's own scorer for problems of reasoning-gym, math
-    for all other prompts."""
-    advantage: tyro.extras.literal_type_from_choices(ADVANTAGES) = "grpo"
-    """How rewards become advantages; see advantages.py."""
-    overlong_buffer: int = 0
-    """Responses lose up to 1 of their reward, linearly, in the last so many tokens before
-    --max-response-tokens (DAPO); 0: nothing."""
-    dynamic_sampling: int = 0
-    """Replace groups whose rewards are all equal by answers to new prompts, at most so many times
-    over in a step (DAPO); 0: train on all."""
-    judges: int = 32
-    """How many answers a rank judges at a time: a reward function that waits for a service then
-    does not wait in line."""
-    judge_timeout_s: float = 120.0
-    """A reward function that takes longer for one answer has failed on it; the sample is masked and
-    counted in reward_errors."""
-
-
-@dataclass(frozen=True)
 class TrainSettings:
     """The trainer: parallelism and optimizer"""
 
@@ -287,3 +260,21 @@ def parse_weights(prompts: tuple[str, ...], *, flag: str = "--prompts") -> dict[
         fix = "give a file, or leave the flag out for the toy task"
         raise BadInput(f"{flag} names nothing to learn from: {fix}")
     return weights
+
+
+# --- the trainer's layout ------------------------------------------------------------------------
+
+
+@all_problems
+def check_ranks(ranks: int, *, tp: int, pp: int, cp: int, ep: int) -> None:
+    """Refuse parallel sizes that do not divide the ranks that train."""
+    if tp < 1 or ranks % tp:
+        fix = "use a --tp that divides --nproc-per-node times the nodes"
+        yield f"--tp {tp} does not divide the {ranks} ranks: {fix}"
+    elif min(pp, cp) < 1 or ranks % (tp * pp * cp):
+        layout = f"--tp {tp} times --pp {pp} times --cp {cp}"
+        yield f"{layout} does not divide the {ranks} ranks: use another --pp or --cp"
+    stage_ranks = ranks // max(pp, 1)
+    if ep < 1 or stage_ranks % ep:
+        rule = f"must divide the {stage_ranks} ranks of a pipeline stage"
+        yield f"--ep {ep} {rule}: use another --ep, and 1 for a dense model"

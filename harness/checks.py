@@ -19,16 +19,17 @@ from common.settings import (
     GYM,
     InFlightSettings,
     PlanSettings,
-    RewardSettings,
     RolloutSettings,
     RunSettings,
     SyncSettings,
     TrainSettings,
+    check_ranks,
     is_generated,
     parse_weights,
 )
 from harness.run_folder import name_problems, rollouts_file
 from losses import LossSettings, check_loss_settings
+from reward import RewardSettings
 
 # Numpy takes seeds below 2**32. Engine and trainer add a number to --seed on each rank.
 SEEDS = 2**31
@@ -56,7 +57,7 @@ def check_flags(settings) -> None:
     if min(trainer_ranks, rollout_ranks) < 1:  # a problem of its own, not one of the layout
         trainer_ranks = rollout_ranks = None
     found.of(check_rollout_flags, settings.rollout, ranks=rollout_ranks)
-    if not _is_plan(settings):  # which reads no prompts
+    if not is_plan(settings):  # which reads no prompts
         found.of(check_prompt_files, settings.rollout)
     found.of(check_reward_flags, settings.reward, settings.rollout)
     steps = settings.run.steps
@@ -64,7 +65,7 @@ def check_flags(settings) -> None:
     found.of(check_loss_settings, settings.loss)
     found.of(check_sync_flags, settings.sync)
     found.of(check_modes, settings)
-    if not settings.run.load_rollouts:  # rollout.longest_of_dumps looks at what is loaded
+    if not settings.run.load_rollouts:  # model_checks.longest_of_dumps looks at what is loaded
         answers = settings.rollout.prompts_per_step * settings.rollout.samples_per_prompt
         found.of(check_minibatches, settings.train.minibatches, answers=answers)
     yield from found.found
@@ -72,11 +73,12 @@ def check_flags(settings) -> None:
 
 def world_size(settings) -> int:
     """Return how many ranks the run has, or the planned one. settings: a loop's."""
-    return settings.plan.plan_gpus if _is_plan(settings) else int(os.environ["WORLD_SIZE"])
+    return settings.plan.plan_gpus if is_plan(settings) else int(os.environ["WORLD_SIZE"])
 
 
-def _is_plan(settings) -> bool:
-    return hasattr(settings, "plan") and settings.plan.plan  # the examples have none
+def is_plan(settings) -> bool:
+    """Tell whether the run is only planned. The examples cannot be."""
+    return hasattr(settings, "plan") and settings.plan.plan
 
 
 @all_problems
@@ -310,21 +312,6 @@ def check_train_flags(
         sizes = dict(tp=settings.tp, pp=settings.pp, cp=settings.cp, ep=settings.ep)
         found.of(check_ranks, ranks, **sizes)
     yield from found.found
-
-
-@all_problems
-def check_ranks(ranks: int, *, tp: int, pp: int, cp: int, ep: int) -> None:
-    """Refuse parallel sizes that do not divide the ranks that train."""
-    if tp < 1 or ranks % tp:
-        fix = "use a --tp that divides --nproc-per-node times the nodes"
-        yield f"--tp {tp} does not divide the {ranks} ranks: {fix}"
-    elif min(pp, cp) < 1 or ranks % (tp * pp * cp):
-        layout = f"--tp {tp} times --pp {pp} times --cp {cp}"
-        yield f"{layout} does not divide the {ranks} ranks: use another --pp or --cp"
-    stage_ranks = ranks // max(pp, 1)
-    if ep < 1 or stage_ranks % ep:
-        rule = f"must divide the {stage_ranks} ranks of a pipeline stage"
-        yield f"--ep {ep} {rule}: use another --ep, and 1 for a dense model"
 
 
 @all_problems

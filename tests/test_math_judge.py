@@ -20,12 +20,11 @@ import pytest
 import math_pairs_expressions
 import math_pairs_notation
 import math_pairs_places
-from common.settings import RewardSettings
 from conftest import ROOT
 from data import math_judge, math_rules
 from data.math_judge import TooHard, call_in_worker, judged_in_worker
 from data.sample import Sample
-from reward import Judge, compute_rewards, label_problems, math_reward
+from reward import Judge, RewardSettings, compute_rewards, label_problems, math_reward
 
 CASES = [
     pytest.param(*pair, id=f"{kind}: {pair[0]} | {pair[1]}")

@@ -159,9 +159,8 @@ def test_the_bytes_of_a_hand_off(fresh_megatron, models, family, dtype):
     trainer = train_step.build_trainer(
         str(models[family]), TrainSettings(), config, steps=1, seed=1
     )
-    weights = weight_sync.WeightPath(
-        trainer, config, weight_sync.fp8_weights(config, rollout_dtype=dtype, engine_tp=1), 10**6
-    )
+    fp8 = weight_sync.fp8_weights(config, rollout_dtype=dtype, engine_tp=1)
+    weights = weight_sync.WeightPath(trainer.gpt, trainer.layout, config, fp8, 10**6)
     sent = sum(
         tensor.nbytes
         for bucket in weight_sync.buckets_of(weights, quantize=True)

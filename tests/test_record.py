@@ -27,10 +27,10 @@ from harness import exits
 from harness import record as record_module
 from harness.checkpoint import Checkpoint
 from harness.checks import check_run_flags
+from harness.evaluate import eval_metrics
 from harness.record import Record
 from harness.run_folder import lock_run_folder, new_run_folder
 from loop_sync import Settings
-from reward import eval_metrics
 
 
 @pytest.fixture
