@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from backends.megatron.batches import collate, microbatch_plan, plan_microbatches
+from backends.megatron.batches import Batch, collate, microbatch_plan, plan_microbatches
 from common.settings import TrainSettings
 from data.sample import Sample
 
@@ -32,9 +32,11 @@ def test_collate_by_hand():
     assert batch.labels_T.tolist() == [6, 7, 8, 8, 3, 3, 0, 0]
     # Token 6 predicts 7, the first answer token. The second sample is masked.
     assert batch.mask_T.tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
-    assert batch.rollout_logprobs_T.tolist() == [0, -0.5, -0.25, 0, -1, 0, 0, 0]
-    assert batch.advantages_T.tolist() == [0, 2, 3, 0, -1, 0, 0, 0]
-    assert batch.old_logprobs_T.tolist() == [0] * 8  # the samples have none yet
+    Batch(samples, [], [batch]).read_samples()
+    per_token = {name: values_T.tolist() for name, values_T in batch.per_token.items()}
+    assert per_token["rollout_logprobs"] == [0, -0.5, -0.25, 0, -1, 0, 0, 0]
+    assert per_token["advantages"] == [0, 2, 3, 0, -1, 0, 0, 0]
+    assert per_token["old_logprobs"] == [0] * 8  # the samples have none yet
     # The index counts the three response tokens.
     assert batch.response_index_T.tolist() == [-1, 0, 1, -1, 2, -1, -1, -1]
     # The filler is a third sample. None of its tokens counts.

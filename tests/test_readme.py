@@ -2,11 +2,10 @@
 sent to a file that is gone, or miss one that is there.
 
 The glossary of metrics is checked against real runs in test_loop_sync.py and test_loop_async.py;
-the install lines are what .ci/run runs. A fork may add files and algorithms: that every file is
-listed is asked by .ci/run alone, and the files that algorithms are added to have no bound.
+the install lines are what .ci/run runs. A fork may add files: that every file is listed is asked by
+.ci/run alone. How large files are is asked by test_structure.py.
 """
 
-import ast
 import os
 import re
 from pathlib import Path
@@ -20,7 +19,6 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "README
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 FILES = TEXT[README] + TEXT[ROOT / "docs" / "files.md"]
 LISTED = set(re.findall(r"^\| `([^`]+)` \| [^|]+ \|$", FILES, re.MULTILINE))
-GROWING = ("losses.py", "advantages.py")  # a fork of an algorithm makes them longer
 IN_CI = pytest.mark.skipif("CI" not in os.environ, reason="a fork may add files; .ci/run sets CI")
 
 
@@ -36,7 +34,7 @@ def outside_of_code(page: Path) -> list[tuple[int, str]]:
 
 
 def test_the_tables_of_files_list_what_is_there():
-    assert {"loop_sync.py", "harness/", "backends/", "tests/", *GROWING} <= LISTED
+    assert {"loop_sync.py", "harness/", "backends/", "tests/"} <= LISTED
     assert [name for name in LISTED if re.search("[./]", name) and not (ROOT / name).exists()] == []
 
 
@@ -91,20 +89,6 @@ def test_links_lead_somewhere(page):
                 heads = re.findall(r"^#+ (.*)$", TEXT[target], re.MULTILINE)
                 words = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
                 assert heading in words, link
-
-
-def test_every_file_is_short_enough_to_read():
-    sources = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")}
-    bounded = {path.name: text for path, text in sources.items() if path.name not in GROWING}
-    lines = {name: len(text.splitlines()) for name, text in bounded.items()}
-    assert {name: count for name, count in lines.items() if count > 350} == {}
-
-
-@pytest.mark.parametrize("name", GROWING)
-def test_functions_of_a_file_that_grows_are_short_enough_to_read(name):
-    nodes = ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8")))
-    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-    assert functions and all(node.end_lineno - node.lineno < 60 for node in functions)
 
 
 def test_the_toy_is_small():
