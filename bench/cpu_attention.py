@@ -26,8 +26,8 @@ TOKENS, BEST_OF = 32, 3
 
 
 def run_scheduler_with_stock_attention(*args, **kwargs) -> None:
-    """Run engine.run_scheduler with SGLang's two attention functions put back."""
-    from backends.sglang import engine
+    """Run process.run_scheduler with SGLang's two attention functions put back."""
+    from backends.sglang import process
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend as Backend
 
     stock = Backend._run_sdpa_forward_decode, Backend._run_sdpa_forward_extend
@@ -38,7 +38,7 @@ def run_scheduler_with_stock_attention(*args, **kwargs) -> None:
         Backend._run_sdpa_forward_decode, Backend._run_sdpa_forward_extend = stock
 
     cpu_sglang.patch_sglang = patch_all_but_attention
-    engine.run_scheduler(*args, **kwargs)
+    process.run_scheduler(*args, **kwargs)
 
 
 def measure(attention: str, requests: list[int]) -> None:
@@ -47,11 +47,11 @@ def measure(attention: str, requests: list[int]) -> None:
     Runs in a process of its own, with one engine. A speed is the best of BEST_OF.
     """
     import cpu_attention
-    import rollout
+    from backends.sglang.engine import Engine
     import torch
 
     if attention == "stock":
-        rollout.Engine.run_scheduler_process_func = staticmethod(
+        Engine.run_scheduler_process_func = staticmethod(
             cpu_attention.run_scheduler_with_stock_attention
         )
     arguments = dict(
@@ -62,7 +62,7 @@ def measure(attention: str, requests: list[int]) -> None:
         log_level="error",
         **cpu_sglang.SERVER_ARGS,
     )
-    with rollout.Engine(**arguments) as engine:
+    with Engine(**arguments) as engine:
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(3, 15, (max(64, *requests), 16), generator=generator).tolist()
         length, speed = {"max_new_tokens": TOKENS, "ignore_eos": True}, {}

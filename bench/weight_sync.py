@@ -51,8 +51,8 @@ def usual(weights) -> Iterator[list]:
     from backends.huggingface.names import parameters_of, rule_of, split_stacked
     from weight_sync import quantize_named
 
-    group, config = weights.trainer.layout.tp_group, weights.config
-    for name, parameter in parameters_of(weights.trainer.gpt):
+    group, config = weights.layout.tp_group, weights.config
+    for name, parameter in parameters_of(weights.gpt):
         rule, shards = rule_of(name), [parameter.detach()]
         if rule.tp_dim is not None and group.size() > 1:
             shards = [torch.empty_like(parameter) for _ in range(group.size())]

@@ -25,10 +25,10 @@ from data.sample import Sample
 from harness.evaluate import eval_metrics, majority_is_right, pass_at_k
 from losses import LossSettings
 from reward import (
-    RewardSettings,
     Judge,
-    batch_metrics,
+    RewardSettings,
     add_advantages,
+    batch_metrics,
     compute_rewards,
     exact_match,
     is_uninformative,
@@ -265,10 +265,10 @@ def test_groups_that_teach_nothing_are_refilled(monkeypatch):
     coming = iter(Sample([1], group=group) for group in range(4, 20))
     prompts = SimpleNamespace(take=lambda n: list(islice(coming, n)))
 
-    def replaced(judge, rounds: int):
+    def replaced(judge, most_rounds: int):
         settings = SimpleNamespace(
             rollout=RolloutSettings(samples_per_prompt=2),
-            reward=RewardSettings(dynamic_sampling=rounds),
+            reward=RewardSettings(dynamic_sampling=most_rounds),
         )
         samples = replace_uninformative(first, None, prompts, Judge(judge), None, settings)
         return split_discarded(samples)
