@@ -1,7 +1,8 @@
-"""Shared by all tests: import paths, small models, and engines that are started once.
+"""Shared by all tests: --complete, import paths, small models, and how a run is started.
 
-Starting an engine costs about twenty seconds of imports, so the tests of one file share theirs
-(module-scoped fixtures) and so do all ranks of a torchrun worker script in tests/workers/.
+A run costs 10 to 20 seconds of imports before its first step. So the tests of one file share an
+engine (module-scoped fixtures), and a worker script in tests/workers/ measures many cases in one
+start of its ranks.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +103,54 @@ def models(tmp_path_factory) -> dict[str, Path]:
     """One small fp32 model of each family."""
     return {family: write_model(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
 
+
+# --- quick and complete -------------------------------------------------------------------------
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--complete",
+        action="store_true",
+        help="run the tests marked complete too; of all files, two at a time",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Let pytest-xdist run two files at a time when every test of the project is run.
+
+    A test spends much of its time waiting: for imports, for a process to end. Two at a time keep
+    two cores busy.
+    """
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    chosen = config.getoption("numprocesses", None) is not None or config.option.collectonly
+    if config.getoption("--complete") and whole and not (is_worker or chosen):
+        config.option.numprocesses, config.option.dist = 2, "loadfile"
+        config.option.loadscopereorder = False  # pytest_collection_modifyitems orders the files
+
+
+def pytest_report_header(config):
+    if config.getoption("--complete"):
+        return "every test"
+    return "the quick tests; all of them: python -m pytest --complete"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is marked complete, or begin with the files that have the most of it.
+
+    The long files come first, so that no process is left alone with one of them at the end.
+    """
+    is_long = {item: item.get_closest_marker("complete") is not None for item in items}
+    if config.getoption("--complete"):
+        of_file = Counter(item.path for item in items if is_long[item])
+        items.sort(key=lambda item: -of_file[item.path])
+    else:
+        config.hook.pytest_deselected(items=[item for item in items if is_long[item]])
+        items[:] = [item for item in items if not is_long[item]]
+
+
+# --- runs ---------------------------------------------------------------------------------------
 
 LOOKS_LIKE_AN_ERROR = re.compile(
     "traceback|error|exception|warning|leaked|destroyed|never awaited|terminate"
