@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -212,7 +213,10 @@ def torchrun(
 
 
 def start_main(loop, *checks) -> None:
-    """Call the main() of a loop as its script does, with sys.argv. checks: more than a loop's own."""
+    """Call the main() of a loop as its script does, with sys.argv.
+
+    checks: those of its flags that are not a loop's own.
+    """
     from harness.checks import check_flags
     from harness.flags import parse_settings
 
@@ -321,6 +325,50 @@ def start_loop(tmp_path):
     for process in (process for run in runs for process in [*run.family, run.process]):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+# --- a run to go on from ------------------------------------------------------------------------
+
+# What every run of test_checkpoint*.py has. Half of its prompts come from a file.
+SMALL_RUN = ["--eval-every", "3", "--eval-samples", "32", "--eval-samples-per-prompt", "2"]
+SMALL_RUN += ["--prompts-per-step", "4", "--samples-per-prompt", "8", "--lr-schedule", "cosine"]
+SMALL_RUN += ["--prompts", "toy:3", "more.jsonl", "--export"]
+
+
+def write_more(folder: Path) -> None:
+    rows = [{"prompt": f"{i:03d}+111=", "label": str(i + 111)[::-1]} for i in range(7)]
+    (folder / "more.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def more(tmp_path):
+    write_more(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """Nine steps on one rank: runs/run with checkpoints of 3, 6 and 9, and every sample.
+
+    The weights are exported at the end.
+    """
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_more(folder)
+    flags = ["--export", "bf16", "fp8", "--steps", "9", "--save-every", "3", "--keep", "3"]
+    flags += ["--save-rollouts", "--name", "run"]
+    torchrun(ROOT / "loop_sync.py", *SMALL_RUN, *flags, ranks=1, cwd=folder)
+    return folder / "runs" / "run"
+
+
+@pytest.fixture
+def stopped(undisturbed, tmp_path):
+    """Return the undisturbed run as a kill in the middle of its last checkpoint leaves it."""
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(undisturbed, run)
+    (run / "checkpoints" / "step-000009").rename(run / "checkpoints" / "step-000009.part")
+    return run
+
+
+# --- Megatron in the test process ---------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

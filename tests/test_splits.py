@@ -1,9 +1,9 @@
-"""Every algorithm gives the same loss and gradient however its batch is split: over micro-batches,
-ranks and kinds of parallelism, and in any order.
+"""Every algorithm gives the same loss and gradient however its batch is split.
 
-Why: a mean of means, a whitening per rank, a sequence ratio from half a sequence, all train; they
-train something else. In fp32, to 1e-5 of the loss and of the whole gradient's norm. What the
-formulas should give is in tests/oracle; other families' layouts are in test_layouts.py.
+It is split over micro-batches, ranks and kinds of parallelism, and given in any order. A mean of
+means, a whitening per rank, or a sequence ratio from half a sequence would train too, but something
+else. In fp32, to 1e-5 of the loss and of the whole gradient's norm. tests/oracle says what the
+formulas should give. test_layouts.py has the layouts of other families.
 """
 
 import json
@@ -26,17 +26,20 @@ SPLITS = {  # ranks, [tp, pp, cp], microbatch_tokens, order
     "pp 2": (2, [1, 2, 1], 70, "given"),
     "cp 2": (2, [1, 1, 2], 70, "shuffled"),
 }
+LONG = pytest.mark.complete
+QUICK = ("4 micro-batches", "shuffled, dp 2")  # without --complete
 
 
 @pytest.fixture(scope="module")
-def measured(models, tmp_path_factory):
+def measured(models, tmp_path_factory, request):
     """{split: {algorithm: (losses, gradient)}}: one start of one rank, and one of two."""
-    found = {}
+    chosen = SPLITS if request.config.getoption("--complete") else QUICK
+    found, splits = {}, {"whole": WHOLE, **{name: SPLITS[name] for name in chosen}}
     for ranks in (1, 2):
         folder = tmp_path_factory.mktemp(f"ranks-{ranks}")
         cases = {
             name: dict(zip(("splits", "microbatch_tokens", "order"), case[1:]))
-            for name, case in {"whole": WHOLE, **SPLITS}.items()
+            for name, case in splits.items()
             if case[0] == ranks
         }
         (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
@@ -55,7 +58,7 @@ def whole(measured):
     return measured["whole"]
 
 
-@pytest.fixture(params=SPLITS)
+@pytest.fixture(params=[pytest.param(name, marks=() if name in QUICK else LONG) for name in SPLITS])
 def split(request, measured):
     return request.param, measured[request.param]
 
