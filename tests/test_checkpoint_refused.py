@@ -120,7 +120,7 @@ def what_was_read(
 
 
 def test_a_resumed_run_reads_what_it_had_read(stopped, tmp_path, monkeypatch):
-    """The file is compared by its rows, wherever it lies, and the model's folder by its contents."""
+    """A file is compared by its rows, wherever it lies, and a model's folder by its contents."""
     assert find(stopped, monkeypatch, read=what_was_read(tmp_path, monkeypatch)).step == 6
     (tmp_path / "moved").mkdir()
     (tmp_path / "more.jsonl").rename(tmp_path / "moved" / "more.jsonl")

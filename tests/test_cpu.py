@@ -86,6 +86,7 @@ class Output(ModelOutput):
 """
 
 
+@pytest.mark.complete
 def test_an_engine_prints_nothing_about_the_documentation_of_models(tmp_path):
     (tmp_path / "undocumented.py").write_text(UNDOCUMENTED, encoding="utf-8")
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import undocumented"

@@ -407,6 +407,7 @@ RAGGED = dict(
 )
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize(
     "family, shape, kept",
     [
@@ -435,6 +436,7 @@ def test_fp8_of_other_families(fp8, tmp_path, family, shape, kept):
         pair.engine.shutdown()
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe", "glm4_moe"])
 def test_logprobs_agree_in_fp32_in_every_family(fp8, models, family):
     """After a hand-off, trainer and engine are the same model: routers, correction bias, shared

@@ -93,6 +93,7 @@ class Done:
         )
 
 
+@pytest.mark.complete
 def test_staleness_0_is_the_synchronous_result(tmp_path):
     done = Done(
         tmp_path,
@@ -112,6 +113,7 @@ def test_staleness_0_is_the_synchronous_result(tmp_path):
     assert done.spanning() == 0 and sum(row["mismatch_abs"] for row in done.metrics) / 30 < 0.1
 
 
+@pytest.mark.complete
 def test_staleness_1_without_learning_does_not_drift(tmp_path):
     """Thirty updates with requests in flight, of weights that do not change: the mismatch stays
     where it was, across versions and over time.
@@ -127,6 +129,7 @@ def test_staleness_1_without_learning_does_not_drift(tmp_path):
     assert done.metrics[-1]["held_out"] == pytest.approx(done.evaluation["held_out"], abs=0.5)
 
 
+@pytest.mark.complete
 def test_staleness_4_with_stragglers(tmp_path):
     done = Done(
         tmp_path,
@@ -146,6 +149,7 @@ def test_staleness_4_with_stragglers(tmp_path):
     assert {step["version"] for step in done.steps} == set(range(30))
 
 
+@pytest.mark.complete
 def test_draining_leaves_no_response_with_two_versions(tmp_path):
     done = Done(tmp_path, "--steps", "6", "--eval-every", "6", "--updates", "drain", *LONG)
     done.check(bound=1)
@@ -190,6 +194,7 @@ def two_and_two(tmp_path_factory):
     )
 
 
+@pytest.mark.complete
 def test_several_trainers_and_engines(two_and_two):
     two_and_two.check(bound=1)
     assert [len(rank["started"]) for rank in two_and_two.ranks] == [
@@ -203,6 +208,7 @@ def test_several_trainers_and_engines(two_and_two):
     )  # every rank sees the same step
 
 
+@pytest.mark.complete
 def test_the_timeline_has_a_row_for_every_rank(two_and_two):
     rows = {
         (event["pid"], event["tid"]): event["args"]["name"]
@@ -232,6 +238,7 @@ def test_the_timeline_has_a_row_for_every_rank(two_and_two):
         assert all(end <= start + 2 for (_, end), (start, _) in zip(spans, spans[1:]))
 
 
+@pytest.mark.complete
 def test_every_metric_is_explained_in_the_readme(two_and_two):
     glossary = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [key for row in two_and_two.metrics for key in row if f"`{key}`" not in glossary] == []
@@ -276,6 +283,7 @@ def test_killing_a_rank_ends_the_job_and_names_it(start_loop, rank, when):
     )
 
 
+@pytest.mark.complete
 def test_a_dying_engine_ends_the_job(start_loop):
     started = start_loop("loop_async.py", *QUICK, *LONG, rows=4)
     started.engine().kill()
@@ -283,6 +291,7 @@ def test_a_dying_engine_ends_the_job(start_loop):
     assert "rank 1: a process of the SGLang engine died" in started.text()
 
 
+@pytest.mark.complete
 def test_an_engine_that_hangs_ends_the_job(start_loop):
     """A stopped process is one that never answers, and never dies either."""
     started = start_loop("loop_async.py", *QUICK, *LONG, "--answer-timeout-s", "10", rows=4)

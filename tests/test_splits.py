@@ -115,6 +115,7 @@ def test_an_entry_that_is_not_named_is_run_all_the_same(monkeypatch):
     }
 
 
+@pytest.mark.complete
 def test_a_loss_that_is_not_finite_ends_all_ranks_with_the_same_words(models):
     """Of four samples of one length on two ranks the third is rank 0's; both ranks name it, and
     neither waits for the other.

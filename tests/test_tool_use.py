@@ -331,6 +331,7 @@ def test_flags_that_cannot_work(monkeypatch, tmp_path, flags, message):
         start_main(tool_use, tool_use.check_tool_flags)
 
 
+@pytest.mark.complete
 def test_a_run(tmp_path):
     """Two steps after a warm start so short that turns are half noise: results, errors and answers
     without a call. In fp32 engine and trainer differ by rounding only, unless a token stands in one
