@@ -118,8 +118,9 @@ def test_with_learning_rate_zero_nothing_drifts(tmp_path):
     """
     means = {}
     for dtype in ("bf16", "fp8"):
-        torchrun(ROOT / "loop_sync.py", *QUICK, "--steps", "20", "--prompts-per-step", "16", "--lr", "0", "--rollout-dtype", dtype, "--name", dtype,
-                 "--export", ranks=1, cwd=tmp_path)  # fmt: skip
+        flags = [*QUICK, "--steps", "20", "--prompts-per-step", "16", "--lr", "0", "--export"]
+        flags += ["--rollout-dtype", dtype, "--name", dtype]
+        torchrun(ROOT / "loop_sync.py", *flags, ranks=1, cwd=tmp_path)
         rows = metrics_of(tmp_path / "runs" / dtype)[1:]
         assert len(rows) == 20 and all(row["lr"] == 0 for row in rows)
         early, late = (
@@ -190,17 +191,19 @@ def test_a_foreign_tokenizer_is_refused(start, tmp_path):
         start("--model", write_model(tmp_path / "tiny", "qwen3", vocab_size=16))
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda weights: weights.pop("model.norm.weight"), r"model\.norm\.weight is missing"),
-    (lambda weights: weights.update({"lm_head.weight": torch.zeros(8, 128)}), r"lm_head\.weight has shape \(8, 128\), config\.json implies \(97, 128\)"),
+@pytest.mark.parametrize("name, tensor, message", [
+    ("model.norm.weight", None, "model.norm.weight is missing"),
+    ("lm_head.weight", torch.zeros(8, 128), "has shape (8, 128), config.json implies (97, 128)"),
 ])  # fmt: skip
-def test_weights_that_do_not_fit_the_config(fresh_megatron, tmp_path, damage, message):
+def test_weights_that_do_not_fit_the_config(fresh_megatron, tmp_path, name, tensor, message):
     """Found while the trainer loads them, before any engine starts."""
     folder = write_model(tmp_path, "qwen3")
     weights = load_file(folder / "model.safetensors")
-    damage(weights)
+    del weights[name]
+    if tensor is not None:
+        weights[name] = tensor
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(errors.BadInput, match=message):
+    with pytest.raises(errors.BadInput, match=re.escape(message)):
         loop_sync.train_step.build_trainer(
             str(folder), loop_sync.TrainSettings(), loop_sync.read_config(folder), steps=1, seed=1
         )
