@@ -115,6 +115,7 @@ def flags_of_all_settings() -> list[str]:
     ]
 
 
+@pytest.mark.complete
 def test_flags(outcome):
     rng, refused = random.Random(0), 0
     flags = flags_of_all_settings()
@@ -125,6 +126,7 @@ def test_flags(outcome):
     assert refused > 200 and outcome() == "started"
 
 
+@pytest.mark.complete
 def test_flags_of_a_plan(outcome):
     """The arithmetic meets what a run would be refused for, too: no division by zero, no layout of
     no ranks.
@@ -219,6 +221,7 @@ def test_sources_and_fields(outcome, tmp_path):
     assert refused > 120
 
 
+@pytest.mark.complete
 def test_model_configs(outcome, tmp_path):
     model, refused = tmp_path / "model", 0
     shutil.copytree(ROOT / "toy", model, ignore=shutil.ignore_patterns("__pycache__"))
