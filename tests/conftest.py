@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +107,21 @@ def models(tmp_path_factory) -> dict[str, Path]:
 # --- quick and complete -------------------------------------------------------------------------
 
 
+# Minutes each. They come first, so that no process is left alone with one of them at the end.
+LONGEST = [
+    "test_readme_commands.py",
+    "test_checkpoint.py",
+    "test_loop_async.py",
+    "test_fuzz.py",
+    "test_layouts.py",
+    "test_loop_sync.py",
+    "test_process_groups.py",
+    "test_checkpoint_signals.py",
+    "test_nodes.py",
+    "test_engine.py",
+]
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--complete",
@@ -128,7 +142,7 @@ def pytest_cmdline_main(config):
     chosen = config.getoption("numprocesses", None) is not None or config.option.collectonly
     if config.getoption("--complete") and whole and not (is_worker or chosen):
         config.option.numprocesses, config.option.dist = 2, "loadfile"
-        config.option.loadscopereorder = False  # pytest_collection_modifyitems orders the files
+        config.option.loadscopereorder = False  # the order is that of LONGEST
 
 
 def pytest_report_header(config):
@@ -138,17 +152,14 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is marked complete, or begin with the files that have the most of it.
-
-    The long files come first, so that no process is left alone with one of them at the end.
-    """
-    is_long = {item: item.get_closest_marker("complete") is not None for item in items}
+    """Deselect what is marked complete; in a complete run begin with the longest files."""
     if config.getoption("--complete"):
-        of_file = Counter(item.path for item in items if is_long[item])
-        items.sort(key=lambda item: -of_file[item.path])
-    else:
-        config.hook.pytest_deselected(items=[item for item in items if is_long[item]])
-        items[:] = [item for item in items if not is_long[item]]
+        first = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: first.get(item.path.name, len(first)))
+        return
+    is_long = [item.get_closest_marker("complete") is not None for item in items]
+    config.hook.pytest_deselected(items=[item for item, long in zip(items, is_long) if long])
+    items[:] = [item for item, long in zip(items, is_long) if not long]
 
 
 # --- runs ---------------------------------------------------------------------------------------
