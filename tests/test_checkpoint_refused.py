@@ -17,11 +17,12 @@ from megatron.core import dist_checkpointing
 from backends.huggingface.config import read_config
 from common import process_groups
 from common.errors import BadInput
-from common.settings import RewardSettings, RolloutSettings, RunSettings
+from common.settings import RolloutSettings, RunSettings
 from data.prompts import load_data
 from harness import checkpoint
 import loop_async
 from loop_sync import Settings
+from reward import RewardSettings
 
 pytestmark = pytest.mark.usefixtures("more")
 

@@ -51,7 +51,8 @@ def report_of(folder: str, tp: int, other_tp: int, out: Path) -> dict:
     record = SimpleNamespace(
         folder=out, is_writer=is_writer, group=everyone, loop="sync", positions=dict
     )
-    checkpoint.save(record, Settings(), trainer, step=1, read={}, rank_state={})
+    run = SimpleNamespace(record=record, settings=Settings(), inputs={})
+    checkpoint.save(run, trainer, step=1, rank_state={})
     written, expected = tensors_of(weights), next_steps(trainer)
 
     trainer, weights = build(folder, other_tp)
