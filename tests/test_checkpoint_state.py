@@ -147,7 +147,8 @@ def test_an_engine_that_dies_during_a_save_is_no_full_disk(monkeypatch, tmp_path
         raise EngineDied("rank 0: a process died")
 
     monkeypatch.setattr(checkpoint, "all_gather_bytes", dies)
-    run = SimpleNamespace(record=SimpleNamespace(folder=tmp_path, is_writer=False, group=None))
+    record = SimpleNamespace(folder=tmp_path, is_writer=False, group=None)
+    run = SimpleNamespace(record=record, settings=Settings())
     with pytest.raises(EngineDied, match="rank 0: a process died"):
         checkpoint.save(run, None, step=1, rank_state={})
 
