@@ -118,6 +118,7 @@ LONGEST = [
     "test_process_groups.py",
     "test_checkpoint_signals.py",
     "test_nodes.py",
+    "test_engine_families.py",
     "test_engine.py",
 ]
 
