@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("more")
 def test_torchrun_told_to_stop_leaves_a_checkpoint(start_loop, tmp_path, script, number, reward):
     """torchrun hands the signal to every process of each rank's group, engines and judges too.
 
-    Schedulers and closed terminals send it to torchrun. A second one changes nothing.
+    A second one changes nothing.
     """
     started = start_loop(script, *SMALL_RUN, "--reward", reward, rows=3)
     for rank in range(2):
@@ -34,10 +34,12 @@ def test_torchrun_told_to_stop_leaves_a_checkpoint(start_loop, tmp_path, script,
     assert started.end(60) != 0  # torchrun's own code for a signal
     rows = metrics_of(tmp_path / "runs" / "long")
     (saved,) = checkpoints_of(tmp_path / "runs" / "long")
-    assert checkpoint.describe_damage(saved) == "" and saved.name == f"step-{rows[-1]['step']:06d}"
+    assert checkpoint.describe_damage(saved) == ""
+    assert saved.name == f"step-{rows[-1]['step']:06d}"
     assert not any(row["reward_errors"] for row in rows[1:])
     said = started.text()
-    assert f"as asked by {number.name}: go on" in said and "SGLang engine died" not in said
+    assert f"as asked by {number.name}: go on" in said
+    assert "SGLang engine died" not in said
 
 
 @pytest.mark.complete
@@ -51,57 +53,31 @@ def test_a_run_that_is_told_to_stop_before_its_first_step_ends_at_once(start_loo
 
 
 @pytest.mark.complete
-@pytest.mark.parametrize(
-    "script, flags", [("loop_sync.py", []), ("loop_async.py", ["--max-staleness", "2"])]
-)
+@pytest.mark.parametrize("script, flags", [
+    ("loop_sync.py", []),
+    ("loop_async.py", ["--max-staleness", "2"]),
+])  # fmt: skip
 def test_told_to_stop_it_saves_and_ends_well(start_loop, tmp_path, script, flags):
-    """SIGTERM to the ranks, as a scheduler sends it before preemption; the asynchronous loop has
-    groups in flight then.
-    """
+    """SIGTERM to the ranks; the asynchronous loop has groups in flight then."""
     started = start_loop(script, *SMALL_RUN, *flags, rows=3)
-    listening = [
-        c.laddr.ip
-        for process in started.family
-        for c in process.net_connections()
-        if c.status == "LISTEN"
-    ]
-    assert set(listening) == {
-        "127.0.0.1"
-    }  # nobody outside this machine can reach a rank or an engine; torchrun's own store is not ours
+    # Nobody outside this machine can reach a rank or an engine. torchrun's own store is not ours.
+    connections = [c for process in started.family for c in process.net_connections()]
+    assert {c.laddr.ip for c in connections if c.status == "LISTEN"} == {"127.0.0.1"}
     for rank in (0, 1) if script == "loop_async.py" else (1,):  # one that is told tells the others
         started.rank(rank).send_signal(signal.SIGTERM)
     assert started.end(60) == 0
     run = tmp_path / "runs" / "long"
     (saved,) = checkpoints_of(run)
-    assert (
-        checkpoint.describe_damage(saved) == ""
-        and "go on with --name long --resume" in started.text()
-    )
+    assert checkpoint.describe_damage(saved) == ""
+    assert "go on with --name long --resume" in started.text()
     assert false_alarms(started.whole_output()) == []
     last = metrics_of(run)[-1]["step"]
     assert saved.name == f"step-{last:06d}"
-    torchrun(
-        ROOT / script,
-        *SMALL_RUN,
-        *flags,
-        "--steps",
-        str(last + 4),
-        "--name",
-        "long",
-        "--resume",
-        ranks=2,
-        cwd=tmp_path,
-    )
-    rows = metrics_of(run)
-    assert [row["step"] for row in rows] == list(range(last + 5)) and max(
-        row.get("staleness_max", 0) for row in rows
-    ) <= 2
     if script == "loop_async.py":
-        assert (
-            len(
-                json.loads((saved / "state.json").read_text(encoding="utf-8"))["ranks"][1][
-                    "in_flight"
-                ]
-            )
-            == 2 * 4
-        )
+        state = json.loads((saved / "state.json").read_text(encoding="utf-8"))
+        assert len(state["ranks"][1]["in_flight"]) == 2 * 4
+    more = ["--steps", str(last + 4), "--name", "long", "--resume"]
+    torchrun(ROOT / script, *SMALL_RUN, *flags, *more, ranks=2, cwd=tmp_path)
+    rows = metrics_of(run)
+    assert [row["step"] for row in rows] == list(range(last + 5))
+    assert max(row.get("staleness_max", 0) for row in rows) <= 2
