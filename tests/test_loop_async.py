@@ -88,26 +88,26 @@ class Done:
 
 @pytest.mark.complete
 def test_staleness_0_is_the_synchronous_result(tmp_path):
-    flags = ["--steps", "30", "--eval-every", "30", "--max-staleness", "0"]
+    flags = ["--steps", "15", "--eval-every", "15", "--max-staleness", "0"]
     done = Done(tmp_path, *flags, slow="trainer,engine,sync")
     done.check(bound=0)
     for i, step in enumerate(done.steps):
         assert {group for group, _ in step["trained"]} == set(range(4 * i, 4 * i + 4))
     assert done.spanning() == 0
-    assert sum(row["mismatch_abs"] for row in done.metrics) / 30 < 0.1
+    assert sum(row["mismatch_abs"] for row in done.metrics) / 15 < 0.1
 
 
 @pytest.mark.complete
 def test_staleness_1_without_learning_does_not_drift(tmp_path):
-    """Thirty updates of weights that do not change, with requests in flight.
+    """Twenty updates of weights that do not change, with requests in flight.
 
     The mismatch stays where it was, across versions and over time.
     """
-    done = Done(tmp_path, "--steps", "30", "--eval-every", "30", "--lr", "0", *LONG)
+    done = Done(tmp_path, "--steps", "20", "--eval-every", "20", "--lr", "0", *LONG)
     done.check(bound=1)
     assert done.spanning() > 20
     mismatches = [row["mismatch_abs"] for row in done.metrics]
-    early, late = sum(mismatches[:15]) / 15, sum(mismatches[15:]) / 15
+    early, late = sum(mismatches[:10]) / 10, sum(mismatches[10:]) / 10
     assert early < 0.1
     assert late == pytest.approx(early, rel=0.5)
     assert done.metrics[-1]["held_out"] == pytest.approx(done.evaluation["held_out"], abs=0.5)
@@ -115,12 +115,12 @@ def test_staleness_1_without_learning_does_not_drift(tmp_path):
 
 @pytest.mark.complete
 def test_staleness_4_with_stragglers(tmp_path):
-    flags = ["--steps", "30", "--eval-every", "15", "--max-staleness", "4", "--oversample", "2"]
+    flags = ["--steps", "20", "--eval-every", "10", "--max-staleness", "4", "--oversample", "2"]
     done = Done(tmp_path, *flags, *LONG, slow="trainer,engine,sync")
     done.check(bound=4)
     assert max(row["staleness_max"] for row in done.metrics) > 1
     assert done.spanning() > 20
-    assert {step["version"] for step in done.steps} == set(range(30))
+    assert {step["version"] for step in done.steps} == set(range(20))
 
 
 @pytest.mark.complete
