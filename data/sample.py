@@ -102,9 +102,8 @@ def read_dump(path: str | Path, *, vocab_size: int | None = None) -> list[Sample
             ) from error
         problem = next(_dump_problems(row, vocab_size), None)
         if problem:
-            raise BadInput(
-                f"{path} line {number}: {problem}; give a folder that --save-rollouts of this version wrote"
-            )
+            fix = "give a folder that --save-rollouts of this version wrote"
+            raise BadInput(f"{path} line {number}: {problem}; {fix}")
         samples.append(Sample(**row))
     if not samples:
         raise BadInput(
@@ -117,7 +116,7 @@ AS_LONG_AS_THE_RESPONSE = ("response_ids", "rollout_logprobs", "loss_mask", "wei
 
 
 def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
-    """What keeps a line of a dump from being a Sample that can be trained on."""
+    """Yield what keeps a line of a dump from being a Sample that can be trained on."""
     if not isinstance(row, dict):
         yield "it is no object, and a sample is one"
         return
@@ -157,7 +156,7 @@ def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
 
 
 def _element_problems(row: dict, name: str, kind: type | tuple, word: str) -> Iterator[str]:
-    """What is wrong with a list of a dump's line; it must hold values of one kind."""
+    """Yield what is wrong with a list of a dump's line; it must hold values of one kind."""
     if not isinstance(row[name], list):
         yield f"{name} is a {type(row[name]).__name__}; it must be a list"
         return

@@ -44,7 +44,7 @@ RUN_BY = {
     "bench/our_side.py": "",  # bench/peers.py starts it.
     "bench/trl_side.py": "",  # It needs TRL, which bench/peers.py installs: 3 GB.
 }
-# What README.md or a message says to install beside the requirements. bench/peers.py installs TRL.
+# What docs/usage.md or a message says to install; bench/peers.py installs TRL.
 BESIDE_ITSELF = {"bench", "examples", "tests"}  # Their files import one another by name.
 BESIDE = {"reasoning_gym", "transformer_engine", "trl", "datasets", *EXTRAS}
 
@@ -84,7 +84,8 @@ def test_what_is_imported_is_required():
     }
     of = importlib.metadata.packages_distributions()
     own = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in SOURCES}
-    own |= {path.stem for path in SOURCES if path.relative_to(ROOT).parts[0] in BESIDE_ITSELF}
+    beside = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in BESIDE_ITSELF]
+    own |= {path.stem for path in beside} | {path.parent.name for path in beside}
     known = own | BESIDE | set(sys.stdlib_module_names)
     missing = {
         f"{path.relative_to(ROOT)}: {name}"
@@ -95,7 +96,7 @@ def test_what_is_imported_is_required():
     assert missing == set()
 
 
-# --- scripts that no command of the README runs -------------------------------------------------
+# --- scripts that no command of the README or docs/ runs ----------------------------------------
 
 
 def write_gguf(path) -> dict[str, np.ndarray]:
