@@ -79,8 +79,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exits.run_main(
-        main
-        # Destroys the process groups: with gloo's threads still there, the interpreter's end now and
-        # then aborts
-    )
+    # Destroys the process groups. With gloo's threads still there, the interpreter sometimes
+    # aborts at its end.
+    exits.run_main(main)
