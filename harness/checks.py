@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import fields
+from typing import Any
 
 from common import process_groups
 from common.errors import BadInput, Problems, all_problems, file_problem, model_problem
@@ -28,7 +29,7 @@ from common.settings import (
     parse_weights,
 )
 from harness.run_folder import name_problems, rollouts_file
-from losses import LossSettings, check_loss_settings
+from losses import CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings
 
 # Numpy takes seeds below 2**32. Engine and trainer add a number to --seed on each rank.
 SEEDS = 2**31
@@ -341,6 +342,60 @@ def check_sync_flags(settings: SyncSettings) -> None:
     if settings.bucket_bytes < 1:
         given = f"--bucket-bytes {settings.bucket_bytes}"
         yield f"{given} must be at least 1; leave it out for 256 MiB"
+
+
+# --- the loss -----------------------------------------------------------------------------------
+
+
+@all_problems
+def check_loss_settings(settings: LossSettings) -> None:
+    """What cannot work, before anything is started."""
+    yield from _misfits("policy_loss", POLICY_LOSSES, settings)
+    if settings.kl_coef:
+        yield from _misfits("kl_estimator", KL_ESTIMATORS, settings)
+    yield from _bounds_without_effect(
+        "policy_loss", POLICY_LOSSES, ("clip_low", "clip_high"), settings
+    )
+    bounds = ("correction_low", "correction_high")
+    yield from _bounds_without_effect("correction", CORRECTIONS, bounds, settings)
+    low, high = settings.clips
+    if not (0 < (1 if low is None else low) <= 1 and (1 if high is None else high) > 0):
+        yield f"--clip-low {low} must lie in (0, 1], --clip-high {high} must be positive"
+    if settings.dual_clip and not settings.dual_clip > 1:
+        yield f"--dual-clip {settings.dual_clip} must be above 1, or 0 for none"
+    low, high = settings.correction_bounds
+    if not (0 if low is None else low) <= 1 <= (1 if high is None else high) or (low or 0) < 0:
+        found = f"--correction-low {low} and --correction-high {high}"
+        yield f"{found} must satisfy 0 <= low <= 1 <= high"
+    if not (0 <= settings.kl_coef < math.inf and 0 <= settings.entropy_coef < math.inf):
+        found = f"--kl-coef {settings.kl_coef} and --entropy-coef {settings.entropy_coef}"
+        yield f"{found} must be finite and must not be negative"
+    unset = (LossSettings.kl_estimator, LossSettings.kl_in)
+    if not settings.kl_coef and (settings.kl_estimator, settings.kl_in) != unset:
+        found = f"--kl-estimator {settings.kl_estimator} --kl-in {settings.kl_in}"
+        yield f"{found} has no effect without --kl-coef: set one, or leave it out"
+
+
+def _misfits(kind: str, table: dict[str, Any], settings: LossSettings) -> Iterator[str]:
+    """Yield the settings that the choice from this table does not take."""
+    name = getattr(settings, kind)
+    for other, values in table[name].only.items():
+        if (given := getattr(settings, other)) not in values:
+            flags = kind.replace("_", "-"), other.replace("_", "-")
+            found = f"--{flags[0]} {name} and --{flags[1]} {given} do not fit"
+            others = [n for n, one in table.items() if given in one.only.get(other, (given,))]
+            instead = f", or --{flags[0]} {' or '.join(others)}" if others else ""
+            yield f"{found}: use --{flags[1]} {' or '.join(map(str, values))}{instead}"
+
+
+def _bounds_without_effect(kind: str, table: dict[str, Any], bounds, settings) -> Iterator[str]:
+    """Yield the bounds that are set where the choice from this table has none."""
+    name = getattr(settings, kind)
+    for bound in bounds:
+        value, flags = getattr(settings, bound), (bound.replace("_", "-"), kind.replace("_", "-"))
+        if value is not None and getattr(table[name], bound.removeprefix(f"{kind}_")) is None:
+            found = f"--{flags[0]} {value} has no effect"
+            yield f"{found}: --{flags[1]} {name} has no such bound; leave it out"
 
 
 def _flag(name: str) -> str:
