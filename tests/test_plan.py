@@ -1,5 +1,5 @@
-"""plan.py and memory.py: a plan that is wrong sends someone to a cluster for nothing, or keeps them
-from one that would do.
+"""plan.py, layouts.py, memory.py: a plan that is wrong sends someone to a cluster for nothing, or
+keeps them from one that would do.
 
 What is counted is compared with what is there: parameters with published totals, bytes of weights,
 gradients and optimizer with those of real trainers on four ranks, activations with the tensors that
@@ -28,7 +28,7 @@ from backends.megatron.batches import collate
 from common.errors import BadInput
 from common.settings import TrainSettings
 from data.sample import Sample
-from harness import memory, plan
+from harness import layouts, memory, plan
 import train_step
 import weight_sync
 
@@ -275,23 +275,21 @@ def test_peaks_by_hand():
     """State 20, activations and logits 10, engine weights 5, a longest sample of 1 in the cache,
     buckets of 1; half of what is free is the engine's.
     """
-    sizes = {
-        "state": 20e9,
-        "activations": 7e9,
-        "logits": 3e9,
-        "engine": 5e9,
-        "token": 1e6,
-        "buckets": [9e9, 4e9],
-    }
-    layout, G = SimpleNamespace(static=0.5, longest=1000), plan.RUNTIME_BYTES
+    parts = dict(weights=8e9, gradients=6e9, optimizer=4e9, reference=2e9)
+    parts |= dict(activations=7e9, logits=3e9)
+    trainer = layouts.TrainerSizes(parts, dp=1, microbatch_tokens=1)
+    engine = layouts.EngineSizes(
+        weights=5e9, token_bytes=1e6, requests=1, sent={}, bucket_bytes=1e9
+    )
+    layout, G = SimpleNamespace(mem_fraction=0.5, longest=1000), layouts.RUNTIME_BYTES
     layout.colocated = True
-    assert plan.peaks(layout, sizes) == {
+    assert layouts.peaks(layout, trainer, engine) == {
         "train": 30e9 + 2 * G,
         "hand-off": 34e9 + 2 * G,
         "generate": 32e9 + 2 * G,
     }
     layout.colocated = False
-    assert plan.peaks(layout, sizes) == {
+    assert layouts.peaks(layout, trainer, engine) == {
         "train": 30e9 + G,
         "hand-off": 29e9 + G,
         "generate": 12e9 + G,
