@@ -14,8 +14,8 @@ needs most counts.
     activations    see activation_bytes and stage_activation_bytes
     logits         see logit_bytes
 
-A rank of an engine holds the weights as they are sent, and a cache of keys and values. plan.py says
-which of all this is in memory at the same time.
+A rank of an engine holds the weights as they are sent, and a cache of keys and values. layouts.py
+says which of all this is in memory at the same time.
 """
 
 import math
@@ -130,12 +130,12 @@ def stage_parameters(
 def activation_bytes(
     config: dict, *, sparse: bool, tokens: int, tp: int, ep: int, element_bytes: int
 ) -> float:
-    """Return what one layer keeps of `tokens` tokens for its backward pass, on one rank.
+    """Return the bytes that one layer keeps of `tokens` tokens for its backward pass, on one rank.
 
-    The layers are Megatron's local ones, without Transformer Engine, whose fused layers keep about
-    two thirds of it. The count follows Korthikanti et al. 2022 (arXiv 2205.05198, section 4), who
-    find 34 bytes a token and hidden unit for a GPT layer in 16 bits. Sequence parallelism, which is
-    on here, divides all of it by TP. Attention scores are never stored (flash attention).
+    The layers are Megatron's local ones. Transformer Engine's fused layers would keep about two
+    thirds of it. The count follows Korthikanti et al. 2022 (arXiv 2205.05198, section 4), who find
+    34 bytes a token and hidden unit for a GPT layer in 16 bits. Sequence parallelism is on, so TP
+    divides all of it but rope. Attention scores are never stored (flash attention).
 
     With e = element_bytes, h = hidden size, q and kv = width of all query or key heads, one token
     keeps:
@@ -143,8 +143,7 @@ def activation_bytes(
         each of two norms   (4 + 2 e) h        the input in FP32; before and after the weight
         query, key norms    (4 + e) (q + kv)   if any: both in FP32, and both normalised
         attention           e (3 q + 2 kv)     queries, keys and values; the output twice
-        rope                4 e head_dim       sine and cosine, for queries and for keys: not
-                                               divided by TP
+        rope                4 e head_dim       sine and cosine, for queries and for keys
         gated MLP           5 e intermediate   gate and up twice, of which silu(gate) is one; their
                                                product
         a routed expert     5 e intermediate   the same, and
@@ -160,7 +159,8 @@ def activation_bytes(
         per_token += (4 + e) * (q + kv)
     per_token += e * (3 * q + 2 * kv)
     if sparse:
-        width, shared_experts = config["moe_intermediate_size"], config.get("n_shared_experts") or 0
+        width = config["moe_intermediate_size"]
+        shared_experts = config.get("n_shared_experts") or 0
         # Experts that are split over TP see the tokens of all its ranks. Whole experts see as many
         # tokens as one rank has.
         token_copies = 1 if ep > 1 else tp
@@ -185,7 +185,7 @@ def stage_activation_bytes(
     microbatches: int,
     recompute: bool,
 ) -> float:
-    """Return what one pipeline stage keeps for its backward passes, on one rank.
+    """Return the bytes that one pipeline stage keeps for its backward passes, on one rank.
 
     Stage s starts pp - s micro-batches, or as many as there are, before the first one comes back.
     It keeps the activations of its layers for each of them. With full recomputation it keeps only
@@ -282,7 +282,8 @@ def hand_off_bytes(
     unquantized = set(
         unquantized_linears(config, engine_tp=engine_tp, engine_ep=engine_ep, layers=one_of_each)
     )
-    element_bytes, tables = 4 if dtype == "fp32" else 2, 1 if config["tie_word_embeddings"] else 2
+    element_bytes = 4 if dtype == "fp32" else 2
+    tables = 1 if config["tie_word_embeddings"] else 2
     total = {
         "experts": 0,
         "split": element_bytes * embedding_parameters(config) * tables,

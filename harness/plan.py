@@ -275,7 +275,8 @@ def check_machine(
     """Refuse a run whose folder cannot be written, or that this machine has no room for.
 
     Checks what an engine needs of the machine, the disk, and this rank's share of the memory.
-    config: None where it could not be read; longest: likewise. Both as plan_of takes them.
+    The keyword arguments are those of plan_of. config and longest are None if they could not be
+    found out; what needs them is not checked.
     """
     found = Problems()
     disk = found.of(_writable_folder, settings.run.name) or Path.cwd()
@@ -304,7 +305,7 @@ def check_machine(
 
 
 def _writable_folder(name: str) -> Path:
-    """Return the folder that is there and will hold the run's folder. Raises BadInput."""
+    """Return the existing folder in which the run's folder will be made. Raises BadInput."""
     folder = Path("runs") / name
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK):
