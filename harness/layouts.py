@@ -36,7 +36,7 @@ RUNTIME_BYTES = 3e9
 # Buckets' worth of memory at the peak of a weight update: on a trainer, and on a rank that only
 # receives. bench/weight_sync.py measures it; the bucket that the engine is loading is added.
 TRAINER_BUCKETS, RECEIVER_BUCKETS = 9, 4
-RECOMPUTE = "recompute_granularity=full"
+RECOMPUTE = "recompute_granularity=full"  # the word of --megatron that turns recomputation on
 MEM_FRACTIONS = 0.6, 0.7, 0.8, 0.9  # that the search tries beside the given one
 MOST_DOUBLINGS = 6  # of the number of GPUs
 

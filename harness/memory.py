@@ -22,9 +22,9 @@ import math
 
 from backends.huggingface.config import is_sparse, layers_in_last_stage, megatron_arguments
 from backends.huggingface.names import LAYER_RULES, layer_shapes, unquantized_linears
+from fp8_quant import BLOCK
 
 LOGIT_ROWS = 1024  # tokens in a chunk of backends/megatron/logprobs.py: logprobs_and_entropy
-FP8_BLOCK = 128  # rows and columns that share a scale
 ROUTER_BIAS = "e_score_correction_bias"  # a buffer of the router, FP32 in every dtype
 
 # --- parameters ---------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def hand_off_bytes(
 
 def _fp8_bytes(shape: tuple[int, ...]) -> int:
     """Return the bytes of a block-quantized matrix: one an element, and an FP32 scale a block."""
-    return math.prod(shape) + 4 * math.prod(-(-size // FP8_BLOCK) for size in shape)
+    return math.prod(shape) + 4 * math.prod(-(-size // BLOCK) for size in shape)
 
 
 def engine_bytes(
