@@ -83,9 +83,8 @@ def worker(loop: str, workload: str, stage: str, arguments: list[str]) -> None:
 
     if workload == "tail":
         Engine.generate = with_a_tail
-        reward.REWARDS["exact"] = lambda sample: float(
-            sum(sample.response_ids) % 2
-        )  # no such answer is right: any rule that tells them apart will do
+        # No such answer is right: any rule that tells them apart will do.
+        reward.REWARDS["exact"] = lambda sample: float(sum(sample.response_ids) % 2)
     if workload == "judge":
         reward.REWARDS["exact"] = slow_judge
     if stage == "rollout":

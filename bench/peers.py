@@ -354,9 +354,8 @@ def bare(workload: str, rounds: int) -> None:
 
 
 def main() -> None:
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # so that the run that is on its way is ended, too
+    # So that the run that is on its way is ended, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     everything = [*WORKLOADS, *(f"bare-{workload}" for workload in WORKLOADS)]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

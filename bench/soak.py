@@ -32,12 +32,8 @@ STAGES = {
     "sync": ("weight_sync", "sync_weights"),
     "save": ("checkpoint", "save"),
 }
-LENGTHS_S = {
-    "generate": 0.4,
-    "train": 0.3,
-    "sync": 0.05,
-    "save": 0.2,
-}  # about what a stage takes: the moment is anywhere in it
+# About what a stage takes: the moment is anywhere in it.
+LENGTHS_S = {"generate": 0.4, "train": 0.3, "sync": 0.05, "save": 0.2}
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,8 @@ def usual(weights) -> Iterator[list]:
                 if hf_name in weights.fp8 and group.rank() == 0
                 else [(hf_name, tensor)]
             )
-            pairs += (
-                [pairs[0]] if hf_name in weights.fp8 and group.rank() > 0 else []
-            )  # as many messages on every trainer; only rank 0's are sent
+            # As many messages on every trainer; only rank 0's are sent.
+            pairs += [pairs[0]] if hf_name in weights.fp8 and group.rank() > 0 else []
             yield from ([pair] for pair in pairs)
 
 
@@ -243,9 +242,8 @@ def estimate() -> None:
         8,
         64,
     )
-    bandwidths = dict(
-        memory_bytes_s=2.0e12, nvlink_bytes_s=300e9, network_bytes_s=40e9
-    )  # HBM3, NVLink 4, one 400 Gb/s adapter: 60 to 80 % of their ratings
+    # HBM3, NVLink 4, one 400 Gb/s adapter: 60 to 80 % of their ratings.
+    bandwidths = dict(memory_bytes_s=2.0e12, nvlink_bytes_s=300e9, network_bytes_s=40e9)
     parameters = f"{memory.parameters(config)[0] / 1e9:.0f}e9 parameters"
     print(
         f"GLM-4.5, {parameters}, {gpus} GPUs: trainers tp {tp} (experts over the same {tp}), pp"

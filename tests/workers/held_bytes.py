@@ -1,5 +1,5 @@
 """What the ranks of real trainers hold, in bytes, at several layouts of four ranks; run by
-test_plan.py.
+test_memory.py.
 
     torchrun --nproc-per-node 4 held_bytes.py OUT DENSE_FOLDER MOE_FOLDER
 
