@@ -59,7 +59,7 @@ def check_flags(settings) -> None:
         # Reported above or by torchrun. What follows from it must not be reported too.
         trainer_ranks = rollout_ranks = None
     found.of(check_rollout_flags, settings.rollout, ranks=rollout_ranks)
-    if not _is_plan(settings):  # a plan reads no prompts
+    if not is_plan(settings):  # a plan reads no prompts
         found.of(check_prompt_files, settings.rollout)
     found.of(check_reward_flags, settings.reward, settings.rollout)
     steps = settings.run.steps
@@ -67,7 +67,7 @@ def check_flags(settings) -> None:
     found.of(check_loss_settings, settings.loss)
     found.of(check_sync_flags, settings.sync)
     found.of(check_modes, settings)
-    if not settings.run.load_rollouts:  # rollout.longest_of_dumps checks the loaded ones
+    if not settings.run.load_rollouts:  # longest_of_dumps checks the loaded ones
         answers = settings.rollout.prompts_per_step * settings.rollout.samples_per_prompt
         found.of(check_minibatches, settings.train.minibatches, answers=answers)
     yield from found.found
@@ -75,11 +75,12 @@ def check_flags(settings) -> None:
 
 def world_size(settings) -> int:
     """Return the number of ranks of the run, or of the planned run. settings: a loop's."""
-    return settings.plan.plan_gpus if _is_plan(settings) else int(os.environ["WORLD_SIZE"])
+    return settings.plan.plan_gpus if is_plan(settings) else int(os.environ["WORLD_SIZE"])
 
 
-def _is_plan(settings) -> bool:
-    return hasattr(settings, "plan") and settings.plan.plan  # the examples have no --plan
+def is_plan(settings) -> bool:
+    """Tell whether the run is only planned. The examples cannot be."""
+    return hasattr(settings, "plan") and settings.plan.plan
 
 
 @all_problems
