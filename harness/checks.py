@@ -56,7 +56,7 @@ def check_flags(settings) -> None:
         rollout_ranks = settings.in_flight.rollout_ranks
         trainer_ranks = ranks - rollout_ranks
     if min(trainer_ranks, rollout_ranks) < 1:
-        # Reported above or by torchrun. What follows from it must not be reported too.
+        # The checks above report it. What follows from it must not be reported too.
         trainer_ranks = rollout_ranks = None
     found.of(check_rollout_flags, settings.rollout, ranks=rollout_ranks)
     if not is_plan(settings):  # a plan reads no prompts
