@@ -13,7 +13,6 @@ Assumed and not measured: RUNTIME_BYTES; that all experts get equally many token
 stores no scores (flash attention).
 """
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -268,9 +267,11 @@ def _trainer_layouts(plan: Plan, *, node_gpus: int) -> Iterator[Plan]:
     eps = _powers_of_two(ranks if plan.config["num_experts"] else 1)
     for tp, pp, ep, recompute in product(tps, pps, eps, {plan.recompute, True}):
         sizes = dict(tp=tp, pp=pp, ep=ep)
-        with contextlib.suppress(BadInput):  # this model or these ranks do not allow the layout
+        try:
             check_layout(plan.config, world_size=ranks, cp=plan.train.cp, **sizes)
-            yield replace(plan, train=replace(plan.train, **sizes), recompute=recompute)
+        except BadInput:
+            continue  # the model or the number of ranks does not allow it
+        yield replace(plan, train=replace(plan.train, **sizes), recompute=recompute)
 
 
 def _powers_of_two(largest: int) -> list[int]:
