@@ -46,7 +46,7 @@ def run_main(main: Callable[[], None]) -> None:
     _raise_open_file_limit()
     signal.signal(signal.SIGQUIT, _engine_child_died)
     signal.signal(signal.SIGTERM, _stop)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has set it to be ignored
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it stays ignored
         signal.signal(signal.SIGHUP, _stop)
     if dist.is_torchelastic_launched():
         # If torchrun is killed, nobody else ends this rank. Without torchrun the parent is a shell,
