@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
-from advantages import ADVANTAGES
 from common.errors import BadInput, all_problems
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -145,30 +142,6 @@ class InFlightSettings:
     updates: Literal["in_flight", "drain"] = "in_flight"
     """New weights reach requests in flight (paused in place, continued), or wait until none is
     running."""
-
-
-@dataclass(frozen=True)
-class RewardSettings:
-    """Rewards and advantages: how answers are judged"""
-
-    reward: Literal["exact", "math", "reasoning_gym"] = "exact"
-    """exact: the response equals the label and ended by itself. math: its answer has the label's
-    value; see math_rules/. reasoning_gym: the task's own scorer for problems of reasoning-gym, math
-    for all other prompts."""
-    advantage: tyro.extras.literal_type_from_choices(ADVANTAGES) = "grpo"
-    """How rewards become advantages; see advantages.py."""
-    overlong_buffer: int = 0
-    """Responses lose up to 1 of their reward, linearly, in the last so many tokens before
-    --max-response-tokens (DAPO); 0: nothing."""
-    dynamic_sampling: int = 0
-    """Replace groups whose rewards are all equal by answers to new prompts, at most so many times
-    over in a step (DAPO); 0: train on all."""
-    judges: int = 32
-    """How many answers a rank judges at a time: a reward function that waits for a service then
-    does not wait in line."""
-    judge_timeout_s: float = 120.0
-    """A reward function that takes longer for one answer has failed on it; the sample is masked and
-    counted in reward_errors."""
 
 
 @dataclass(frozen=True)

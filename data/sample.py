@@ -12,6 +12,15 @@ import orjson
 from common.errors import BadInput, read_file
 
 
+def per_token_field() -> Any:
+    """Declare a field of Sample: a number for each response token; [] until it is computed.
+
+    per_token_names() lists it. The trainer gets it as float32 [T] under its name, see MicroBatch in
+    backends/megatron/batches.py.
+    """
+    return field(default_factory=list, metadata={"per_token": True})
+
+
 @dataclass
 class Sample:
     """One prompt and, once generated, one response. Plain data: one JSON line holds all of it."""
@@ -20,49 +29,47 @@ class Sample:
     prompt: str = ""
     label: Any = None
     group: int = -1
-    """The prompt's number in the run's prompt stream: the samples of one group answer the same
-    prompt.
-    """
+    """The prompt's number in the run's prompt stream. A group's samples answer the same prompt."""
     index: int = 0
     """Place in its group; (group, index) names a sample."""
     response_ids: list[int] = field(default_factory=list)
     response: str = ""
-    rollout_logprobs: list[float] = field(default_factory=list)
-    """Per response token, by the engine, at the sampling temperature."""
     loss_mask: list[int] = field(default_factory=list)
-    """Per response token: 1 if the policy sampled it, 0 if it came from elsewhere (a tool's
-    output).
-    """
+    """Per response token: 1 if the policy sampled it, 0 if not (a tool's output)."""
     weight_versions: list[int] = field(default_factory=list)
     """Per response token: the version of the weights that sampled it."""
     finish_reason: str = ""
-    """stop, length or abort; or what became of a sample that is not trained, rollout.DROPPED or
-    REPLACED.
-    """
+    """stop, length or abort, as SGLang gives it."""
+    discarded: str = ""
+    """Why the sample is not trained: rollout.DROPPED or REPLACED; "" if it is."""
     reward: float | None = None
-    old_logprobs: Sequence[float] = field(default_factory=list)
-    """Per response token, by the trainer before it learns from the batch; empty where the batch has
-    one update only, which starts from them.
-    """
-    ref_logprobs: Sequence[float] = field(default_factory=list)
-    """Per response token, by the frozen reference, where there is one."""
-    advantages: Sequence[float] = field(default_factory=list)
-    """Per response token."""
+    rollout_logprobs: Sequence[float] = per_token_field()
+    """By the engine, at the sampling temperature."""
+    old_logprobs: Sequence[float] = per_token_field()
+    """By the trainer before it learns from the batch. Empty where the batch has one update only,
+    which starts from them."""
+    ref_logprobs: Sequence[float] = per_token_field()
+    """By the frozen reference, where there is one."""
+    advantages: Sequence[float] = per_token_field()
     metadata: dict = field(default_factory=dict)
-    """The row's own object of that name, as it was read.
-
-    The program never writes to it: what it has to say goes to the fields below.
-    """
+    """The row's own object of that name, as it was read. The program never writes to it."""
     source: str = ""
-    """Short name of what the prompt is from: a file, or a generator."""
+    """Short name of where the prompt is from: a file, or a generator."""
     answer: str | None = None
     """What the reward function took for the answer; None where it does not say."""
     error: str = ""
     """Why the sample has no reward, or why the engine aborted it."""
     notes: dict = field(default_factory=dict)
     """What generators, rollouts and reward functions leave for one another: the problem of
-    reasoning-gym, the calls of a tool.
-    """
+    reasoning-gym, the calls of a tool."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Numbers that a rollout leaves: each step logs their means over its samples."""
+
+    @classmethod
+    def per_token_names(cls) -> tuple[str, ...]:
+        """Return the names of the fields that per_token_field() declares."""
+        specs = dataclasses.fields(cls)
+        return tuple(spec.name for spec in specs if spec.metadata.get("per_token"))
 
     def to_json(self) -> bytes:
         return orjson.dumps(self, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
@@ -96,15 +103,17 @@ def read_dump(path: str | Path, *, vocab_size: int | None = None) -> list[Sample
         problem = next(_dump_problems(row, vocab_size), None)
         if problem:
             raise BadInput(
-                f"{path} line {number}: {problem}; give a folder that --save-rollouts wrote"
+                f"{path} line {number}: {problem}; give a folder that --save-rollouts of this version wrote"
             )
         samples.append(Sample(**row))
     if not samples:
-        raise BadInput(f"{path} holds no samples; give a folder that --save-rollouts wrote")
+        raise BadInput(
+            f"{path} holds no samples; give a folder that --save-rollouts of this version wrote"
+        )
     return samples
 
 
-PER_TOKEN = ("response_ids", "rollout_logprobs", "loss_mask", "weight_versions")
+AS_LONG_AS_THE_RESPONSE = ("response_ids", "rollout_logprobs", "loss_mask", "weight_versions")
 
 
 def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
@@ -117,7 +126,7 @@ def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
     yield from (f"the field {name!r} is missing" for name in names if name not in row)
     for name in ("prompt_ids", "response_ids", "loss_mask", "weight_versions"):
         yield from _element_problems(row, name, int, "integer")
-    for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs", "advantages"):
+    for name in Sample.per_token_names():
         yield from _element_problems(row, name, (int, float), "number")
     if not row["prompt_ids"]:
         yield "prompt_ids is empty"
@@ -130,17 +139,17 @@ def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
                 yield f"{name} holds {token}; a token id must be at least 0{limit}"
     if any(value not in (0, 1) for value in row["loss_mask"]):
         yield "loss_mask holds another value than 0 and 1"
-    lengths = {name: len(row[name]) for name in PER_TOKEN}
+    lengths = {name: len(row[name]) for name in AS_LONG_AS_THE_RESPONSE}
     if len(set(lengths.values())) > 1:
         shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
         yield f"its lists differ in length, and each has one value a response token: {shown}"
-    for name in ("old_logprobs", "ref_logprobs", "advantages"):
-        if len(row[name]) not in (0, len(row["response_ids"])):
+    for name in Sample.per_token_names():
+        if name not in lengths and len(row[name]) not in (0, len(row["response_ids"])):
             yield (
                 f"{name} has {len(row[name])} values for {len(row['response_ids'])} response tokens"
             )
-    kinds = dict(prompt=str, response=str, source=str, error=str, finish_reason=str, group=int)
-    kinds |= dict(index=int, metadata=dict, notes=dict)
+    kinds = dict(prompt=str, response=str, source=str, error=str, finish_reason=str)
+    kinds |= dict(group=int, index=int, discarded=str, metadata=dict, notes=dict, metrics=dict)
     kinds |= dict(reward=(int, float, type(None)), answer=(str, type(None)))
     for name, kind in kinds.items():
         if not isinstance(row[name], kind) or isinstance(row[name], bool):

@@ -20,7 +20,6 @@ from common.settings import (
     GYM,
     InFlightSettings,
     PlanSettings,
-    RewardSettings,
     RolloutSettings,
     RunSettings,
     SyncSettings,
@@ -31,6 +30,7 @@ from common.settings import (
 )
 from harness.run_folder import name_problems, rollouts_file
 from losses import CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings
+from reward import RewardSettings
 
 # NumPy takes seeds below 2**32. Engine and trainer add a number to --seed on each rank.
 SEEDS = 2**31
@@ -67,7 +67,7 @@ def check_flags(settings) -> None:
     found.of(check_loss_settings, settings.loss)
     found.of(check_sync_flags, settings.sync)
     found.of(check_modes, settings)
-    if not settings.run.load_rollouts:  # longest_of_dumps checks the loaded ones
+    if not settings.run.load_rollouts:  # model_checks.longest_of_dumps checks the loaded ones
         answers = settings.rollout.prompts_per_step * settings.rollout.samples_per_prompt
         found.of(check_minibatches, settings.train.minibatches, answers=answers)
     yield from found.found

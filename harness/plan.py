@@ -19,6 +19,7 @@ import torch
 
 from backends.huggingface.config import check_layout
 from backends.sglang.checks import check_environment, server_overrides
+from backends.sglang.launch import MEM_FRACTION_STATIC
 from common.errors import BadInput, Problems, all_problems
 from common.settings import PlanSettings
 from harness.layouts import (
@@ -33,7 +34,6 @@ from harness.layouts import (
     trainer_sizes,
 )
 from harness.memory import checkpoint_bytes, hand_off_bytes, parameters
-from rollout import MEM_FRACTION_STATIC, longest_of_dumps
 
 # What a process takes without a GPU beside its tensors: Python, torch, and megatron-core in a
 # trainer or SGLang in an engine's scheduler.
@@ -63,22 +63,6 @@ def plan_of(
         mem_fraction=overrides.get("mem_fraction_static", MEM_FRACTION_STATIC),
         recompute=RECOMPUTE in settings.train.megatron,
     )
-
-
-def longest_sample(settings, config: dict | None, data) -> int | None:
-    """Return the tokens of the longest possible sample, prompt and response; None if unknown.
-
-    For a planned run the flags say it. Samples of --load-rollouts may be longer than today's
-    prompts and --max-response-tokens allow. Raises BadInput for a dump that cannot be trained on.
-    data: the loaded prompts; None where they could not be read.
-    """
-    if settings.plan.plan:
-        return settings.plan.plan_prompt_tokens + settings.rollout.max_response_tokens
-    if data is None:
-        return None
-    if settings.run.load_rollouts:
-        return max(data.longest, longest_of_dumps(settings, config))
-    return data.longest
 
 
 # --- how long a weight update takes -------------------------------------------------------------

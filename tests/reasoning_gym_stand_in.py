@@ -1,8 +1,8 @@
 """A stand-in for the package reasoning-gym, with the four names that this project uses.
 
-They behave as in reasoning-gym 0.1.25: create_dataset makes problem i from seed + i,
-factory.DATASETS lists the tasks, score_answer may give part of 1, and utils.extract_answer returns
-the last <answer>.
+They behave as in reasoning-gym 0.1.25. create_dataset makes problem i from seed + i.
+factory.DATASETS lists the tasks. score_answer may give part of 1. utils.extract_answer returns the
+last <answer>.
 """
 
 import random
@@ -38,13 +38,11 @@ class Sums:
     def score_answer(self, answer, entry) -> float:
         # Some tasks compare types that JSON would change, such as tuples.
         assert isinstance(entry["metadata"]["pair"], tuple)
-        return (
-            1.0
-            if answer == entry["answer"]
-            else len(entry["answer"]) / len(answer)
-            if answer and entry["answer"] in answer
-            else 0.0
-        )
+        if answer == entry["answer"]:
+            return 1.0
+        if answer and entry["answer"] in answer:
+            return len(entry["answer"]) / len(answer)
+        return 0.0
 
 
 def extract_answer(completion: str) -> str | None:

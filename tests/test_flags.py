@@ -5,6 +5,7 @@ before sglang, transformers or megatron are imported; a clock would measure how 
 Rules of single flags are tested in the files of their stages. Not covered: what tyro accepts.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -21,12 +22,13 @@ import tool_use
 
 import advantages
 from common.errors import BadInput
-from common.settings import RewardSettings, RunSettings
+from common.settings import RunSettings
 from harness import exits, flags
 from harness.checks import check_flags
 import losses
 from losses import LossSettings
 import reward
+from reward import RewardSettings
 
 HEAVY = r"\|\s+(sglang|transformers|megatron)\b"  # in the output of -X importtime
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -44,24 +46,46 @@ def script(name: str, *words: str, options=(), cwd=ROOT, timeout=300, **environm
 # --- when -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, words, message", [
-    ("loop_sync.py", ["--stps", "3"], "--stps is no flag of this program; the nearest is --steps"),
-    ("loop_sync.py", ["--steps", "3.5"], "--steps 3.5 must be a whole number"),
-    ("loop_sync.py", ["--prompts", "absent.jsonl"], "absent.jsonl does not exist"),
-    ("loop_sync.py", ["--kl-coef", "1", "--reference", "no"], "--reference no has no config.json"),
-    ("loop_sync.py", ["--tp", "2"], "--tp 2 does not divide the 1 ranks: use a --tp that"),
-    ("loop_async.py", ["--max-staleness", "-1"], "--max-staleness -1 must not be negative"),
-    ("loop_async.py", [], "a rank that trains and one that generates: use `torchrun --nproc-per-"),
-    ("examples/ppo_critic.py", ["--lam", "2"], "--lam 2.0 must lie in [0, 1]"),
-    ("examples/tool_use.py", ["--warm-calls", "2"], "--warm-calls 2.0 must lie between 0 and 1"),
-    ("tools/export.py", ["--checkpoint", "nothing"], "--checkpoint 'nothing' is no folder"),
+MISTAKES = {  # of one start of each script
+    "loop_sync.py": "--stps 3 --steps 3.5 --prompts absent.jsonl --kl-coef 1 --reference no --tp 2",
+    "loop_async.py": "--max-staleness -1",
+    "examples/ppo_critic.py": "--lam 2",
+    "examples/tool_use.py": "--warm-calls 2",
+    "tools/export.py": "--checkpoint nothing",
+}
+
+
+@pytest.fixture(scope="module")
+def start_with_mistakes(tmp_path_factory):
+    """Give a function that starts a script once. It returns the ended process and its folder."""
+
+    @functools.cache
+    def start(name: str):
+        folder = tmp_path_factory.mktemp("mistakes")
+        words = MISTAKES[name].split()
+        return script(name, *words, options=["-X", "importtime"], cwd=folder), folder
+
+    return start
+
+
+@pytest.mark.parametrize("name, message", [
+    ("loop_sync.py", "--stps is no flag of this program; the nearest is --steps"),
+    ("loop_sync.py", "--steps 3.5 must be a whole number"),
+    ("loop_sync.py", "absent.jsonl does not exist"),
+    ("loop_sync.py", "--reference no has no config.json"),
+    ("loop_sync.py", "--tp 2 does not divide the 1 ranks: use a --tp that"),
+    ("loop_async.py", "--max-staleness -1 must not be negative"),
+    ("loop_async.py", "a rank that trains and one that generates: use `torchrun --nproc-per-"),
+    ("examples/ppo_critic.py", "--lam 2.0 must lie in [0, 1]"),
+    ("examples/tool_use.py", "--warm-calls 2.0 must lie between 0 and 1"),
+    ("tools/export.py", "--checkpoint 'nothing' is no folder"),
 ])  # fmt: skip
-def test_a_mistake_is_said_before_the_heavy_imports(tmp_path, name, words, message):
-    done = script(name, *words, options=["-X", "importtime"], cwd=tmp_path)
+def test_a_mistake_is_said_before_the_heavy_imports(start_with_mistakes, name, message):
+    done, folder = start_with_mistakes(name)
     assert done.returncode == 2
     assert message in done.stderr
     assert re.search(HEAVY, done.stderr) is None
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", [*LOOPS, "tools/export.py"])
@@ -73,7 +97,8 @@ def test_help_needs_no_torchrun_and_no_heavy_import(name):
 
 def test_help_is_given_where_no_run_could_start():
     done = script("loop_sync.py", "--stps", "3", "-h", WORLD_SIZE="8")
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 0
+    assert done.stderr == ""
     assert "Most used" in done.stdout
 
 
@@ -87,7 +112,8 @@ def test_packages_that_are_missing_are_named_after_the_flags_are_read(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(hide, encoding="utf-8")
     path = dict(PYTHONPATH=str(tmp_path))
     good = script("loop_sync.py", "--steps", "1", **path)
-    assert good.returncode == 2 and "is not installed" in good.stderr
+    assert good.returncode == 2
+    assert "is not installed" in good.stderr
     assert "pip install -r requirements" in good.stderr
     assert "--steps 0 must be" in script("loop_sync.py", "--steps", "0", **path).stderr
 

@@ -256,23 +256,15 @@ def test_folders_named_like_tokenizer_files_do_not_end_an_export(export, tmp_pat
         (export.source / name).mkdir()
         (export.source / name / "file").write_text("x", encoding="utf-8")
     (export.source / "additional_chat_templates" / "deeper").mkdir(parents=True)
-    (export.source / "additional_chat_templates" / "tool_use.jinja").write_text(
-        "{{ é }}", encoding="utf-8"
-    )
-    export(tmp_path / "out")
-    assert_whole(tmp_path / "out", export.source)
-    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text(
-        encoding="utf-8"
-    ) == "{{ é }}"
-    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == [
-        "additional_chat_templates"
-    ]
-    copied = {file.name for file in (tmp_path / "out").glob("tokenizer*")}
-    assert (
-        copied
-        == {file.name for file in export.source.glob("tokenizer*") if file.is_file()}
-        != set()
-    )
+    template = "additional_chat_templates/tool_use.jinja"
+    (export.source / template).write_text("{{ é }}", encoding="utf-8")
+    out = tmp_path / "out"
+    export(out)
+    assert_whole(out, export.source)
+    assert (out / template).read_text(encoding="utf-8") == "{{ é }}"
+    assert [path.name for path in out.iterdir() if path.is_dir()] == ["additional_chat_templates"]
+    files = {file.name for file in export.source.glob("tokenizer*") if file.is_file()}
+    assert {file.name for file in out.glob("tokenizer*")} == files != set()
 
 
 def test_a_file_that_cannot_be_copied_is_named_and_the_rest_is_whole(export, tmp_path):

@@ -1,13 +1,14 @@
 """The asynchronous loop's queue over a checkpoint: what a resumed run trains and asks again.
 
-Why: a finished group that is lost, asked twice or taken for younger than it is breaks the bound on
-staleness or the account of groups, in silence. Not covered: a resumed run with other ranks.
+Why: a resumed run may lose a finished group, ask it twice, or take it for younger than it is. Then
+the bound on staleness or the account of groups is wrong, in silence. Not covered: a resumed run
+with other ranks.
 """
 
 import asyncio
 
 from common.errors import EngineDied
-from in_flight import GroupQueue, check_staleness
+from loop_async import GroupQueue, check_staleness
 from rollout import DROPPED, REPLACED, split_discarded
 from test_in_flight import PER_STEP, StandIn, groups_of, new_queue
 
@@ -115,7 +116,7 @@ def test_a_checkpoint_keeps_answers_as_they_were_judged(one_rank):
         return 1 / sample.index  # the first sample of each group fails
 
     class Empty(StandIn):
-        async def generate(self, prompts_ids, sampling, *, request_ids):
+        async def generate(self, prompts_ids, sampling, *, request_ids, cache=""):
             outputs = await super().generate(prompts_ids, sampling, request_ids=request_ids)
             meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": []}
             return [{"output_ids": [], "meta_info": meta, "weight_versions": []}, *outputs[1:]]

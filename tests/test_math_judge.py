@@ -6,6 +6,7 @@ math_pairs_notation.py and math_pairs_expressions.py. Not covered: how long SymP
 people write.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -19,12 +20,11 @@ import pytest
 import math_pairs_expressions
 import math_pairs_notation
 import math_pairs_places
-from common.settings import RewardSettings
 from conftest import ROOT
 from data import math_judge, math_rules
 from data.math_judge import TooHard, call_in_worker, judged_in_worker
 from data.sample import Sample
-from reward import Judge, compute_rewards, label_problems, math_reward
+from reward import Judge, RewardSettings, compute_rewards, label_problems, math_reward
 
 CASES = [
     pytest.param(*pair, id=f"{kind}: {pair[0]} | {pair[1]}")
@@ -202,13 +202,28 @@ def test_there_are_workers_for_the_processors_that_this_process_may_use():
     assert math_judge.WORKERS == max(1, len(os.sched_getaffinity(0)) // 4)
 
 
-@pytest.mark.parametrize("ranks, workers", [("1", "8"), ("2", "4"), ("64", "1")])
-def test_the_ranks_of_a_machine_share_its_processors(ranks, workers):
-    code = "import os; os.sched_getaffinity = lambda _: range(32)\n"
-    code += "from data import math_judge; print(math_judge.WORKERS)"
-    command, environment = [sys.executable, "-c", code], {**os.environ, "LOCAL_WORLD_SIZE": ranks}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == workers, done.stderr
+@pytest.fixture(scope="module")
+def workers_of_ranks() -> dict[str, int]:
+    """Return {ranks of a machine with 32 processors: workers of each rank}."""
+    code = """
+import importlib, json, os
+os.sched_getaffinity = lambda _: range(32)
+from data import math_judge
+workers = {}
+for ranks in ("1", "2", "64"):
+    os.environ["LOCAL_WORLD_SIZE"] = ranks
+    workers[ranks] = importlib.reload(math_judge).WORKERS
+print(json.dumps(workers))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("ranks, workers", [("1", 8), ("2", 4), ("64", 1)])
+def test_the_ranks_of_a_machine_share_its_processors(workers_of_ranks, ranks, workers):
+    assert workers_of_ranks[ranks] == workers
 
 
 def test_no_worker_outlives_its_parent():

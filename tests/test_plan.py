@@ -1,4 +1,4 @@
-"""--plan and the check of the machine: what fits, the nearest layout that does, README's recipes.
+"""--plan and the check of the machine: what fits, the nearest layout that does, the recipes.
 
 Why: a wrong plan sends someone to a cluster for nothing, or keeps them from one that would do. The
 bytes that a plan adds up are compared with real ones in test_memory.py. Not covered: RUNTIME_BYTES,
@@ -180,18 +180,17 @@ def test_a_run_folder_that_cannot_be_written(monkeypatch, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-# --- README -------------------------------------------------------------------------------------
+# --- docs/recipes.md ----------------------------------------------------------------------------
 
 
 def recipes() -> list[tuple[str, str]]:
-    """Return (torchrun command, lines of its plan) of each of README.md's recipes."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("## Recipes")[2].partition("\n## ")[0]
-    return re.findall(r"```bash\n(torchrun.*?)```\n+```\n(.*?)```", section, re.DOTALL)
+    """Return (torchrun command, lines of its plan) of each recipe."""
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    return re.findall(r"```bash\n(torchrun.*?)```\n+```\n(.*?)```", page, re.DOTALL)
 
 
 @pytest.mark.parametrize("command, lines", recipes())
-def test_the_recipes_print_what_the_readme_says(monkeypatch, capsys, command, lines):
+def test_the_recipes_print_what_their_page_says(monkeypatch, capsys, command, lines):
     before, loop, flags = re.match(
         r"(.*?)(loop_a?sync)\.py(.*)", command.replace("\\\n", " "), re.DOTALL
     ).groups()

@@ -54,10 +54,8 @@ def test_chat_wraps_text_and_the_system_message_goes_first(tokenizer, tmp_path):
         {"prompt": [{"role": "user", "content": "4+5"}], "label": 9},
     )
     assert [sample.prompt for sample in read(path, tokenizer, chat=True)] == ["1+1+2=", "1+4+5="]
-    assert [sample.prompt for sample in read(path, tokenizer, chat=True, system_prompt="7")] == [
-        "2+7=1+1+2=",
-        "2+7=1+4+5=",
-    ]
+    samples = read(path, tokenizer, chat=True, system_prompt="7")
+    assert [sample.prompt for sample in samples] == ["2+7=1+1+2=", "2+7=1+4+5="]
     stream = toy_prompts(tokenizer, DataSettings(chat=True), seed=1, held_out=False)
     assert re.fullmatch(r"1\+\d{3}\+\d{3}==", next(stream).prompt)
 
@@ -144,16 +142,10 @@ def test_parquet_rows_are_those_of_jsonl(tokenizer, tmp_path):
     for row, label in ((DAPO, "7"), (GSM8K, "3")):
         lines = read(write(tmp_path / "p.jsonl", row, row), tokenizer, **settings)
         assert lines == read(write_parquet(tmp_path / "p.parquet", row, row), tokenizer, **settings)
-        assert len(lines) == 2 and lines[0].label == label
-    assert (
-        read(
-            write_parquet(tmp_path / "p.parquet", GSM8K),
-            tokenizer,
-            prompt_key=("question",),
-            label_key=("answer",),
-        )[0].label
-        == GSM8K["answer"]
-    )
+        assert [sample.label for sample in lines] == [label] * 2
+    path = write_parquet(tmp_path / "p.parquet", GSM8K)
+    (uncut,) = read(path, tokenizer, prompt_key=("question",), label_key=("answer",))
+    assert uncut.label == GSM8K["answer"]
 
 
 def test_a_key_is_a_field_or_a_path(tokenizer, tmp_path):
@@ -344,10 +336,9 @@ def test_label_after_that_cuts_nothing(tmp_path):
         write(tmp_path / name, {"prompt": "1=", "label": label})
         for name, label in (("a.jsonl", "#### 1"), ("b.jsonl", 1))
     )
-    assert (
-        data(prompts=(one, other), label_after="####").held_out
-        == data(prompts=(other,), eval_prompts=(one,), label_after="####").held_out[1:]
-    )
+    trained = data(prompts=(one, other), label_after="####")
+    held_out = data(prompts=(other,), eval_prompts=(one,), label_after="####")
+    assert trained.held_out == held_out.held_out[1:]
     for prompts in ((other,), ("toy",)):
         with pytest.raises(BadInput, match="--label-after '####': no label of any file holds it"):
             data(prompts=prompts, label_after="####")

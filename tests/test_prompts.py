@@ -9,6 +9,7 @@ import json
 import shutil
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,7 +26,7 @@ from data.sample import Sample
 from harness.checks import check_rollout_flags
 from prompt_helpers import TOY, data, write, write_parquet
 from reasoning_gym_stand_in import gym  # noqa: F401  other tests take it from here
-from rollout import Prompts
+from rollout import PromptStream
 from toy.task import is_held_out, problems
 
 pytest_plugins = ["prompt_helpers"]  # the fixture tokenizer
@@ -75,12 +76,11 @@ def test_the_digest_is_of_what_was_read(models, tmp_path):
         return load_data(model, settings, read_config(model), seed=1).digest
 
     first = digest(*rows)
-    assert list(first) == ["1", "2"] and json.loads(json.dumps(first)) == first
-    assert (
-        first
-        == digest(*rows, to="elsewhere/q.jsonl")
-        == digest(*rows, to="p.parquet", file=write_parquet)
-    )
+    assert list(first) == ["1", "2"]
+    assert json.loads(json.dumps(first)) == first
+    # The same rows from another path, and as Parquet.
+    assert digest(*rows, to="elsewhere/q.jsonl") == first
+    assert digest(*rows, to="p.parquet", file=write_parquet) == first
     changed = [
         digest(*rows[1:]),
         digest(*rows[::-1]),
@@ -142,9 +142,12 @@ def test_a_mixture_draws_by_weight_and_numbers_as_it_draws(one_rank, tmp_path):
     of_b = [sample.prompt for sample in stream if sample.source == "b"]
     assert [sample.prompt for sample in islice(alone, counts["b"])] == of_b
     # A resumed run goes on behind the prompts that were taken.
-    prompts = Prompts(load_data(TOY, settings, config, seed=1), settings, taken=123)
+    checkpoint = SimpleNamespace(ranks=[{"prompts": 123}])
+    again = load_data(TOY, settings, config, seed=1)
+    run = SimpleNamespace(data=again, engine_index=0, engines=1, resumed_from=checkpoint)
+    prompts = PromptStream(run, settings)
     assert prompts.take(5) == stream[123:128]
-    assert prompts.taken == 128
+    assert prompts.state() == {"prompts": 128}
 
 
 @pytest.mark.parametrize("prompts, weights", [

@@ -12,12 +12,12 @@ from itertools import islice
 import pytest
 
 from common.errors import BadInput
-from common.settings import RewardSettings, RolloutSettings
+from common.settings import RolloutSettings
 from data import reasoning_gym_tasks
 from data.sample import Sample
 from harness.checks import check_reward_flags
 from prompt_helpers import data, read, write
-from reward import reasoning_gym_reward
+from reward import RewardSettings, reasoning_gym_reward
 
 pytest_plugins = ["prompt_helpers", "reasoning_gym_stand_in"]  # the fixtures tokenizer and gym
 

@@ -10,7 +10,7 @@ import json
 
 import pytest
 
-from common.timeline import renamed
+from common.timeline import mark_evaluation
 from data.sample import Sample
 from harness.record import Record
 from test_record import record_of, resumed_at
@@ -54,10 +54,8 @@ def test_answers_of_an_evaluation_are_told_apart(one_rank, monkeypatch, tmp_path
     record = record_of(monkeypatch, tmp_path)
     record.log_eval(0, answers(1, 1), {"held_out": 0.5})
     record.log_samples(1, answers(1, 1))
-    assert [(row["step"], row["split"]) for row in samples_of(tmp_path)] == [
-        (0, "held-out"),
-        (1, "train"),
-    ]
+    shown = [(row["step"], row["split"]) for row in samples_of(tmp_path)]
+    assert shown == [(0, "held-out"), (1, "train")]
 
 
 def test_an_answer_without_a_reward_says_why(one_rank, monkeypatch, tmp_path):
@@ -73,6 +71,7 @@ def test_the_bars_clock_runs_from_the_first_step(one_rank, monkeypatch, tmp_path
     record.bar._time = lambda: started + now[0]
     now[0] = 40.0  # the engine has started and the first evaluation is over
     record.log({"step": 0, "held_out": 0.5})
+    record.start_step(1)
     now[0] = 42.0
     assert record.bar.format_dict["elapsed"] == pytest.approx(2)
     record.log({"step": 1, "reward": 0.5})
@@ -84,14 +83,14 @@ def test_the_bars_clock_of_a_resumed_run_runs_from_its_first_step(one_rank, monk
     record = record_of(monkeypatch, tmp_path, resumed=resumed_at(record, 2))
     started = record.bar.start_t
     record.bar._time = lambda: started + 40.0
-    record.profile(2)
+    record.start_step(3)
     assert record.bar.format_dict["elapsed"] == pytest.approx(0)
 
 
 def test_an_evaluation_is_no_rollout_of_the_timeline():
     """The evaluation took from 5 to 8, behind the first weights. A step's rollout came at once."""
     spans = [("sync", 5.0, 5.5), ("wait", 5.5, 6.0), ("rollout", 6.0, 9.0), ("wait", 9.0, 10.0)]
-    assert renamed(spans, 5.0, 8.0) == [
+    assert mark_evaluation(spans, 5.0, 8.0) == [
         ("sync", 5.0, 5.5), ("wait", 5.5, 6.0), ("evaluation", 6.0, 8.0), ("rollout", 8.0, 9.0),
         ("wait", 9.0, 10.0),
     ]  # fmt: skip

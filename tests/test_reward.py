@@ -18,23 +18,23 @@ import numpy as np
 import pytest
 
 import reward
+import rollout
+from common.settings import RolloutSettings
 from conftest import ROOT
-from common.settings import RewardSettings, RolloutSettings
 from data.sample import Sample
+from harness.evaluate import eval_metrics, majority_is_right, pass_at_k
 from losses import LossSettings
 from reward import (
     Judge,
-    batch_metrics,
+    RewardSettings,
     add_advantages,
+    batch_metrics,
     compute_rewards,
-    eval_metrics,
     exact_match,
     is_uninformative,
-    majority_is_right,
     math_reward,
-    pass_at_k,
 )
-from rollout import split_discarded
+from rollout import replace_uninformative, split_discarded
 
 
 def answer(response="", label="", *, group=0, reward=None, finish="stop") -> Sample:
@@ -148,8 +148,8 @@ def test_several_sets_and_answers_by_hand():
     names = set(metrics)
     for pattern, name in in_glossary.items():
         names = {re.sub(pattern, name, key) for key in names}
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [name for name in sorted(names) if f"`{name}`" not in readme] == []
+    glossary = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert [name for name in sorted(names) if f"`{name}`" not in glossary] == []
 
 
 @pytest.mark.parametrize("samples, expected", [
@@ -246,12 +246,12 @@ def test_groups_that_teach_nothing_are_refilled(monkeypatch):
     """
     rounds = []
 
-    def generate(engine, prompts, data, settings, *, n):
+    def generate(engine, prompts, data, settings, **_):
         rounds.append([prompt.group for prompt in prompts])
         return [
             answer(group=prompt.group, label=str(prompt.group))
             for prompt in prompts
-            for _ in range(n)
+            for _ in range(settings.samples_per_prompt)
         ]
 
     seen = []
@@ -260,22 +260,25 @@ def test_groups_that_teach_nothing_are_refilled(monkeypatch):
         seen.append(sample.group)
         return float(sample.group in (4, 6) and seen.count(sample.group) % 2)
 
-    monkeypatch.setattr(reward, "generate", generate)
+    monkeypatch.setattr(rollout, "generate", generate)
     first = [answer(group=group, reward=1.0) for group in (0, 1) for _ in range(2)]
     coming = iter(Sample([1], group=group) for group in range(4, 20))
     prompts = SimpleNamespace(take=lambda n: list(islice(coming, n)))
-    arguments = first, None, prompts, None, RolloutSettings(samples_per_prompt=2)
-    samples, set_aside = split_discarded(
-        reward.replace_uninformative(*arguments, RewardSettings(dynamic_sampling=3), Judge(judge))
-    )
-    assert rounds == [[4, 5], [6]] and [sample.group for sample in samples] == [4, 4, 6, 6]
+
+    def replaced(judge, most_rounds: int):
+        settings = SimpleNamespace(
+            rollout=RolloutSettings(samples_per_prompt=2),
+            reward=RewardSettings(dynamic_sampling=most_rounds),
+        )
+        samples = replace_uninformative(first, None, prompts, Judge(judge), None, settings)
+        return split_discarded(samples)
+
+    samples, set_aside = replaced(judge, 3)
+    assert rounds == [[4, 5], [6]]
+    assert [sample.group for sample in samples] == [4, 4, 6, 6]
     assert set_aside == {"dropped": 0, "replaced": 6}
     assert not any(is_uninformative(group) for group in reward.by_group(samples))
-    capped, set_aside = split_discarded(
-        reward.replace_uninformative(
-            *arguments, RewardSettings(dynamic_sampling=1), Judge(lambda sample: 0.0)
-        )
-    )
+    capped, set_aside = replaced(lambda sample: 0.0, 1)
     # After the last round the step trains on groups of equal rewards all the same.
     assert len(capped) == 4
     assert set_aside["replaced"] == 4

@@ -18,14 +18,14 @@ import torch
 from conftest import ROOT
 
 from backends.huggingface.config import read_config
-from backends.sglang import checks as engine_checks
+from backends.sglang import checks as engine_checks, launch
 from backends.sglang.checks import check_environment, server_overrides
 from common.errors import BadInput
 from common.settings import RolloutSettings
 from data.sample import Sample
 from harness.checks import check_rollout_flags
-import rollout
-from rollout import check_rollout_settings
+from harness.model_checks import check_rollout_settings
+from rollout import sampling_params
 
 TOY = ROOT / "toy"
 
@@ -80,12 +80,12 @@ def test_temperatures_that_hold_are_not_refused(temperature):
     ('preferred_sampling_params={"top_k": 1}', "--temperature"),
     ("sampling_defaults=model", "--temperature"),
     ("random_seed=3", "--seed"),
-    ("weight_version=x", "the hand-off"),
+    ("weight_version=x", "the weight update"),
     ("tokenizer_path=x", "--model"),
     ("nnodes=2", "torchrun"),
-    ("attention_backend=flashinfer", "cpu.py"),
-    ("kv_cache_dtype=fp8_e5m2", "cpu.py"),
-    ("enable_deterministic_inference=true", "cpu.py"),
+    ("attention_backend=flashinfer", "backends/cpu"),
+    ("kv_cache_dtype=fp8_e5m2", "backends/cpu"),
+    ("enable_deterministic_inference=true", "backends/cpu"),
 ])  # fmt: skip
 def test_what_something_else_decides_is_refused_by_its_name(pair, decided_by):
     with pytest.raises(
@@ -198,12 +198,12 @@ def test_an_engine_that_found_too_little_memory_is_ended(monkeypatch, longest, i
     engine = SimpleNamespace(
         tokenizer_manager=SimpleNamespace(max_req_input_len=91), shutdown=lambda: ended.append(True)
     )
-    monkeypatch.setattr(rollout, "Engine", lambda *_, **__: engine)
-    monkeypatch.setattr(rollout.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(launch, "Engine", lambda *_, **__: engine)
+    monkeypatch.setattr(launch.dist, "get_rank", lambda: 0)
 
     def start():
         settings, config = RolloutSettings(), read_config(TOY)
-        return rollout.start_engine(str(TOY), settings, config, seed=1, longest=longest)
+        return launch.launch_engine(str(TOY), settings, config, seed=1, longest=longest)
 
     if not is_cut:
         assert start() is engine and not ended
@@ -301,7 +301,7 @@ def test_shared_memory_must_hold_two_buckets_of_every_engine(monkeypatch):
     with_shared_memory(monkeypatch, needed - 1)
     with pytest.raises(
         BadInput,
-        match="/dev/shm has 1.4 MB free, but the hand-off of weights needs 1.4 MB: .* 3 engines",
+        match="/dev/shm has 1.4 MB free, but a weight update needs 1.4 MB: .* 3 engines",
     ):
         check(bucket_bytes=100_000, engines=3)
 
@@ -354,7 +354,7 @@ def test_each_response_has_a_seed_of_its_own():
 
     def seeds(run_seed, samples):
         data = SimpleNamespace(seed=run_seed, end_ids=[2])
-        params = rollout.sampling_params(data, settings, samples)
+        params = sampling_params(data, settings, samples)
         return [request["sampling_seed"] for request in params]
 
     samples = [

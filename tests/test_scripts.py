@@ -31,6 +31,7 @@ RUN_BY = {
     "examples/get_smollm2.py": "test_scripts.py",
     "examples/ppo_critic.py": "test_ppo_critic.py",
     "examples/tool_use.py": "test_tool_use.py",
+    "examples/tool_use_async.py": "test_tool_use.py",
     "toy/make_toy.py": "test_scripts.py",
     **{f"bench/{name}.py": "test_readme_commands.py" for name in (
         "algorithms", "cpu_attention", "long_run", "no_bf16", "overlap", "peers", "soak", "weight_sync",
@@ -38,7 +39,7 @@ RUN_BY = {
     "bench/our_side.py": "",  # bench/peers.py starts it.
     "bench/trl_side.py": "",  # It needs TRL, which bench/peers.py installs: 3 GB.
 }  # fmt: skip
-# What README.md or a message says to install beside the requirements. bench/peers.py installs TRL.
+# What docs/usage.md or a message says to install; bench/peers.py installs TRL.
 BESIDE_ITSELF = {"bench", "examples", "tests"}  # Their files import one another by name.
 BESIDE = {"reasoning_gym", "transformer_engine", "trl", "datasets", *EXTRAS}
 
@@ -89,7 +90,7 @@ def test_what_is_imported_is_required():
     assert missing == set()
 
 
-# --- scripts that no command of the README runs -------------------------------------------------
+# --- scripts that no command of the README or docs/ runs ----------------------------------------
 
 
 def write_gguf(path) -> dict[str, np.ndarray]:

@@ -71,14 +71,9 @@ def clipped_surrogate(
 
 def ppo(logprobs_T, frozen_T, old_T, advantages_T, packed, **bounds):
     ratio_T = [ratio(new - old) for new, old in zip(logprobs_T, old_T)]
-    results = [
-        clipped_surrogate(r, advantage, **bounds) for r, advantage in zip(ratio_T, advantages_T)
-    ]
-    return (
-        np.array([loss for loss, _ in results]),
-        np.array(ratio_T),
-        np.array([clipped for _, clipped in results]),
-    )
+    results = [clipped_surrogate(r, a, **bounds) for r, a in zip(ratio_T, advantages_T)]
+    loss_T, clipped_T = zip(*results)
+    return np.array(loss_T), np.array(ratio_T), np.array(clipped_T)
 
 
 def gspo(logprobs_T, frozen_T, old_T, advantages_T, packed, **bounds):
@@ -92,16 +87,12 @@ def gspo(logprobs_T, frozen_T, old_T, advantages_T, packed, **bounds):
             np.asarray(frozen_T) - np.asarray(old_T), packed, packed.sample_T[t]
         )
         ratio_T.append(ratio(logprobs_T[t] - frozen_T[t] + center))
-        results.append(
-            clipped_surrogate(ratio_T[t], advantages_T[t], **bounds)
-            if center == center
-            else (nan, False)
-        )
-    return (
-        np.array([loss for loss, _ in results]),
-        np.array(ratio_T),
-        np.array([clipped for _, clipped in results]),
-    )
+        if center != center:  # NaN: the sample has no counting token
+            results.append((nan, False))
+        else:
+            results.append(clipped_surrogate(ratio_T[t], advantages_T[t], **bounds))
+    loss_T, clipped_T = zip(*results)
+    return np.array(loss_T), np.array(ratio_T), np.array(clipped_T)
 
 
 def cispo(logprobs_T, frozen_T, old_T, advantages_T, packed, *, clip_low, clip_high, dual_clip):
@@ -129,26 +120,21 @@ def no_correction(log_weight_T, packed, *, low, high):
 
 def tis(log_weight_T, packed, *, low, high):
     assert low is None
-    return np.array([min(ratio(x), high) for x in log_weight_T]), np.array(
-        [ratio(x) > high for x in log_weight_T]
-    )
+    weight_T = [min(ratio(x), high) for x in log_weight_T]
+    return np.array(weight_T), np.array([ratio(x) > high for x in log_weight_T])
 
 
 def icepop(log_weight_T, packed, *, low, high):
     inside_T = np.array([low <= ratio(x) <= high for x in log_weight_T])
-    return (
-        np.array([ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]),
-        ~inside_T,
-    )
+    weight_T = [ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]
+    return np.array(weight_T), ~inside_T
 
 
 def decoupled(log_weight_T, packed, *, low, high):
     assert low is None
     inside_T = np.array([ratio(x) <= high for x in log_weight_T])
-    return (
-        np.array([ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]),
-        ~inside_T,
-    )
+    weight_T = [ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]
+    return np.array(weight_T), ~inside_T
 
 
 def sequence_mask(log_weight_T, packed, *, low, high):

@@ -1,7 +1,7 @@
 """Packed batches for the oracle's tests, and comparisons of values and gradients.
 
-A batch is packed as in training: samples one after the other, tool tokens masked in the middle,
-samples without a counting token, and a filler at the end.
+A batch is packed as in training: samples one after the other, and a filler at the end. Some have
+tool tokens masked in the middle, some have no counting token.
 """
 
 import numpy as np
