@@ -2,8 +2,9 @@
 
 Why: whoever tries an idea should not have to find every place that knows the names of losses. The
 test copies the files and inserts the lines. Flag, bounds, refusals and the oracle's tests must
-follow. test_whole_loss.py shows that such a loss trains, test_splits.py that it runs on every
-layout. Not covered: forks of an advantage, a correction or a KL estimator.
+follow. The refusals come from harness/checks.py, loaded unchanged on top of the copy of losses.py.
+test_whole_loss.py shows that such a loss trains, test_splits.py that it runs on every layout. Not
+covered: forks of an advantage, a correction or a KL estimator.
 """
 
 import importlib.util
@@ -53,16 +54,32 @@ def write_forked_losses(folder) -> None:
     (folder / "losses.py").write_text(text, encoding="utf-8")
 
 
+def load(name: str, path):
+    """Execute a Python file as a new module and return it."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def forked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fork")
     write_forked_losses(folder)
-    spec = importlib.util.spec_from_file_location("forked_losses", folder / "losses.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["forked_losses"] = module  # where its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    yield module
+    yield load("forked_losses", folder / "losses.py")
     del sys.modules["forked_losses"]
+
+
+@pytest.fixture(scope="module")
+def check_loss_settings(forked):
+    """The shipped check, from a second copy of harness/checks.py that imports the fork."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "losses", forked)
+        module = load("checks_of_fork", ROOT / "harness" / "checks.py")
+    assert module.POLICY_LOSSES is forked.POLICY_LOSSES
+    yield module.check_loss_settings
+    del sys.modules["checks_of_fork"]
 
 
 def parse(forked, *flags: str):
@@ -90,20 +107,19 @@ def test_its_bounds_are_in_the_help(forked, capsys):
     (["--kl-coef", "0.1", "--kl-in", "reward"], "--kl-in reward do not fit: use --kl-in loss"),
     (["--clip-low", "0.2"], "--clip-low 0.2 has no effect: --policy-loss tanh has no such bound"),
 ])  # fmt: skip
-def test_what_it_does_not_take_is_refused(forked, flags, message):
+def test_what_it_does_not_take_is_refused(forked, check_loss_settings, flags, message):
     with pytest.raises(BadInput, match=message):
-        forked.check_loss_settings(parse(forked, *flags))
+        check_loss_settings(parse(forked, *flags))
 
 
-def test_what_it_takes_is_not_refused(forked):
-    forked.check_loss_settings(parse(forked, "--clip-high", "0.5", "--kl-coef", "0.1"))
+def test_what_it_takes_is_not_refused(forked, check_loss_settings):
+    check_loss_settings(parse(forked, "--clip-high", "0.5", "--kl-coef", "0.1"))
 
 
 def oracle_tests(folder) -> str:
     """Run the oracle's tests of the fork in a folder of its own. Return what pytest prints."""
     write_forked_losses(folder)
     shutil.copy(ROOT / "advantages.py", folder)
-    shutil.copytree(ROOT / "common", folder / "common")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "oracle"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     chosen = ["-k", "tanh or test_every_algorithm_has_an_oracle", "-rA"]

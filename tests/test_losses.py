@@ -16,7 +16,8 @@ import torch.multiprocessing as mp
 
 from backends.megatron.logprobs import logprobs_and_entropy
 from common.errors import BadInput
-from losses import CORRECTIONS, LossSettings, check_loss_settings, mismatch, ratio
+from harness.checks import check_loss_settings
+from losses import CORRECTIONS, LossSettings, mismatch, ratio
 
 T, V, TEMPERATURE = 7, 12, 0.7
 

@@ -20,7 +20,7 @@ import loop_sync
 from backends.huggingface.config import read_config
 from common.errors import BadInput
 from conftest import ROOT, start_main
-from harness import plan
+from harness import layouts, plan
 
 CONFIGS = ROOT / "docs" / "configs"
 
@@ -30,27 +30,25 @@ def settings_of(loop, *flags: str):
 
 
 def test_peaks_by_hand():
-    """State 20, activations and logits 10, engine weights 5, buckets up to 9, in GB.
+    """State 20, activations and logits 10, engine weights 5, a bucket 1, in GB.
 
     The longest sample takes 1 in the cache. Half of what is free is the engine's.
     """
-    sizes = {
-        "state": 20e9,
-        "activations": 7e9,
-        "logits": 3e9,
-        "engine": 5e9,
-        "token": 1e6,
-        "buckets": [9e9, 4e9],
-    }
-    layout, G = SimpleNamespace(static=0.5, longest=1000), plan.RUNTIME_BYTES
+    parts = dict(weights=8e9, gradients=6e9, optimizer=4e9, reference=2e9)
+    parts |= dict(activations=7e9, logits=3e9)
+    trainer = layouts.TrainerSizes(parts, dp=1, microbatch_tokens=1)
+    engine = layouts.EngineSizes(
+        weights=5e9, token_bytes=1e6, requests=1, sent={}, bucket_bytes=1e9
+    )
+    layout, G = SimpleNamespace(mem_fraction=0.5, longest=1000), layouts.RUNTIME_BYTES
     layout.colocated = True
-    assert plan.peaks(layout, sizes) == {
+    assert layouts.peaks(layout, trainer, engine) == {
         "train": 30e9 + 2 * G,
         "hand-off": 34e9 + 2 * G,
         "generate": 32e9 + 2 * G,
     }
     layout.colocated = False
-    assert plan.peaks(layout, sizes) == {
+    assert layouts.peaks(layout, trainer, engine) == {
         "train": 30e9 + G,
         "hand-off": 29e9 + G,
         "generate": 12e9 + G,
