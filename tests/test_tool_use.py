@@ -325,47 +325,22 @@ def test_flags_that_cannot_work(monkeypatch, tmp_path, flags, message):
 @pytest.mark.complete
 @pytest.mark.parametrize("script, ranks", [("tool_use.py", 1), ("tool_use_async.py", 2)])
 def test_a_run_of_each_loop(tmp_path, script, ranks):
-    """Two steps after a warm start so short that turns are half noise: results, errors and answers
-    without a call. In fp32 engine and trainer differ by rounding only, unless a token stands in one
-    place for the one and in another for the other.
+    """Two steps after a warm start so short that turns are half noise.
+
+    There are results, errors, and answers without a call. In fp32 engine and trainer differ by
+    rounding only, unless a token stands in one place for the one and in another for the other.
     """
-    quick = [
-        "--steps",
-        "2",
-        "--eval-samples",
-        "16",
-        "--prompts-per-step",
-        "4",
-        "--samples-per-prompt",
-        "8",
-        "--warm-steps",
-        "60",
-        "--warm-samples",
-        "32",
-    ]
-    torchrun(
-        ROOT / "examples" / script,
-        *quick,
-        "--rollout-dtype",
-        "fp32",
-        "--train-dtype",
-        "fp32",
-        "--name",
-        "a",
-        "--export",
-        ranks=ranks,
-        cwd=tmp_path,
-    )
+    flags = ["--steps", "2", "--eval-samples", "16", "--prompts-per-step", "4"]
+    flags += ["--samples-per-prompt", "8", "--warm-steps", "60", "--warm-samples", "32"]
+    flags += ["--rollout-dtype", "fp32", "--train-dtype", "fp32", "--name", "a", "--export"]
+    torchrun(ROOT / "examples" / script, *flags, ranks=ranks, cwd=tmp_path)
     start, *steps = metrics_of(tmp_path / "runs" / "a")
-    assert (
-        start["step"] == 0
-        and [row["step"] for row in steps] == [1, 2]
-        and (tmp_path / "runs" / "a" / "warm-start" / "model.safetensors").is_file()
-    )
+    assert start["step"] == 0
+    assert [row["step"] for row in steps] == [1, 2]
+    assert (tmp_path / "runs" / "a" / "warm-start" / "model.safetensors").is_file()
     for row in steps:
         assert all(math.isfinite(value) for value in row.values() if not isinstance(value, list))
-        assert row["logprob_shift"] == 0.0 and row["mismatch_max"] < 1e-3
-        assert (
-            row["tool_calls"] >= row["tool_share"] > 0
-            and row["tokens"] < row["response_tokens"] * 32
-        )  # results are in the responses and do not count
+        assert row["logprob_shift"] == 0.0
+        assert row["mismatch_max"] < 1e-3
+        assert row["tool_calls"] >= row["tool_share"] > 0
+        assert row["tokens"] < row["response_tokens"] * 32  # results do not count
