@@ -66,4 +66,5 @@ def test_what_cannot_be_answered_is_refused(words, message, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", ["answer.py", *words])
     with pytest.raises(SystemExit) as ended:
         answer.main()
-    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

@@ -82,12 +82,13 @@ def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_m
         after,
     )
     for group in after.optimizer.param_groups:
-        assert group["lr"] == 1e-4 and group["weight_decay"] == 0.3 * group["wd_mult"]
-        assert group["betas"] == (0.9, 0.9) and group["eps"] == 1e-3
+        assert group["lr"] == 1e-4
+        assert group["weight_decay"] == 0.3 * group["wd_mult"]
+        assert group["betas"] == (0.9, 0.9)
+        assert group["eps"] == 1e-3
     assert after.scheduler.num_steps == 1
-    assert all(map(torch.equal, moments(before), moments(after))) and any(
-        moment.any() for moment in moments(after)
-    )
+    assert all(map(torch.equal, moments(before), moments(after)))
+    assert any(moment.any() for moment in moments(after))
     states = [
         state
         for optimizer in after.optimizer.chained_optimizers

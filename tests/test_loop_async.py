@@ -200,17 +200,6 @@ def test_one_rank_is_an_error_that_names_the_command(monkeypatch, tmp_path):
         start_main(loop_async)
 
 
-def test_the_two_loops_read_beside_each_other():
-    import difflib
-
-    sync, asynchronous = (
-        (ROOT / f"loop_{name}.py").read_text(encoding="utf-8").splitlines()
-        for name in ("sync", "async")
-    )
-    differing = [line for line in difflib.ndiff(sync, asynchronous) if line[0] in "+-"]
-    assert len(differing) < 60
-
-
 @pytest.mark.parametrize("when, rank", [
     pytest.param("starting", 0, marks=pytest.mark.complete),
     pytest.param("starting", 1, marks=pytest.mark.complete),
@@ -244,7 +233,5 @@ def test_an_engine_that_hangs_ends_the_job(start_loop):
     started = start_loop("loop_async.py", *QUICK, *LONG, "--answer-timeout-s", "10", rows=4)
     started.engine().suspend()
     assert started.end(60) != 0
-    assert (
-        "rank 1: the engine has not finished" in started.text()
-        and "within --answer-timeout-s 10" in started.text()
-    )
+    assert "rank 1: the engine has not finished" in started.text()
+    assert "within --answer-timeout-s 10" in started.text()

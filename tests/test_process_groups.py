@@ -92,7 +92,8 @@ def test_every_group_of_megatron_has_the_limit(fresh_megatron, monkeypatch):
     megatron_model.init_parallel(TrainSettings(), seed=1)
     made = set(c10d._world.pg_map) - before
     waits = {group._get_backend(torch.device("cpu")).options._timeout for group in made}
-    assert made and waits == {timedelta(seconds=77)}
+    assert made
+    assert waits == {timedelta(seconds=77)}
 
 
 def test_a_connection_whose_other_end_is_gone_ends():
@@ -186,7 +187,8 @@ def test_a_restarted_run_goes_on_from_its_checkpoint(tmp_path, script, victim):
         try:
             deadline = time.time() + 240
             while not (folders := checkpoint_folders(tmp_path)):
-                assert job.poll() is None and time.time() < deadline
+                assert job.poll() is None
+                assert time.time() < deadline
                 time.sleep(0.1)
             family = psutil.Process(job.pid).children(recursive=True)
             ranks = [p for p in family if p.ppid() == job.pid]
@@ -225,14 +227,17 @@ def test_a_restarted_run_without_a_checkpoint_begins_again(restarted):
     for name in ("step-000002.part", "step-000001-bf16"):
         (restarted / "a" / "checkpoints" / name).mkdir()
     settings = process_groups.after_restart(loop_sync.Settings())
-    assert settings.run.name == "a" and not settings.run.resume
+    assert settings.run.name == "a"
+    assert not settings.run.resume
     assert [path.name for path in restarted.iterdir()] == ["a-restarted-1"]
 
 
 def test_a_restarted_run_with_a_checkpoint_resumes(restarted):
     (restarted / "a" / "checkpoints" / "step-000002").mkdir()
     settings = process_groups.after_restart(loop_sync.Settings())
-    assert settings.run.name == "a" and settings.run.resume and process_groups.goes_on()
+    assert settings.run.name == "a"
+    assert settings.run.resume
+    assert process_groups.goes_on()
 
 
 def test_without_restarts_nothing_is_looked_at(restarted, monkeypatch):
@@ -263,7 +268,8 @@ def test_one_rank_without_torchrun_has_a_store_that_does_not_listen(monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     store, rank, world_size = process_groups._job_store()
-    assert isinstance(store, dist.HashStore) and (rank, world_size) == (0, 1)
+    assert isinstance(store, dist.HashStore)
+    assert (rank, world_size) == (0, 1)
 
 
 @pytest.mark.parametrize("addresses, env, is_refused", [

@@ -106,13 +106,15 @@ HOME = (
 def test_a_home_that_cannot_be_written_is_replaced(home, tmp_path):
     done = python(HOME, env=dict(HOME=home, TMPDIR=str(tmp_path)))
     taken = Path(done.stdout.strip())
-    assert taken.parent == tmp_path and taken.stat().st_mode & 0o777 == 0o700
+    assert taken.parent == tmp_path
+    assert taken.stat().st_mode & 0o777 == 0o700
     assert f"the home {home} cannot be written" in done.stderr
 
 
 def test_a_home_that_can_be_written_is_kept(tmp_path):
     done = python(HOME, env=dict(HOME=str(tmp_path)))
-    assert (done.stdout, done.stderr) == (f"{tmp_path}\n", "") and not list(tmp_path.iterdir())
+    assert (done.stdout, done.stderr) == (f"{tmp_path}\n", "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_others_can_write_is_no_home():
@@ -122,4 +124,5 @@ def test_a_folder_that_others_can_write_is_no_home():
         planted.mkdir()
         planted.chmod(0o777)
         done = python(HOME, env=dict(HOME="/proc/nothing", TMPDIR=folder))
-        assert done.stdout.strip() not in ("", str(planted)) and done.stdout.startswith(folder)
+        assert done.stdout.strip() not in ("", str(planted))
+        assert done.stdout.startswith(folder)

@@ -192,7 +192,8 @@ def test_the_lesson_its_export_and_an_answer(tmp_path):
     dump = (tmp_path / "runs/lesson/rollouts/step-000001.jsonl").read_text(encoding="utf-8")
     samples = [json.loads(line) for line in dump.splitlines()]
     assert len(samples) == 256
-    assert samples[0]["prompt"] == "137+582=" and samples[0]["label"] == "917"
+    assert samples[0]["prompt"] == "137+582="
+    assert samples[0]["label"] == "917"
     assert samples[0]["prompt_ids"] == [1, 4, 6, 10, 13, 8, 11, 5, 14]
 
     python(EXPORT.replace("NAME", "lesson"), cwd=tmp_path)

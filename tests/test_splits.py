@@ -72,7 +72,8 @@ def test_loss_and_gradient_do_not_depend_on_the_split(whole, split, algorithm):
     assert gradient.keys() == expected_gradient.keys()
     differences = {name: gradient[name] - expected_gradient[name] for name in gradient}
     apart, norm = norm_of(differences), norm_of(expected_gradient)
-    assert apart < 1e-5 * norm and norm > 0
+    assert apart < 1e-5 * norm
+    assert norm > 0
 
 
 def norm_of(tensors: dict) -> float:
@@ -101,7 +102,8 @@ def test_each_algorithm_is_one_of_its_own(whole):
     clipped = [
         name for name in whole if 0 < (settings[name].clips[1] or 0) < 0.3
     ]  # ratios reach it
-    assert "gspo" in clipped and all(whole[name][0]["clipfrac"] > 0 for name in clipped)
+    assert "gspo" in clipped
+    assert all(whole[name][0]["clipfrac"] > 0 for name in clipped)
     assert whole["icepop"][0]["tis_clipfrac"] > 0
 
 
@@ -126,8 +128,6 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_with_the_same_words(models):
         for line in sorted(done.stdout.splitlines())
         if " raises: " in line
     ]
-    assert (
-        len(raised) == 2
-        and raised[0] == raised[1]
-        and "step 1, rank 0: sample 2 of group 5 has loss nan" in raised[0]
-    )
+    assert len(raised) == 2
+    assert raised[0] == raised[1]
+    assert "step 1, rank 0: sample 2 of group 5 has loss nan" in raised[0]

@@ -285,12 +285,10 @@ def test_the_batch_reaches_every_branch(table):
         settings = algorithms(policy, correction)[0]
         known, algorithm = batch.known(settings, "dr_grpo"), algorithm_of(settings)
         moving = np.abs(batch.gradient(known, algorithm)).sum(1) > 0
-        assert (
-            moving.any()
-            and not moving[
-                [at for (at, _), is_mine in zip(batch.places, counts) if not is_mine]
-            ].any()
-        )
+        assert moving.any()
+        assert not moving[
+            [at for (at, _), is_mine in zip(batch.places, counts) if not is_mine]
+        ].any()
         arguments = (
             batch.logprobs_T,
             batch.logprobs_T,
@@ -305,7 +303,8 @@ def test_the_batch_reaches_every_branch(table):
             batch.old_T - batch.rollout_T, batch.packed, **algorithm.bounds
         )
         inside_T = ~clipped_T & counts
-        assert inside_T.any() and (clipped_T & counts & (ratio_T < 1)).any()
+        assert inside_T.any()
+        assert (clipped_T & counts & (ratio_T < 1)).any()
         assert (clipped_T & counts & (ratio_T > 1)).any()
         assert correction == "none" or (cut_T & counts).any() and (~cut_T & counts).any()
         log_weight_T = batch.old_T - batch.rollout_T
