@@ -7,19 +7,19 @@
                         generators, prompts taken, groups in flight
         files.json      size and CRC-32 of every file
 
-A checkpoint is written as step-000040.part and renamed when it is whole; only then older ones go.
-So a full disk, a kill or a lost machine leaves the one before intact. On several nodes runs/ must
-be a file system that all of them see: run_folder.py looks. A checkpoint is whole only if every file
-is there that .metadata names.
+A checkpoint is written as step-000040.part and renamed when it is whole. Only then older ones are
+removed. So a full disk, a kill or a lost machine leaves the one before intact. On several nodes
+runs/ must be a file system that all of them see; harness/run_folder.py looks. A checkpoint is whole
+only if every file is there that .metadata names.
 
-A checkpoint from elsewhere runs no code: random generators are base64 in JSON, torch reads the
-tensors with weights_only, and the one file of dist_checkpointing that is unpickled otherwise,
-.metadata, is read here first by an unpickler that knows only the classes that belong there.
+A checkpoint from elsewhere runs no code. Random generators are base64 in JSON. torch reads the
+tensors with weights_only. One file of dist_checkpointing is unpickled otherwise: .metadata. An
+unpickler that knows only the classes of such a file reads it here first.
 
-What is restored: everything that the next step depends on. The engine is not saved: its weights
-come from the first hand-off, and what it samples follows from each request's own seed
-(rollout.sampling_params). Groups in flight, in the asynchronous loop, are saved with their answers
-where they are finished, and asked again where they are not, in their old place.
+Everything that the next step depends on is restored. The engine is not saved: its weights come with
+the first weight update, and each request has a seed of its own (rollout.sampling_params). Groups in
+flight, in the asynchronous loop, are saved with their answers if they are finished. The others are
+asked again, in their old place.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ import os
 import pickle
 import shutil
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -43,20 +44,24 @@ from common.distributed import all_gather_bytes
 from common.errors import BadInput, EngineDied, read_file, read_json
 from harness.run_folder import FILES, checkpoints_of, has_whole_rows, remove_parts, step_of
 
-# Else the prompts that follow would not be those that were to follow; samples of one run would have
-# rewards of two kinds; weights would be rounded; and the groups in flight would have no place, or
-# be too old. All other settings may change, and what the resumed run is asked for holds.
+# With other values other prompts would follow, samples of one run would have rewards of two kinds,
+# or weights would be rounded. All other settings may change.
 MUST_AGREE = (
     ("run", "seed"),
     ("rollout", "samples_per_prompt"),
     ("reward", "reward"),
     ("train", "train_dtype"),
 )
-READ_FILES = ("*.safetensors", "*.json", "tokenizer*", "chat_template*", "vocab.*", "merges.txt")
+# With other values the groups in flight would have no place, be too old, or be sampled otherwise.
 ASYNC_MUST_AGREE = (
-    ("in_flight", "rollout_ranks"), ("in_flight", "max_staleness"), ("rollout", "engine_tp"),
-    ("rollout", "temperature"), ("rollout", "max_response_tokens"), ("rollout", "stop"),
-)  # fmt: skip
+    ("in_flight", "rollout_ranks"),
+    ("in_flight", "max_staleness"),
+    ("rollout", "engine_tp"),
+    ("rollout", "temperature"),
+    ("rollout", "max_response_tokens"),
+    ("rollout", "stop"),
+)
+READ_FILES = ("*.safetensors", "*.json", "tokenizer*", "chat_template*", "vocab.*", "merges.txt")
 STATE = "state.json"
 _RANKS = Annotated[list[dict], msgspec.Meta(min_length=1)]
 _FIELDS = dict(step=int, loop=str, settings=dict[str, dict], read=dict, record=dict[str, float])
@@ -81,9 +86,9 @@ class Checkpoint:
 
 
 def describe_damage(folder: Path, *, share: int = 0, of: int = 1) -> str:
-    """What is wrong with a checkpoint's files, "" if nothing.
+    """Say what is wrong with a checkpoint's files; "" if nothing is.
 
-    Every file's size is looked at, and the contents of each of-th file.
+    Every file's size is compared. Of each of-th file, from the share-th on, the contents are too.
     """
     try:
         written = read_file(folder / "files.json")
@@ -107,9 +112,9 @@ def describe_damage(folder: Path, *, share: int = 0, of: int = 1) -> str:
 
 
 def missing_part(folder: Path) -> str:
-    """Return which file that model/.metadata names is not there, the first one; "" if all are.
+    """Name the first file that model/.metadata lists and that is not there; "" if all are.
 
-    Each rank writes files of its own. On a file system of its own, nobody else finds them.
+    Each rank writes files of its own. On a file system of its own, no other rank finds them.
     """
     with open(folder / "model" / ".metadata", "rb") as file:
         places = _MetadataUnpickler(file).load().storage_data.values()
@@ -140,26 +145,20 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint that is whole and safe to read. Raises BadInput."""
-    if wrong := describe_damage(
-        folder, share=int(os.environ["RANK"]), of=int(os.environ["WORLD_SIZE"])
-    ):
-        earlier = [
-            other
-            for other in checkpoints_of(folder.parent.parent)
-            if step_of(other) < step_of(folder)
-        ]
-        older = next(
-            (
-                f"; {other.name} before it is whole"
-                for other in reversed(earlier)
-                if not describe_damage(other)
-            ),
-            "",
-        )
+    """Return a checkpoint that is whole and safe to read. Raises BadInput.
+
+    The ranks share the reading: each compares the contents of some of the files.
+    """
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if wrong := describe_damage(folder, share=rank, of=ranks):
+        older = ", which there is none"
+        for other in reversed(checkpoints_of(folder.parent.parent)):
+            if step_of(other) < step_of(folder) and not describe_damage(other):
+                older = f"; {other.name} before it is whole"
+                break
         raise BadInput(
             f"the checkpoint {folder} is damaged: {wrong}. Remove that folder to resume from the"
-            f" one before{older or ', which there is none'}"
+            f" one before{older}"
         )
     state = _state_of(folder)
     return Checkpoint(folder, state["step"], state)
@@ -181,32 +180,29 @@ def _state_of(folder: Path) -> dict:
 
 
 def what_was_read(settings, data) -> dict[str, str]:
-    """Return, by the flag that names it, a checksum of all that the run reads and that must be the
-    same when it goes on, wherever the files then are.
+    """Return checksums of what the run reads, by the flag that names it.
 
-    data: prompts.Data. Of weights only samples are read, see folder_digest.
+    They must be the same when the run goes on, wherever the files then are. Of weights only parts
+    are read, see folder_digest. data: prompts.Data.
     """
-    folders = {"--model": settings.run.model} | (
-        {"--reference": settings.train.reference or settings.run.model}
-        if settings.loss.kl_coef
-        else {}
-    )
-    return {"--prompts": data.digest} | {
-        flag: folder_digest(Path(folder)) for flag, folder in folders.items()
-    }
+    folders = {"--model": settings.run.model}
+    if settings.loss.kl_coef:
+        folders["--reference"] = settings.train.reference or settings.run.model
+    digests = {flag: folder_digest(Path(folder)) for flag, folder in folders.items()}
+    return {"--prompts": data.digest, **digests}
 
 
 def folder_digest(folder: Path) -> str:
-    """Return a checksum of a model folder: of its configuration and tokenizer, and of each weights
-    file's size, head and up to 64 parts of 64 KiB.
+    """Return a checksum of a model folder.
+
+    It covers configuration and tokenizer, and of each weights file the size, the head and up to 64
+    parts of 64 KiB.
     """
-    crc, folder = (
-        0,
-        folder if os.path.isdir(folder) else Path(os.devnull),
-    )  # another check names a folder that is none
-    for path in sorted(
-        {path for pattern in READ_FILES for path in folder.glob(pattern) if path.is_file()}
-    ):
+    crc = 0
+    if not os.path.isdir(folder):  # another check names it
+        return f"{crc:08x}"
+    files = {path for pattern in READ_FILES for path in folder.glob(pattern) if path.is_file()}
+    for path in sorted(files):
         crc = zlib.crc32(path.name.encode(), crc)
         if path.suffix != ".safetensors":
             crc = _crc(path, crc)
@@ -221,88 +217,103 @@ def folder_digest(folder: Path) -> str:
 
 
 def find_latest_checkpoint(settings, loop: str, read: dict[str, str]) -> Checkpoint:
-    """The newest checkpoint of the run --name, checked. read: what_was_read.
+    """Return the newest checkpoint of the run --name, checked. read: what_was_read.
 
     Raises BadInput where there is none, where it is damaged, where it is of another run than
     settings and files describe, or where no step is left.
     """
-    run_folder, steps = Path("runs") / settings.run.name, settings.run.steps
-    is_async = hasattr(settings, "in_flight")
-    agree = (*MUST_AGREE, *(ASYNC_MUST_AGREE if is_async else ()))
-    if eval_only := settings.run.eval_only:  # It reads the weights, and none of the rest.
-        agree, read = (("train", "train_dtype"),), {k: v for k, v in read.items() if k == "--model"}
-    settings = json.loads(
-        json.dumps(dataclasses.asdict(settings))
-    )  # lists for tuples, as in the file
+    run_folder = Path("runs") / settings.run.name
     folders = checkpoints_of(run_folder)
     if not folders:
         raise BadInput(
             f"{run_folder} holds no checkpoint to resume from: run with --save-every N first, or"
             " leave --resume out and choose another --name"
         )
-    about = run_folder / "settings.json"  # is written anew
+    about = run_folder / "settings.json"  # it is written anew
     if os.path.lexists(about) and not isinstance(read_json(about), dict):
         raise BadInput(f"{about} is no object: remove it")
     newest = open_checkpoint(folders[-1])
-    state, folder = newest.state, newest.folder
-    if state["loop"] != loop:
-        raise BadInput(f"{folder} is of loop_{state['loop']}.py: resume it with that loop")
-    for part, name in agree:
-        then, now = (which.get(part, {}).get(name) for which in (state["settings"], settings))
-        if then != now:
-            raise BadInput(
-                f"--{name.replace('_', '-')} was {then!r} when {folder} was written, and is"
-                f" {now!r}: it must stay the same"
-            )
-    if (
-        not eval_only
-        and state["settings"].get("run", {}).get("load_rollouts")
-        and not settings["run"]["load_rollouts"]
-    ):
+    if newest.state["loop"] != loop:
+        fix = "resume it with that loop"
+        raise BadInput(f"{newest.folder} is of loop_{newest.state['loop']}.py: {fix}")
+    problems = _evaluation_problems if settings.run.eval_only else _resume_problems
+    for problem in problems(newest, settings, read):
+        raise BadInput(problem)
+    return newest
+
+
+def _evaluation_problems(newest: Checkpoint, settings, read: dict[str, str]) -> Iterator[str]:
+    """Yield what keeps --eval-only from reading the weights of a checkpoint, and no more of it."""
+    yield from _other_settings(newest, settings, (("train", "train_dtype"),))
+    yield from _other_files(newest, {flag: x for flag, x in read.items() if flag == "--model"})
+    yield from _other_experts(newest, settings)
+
+
+def _resume_problems(newest: Checkpoint, settings, read: dict[str, str]) -> Iterator[str]:
+    """Yield what keeps a run from going on where the checkpoint was."""
+    state, folder, run_folder = newest.state, newest.folder, Path("runs") / settings.run.name
+    is_async = hasattr(settings, "in_flight")
+    yield from _other_settings(newest, settings, MUST_AGREE + ASYNC_MUST_AGREE * is_async)
+    if state["settings"].get("run", {}).get("load_rollouts") and not settings.run.load_rollouts:
         about = f"{folder} was written with --load-rollouts, and says nothing of prompts in flight"
-        raise BadInput(f"{about}: go on with --load-rollouts, or start a new run")
-    for flag, now in read.items():
-        if state["read"].get(flag, now) != now:
-            same = (
-                "the same rows, with the same keys and chat settings"
-                if flag == "--prompts"
-                else "the same folder"
-            )
-            raise BadInput(
-                f"what {flag} names is not what it was when {folder} was written: give {same}, or"
-                " start a new run under another --name"
-            )
-    nothing_left = steps < newest.step or (steps == newest.step and not process_groups.goes_on())
-    if nothing_left and not eval_only:
-        raise BadInput(
+        yield f"{about}: go on with --load-rollouts, or start a new run"
+    yield from _other_files(newest, read)
+    steps = settings.run.steps
+    if steps < newest.step or (steps == newest.step and not process_groups.goes_on()):
+        yield (
             f"--steps {steps} counts all steps of the run, and {folder} is of step {newest.step}:"
             " nothing is left to do; use a larger --steps"
         )
-    for name, size in state["record"].items() if not eval_only else ():
-        if name in FILES and (
-            not (file := run_folder / FILES[name]).is_file() or file.stat().st_size < size
-        ):
-            raise BadInput(
+    for name, size in state["record"].items():
+        if name not in FILES:
+            continue
+        file = run_folder / FILES[name]
+        if not file.is_file() or file.stat().st_size < size:
+            yield (
                 f"{file} is shorter than it was when {folder} was written, {size} bytes: bring it"
                 " back, or start a new run under another --name"
             )
-    if not eval_only and not has_whole_rows(run_folder, size=state["record"].get("metrics", 0)):
-        about = (
-            f"{run_folder / FILES['metrics']} no longer begins with the rows that {folder} followed"
+    if not has_whole_rows(run_folder, size=state["record"].get("metrics", 0)):
+        metrics = run_folder / FILES["metrics"]
+        about = f"{metrics} no longer begins with the rows that {folder} followed"
+        yield f"{about}: bring them back, or start a new run under another --name"
+    if any("in_flight" in rank and "discarded" not in rank for rank in state["ranks"]):
+        about = f"{folder} has groups in flight as an older version wrote them"
+        yield f"{about}: resume it with that version, or start a new run"
+    yield from _other_experts(newest, settings)
+
+
+def _other_settings(newest: Checkpoint, settings, agree: tuple) -> Iterator[str]:
+    """Yield the settings that must agree, (stage, name) each, and do not."""
+    asked = json.loads(json.dumps(dataclasses.asdict(settings)))  # lists for tuples, as in the file
+    for stage, name in agree:
+        then = newest.state["settings"].get(stage, {}).get(name)
+        if then != (now := asked.get(stage, {}).get(name)):
+            about = f"--{name.replace('_', '-')} was {then!r} when {newest.folder} was written"
+            yield f"{about}, and is {now!r}: it must stay the same"
+
+
+def _other_files(newest: Checkpoint, read: dict[str, str]) -> Iterator[str]:
+    """Yield what the run read then and reads otherwise now."""
+    for flag, now in read.items():
+        if newest.state["read"].get(flag, now) != now:
+            same = "the same folder"
+            if flag == "--prompts":
+                same = "the same rows, with the same keys and chat settings"
+            yield (
+                f"what {flag} names is not what it was when {newest.folder} was written: give"
+                f" {same}, or start a new run under another --name"
+            )
+
+
+def _other_experts(newest: Checkpoint, settings) -> Iterator[str]:
+    """Yield a layout of experts that cannot read the optimizer state of another."""
+    then, now = newest.state["settings"]["train"]["ep"], settings.train.ep
+    if then != now:
+        yield (
+            f"{newest.folder} was written with --ep {then}: optimizer state of experts can only be"
+            f" read with the same, not with --ep {now}"
         )
-        raise BadInput(f"{about}: bring them back, or start a new run under another --name")
-    if is_async and not eval_only:
-        for rank in state["ranks"]:
-            if "in_flight" in rank and "discarded" not in rank:
-                about = f"{folder} has groups in flight as an older version wrote them"
-                raise BadInput(f"{about}: resume it with that version, or start a new run")
-    ep = [s["train"]["ep"] for s in (state["settings"], settings)]
-    if ep[0] != ep[1]:
-        raise BadInput(
-            f"{folder} was written with --ep {ep[0]}: optimizer state of experts can only be read"
-            f" with the same, not with --ep {ep[1]}"
-        )
-    return newest
 
 
 # --- writing ------------------------------------------------------------------------------------

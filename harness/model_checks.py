@@ -34,12 +34,11 @@ def check_held_out(settings: RunSettings, held_out: list | None) -> None:
 
 
 def longest_sample(settings, config: dict | None, data) -> int | None:
-    """Return the tokens of the longest possible sample, prompt and response; None where they could
-    not be found out.
+    """Return the tokens of the longest possible sample, prompt and response.
 
-    Those of a planned run are as its flags say. --load-rollouts may hold longer samples than the
-    prompts and --max-response-tokens of now allow. Raises BadInput for a dump that cannot be
-    trained on.
+    None where they could not be found out. Those of a planned run are as its flags say. Dumps of
+    --load-rollouts may hold longer samples than the prompts and --max-response-tokens of now allow.
+    Raises BadInput for a dump that cannot be trained on. settings: a loop's.
     """
     if checks.is_plan(settings):
         return settings.plan.plan_prompt_tokens + settings.rollout.max_response_tokens
@@ -54,11 +53,8 @@ def longest_of_dumps(settings, config: dict | None) -> int:
 
     Raises BadInput for a step that cannot be trained on.
     """
-    longest, minibatches, vocab_size = (
-        0,
-        settings.train.minibatches,
-        config and config["vocab_size"],
-    )
+    longest, minibatches = 0, settings.train.minibatches
+    vocab_size = config and config["vocab_size"]
     for step in range(1, settings.run.steps + 1):
         file = rollouts_file(settings.run.load_rollouts, step)
         if not os.path.isfile(file):
@@ -71,11 +67,9 @@ def longest_of_dumps(settings, config: dict | None) -> int:
                 f"at most {len(dump)}, and another folder if that is 0"
             )
         oldest = min((v for s in dump for v in s.weight_versions), default=step - 1)
-        if hasattr(settings, "in_flight") and step - 1 - oldest > settings.in_flight.max_staleness:
-            yield (
-                f"{file} has tokens {step - 1 - oldest} versions old, --max-staleness is "
-                f"{settings.in_flight.max_staleness}: raise it"
-            )
+        age = step - 1 - oldest
+        if hasattr(settings, "in_flight") and age > (most := settings.in_flight.max_staleness):
+            yield f"{file} has tokens {age} versions old, --max-staleness is {most}: raise it"
     return longest
 
 
@@ -156,15 +150,8 @@ def check_train_settings(
     config, longest: None where they could not be found out; what needs them is then left out.
     """
     found = Problems()
-    reference = found.of(read_config, settings.reference) if settings.reference else None
-    if reference and config:
-        theirs, ours = (
-            {**model, **gpt}
-            for model, gpt in (megatron_arguments(c, tp=1) for c in (reference, config))
-        )
-        if differing := sorted(
-            name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)
-        ):
+    if settings.reference and (reference := found.of(read_config, settings.reference)) and config:
+        if differing := _differences(reference, config):
             yield (
                 f"--reference {settings.reference} differs from the model in"
                 f" {', '.join(differing)}: it must have the same architecture"
@@ -172,26 +159,27 @@ def check_train_settings(
         else:
             found.of(lambda: check_shapes(HFWeights(settings.reference), reference))
     if config:
-        found.of(
-            check_layout,
-            config,
-            world_size=world_size,
-            tp=settings.tp,
-            pp=settings.pp,
-            cp=settings.cp,
-            ep=settings.ep,
-        )
+        split = dict(tp=settings.tp, pp=settings.pp, cp=settings.cp, ep=settings.ep)
+        found.of(check_layout, config, world_size=world_size, **split)
         found.of(overrides, settings, config, TransformerConfig)
         if settings.megatron and not found.found:
             found.of(check_overrides, settings, config)
-    if (
-        longest
-        and (cp := settings.cp) > 0
-        and settings.microbatch_tokens * cp < padded_length(longest, cp)
-    ):
-        room = f"--microbatch-tokens {settings.microbatch_tokens} times --cp {cp}"
-        yield (
-            f"{room} is less than the longest possible sample, {padded_length(longest, cp)} tokens:"
-            " raise one of them"
-        )
+    if longest and (cp := settings.cp) > 0:
+        needed = padded_length(longest, cp)
+        if settings.microbatch_tokens * cp < needed:
+            room = f"--microbatch-tokens {settings.microbatch_tokens} times --cp {cp}"
+            yield (
+                f"{room} is less than the longest possible sample, {needed} tokens: raise one of"
+                " them"
+            )
     yield from found.found
+
+
+def _differences(one: dict, other: dict) -> list[str]:
+    """Return the names of what Megatron is told otherwise of one model than of the other."""
+    told = []
+    for config in (one, other):
+        model, gpt = megatron_arguments(config, tp=1)
+        told.append({**model, **gpt})
+    names = told[0].keys() | told[1].keys()
+    return sorted(name for name in names if told[0].get(name) != told[1].get(name))

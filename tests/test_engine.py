@@ -26,7 +26,6 @@ from harness import exits, export as hf_export
 import rollout
 import train_step
 import weight_sync
-from conftest import write_model
 from backends.huggingface.config import read_config
 from common.errors import BadInput, EngineDied
 from common.settings import REPOSITORY, RolloutSettings, TrainSettings
@@ -132,7 +131,8 @@ def test_a_prompt_may_fill_the_context_up_to_the_answer(exact):
         exact.engine.call(exact.engine.generate([samples[0].prompt_ids], sampling)),
         exact.data,
     )
-    assert len(samples[0].response_ids) == answer and samples[0].finish_reason == "length"
+    assert len(samples[0].response_ids) == answer
+    assert samples[0].finish_reason == "length"
     assert exact.differences(samples).max() < 1e-4
 
 
@@ -233,9 +233,8 @@ def test_an_update_in_flight(exact, monkeypatch, reported):
     )  # comparing needs no idle engine either
     rollout.fill(samples, running.result(), exact.data)
     versions = np.concatenate([sample.weight_versions for sample in samples])
-    assert all(
-        sample.weight_versions == sorted(sample.weight_versions) for sample in samples
-    ) and set(versions) == {before, before + 1}
+    assert all(sample.weight_versions == sorted(sample.weight_versions) for sample in samples)
+    assert set(versions) == {before, before + 1}
     new_differences = by_sample(exact, samples)
     for parameter, old in zip(exact.trainer.gpt.parameters(), old_weights):
         parameter.data.copy_(old)
@@ -248,7 +247,8 @@ def test_an_update_in_flight(exact, monkeypatch, reported):
         old_differences[early].max(),
     )
     assert old_differences[early].max() < 1e-4 < new_differences[early].mean()
-    assert new_differences[late].mean() < 0.05 and old_differences[late].mean() > 1e-3
+    assert new_differences[late].mean() < 0.05
+    assert old_differences[late].mean() > 1e-3
     exact.sync()
 
 
@@ -384,68 +384,23 @@ def test_shutdown_leaves_no_process_and_no_file(fp8):
         if "resource_tracker" not in " ".join(child.cmdline())
     ]
     files = [file for file in fp8.engine.files if file.exists()]
-    assert children and any("sglang_loads" in file.name for file in files) and len(files) > 3
+    assert children
+    assert any("sglang_loads" in file.name for file in files)
+    assert len(files) > 3
     other = subprocess.Popen(["sleep", "600"])  # a judge, or W&B's service
     tracker = resource_tracker._resource_tracker._pid
     try:
         fp8.engine.shutdown()
         _, alive = psutil.wait_procs(children, timeout=20)
-        assert not alive and not any(file.exists() for file in files)
-        assert other.poll() is None and psutil.Process(tracker).status() != psutil.STATUS_ZOMBIE
+        assert not alive
+        assert not any(file.exists() for file in files)
+        assert other.poll() is None
+        assert psutil.Process(tracker).status() != psutil.STATUS_ZOMBIE
     finally:
         other.kill()
 
 
 def test_shutdown_leaves_no_task_that_python_would_complain_of_at_exit(fp8):
     fp8.engine.shutdown()
-    assert not fp8.engine.loop.is_running() and not asyncio.all_tasks(fp8.engine.loop)
-
-
-RAGGED = dict(
-    hidden_size=192,
-    num_attention_heads=3,
-    num_key_value_heads=1,
-    head_dim=64,
-    intermediate_size=384,
-)
-
-
-@pytest.mark.parametrize(
-    "family, shape, kept",
-    [
-        ("llama", RAGGED, 3),
-        ("qwen2", dict(num_attention_heads=2), 0),
-        ("qwen3_moe", {}, 0),
-        ("glm4_moe", {}, 0),
-    ],
-)
-def test_fp8_of_other_families(fp8, tmp_path, family, shape, kept):
-    """Llama in SmolLM2's proportions: q, k, v stay BF16 (192 and 64 rows), o and down have ragged
-    blocks. Qwen2 with biases. Experts. The gate ran.
-    """
-    fp8.engine.shutdown()
-    pair = Pair("bf16", "fp8", str(write_model(tmp_path, family, dtype=torch.bfloat16, **shape)))
-    try:
-        assert (
-            len(pair.weights.fp8)
-            == len(weight_sync.linear_modules(pair.config))
-            - kept * pair.config["num_hidden_layers"]
-        )
-        assert (
-            1e-4 < pair.differences(pair.generate()).mean() < 0.2
-        )  # random weights are rougher than trained ones
-    finally:
-        pair.engine.shutdown()
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe", "glm4_moe"])
-def test_logprobs_agree_in_fp32_in_every_family(fp8, models, family):
-    """After a hand-off, trainer and engine are the same model: routers, correction bias, shared
-    experts, partial rotary, biases, norms.
-    """
-    fp8.engine.shutdown()
-    pair = Pair("fp32", "fp32", str(models[family]))
-    try:
-        assert pair.differences(pair.generate()).max() < 1e-4
-    finally:
-        pair.engine.shutdown()
+    assert not fp8.engine.loop.is_running()
+    assert not asyncio.all_tasks(fp8.engine.loop)

@@ -55,9 +55,8 @@ def test_returns_and_advantages_by_hand():
     for sample, values in zip(samples, ([0.5, 0.75, 0.0], [0.5, 0.25], [0.5])):
         sample.values = values
     ppo_critic.add_advantages(samples, CriticSettings(), overlong_buffer=0, max_response_tokens=8)
-    assert [sample.returns.tolist() for sample in samples] == [[1, 1, 0], [0, 0], [0]] and samples[
-        2
-    ].loss_mask == [0]
+    assert [sample.returns.tolist() for sample in samples] == [[1, 1, 0], [0, 0], [0]]
+    assert samples[2].loss_mask == [0]
     # 0.5, 0.25, -0.5, -0.25: mean 0, variance 0.15625
     expected = np.array([0.5, 0.25, 0, -0.5, -0.25, 0]) / math.sqrt(0.15625)
     assert ppo_critic.joined(samples, "advantages") == pytest.approx(expected, rel=1e-6)
@@ -117,10 +116,8 @@ def test_metrics_by_hand(critic):
     right answers and 0 over as many wrong ones, 7/64.
     """
     metrics = one_step(critic, answers(), gamma=0.5, critic_epochs=1)
-    assert (
-        metrics["critic_loss"] == pytest.approx(7 / 64)
-        and metrics["value"] == metrics["explained_variance"] == 0
-    )
+    assert metrics["critic_loss"] == pytest.approx(7 / 64)
+    assert metrics["value"] == metrics["explained_variance"] == 0
 
 
 def test_a_loss_that_is_not_finite_leaves_the_critic_as_it_was(critic):
@@ -143,10 +140,10 @@ def test_a_batch_without_a_token_that_counts_changes_nothing(critic):
     assert (
         one_step(critic, [CriticSample([5, 6], response_ids=[7], loss_mask=[0], reward=None)]) == {}
     )
-    assert (
-        all(torch.equal(parameter, old) for parameter, old in zip(critic.gpt.parameters(), before))
-        and critic.scheduler.num_steps == 1
+    assert all(
+        torch.equal(parameter, old) for parameter, old in zip(critic.gpt.parameters(), before)
     )
+    assert critic.scheduler.num_steps == 1
 
 
 # --- the loop -----------------------------------------------------------------------------------
@@ -176,43 +173,24 @@ def test_bad_flags_stop_before_anything_starts(monkeypatch, tmp_path, arguments,
         start_main(ppo_critic, ppo_critic.check_critic_flags)
 
 
+@pytest.mark.complete
 def test_a_run_on_two_ranks(tmp_path):
     """From another folder, tensor parallel, one warm-up step and two of both models."""
-    flags = [
-        "--steps",
-        "3",
-        "--eval-every",
-        "3",
-        "--eval-samples",
-        "16",
-        "--prompts-per-step",
-        "4",
-        "--samples-per-prompt",
-        "4",
-        "--name",
-        "a",
-        "--export",
-    ]
-    torchrun(
-        ROOT / "examples" / "ppo_critic.py",
-        *flags,
-        "--tp",
-        "2",
-        "--critic-warmup-steps",
-        "1",
-        ranks=2,
-        cwd=tmp_path,
-    )
+    flags = ["--steps", "3", "--eval-every", "3", "--eval-samples", "16", "--prompts-per-step", "4"]
+    flags += ["--samples-per-prompt", "4", "--name", "a", "--export"]
+    flags += ["--tp", "2", "--critic-warmup-steps", "1"]
+    torchrun(ROOT / "examples" / "ppo_critic.py", *flags, ranks=2, cwd=tmp_path)
     start, *steps = metrics_of(tmp_path / "runs" / "a")
-    assert start["step"] == 0 and [row["step"] for row in steps] == [1, 2, 3]
+    assert start["step"] == 0
+    assert [row["step"] for row in steps] == [1, 2, 3]
     for row in steps:
         assert all(math.isfinite(value) for value in row.values() if not isinstance(value, list))
-        assert (
-            row["critic_loss"] > 0
-            and row["critic_grad_norm"] > 0
-            and row["explained_variance"] <= 1
-        )
-    assert "grad_norm" not in steps[0] and all(
-        row["logprob_shift"] == 0.0 and row["grad_norm"] > 0 for row in steps[1:]
-    )
-    assert steps[0]["value"] == 0.0 and len({row["value"] for row in steps}) == 3
+        assert row["critic_loss"] > 0
+        assert row["critic_grad_norm"] > 0
+        assert row["explained_variance"] <= 1
+    assert "grad_norm" not in steps[0]
+    for row in steps[1:]:
+        assert row["logprob_shift"] == 0.0
+        assert row["grad_norm"] > 0
+    assert steps[0]["value"] == 0.0
+    assert len({row["value"] for row in steps}) == 3

@@ -92,7 +92,8 @@ def test_every_group_of_megatron_has_the_limit(fresh_megatron, monkeypatch):
     megatron_model.init_parallel(TrainSettings(), seed=1)
     made = set(c10d._world.pg_map) - before
     waits = {group._get_backend(torch.device("cpu")).options._timeout for group in made}
-    assert made and waits == {timedelta(seconds=77)}
+    assert made
+    assert waits == {timedelta(seconds=77)}
 
 
 def test_a_connection_whose_other_end_is_gone_ends():
@@ -106,6 +107,7 @@ def test_a_connection_whose_other_end_is_gone_ends():
             assert len(os.listdir("/proc/self/fd")) == fds
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("where, exchange", [("stopped", 2), ("stopped_inside", 1)])
 def test_a_rank_that_stands_still_is_named_within_the_limit(tmp_path, where, exchange):
     done = torchrun(WORKERS / "two_ranks.py", where, tmp_path, ranks=2, check=False)
@@ -126,6 +128,7 @@ def test_what_an_error_of_a_collective_means(text, meaning):
     assert meaning in explained if meaning else explained == ""
 
 
+@pytest.mark.complete
 def test_a_hanging_engine_is_named_by_its_own_rank(start_loop):
     """The other ranks wait for it meanwhile, with 2 s for what no flag limits."""
     limits = ["--answer-timeout-s", "5", "--judge-timeout-s", "1"]
@@ -141,6 +144,7 @@ def test_a_hanging_engine_is_named_by_its_own_rank(start_loop):
 # --- restarts ---------------------------------------------------------------------------------
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("rollout_ranks", [0, 1])
 def test_restarted_ranks_meet_anew(tmp_path, monkeypatch, rollout_ranks):
     monkeypatch.setenv("ROLLOUT_RANKS", str(rollout_ranks))
@@ -149,6 +153,7 @@ def test_restarted_ranks_meet_anew(tmp_path, monkeypatch, rollout_ranks):
     assert json.loads((tmp_path / "seen.json").read_text(encoding="utf-8")) == ["1", "1"]
 
 
+@pytest.mark.complete
 def test_ranks_of_two_nodes_meet_anew_though_each_node_counts_its_own_restarts(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
@@ -170,6 +175,7 @@ def test_ranks_of_two_nodes_meet_anew_though_each_node_counts_its_own_restarts(t
     assert sorted(seen) == ["0", "1"]
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("script, victim", [("loop_sync.py", "rank"), ("loop_async.py", "engine")])
 def test_a_restarted_run_goes_on_from_its_checkpoint(tmp_path, script, victim):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
@@ -181,7 +187,8 @@ def test_a_restarted_run_goes_on_from_its_checkpoint(tmp_path, script, victim):
         try:
             deadline = time.time() + 240
             while not (folders := checkpoint_folders(tmp_path)):
-                assert job.poll() is None and time.time() < deadline
+                assert job.poll() is None
+                assert time.time() < deadline
                 time.sleep(0.1)
             family = psutil.Process(job.pid).children(recursive=True)
             ranks = [p for p in family if p.ppid() == job.pid]
@@ -220,14 +227,17 @@ def test_a_restarted_run_without_a_checkpoint_begins_again(restarted):
     for name in ("step-000002.part", "step-000001-bf16"):
         (restarted / "a" / "checkpoints" / name).mkdir()
     settings = process_groups.after_restart(loop_sync.Settings())
-    assert settings.run.name == "a" and not settings.run.resume
+    assert settings.run.name == "a"
+    assert not settings.run.resume
     assert [path.name for path in restarted.iterdir()] == ["a-restarted-1"]
 
 
 def test_a_restarted_run_with_a_checkpoint_resumes(restarted):
     (restarted / "a" / "checkpoints" / "step-000002").mkdir()
     settings = process_groups.after_restart(loop_sync.Settings())
-    assert settings.run.name == "a" and settings.run.resume and process_groups.goes_on()
+    assert settings.run.name == "a"
+    assert settings.run.resume
+    assert process_groups.goes_on()
 
 
 def test_without_restarts_nothing_is_looked_at(restarted, monkeypatch):
@@ -238,6 +248,7 @@ def test_without_restarts_nothing_is_looked_at(restarted, monkeypatch):
 # --- file systems -----------------------------------------------------------------------------
 
 
+@pytest.mark.complete
 def test_ranks_on_file_systems_of_their_own_are_refused(tmp_path):
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
@@ -257,7 +268,8 @@ def test_one_rank_without_torchrun_has_a_store_that_does_not_listen(monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     store, rank, world_size = process_groups._job_store()
-    assert isinstance(store, dist.HashStore) and (rank, world_size) == (0, 1)
+    assert isinstance(store, dist.HashStore)
+    assert (rank, world_size) == (0, 1)
 
 
 @pytest.mark.parametrize("addresses, env, is_refused", [

@@ -127,10 +127,13 @@ def test_two_turns_by_hand(data):
     assert (
         sample.weight_versions == [5] * 13 + [6] * 4
     )  # the result is as old as the turn that asked for it
-    assert sample.response == "+046+789=[5380]538" and sample.finish_reason == "stop"
+    assert sample.response == "+046+789=[5380]538"
+    assert sample.finish_reason == "stop"
     assert sample.metrics == {"tool_calls": 1, "tool_share": 1, "tool_errors": 0}
-    assert sample.answer == "538" and right_answer(sample) == 1
-    assert engine.prompts == [[PROMPT], [PROMPT + CALL + RESULT]] and engine.limits == [[24], [11]]
+    assert sample.answer == "538"
+    assert right_answer(sample) == 1
+    assert engine.prompts == [[PROMPT], [PROMPT + CALL + RESULT]]
+    assert engine.limits == [[24], [11]]
 
 
 def test_what_was_sampled_is_never_tokenized_again(data):
@@ -140,9 +143,8 @@ def test_what_was_sampled_is_never_tokenized_again(data):
     said = [PLUS, PAD, 3, 7, 9, UNUSED, EQUALS]
     assert data.tokenizer(data.tokenizer.decode(said), add_special_tokens=False).input_ids != said
     (sample,), engine = talk(data, [said], [[UNUSED, PAD, END]])
-    assert engine.prompts[1] == [PROMPT + said + [PLUS]] and sample.response_ids == said + [
-        PLUS
-    ] + [UNUSED, PAD, END]
+    assert engine.prompts[1] == [PROMPT + said + [PLUS]]
+    assert sample.response_ids == said + [PLUS] + [UNUSED, PAD, END]
 
 
 def test_what_goes_on_is_one_batch(data):
@@ -154,17 +156,15 @@ def test_what_goes_on_is_one_batch(data):
         data, [CALL, answer, two_and_two], [answer, CALL], [answer], n=3, max_response_tokens=32
     )
     assert [len(prompts) for prompts in engine.prompts] == [3, 2, 1]
-    assert engine.prompts[2] == [
-        PROMPT + two_and_two + [7, 3, 3, 3] + CALL + RESULT
-    ] and engine.limits[2] == [32 - 5 - 4 - 9 - 4]
+    assert engine.prompts[2] == [PROMPT + two_and_two + [7, 3, 3, 3] + CALL + RESULT]
+    assert engine.limits[2] == [32 - 5 - 4 - 9 - 4]
     assert [sample.response for sample in samples] == [
         "+046+789=[5380]538",
         "538",
         "+2+2=[4000]+046+789=[5380]538",
     ]
-    assert [sample.metrics["tool_calls"] for sample in samples] == [1, 0, 2] and [
-        sample.index for sample in samples
-    ] == [0, 1, 2]
+    assert [sample.metrics["tool_calls"] for sample in samples] == [1, 0, 2]
+    assert [sample.index for sample in samples] == [0, 1, 2]
     assert all(right_answer(sample) == 1 for sample in samples)
     logged = batch_metrics(samples, version=6)
     assert [logged[f"tool_{name}"] for name in ("calls", "share", "errors")] == [1.0, 2 / 3, 0.0]
@@ -179,39 +179,40 @@ def test_the_answer_is_what_follows_the_last_result(data):
 
 def test_a_call_in_the_last_turn_gets_no_result(data):
     (sample,), _ = talk(data, [CALL], [CALL], max_turns=2)
-    assert sample.response_ids == CALL + RESULT + CALL and sample.finish_reason == "length"
-    assert sample.metrics["tool_calls"] == 1 and right_answer(sample) == 0
+    assert sample.response_ids == CALL + RESULT + CALL
+    assert sample.finish_reason == "length"
+    assert sample.metrics["tool_calls"] == 1
+    assert right_answer(sample) == 0
     (sample,), _ = talk(data, [CALL], max_turns=1)
-    assert (
-        sample.response_ids == CALL
-        and sample.finish_reason == "length"
-        and right_answer(sample) == 0
-    )
+    assert sample.response_ids == CALL
+    assert sample.finish_reason == "length"
+    assert right_answer(sample) == 0
 
 
 def test_a_malformed_call_gets_an_error_and_goes_on(data):
     (sample,), engine = talk(data, [[PLUS, PLUS, EQUALS]], [[*SUM, END]])
     assert engine.prompts[1] == [PROMPT + [PLUS, PLUS, EQUALS] + [PLUS]]  # the error is "+"
-    assert sample.loss_mask == [1, 1, 1, 0, 1, 1, 1, 1] and sample.response == "++=[+]538"
-    assert (
-        sample.notes == {"calls": 1, "errors": 1}
-        and sample.answer == "538"
-        and right_answer(sample) == 1
-    )
+    assert sample.loss_mask == [1, 1, 1, 0, 1, 1, 1, 1]
+    assert sample.response == "++=[+]538"
+    assert sample.notes == {"calls": 1, "errors": 1}
+    assert sample.answer == "538"
+    assert right_answer(sample) == 1
 
 
 @pytest.mark.parametrize("limit", [11, 13])
 def test_the_token_limit_inside_or_right_after_a_result(data, limit):
     (sample,), _ = talk(data, [CALL], max_response_tokens=limit)
-    assert sample.response_ids == (CALL + RESULT)[:limit] and sample.loss_mask == [1] * 9 + [0] * (
-        limit - 9
-    )
-    assert sample.finish_reason == "length" and sample.answer == "" and right_answer(sample) == 0
+    assert sample.response_ids == (CALL + RESULT)[:limit]
+    assert sample.loss_mask == [1] * 9 + [0] * (limit - 9)
+    assert sample.finish_reason == "length"
+    assert sample.answer == ""
+    assert right_answer(sample) == 0
 
 
 def test_the_token_limit_inside_a_turn(data):
     (sample,), _ = talk(data, [CALL], [[*SUM, END]], max_response_tokens=16)
-    assert sample.response_ids == CALL + RESULT + SUM and sample.finish_reason == "length"
+    assert sample.response_ids == CALL + RESULT + SUM
+    assert sample.finish_reason == "length"
     assert (
         right_answer(sample) == 0
     )  # it says 538, but whether it would have ended there is unknown
@@ -239,9 +240,10 @@ def test_sums(call, result):
 
 
 @pytest.mark.parametrize("call", [
-    "", "=", "+1=", "046+789=", "+1+2", "+1+2==", "+1+2=\n", " +1+2=", "+1 +2=", "++1+2=", "+1+-2=", "+1-2=", "+1*2=", "+1.5+2=", "+1e9+2=", "+0x1+2=", 
-    "+1_0+2=", "+9**9**9=", "+1+2;+3=", "+1+a=", "+१+२=", "__import__('os').system('ls')=", "+1+open('/etc/passwd').read()=", "+1+{0.__class__}=",
-    "+1234567890+1=", "+1" * 5 + "=",
+    "", "=", "+1=", "046+789=", "+1+2", "+1+2==", "+1+2=\n", " +1+2=", "+1 +2=", "++1+2=",
+    "+1+-2=", "+1-2=", "+1*2=", "+1.5+2=", "+1e9+2=", "+0x1+2=", "+1_0+2=", "+9**9**9=",
+    "+1+2;+3=", "+1+a=", "+१+२=", "__import__('os').system('ls')=",
+    "+1+open('/etc/passwd').read()=", "+1+{0.__class__}=", "+1234567890+1=", "+1" * 5 + "=",
 ])  # fmt: skip
 def test_all_else_is_refused(call):
     assert calculator(call) is None
@@ -264,18 +266,17 @@ def test_a_huge_call_costs_nothing():
 def test_demonstrations_by_hand(data):
     prompt = Sample(PROMPT, "046+789=", "538")
     called, direct = (demonstration(prompt, data, calls=calls) for calls in (True, False))
-    assert (
-        called.response_ids == CALL + RESULT + [*SUM, END]
-        and called.loss_mask == [1] * 9 + [0] * 4 + [1] * 4
-    )
-    assert direct.response_ids == [*SUM, END] and direct.loss_mask == [1] * 4
+    assert called.response_ids == CALL + RESULT + [*SUM, END]
+    assert called.loss_mask == [1] * 9 + [0] * 4 + [1] * 4
+    assert direct.response_ids == [*SUM, END]
+    assert direct.loss_mask == [1] * 4
     longest = demonstration(
         Sample(prompt_ids=PROMPT, prompt="999+999=", label="8991"), data, calls=True
     )
-    assert len(longest.response_ids) == LONGEST_DEMONSTRATION and longest.response.endswith(
-        "=[8991]8991</s>"
-    )
-    assert prompt.response_ids == [] and prompt.notes == {}
+    assert len(longest.response_ids) == LONGEST_DEMONSTRATION
+    assert longest.response.endswith("=[8991]8991</s>")
+    assert prompt.response_ids == []
+    assert prompt.notes == {}
 
 
 def test_at_ratio_1_and_advantage_1_the_policy_loss_is_supervised():
@@ -292,7 +293,8 @@ def test_at_ratio_1_and_advantage_1_the_policy_loss_is_supervised():
         dual_clip=0.0,
     )
     loss_T.sum().backward()
-    assert ratio_T.tolist() == [1, 1, 1] and logprobs_T.grad.tolist() == [-1, -1, -1]
+    assert ratio_T.tolist() == [1, 1, 1]
+    assert logprobs_T.grad.tolist() == [-1, -1, -1]
 
 
 # --- settings and a run -------------------------------------------------------------------------
@@ -321,49 +323,25 @@ def test_flags_that_cannot_work(monkeypatch, tmp_path, flags, message):
         start_main(tool_use, tool_use.check_tool_flags)
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("script, ranks", [("tool_use.py", 1), ("tool_use_async.py", 2)])
 def test_a_run_of_each_loop(tmp_path, script, ranks):
-    """Two steps after a warm start so short that turns are half noise: results, errors and answers
-    without a call. In fp32 engine and trainer differ by rounding only, unless a token stands in one
-    place for the one and in another for the other.
+    """Two steps after a warm start so short that turns are half noise.
+
+    There are results, errors, and answers without a call. In fp32 engine and trainer differ by
+    rounding only, unless a token stands in one place for the one and in another for the other.
     """
-    quick = [
-        "--steps",
-        "2",
-        "--eval-samples",
-        "16",
-        "--prompts-per-step",
-        "4",
-        "--samples-per-prompt",
-        "8",
-        "--warm-steps",
-        "60",
-        "--warm-samples",
-        "32",
-    ]
-    torchrun(
-        ROOT / "examples" / script,
-        *quick,
-        "--rollout-dtype",
-        "fp32",
-        "--train-dtype",
-        "fp32",
-        "--name",
-        "a",
-        "--export",
-        ranks=ranks,
-        cwd=tmp_path,
-    )
+    flags = ["--steps", "2", "--eval-samples", "16", "--prompts-per-step", "4"]
+    flags += ["--samples-per-prompt", "8", "--warm-steps", "60", "--warm-samples", "32"]
+    flags += ["--rollout-dtype", "fp32", "--train-dtype", "fp32", "--name", "a", "--export"]
+    torchrun(ROOT / "examples" / script, *flags, ranks=ranks, cwd=tmp_path)
     start, *steps = metrics_of(tmp_path / "runs" / "a")
-    assert (
-        start["step"] == 0
-        and [row["step"] for row in steps] == [1, 2]
-        and (tmp_path / "runs" / "a" / "warm-start" / "model.safetensors").is_file()
-    )
+    assert start["step"] == 0
+    assert [row["step"] for row in steps] == [1, 2]
+    assert (tmp_path / "runs" / "a" / "warm-start" / "model.safetensors").is_file()
     for row in steps:
         assert all(math.isfinite(value) for value in row.values() if not isinstance(value, list))
-        assert row["logprob_shift"] == 0.0 and row["mismatch_max"] < 1e-3
-        assert (
-            row["tool_calls"] >= row["tool_share"] > 0
-            and row["tokens"] < row["response_tokens"] * 32
-        )  # results are in the responses and do not count
+        assert row["logprob_shift"] == 0.0
+        assert row["mismatch_max"] < 1e-3
+        assert row["tool_calls"] >= row["tool_share"] > 0
+        assert row["tokens"] < row["response_tokens"] * 32  # results do not count

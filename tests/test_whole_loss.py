@@ -159,7 +159,7 @@ class Batch:
             setattr(sample, field, mine)
 
     def known(self, settings: LossSettings, advantage: str) -> oracle.Known:
-        """With the advantages of the oracle, from which a KL in the reward is taken at each token."""
+        """Return what the oracle knows; a KL in the reward lowers its advantages by token."""
         lengths_N = np.array([len(mask) for mask in MASKS])
         penalties_T = np.zeros(len(self.mask_T))
         if settings.kl_coef and settings.kl_in == "reward":
@@ -285,12 +285,10 @@ def test_the_batch_reaches_every_branch(table):
         settings = algorithms(policy, correction)[0]
         known, algorithm = batch.known(settings, "dr_grpo"), algorithm_of(settings)
         moving = np.abs(batch.gradient(known, algorithm)).sum(1) > 0
-        assert (
-            moving.any()
-            and not moving[
-                [at for (at, _), is_mine in zip(batch.places, counts) if not is_mine]
-            ].any()
-        )
+        assert moving.any()
+        assert not moving[
+            [at for (at, _), is_mine in zip(batch.places, counts) if not is_mine]
+        ].any()
         arguments = (
             batch.logprobs_T,
             batch.logprobs_T,
@@ -305,7 +303,8 @@ def test_the_batch_reaches_every_branch(table):
             batch.old_T - batch.rollout_T, batch.packed, **algorithm.bounds
         )
         inside_T = ~clipped_T & counts
-        assert inside_T.any() and (clipped_T & counts & (ratio_T < 1)).any()
+        assert inside_T.any()
+        assert (clipped_T & counts & (ratio_T < 1)).any()
         assert (clipped_T & counts & (ratio_T > 1)).any()
         assert correction == "none" or (cut_T & counts).any() and (~cut_T & counts).any()
         log_weight_T = batch.old_T - batch.rollout_T
@@ -334,7 +333,7 @@ def test_the_batch_reaches_every_branch(table):
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_log_probs_that_are_far_apart_spoil_nothing(table, policy, correction, far):
-    """In fp32 exp(89) is infinite. 0 times infinity is NaN: at advantage 0, and where a clip holds."""
+    """In fp32 exp(89) is infinite. 0 times infinity is NaN: at advantage 0, or inside a clip."""
     batch = Batch(table.gpt.weight, scored=True, far=far)
     for settings in algorithms(policy, correction):
         if settings.entropy_coef or settings.aggregation != "sequence":
@@ -352,7 +351,7 @@ def test_log_probs_that_are_far_apart_spoil_nothing(table, policy, correction, f
 
 
 def test_a_real_model_descends_the_same_loss(table, models):
-    """train_step on a tiny Llama: metrics, and the gradient at its logits. lr is 0: no step moves."""
+    """train_step on a tiny Llama: metrics, and the gradient at its logits. At lr 0 none moves."""
     settings = TrainSettings(train_dtype="fp32", lr=0.0)
     trainer = train_step.build_trainer(
         str(models["llama"]), settings, read_config(models["llama"]), steps=99, seed=1, **LIMITS
