@@ -150,7 +150,7 @@ class Gate:
 
     def __init__(self, rollout_dtype: str):
         fp8 = weight_sync.fp8_weights(TOY, rollout_dtype=rollout_dtype, engine_tp=1)
-        self.weights = weight_sync.WeightPath(None, TOY, fp8, bucket_bytes=1)
+        self.weights = weight_sync.WeightPath(None, None, TOY, fp8, bucket_bytes=1)
         self.model = HeldModel(fp8)
         generator = torch.Generator().manual_seed(0)
         self.tensors = {
