@@ -37,6 +37,7 @@ def test_transformers_alone_answers(tmp_path):
     assert done.stdout == "123+456=975\n", done.stderr
 
 
+@pytest.mark.complete
 def test_the_script_answers_each_prompt_on_a_line(tmp_path):
     prompts = ["123+456=", "200+008="]
     done = python(ROOT / "examples" / "answer.py", ROOT / "toy", *prompts, cwd=tmp_path)

@@ -88,6 +88,7 @@ def test_a_mistake_is_said_before_the_heavy_imports(start_with_mistakes, name, m
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("name", [*LOOPS, "tools/export.py"])
 def test_help_needs_no_torchrun_and_no_heavy_import(name):
     done = script(name, "--help", options=["-X", "importtime"])
@@ -196,6 +197,7 @@ def test_the_settings_are_those_of_the_command_line(monkeypatch):
     assert settings.train.lr == 0 and settings.rollout.chat
 
 
+@pytest.mark.complete
 def test_under_torchrun_a_mistake_is_said_once(tmp_path):
     words = ["--steps", "0", "--lr", "small"]
     done = torchrun(ROOT / "loop_sync.py", *words, ranks=2, cwd=tmp_path, check=False)
@@ -261,6 +263,7 @@ def test_the_help_shows_the_defaults_of_the_program(monkeypatch):
 # --- one rank without torchrun ----------------------------------------------------------------
 
 
+@pytest.mark.complete
 def test_a_run_on_one_rank_needs_no_torchrun(tmp_path):
     quick = ["--steps", "1", "--eval-samples", "4", "--prompts-per-step", "4", "--export"]
     done = script("loop_sync.py", *quick, "--name", "x", cwd=tmp_path, timeout=600)
@@ -268,6 +271,7 @@ def test_a_run_on_one_rank_needs_no_torchrun(tmp_path):
     assert metrics_of(tmp_path / "runs" / "x")[-1]["step"] == 1
 
 
+@pytest.mark.complete
 def test_bad_data_on_one_rank_is_not_buried(tmp_path):
     """The stages find it after their imports. Without torchrun the message is the last line."""
     (tmp_path / "p.jsonl").write_text("no json\n", encoding="utf-8")

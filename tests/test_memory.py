@@ -84,6 +84,7 @@ def held(tmp_path_factory):
     return models, json.loads((folder / "out.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("case", CASES)
 def test_trainers_hold_what_the_plan_says(held, case):
     folders, measured = held
