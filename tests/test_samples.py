@@ -64,8 +64,10 @@ def test_the_token_that_ends_a_response_is_not_in_its_text(tokenizer):
 
 def dump_line(**changes) -> dict:
     """Return the fields of a whole sample."""
-    sample = Sample([1, 5], "3", "7", 4, 0, [6, 2], "4", [-0.5, -1.0], [1, 1], [3, 3], "stop", 0.5)
-    return {**asdict(sample), **changes}
+    prompt = dict(prompt_ids=[1, 5], prompt="3", label="7", group=4, index=0)
+    response = dict(response_ids=[6, 2], response="4", finish_reason="stop", reward=0.5)
+    tokens = dict(rollout_logprobs=[-0.5, -1.0], loss_mask=[1, 1], weight_versions=[3, 3])
+    return {**asdict(Sample(**prompt, **response, **tokens)), **changes}
 
 
 def test_a_dump_comes_back_as_it_was_written(tmp_path):
