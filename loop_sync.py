@@ -17,7 +17,7 @@ staleness is 0.
 import contextlib
 from dataclasses import dataclass
 
-from common.errors import Problems
+from common.errors import ProblemList
 from common.settings import (
     PlanSettings,
     RewardSettings,
@@ -61,23 +61,23 @@ import weight_sync
 def main(settings: Settings) -> None:
     # What model, data and machine do not allow is found before anything is started, and said at
     # once.
-    problems, world_size = Problems(), checks.world_size(settings)
+    problems, world_size = ProblemList(), checks.world_size(settings)
     model, seed, steps = settings.run.model, settings.run.seed, settings.run.steps
-    config = problems.of(read_config, model)
+    config = problems.collect(read_config, model)
     trainer_ranks = rollout_ranks = world_size
     label_problems = reward.label_problems(settings.reward)
     data = (
         None
         if settings.plan.plan
-        else problems.of(
+        else problems.collect(
             load_data, model, settings.rollout, config, seed=seed, label_problems=label_problems
         )
     )
-    longest = problems.of(plan.longest_sample, settings, config, data)
+    longest = problems.collect(plan.longest_sample, settings, config, data)
     planned = settings.plan.plan  # on GPUs; how long its prompts are is a guess
     sizes = dict(longest=None if planned else longest, on_gpu=planned or None)
-    problems.of(rollout.check_rollout_settings, settings.rollout, config, **sizes)
-    problems.of(
+    problems.collect(rollout.check_rollout_settings, settings.rollout, config, **sizes)
+    problems.collect(
         train_step.check_train_settings,
         settings.train,
         config,
@@ -91,24 +91,24 @@ def main(settings: Settings) -> None:
         longest=longest,
     )
     if settings.plan.plan:
-        problems.refuse()
+        problems.raise_if_any()
         return plan.report(settings, config, **load)
-    problems.of(
+    problems.collect(
         hf_folder.check_model_folder,
         model,
         config,
         data and data.tokenizer,
         stop=settings.rollout.stop,
     )
-    problems.of(check_held_out, settings.run, data and data.held_out)
-    problems.of(plan.check_machine, settings, config, **load)
-    read = problems.of(checkpoint.what_was_read, settings, data) if data else {}
+    problems.collect(check_held_out, settings.run, data and data.held_out)
+    problems.collect(plan.check_machine, settings, config, **load)
+    read = problems.collect(checkpoint.what_was_read, settings, data) if data else {}
     resumed = (
-        problems.of(checkpoint.find_latest_checkpoint, settings, "sync", read)
+        problems.collect(checkpoint.find_latest_checkpoint, settings, "sync", read)
         if settings.run.resume and settings.run.name
         else None
     )
-    problems.refuse()
+    problems.raise_if_any()
     temperature, max_response_tokens = (
         settings.rollout.temperature,
         settings.rollout.max_response_tokens,

@@ -54,7 +54,7 @@ from backends.megatron.batches import (
 )
 from backends.megatron.layout import Layout
 from backends.megatron.logprobs import logprobs_and_entropy
-from common.errors import Problems, all_problems
+from common.errors import ProblemList, all_problems
 from common.settings import TrainSettings
 from data.sample import Sample
 from losses import (
@@ -95,8 +95,8 @@ def check_train_settings(
     longest: prompt plus response tokens of the longest possible sample.
     config, longest: None where they could not be found out; what needs them is then left out.
     """
-    found = Problems()
-    reference = found.of(read_config, settings.reference) if settings.reference else None
+    found = ProblemList()
+    reference = found.collect(read_config, settings.reference) if settings.reference else None
     if reference and config:
         theirs, ours = (
             {**model, **gpt}
@@ -110,9 +110,9 @@ def check_train_settings(
                 f" {', '.join(differing)}: it must have the same architecture"
             )
         else:
-            found.of(lambda: check_shapes(HFWeights(settings.reference), reference))
+            found.collect(lambda: check_shapes(HFWeights(settings.reference), reference))
     if config:
-        found.of(
+        found.collect(
             check_layout,
             config,
             world_size=world_size,
@@ -121,9 +121,9 @@ def check_train_settings(
             cp=settings.cp,
             ep=settings.ep,
         )
-        found.of(overrides, settings, config, TransformerConfig)
-        if settings.megatron and not found.found:
-            found.of(check_overrides, settings, config)
+        found.collect(overrides, settings, config, TransformerConfig)
+        if settings.megatron and not found.texts:
+            found.collect(check_overrides, settings, config)
     if (
         longest
         and (cp := settings.cp) > 0
@@ -134,7 +134,7 @@ def check_train_settings(
             f"{room} is less than the longest possible sample, {padded_length(longest, cp)} tokens:"
             " raise one of them"
         )
-    yield from found.found
+    yield from found.texts
 
 
 def build_trainer(

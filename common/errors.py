@@ -12,7 +12,7 @@ does not wait for the first to be mended:
             yield ...
 
 Called, it raises one BadInput with all its texts. A loop's main() gathers those of all checks in
-Problems.
+ProblemList.
 """
 
 import functools
@@ -96,25 +96,25 @@ def all_problems(find: Callable) -> Callable:
     return check
 
 
-class Problems:
+class ProblemList:
     """All that is wrong with the input of a run, found by one check after the other, and said at
     once.
     """
 
     def __init__(self):
-        self.found: list[str] = []
+        self.texts: list[str] = []
 
-    def of(self, check: Callable, *args, **kwargs):
+    def collect(self, check: Callable, *args, **kwargs):
         """What the check returns; None if it raises BadInput, whose problems are noted."""
         try:
             return check(*args, **kwargs)
         except BadInput as error:
-            self.found += [problem for problem in error.problems if problem not in self.found]
+            self.texts += [problem for problem in error.problems if problem not in self.texts]
 
-    def refuse(self) -> None:
+    def raise_if_any(self) -> None:
         """Raise BadInput if there are any."""
-        if self.found:
-            raise BadInput(*self.found)
+        if self.texts:
+            raise BadInput(*self.texts)
 
 
 def end_refused(error: BadInput) -> NoReturn:

@@ -24,7 +24,7 @@ from pathlib import Path
 import orjson
 from transformers import PreTrainedTokenizerBase
 
-from common.errors import BadInput, Problems, all_problems
+from common.errors import BadInput, ProblemList, all_problems
 from common.settings import GYM, DataSettings, RunSettings, is_generated, parse_weights
 from data import reasoning_gym_tasks
 from data.chat import check_template_kwargs
@@ -171,11 +171,11 @@ def load_data(
     label_problems: for each of a file's labels "", or a phrase such as "is null, and --reward math
     needs one".
     """
-    found = Problems()
-    tokenizer = None if config is None else found.of(load_tokenizer, model_folder)
+    found = ProblemList()
+    tokenizer = None if config is None else found.collect(load_tokenizer, model_folder)
     if tokenizer is not None:
-        found.of(check_template_kwargs, tokenizer, settings.chat_template_kwargs)
-        if found.found:  # said once, not for every row
+        found.collect(check_template_kwargs, tokenizer, settings.chat_template_kwargs)
+        if found.texts:  # said once, not for every row
             settings = replace(settings, chat_template_kwargs=())
     tokens = {} if tokenizer is None else tokenizer.get_vocab()  # may have gaps
     size = max(tokens.values(), default=-1) + 1
@@ -205,7 +205,7 @@ def load_data(
 
     sources = parse_weights(settings.prompts)
     for given, name in short_names(list(sources)).items():
-        stream, length, read = found.of(open_source, given, name, is_eval=False) or (
+        stream, length, read = found.collect(open_source, given, name, is_eval=False) or (
             iter(()),
             0,
             [],
@@ -214,21 +214,27 @@ def load_data(
         digest[str(len(streams))] = checksum(sources[given], read)
     own = [given for given in sources if is_generated(given)]
     for given, name in short_names(list(settings.eval_prompts) or own).items():
-        prompts, length, _ = found.of(open_source, given, name, is_eval=True) or (iter(()), 0, [])
+        prompts, length, _ = found.collect(open_source, given, name, is_eval=True) or (
+            iter(()),
+            0,
+            [],
+        )
         held_out, longest = (
             [*held_out, *islice(prompts, settings.eval_samples)],
             max(longest, length),
         )
-    if settings.label_after and not marked and not found.found:
+    if settings.label_after and not marked and not found.texts:
         yield (
             f"--label-after {settings.label_after!r}: no label of any file holds it, so nothing"
             " would be cut: mend it or leave it out"
         )
     held_out = [replace(sample, group=group) for group, sample in enumerate(held_out)]
     end_ids = (
-        None if tokenizer is None else found.of(end_tokens, model_folder, tokenizer, settings.stop)
+        None
+        if tokenizer is None
+        else found.collect(end_tokens, model_folder, tokenizer, settings.stop)
     )
-    yield from found.found
+    yield from found.texts
     stream = mixture(streams, list(sources.values()), seed=seed)
     return Data(
         tokenizer, stream, held_out, end_ids, longest + settings.max_response_tokens, seed, digest

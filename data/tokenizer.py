@@ -9,7 +9,7 @@ import backends  # noqa: F401  first: without a GPU it prepares the import of tr
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from backends.huggingface.config import generation_eos
-from common.errors import BadInput, Problems, all_problems, check_file, read_json
+from common.errors import BadInput, ProblemList, all_problems, check_file, read_json
 from common.settings import DataSettings
 from data.chat import chat_text
 
@@ -22,12 +22,12 @@ TOKENIZER_FILES = (
 @all_problems
 def check_tokenizer_files(folder: Path) -> Iterator[str]:
     """Yield which files of a model folder cannot be read: what is no file would be waited for."""
-    found = Problems()
+    found = ProblemList()
     for file in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
         is_special = file.exists() and not file.is_file() and not file.is_dir()
         if is_special or file.name in TOKENIZER_FILES:
-            found.of(check_file, file)
-    yield from found.found
+            found.collect(check_file, file)
+    yield from found.texts
 
 
 def load_tokenizer(model_folder: str) -> PreTrainedTokenizerBase:

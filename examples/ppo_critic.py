@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.errors import Problems, all_problems
+from common.errors import ProblemList, all_problems
 from common.settings import (
     RewardSettings,
     RolloutSettings,
@@ -345,11 +345,11 @@ def joined(samples: list[Sample], field: str) -> np.ndarray:
 def main(settings: Settings) -> None:
     # What model, data and machine do not allow is found before anything is started, and said at
     # once.
-    problems = Problems()
+    problems = ProblemList()
     model, seed, steps = settings.run.model, settings.run.seed, settings.run.steps
-    config = problems.of(read_config, model)
+    config = problems.collect(read_config, model)
     policy_steps = steps - settings.critic.critic_warmup_steps
-    data = problems.of(
+    data = problems.collect(
         load_data,
         model,
         settings.rollout,
@@ -357,20 +357,20 @@ def main(settings: Settings) -> None:
         seed=seed,
         label_problems=reward.label_problems(settings.reward),
     )
-    problems.of(
+    problems.collect(
         hf_folder.check_model_folder,
         model,
         config,
         data and data.tokenizer,
         stop=settings.rollout.stop,
     )
-    problems.of(check_held_out, settings.run, data and data.held_out)
-    problems.of(
+    problems.collect(check_held_out, settings.run, data and data.held_out)
+    problems.collect(
         rollout.check_rollout_settings, settings.rollout, config, longest=data and data.longest
     )
     sizes = dict(world_size=checks.world_size(settings), longest=data and data.longest)
-    problems.of(train_step.check_train_settings, settings.train, config, **sizes)
-    problems.refuse()
+    problems.collect(train_step.check_train_settings, settings.train, config, **sizes)
+    problems.raise_if_any()
     temperature, max_response_tokens = (
         settings.rollout.temperature,
         settings.rollout.max_response_tokens,

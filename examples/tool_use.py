@@ -43,7 +43,7 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.errors import Problems, all_problems
+from common.errors import ProblemList, all_problems
 from common.settings import (
     RewardSettings,
     RolloutSettings,
@@ -422,45 +422,45 @@ def warm_start(record: Record, data: Data, settings: Settings, config: dict) -> 
 def main(settings: Settings) -> None:
     # What model, data and machine do not allow is found before anything is started, and said at
     # once.
-    problems = Problems()
+    problems = ProblemList()
     model, seed, steps, max_turns = (
         settings.run.model,
         settings.run.seed,
         settings.run.steps,
         settings.tools.max_turns,
     )
-    config = problems.of(read_config, model)
-    data = problems.of(
+    config = problems.collect(read_config, model)
+    data = problems.collect(
         load_data,
         model,
         replace(settings.rollout, stop=(*settings.rollout.stop, CALL_END)),
         config,
         seed=seed,
     )
-    problems.of(
+    problems.collect(
         hf_folder.check_model_folder,
         model,
         config,
         data and data.tokenizer,
         stop=settings.rollout.stop,
     )
-    problems.of(check_held_out, settings.run, data and data.held_out)
-    problems.of(
+    problems.collect(check_held_out, settings.run, data and data.held_out)
+    problems.collect(
         rollout.check_rollout_settings, settings.rollout, config, longest=data and data.longest
     )
     sizes = dict(world_size=checks.world_size(settings), longest=data and data.longest)
-    problems.of(train_step.check_train_settings, settings.train, config, **sizes)
+    problems.collect(train_step.check_train_settings, settings.train, config, **sizes)
     temperature, max_response_tokens = (
         settings.rollout.temperature,
         settings.rollout.max_response_tokens,
     )
-    read = problems.of(checkpoint.what_was_read, settings, data) if data else {}
+    read = problems.collect(checkpoint.what_was_read, settings, data) if data else {}
     resumed = (
-        problems.of(checkpoint.find_latest_checkpoint, settings, "tool", read)
+        problems.collect(checkpoint.find_latest_checkpoint, settings, "tool", read)
         if settings.run.resume and settings.run.name
         else None
     )
-    problems.refuse()
+    problems.raise_if_any()
     start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
 
     asked = dict(rollout_ranks=checks.world_size(settings), turns=max_turns)

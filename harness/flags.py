@@ -24,7 +24,7 @@ from pathlib import Path
 import tyro
 
 from common import process_groups
-from common.errors import BadInput, Problems, end_refused
+from common.errors import BadInput, ProblemList, end_refused
 
 MOST_USED = (
     "model", "prompts", "reward", "steps", "prompts_per_step", "samples_per_prompt",
@@ -95,8 +95,8 @@ def be_the_only_rank() -> None:
 def parse_settings(settings_class: type, *checks: Callable):
     """Return the settings that sys.argv gives. Raises BadInput with all that is wrong with them."""
     words, flags = sys.argv[1:], flags_of(settings_class)
-    found, unread = Problems(), []
-    found.found += _odd_groups(words, flags)
+    found, unread = ProblemList(), []
+    found.texts += _odd_groups(words, flags)
     settings, complaint = _read(settings_class, words)
     if settings is None:
         kept = []
@@ -105,22 +105,22 @@ def parse_settings(settings_class: type, *checks: Callable):
                 kept += group
                 continue
             problem, about = _problem(group, flags)
-            found.found.append(problem)
+            found.texts.append(problem)
             unread += about.words if about else []
             if about and about.type is bool and group[0] in about.words:
                 kept.append(group[0])  # the switch alone is what was meant
-        if not found.found:
+        if not found.texts:
             raise BadInput(complaint)
         settings, _ = _read(settings_class, kept)
     if settings is not None:
         settings = process_groups.after_restart(settings)
-    by_rules = Problems()
+    by_rules = ProblemList()
     for check in checks if settings is not None else ():
-        by_rules.of(check, settings)
+        by_rules.collect(check, settings)
     # A rule about a flag that could not be read has judged its default.
     told = re.compile("|".join(rf"{re.escape(word)}(?![\w-])" for word in unread) or r"(?!)")
-    found.found += [problem for problem in by_rules.found if not told.search(problem)]
-    found.refuse()
+    found.texts += [problem for problem in by_rules.texts if not told.search(problem)]
+    found.raise_if_any()
     return settings
 
 

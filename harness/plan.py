@@ -27,7 +27,7 @@ import torch
 
 from backends.huggingface.config import check_layout
 from backends.sglang.checks import check_environment, server_overrides
-from common.errors import BadInput, Problems, all_problems
+from common.errors import BadInput, ProblemList, all_problems
 from harness.memory import (
     checkpoint_bytes,
     embedding_parameters,
@@ -435,15 +435,15 @@ def check_machine(settings, config: dict | None, **load) -> None:
         else min(load["rollout_ranks"], int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         // max(settings.rollout.engine_tp, 1)
     )
-    found, element_bytes = Problems(), 4 if settings.rollout.rollout_dtype == "fp32" else 2
-    found.of(
+    found, element_bytes = ProblemList(), 4 if settings.rollout.rollout_dtype == "fp32" else 2
+    found.collect(
         check_environment,
         config,
         bucket_bytes=settings.sync.bucket_bytes,
         element_bytes=element_bytes,
         engines_here=engines,
     )
-    yield from found.found
+    yield from found.texts
     if config is None:
         return
     total, _ = parameters(config)

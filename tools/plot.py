@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.errors import BadInput, Problems, all_problems, parse_json, read_file
+from common.errors import BadInput, ProblemList, all_problems, parse_json, read_file
 
 COLORS = {"rollout": "C0", "reward": "C1", "train": "C2", "sync": "C3", "evaluation": "0.75"}
 STAGE_COLORS = {f"{stage}_s": color for stage, color in COLORS.items()} | {"wait_s": "k"}
@@ -320,11 +320,11 @@ def draw(runs: list[tuple[Path, tuple[list[dict], list[dict]]]], bars, *, shown:
 
 
 def main() -> None:
-    settings, problems = tyro.cli(PlotSettings, description=__doc__), Problems()
-    problems.of(check_plot_settings, settings)
-    runs = [(folder, problems.of(read, folder)) for folder in settings.runs]
-    bars = problems.of(spans, settings.runs[-1]) if settings.runs and runs[-1][1] else None
-    problems.refuse()
+    settings, problems = tyro.cli(PlotSettings, description=__doc__), ProblemList()
+    problems.collect(check_plot_settings, settings)
+    runs = [(folder, problems.collect(read, folder)) for folder in settings.runs]
+    bars = problems.collect(spans, settings.runs[-1]) if settings.runs and runs[-1][1] else None
+    problems.raise_if_any()
     figure = draw(runs, bars, shown=settings.timeline_steps)
     try:
         figure.savefig(settings.out, dpi=80)

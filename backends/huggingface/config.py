@@ -14,7 +14,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from transformers import AutoConfig
 
-from common.errors import BadInput, Problems, all_problems, model_problem, read_json
+from common.errors import BadInput, ProblemList, all_problems, model_problem, read_json
 from harness.checks import check_ranks
 
 FAMILIES = {
@@ -89,7 +89,7 @@ def read_config(folder: str | Path) -> dict:
         known = AutoConfig.for_model(**config)  # transformers knows the type of every field
     except Exception as error:  # it raises many kinds, and all are about this file
         raise BadInput(f"{path} is no {config['model_type']} config: {error}") from error
-    found, family = Problems(), FAMILIES[config["model_type"]]
+    found, family = ProblemList(), FAMILIES[config["model_type"]]
     if config.get("architectures") != [family]:
         given = f"architectures is {config.get('architectures')!r}"  # None: also if it is not there
         fix = f'the engine chooses its model class by it: write "architectures": ["{family}"]'
@@ -124,7 +124,7 @@ def read_config(folder: str | Path) -> dict:
     for field in FILLED_IN:
         if config.get(field) is None and getattr(known, field, None) is not None:
             config[field] = getattr(known, field)
-    found.of(_check_sizes, config, path)
+    found.collect(_check_sizes, config, path)
     if config["num_experts"] and not config.get("norm_topk_prob"):
         yield (
             f"{path}: norm_topk_prob is {config.get('norm_topk_prob')!r}; only True is implemented:"
@@ -132,8 +132,8 @@ def read_config(folder: str | Path) -> dict:
         )
     if config.get("attention_bias") and config["model_type"] != "glm4_moe":
         yield f"{path}: attention_bias is True, which is implemented for glm4_moe only"
-    yield from found.found
-    if not found.found:
+    yield from found.texts
+    if not found.texts:
         if config["num_attention_heads"] % config["num_key_value_heads"]:
             heads = (
                 f"num_attention_heads {config['num_attention_heads']} is not divisible by"
@@ -357,8 +357,8 @@ def megatron_arguments(config: dict, *, tp: int) -> tuple[dict, dict]:
 @all_problems
 def check_layout(config: dict, *, world_size: int, tp: int, pp: int, cp: int, ep: int) -> None:
     """What keeps the model from being trained on so many ranks with these parallel sizes."""
-    found, sizes = Problems(), dict(tp=tp, pp=pp, cp=cp, ep=ep)
-    found.of(check_ranks, world_size, **sizes)
+    found, sizes = ProblemList(), dict(tp=tp, pp=pp, cp=cp, ep=ep)
+    found.collect(check_ranks, world_size, **sizes)
     if pp > 0 and (layers_in_last_stage(config, pp) or 1) < 1:
         yield (
             f"--pp {pp} leaves the last stage without layers, of which the model has"
@@ -369,8 +369,8 @@ def check_layout(config: dict, *, world_size: int, tp: int, pp: int, cp: int, ep
         rule = f"must divide the model's {experts} experts"
         yield f"--ep {ep} {rule}: use another --ep, and 1 for a dense model"
     if tp > 0:
-        found.of(megatron_arguments, config, tp=tp)
-    yield from found.found
+        found.collect(megatron_arguments, config, tp=tp)
+    yield from found.texts
 
 
 def layers_in_last_stage(config: dict, pp: int) -> int | None:

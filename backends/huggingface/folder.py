@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from backends.huggingface.config import generation_eos
 from backends.huggingface.names import hf_shapes, parameters_of, rule_of, split_stacked, stack_parts
 from backends.megatron.layout import Layout
-from common.errors import BadInput, Problems, all_problems, check_file, read_json
+from common.errors import BadInput, ProblemList, all_problems, check_file, read_json
 
 INDEX = "model.safetensors.index.json"
 READ_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; the model rounds what it copies
@@ -163,10 +163,10 @@ def check_model_folder(
     for file in files_to_export(folder):
         if not os.path.isfile(file) or not os.access(file, os.R_OK):
             yield f"{file} cannot be read, and exports need a copy: copy it again, or remove it"
-    weights, found = HFWeights(folder), Problems()
-    found.of(check_shapes, weights, config)
-    yield from found.found
-    if found.found:
+    weights, found = HFWeights(folder), ProblemList()
+    found.collect(check_shapes, weights, config)
+    yield from found.texts
+    if found.texts:
         return  # slices of what is not there, or has another shape, cannot be compared
     if (
         config["tie_word_embeddings"] and "lm_head.weight" in weights.file_of
