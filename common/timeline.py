@@ -1,44 +1,45 @@
-"""What each part of a rank does when: the spans of which record.py makes trace.json."""
+"""Records what each part of a rank does when; harness/record.py writes trace.json from the spans.
+
+A span is (what, from, to), with times in seconds since the epoch.
+"""
 
 import threading
 import time
 
+SHORT_WAIT_S = 1e-4
+
 
 class Stopwatch:
-    """Seconds between calls of lap(), which are also kept as spans of the timeline: (stage, from,
-    to), in seconds since the epoch.
-    """
+    """The stages of a step, one after the other, as seconds and as spans."""
 
     def __init__(self):
         self.started = self.last = time.time()
         self.spans: list[tuple[str, float, float]] = []
 
     def lap(self, stage: str) -> float:
+        """Record that this stage has taken the time since the last call. Return the seconds."""
         previous, self.last = self.last, time.time()
         self.spans.append((stage, previous, self.last))
         return self.last - previous
 
 
 class Timeline:
-    """What a part of this rank does when, as spans of the timeline; any thread may mark a change."""
+    """The activities of a part of this rank, as spans. Any thread may report a change."""
 
     def __init__(self):
-        self._lock, self._spans, self._activity, self._since = (
-            threading.Lock(),
-            [],
-            "wait",
-            time.time(),
-        )
+        self._lock = threading.Lock()
+        self._spans: list[tuple[str, float, float]] = []
+        self._activity, self._since = "wait", time.time()
 
     def switch_to(self, activity: str) -> None:
-        """From now on it does this."""
+        """Record that this activity begins now."""
         if activity != self._activity:
             with self._lock:
                 self._close()
                 self._activity = activity
 
     def pop_spans(self) -> list[tuple[str, float, float]]:
-        """(activity, from, to), in seconds since the epoch, since the last call and up to now."""
+        """Return the spans since the last call, up to now, and forget them."""
         with self._lock:
             self._close()
             spans, self._spans = self._spans, []
@@ -46,9 +47,8 @@ class Timeline:
 
     def _close(self) -> None:
         now = time.time()
-        short_wait = (
-            self._activity == "wait" and now - self._since < 1e-4
-        )  # hundreds of answers, judged in microseconds each, are one span
+        # Hundreds of answers, each judged in microseconds, become one span.
+        short_wait = self._activity == "wait" and now - self._since < SHORT_WAIT_S
         if self._spans and (short_wait or self._spans[-1][0] == self._activity):
             activity, start, _ = self._spans.pop()
             self._spans.append((activity, start, now))
@@ -60,7 +60,10 @@ class Timeline:
 def renamed(
     spans: list[tuple[str, float, float]], start: float, end: float
 ) -> list[tuple[str, float, float]]:
-    """Call "evaluation" what is generated and judged from start to end; cut spans that cross."""
+    """Return the spans, with rollout and reward from start to end called "evaluation".
+
+    A span that crosses start or end is cut there.
+    """
     parts = []
     for activity, begin, stop in spans:
         cuts = [begin, *(cut for cut in (start, end) if begin < cut < stop), stop]

@@ -1,4 +1,4 @@
-"""A Sample: one prompt and its answer, and how a line of a dump becomes one."""
+"""A Sample is one prompt and its response. read_dump reads the samples that a run has saved."""
 
 import dataclasses
 import math
@@ -14,70 +14,62 @@ from common.errors import BadInput, read_file
 
 @dataclass
 class Sample:
-    """One prompt and, once generated, one response. Plain data: one JSON line holds all of it."""
+    """One prompt and, once generated, one response. It is plain data: one line of JSON holds it."""
 
     prompt_ids: list[int]
     prompt: str = ""
     label: Any = None
     group: int = -1
-    """The prompt's number in the run's prompt stream: the samples of one group answer the same
-    prompt.
-    """
+    """Number of the prompt in the run's prompt stream. Samples of one group answer one prompt."""
     index: int = 0
-    """Place in its group; (group, index) names a sample."""
+    """Index in the group; (group, index) identifies a sample."""
     response_ids: list[int] = field(default_factory=list)
     response: str = ""
     rollout_logprobs: list[float] = field(default_factory=list)
-    """Per response token, by the engine, at the sampling temperature."""
+    """Per response token: log-prob by the engine, at the sampling temperature."""
     loss_mask: list[int] = field(default_factory=list)
-    """Per response token: 1 if the policy sampled it, 0 if it came from elsewhere (a tool's
-    output).
-    """
+    """Per response token: 1 if the policy sampled it; 0 if not, as for a tool's output."""
     weight_versions: list[int] = field(default_factory=list)
-    """Per response token: the version of the weights that sampled it."""
+    """Per response token: version of the weights that sampled it."""
     finish_reason: str = ""
-    """stop, length or abort; or what became of a sample that is not trained, rollout.DROPPED or
-    REPLACED.
-    """
+    """stop, length or abort. For a sample that is not trained: rollout.DROPPED or REPLACED."""
     reward: float | None = None
     old_logprobs: Sequence[float] = field(default_factory=list)
-    """Per response token, by the trainer before it learns from the batch; empty where the batch has
-    one update only, which starts from them.
+    """Per response token: log-prob by the trainer before the first optimizer step on the batch.
+
+    Empty if there is only one optimizer step: it starts from these very log-probs.
     """
     ref_logprobs: Sequence[float] = field(default_factory=list)
-    """Per response token, by the frozen reference, where there is one."""
+    """Per response token: log-prob by the frozen reference model, if there is one."""
     advantages: Sequence[float] = field(default_factory=list)
     """Per response token."""
     metadata: dict = field(default_factory=dict)
-    """The row's own object of that name, as it was read.
-
-    The program never writes to it: what it has to say goes to the fields below.
-    """
+    """The row's object of that name, as it was read. The program never writes to it."""
     source: str = ""
-    """Short name of what the prompt is from: a file, or a generator."""
+    """Short name of the prompt's source: a file or a generator."""
     answer: str | None = None
-    """What the reward function took for the answer; None where it does not say."""
+    """The part of the response that the reward function judged; None if it does not say."""
     error: str = ""
     """Why the sample has no reward, or why the engine aborted it."""
     notes: dict = field(default_factory=dict)
-    """What generators, rollouts and reward functions leave for one another: the problem of
-    reasoning-gym, the calls of a tool.
-    """
+    """What generators, rollouts and reward functions pass to one another, for instance the problem
+    of reasoning-gym or the calls of a tool."""
 
     def to_json(self) -> bytes:
+        """Return the sample as one line of JSON, without the line break."""
         return orjson.dumps(self, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
 
     @classmethod
     def from_json(cls, line: bytes | str) -> "Sample":
+        """Return the sample that to_json wrote."""
         return cls(**orjson.loads(line))
 
 
 def read_dump(path: str | Path, *, vocab_size: int | None = None) -> list[Sample]:
-    """Read a step's samples as --save-rollouts writes them.
+    """Read the samples of a step as --save-rollouts writes them.
 
-    Raises BadInput naming file, line and field.
-
-    vocab_size: of the model that is to train on them; None leaves the range of the ids unchecked.
+    vocab_size: of the model to be trained; None: token ids may have any size. Raises BadInput
+    naming file, line and field.
     """
     try:
         lines = read_file(path, most=math.inf).split(b"\n")
@@ -90,14 +82,11 @@ def read_dump(path: str | Path, *, vocab_size: int | None = None) -> list[Sample
         try:
             row = orjson.loads(line)
         except ValueError as error:
-            raise BadInput(
-                f"{path} line {number} is not JSON ({error}): a dump has a sample a line"
-            ) from error
-        problem = next(_dump_problems(row, vocab_size), None)
-        if problem:
-            raise BadInput(
-                f"{path} line {number}: {problem}; give a folder that --save-rollouts wrote"
-            )
+            rule = "every line of a dump holds one sample"
+            raise BadInput(f"{path} line {number} is not JSON ({error}): {rule}") from error
+        if problem := next(_dump_problems(row, vocab_size), ""):
+            fix = "give a folder that --save-rollouts wrote"
+            raise BadInput(f"{path} line {number}: {problem}; {fix}")
         samples.append(Sample(**row))
     if not samples:
         raise BadInput(f"{path} holds no samples; give a folder that --save-rollouts wrote")
@@ -108,37 +97,36 @@ PER_TOKEN = ("response_ids", "rollout_logprobs", "loss_mask", "weight_versions")
 
 
 def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
-    """What keeps a line of a dump from being a Sample that can be trained on."""
+    """Yield why a line of a dump is not a sample that can be trained on."""
     if not isinstance(row, dict):
-        yield "it is no object, and a sample is one"
+        yield "it is not an object, as a sample must be"
         return
     names = [spec.name for spec in dataclasses.fields(Sample)]
-    yield from (f"{name!r} is no field of a sample" for name in row if name not in names)
+    yield from (f"{name!r} is not a field of a sample" for name in row if name not in names)
     yield from (f"the field {name!r} is missing" for name in names if name not in row)
     for name in ("prompt_ids", "response_ids", "loss_mask", "weight_versions"):
-        yield from _element_problems(row, name, int, "integer")
+        yield from _element_problems(row, name, int, "an integer")
     for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs", "advantages"):
-        yield from _element_problems(row, name, (int, float), "number")
+        yield from _element_problems(row, name, (int, float), "a number")
     if not row["prompt_ids"]:
         yield "prompt_ids is empty"
     for name in ("prompt_ids", "response_ids"):
         for token in row[name]:
             if token < 0 or (vocab_size is not None and token >= vocab_size):
-                limit = (
-                    "" if vocab_size is None else f" and below the model's vocabulary, {vocab_size}"
-                )
-                yield f"{name} holds {token}; a token id must be at least 0{limit}"
+                rule = "a token id must be at least 0"
+                if vocab_size is not None:
+                    rule += f" and below the model's vocabulary, {vocab_size}"
+                yield f"{name} holds {token}; {rule}"
     if any(value not in (0, 1) for value in row["loss_mask"]):
-        yield "loss_mask holds another value than 0 and 1"
+        yield "loss_mask holds a value other than 0 and 1"
     lengths = {name: len(row[name]) for name in PER_TOKEN}
     if len(set(lengths.values())) > 1:
         shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        yield f"its lists differ in length, and each has one value a response token: {shown}"
+        yield f"its lists differ in length; each must have one value per response token: {shown}"
+    tokens = len(row["response_ids"])
     for name in ("old_logprobs", "ref_logprobs", "advantages"):
-        if len(row[name]) not in (0, len(row["response_ids"])):
-            yield (
-                f"{name} has {len(row[name])} values for {len(row['response_ids'])} response tokens"
-            )
+        if len(row[name]) not in (0, tokens):
+            yield f"{name} has {len(row[name])} values for {tokens} response tokens"
     kinds = dict(prompt=str, response=str, source=str, error=str, finish_reason=str, group=int)
     kinds |= dict(index=int, metadata=dict, notes=dict)
     kinds |= dict(reward=(int, float, type(None)), answer=(str, type(None)))
@@ -148,11 +136,11 @@ def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
 
 
 def _element_problems(row: dict, name: str, kind: type | tuple, word: str) -> Iterator[str]:
-    """What is wrong with a list of a dump's line; it must hold values of one kind."""
+    """Yield what is wrong with a field that must be a list of values of one kind."""
     if not isinstance(row[name], list):
         yield f"{name} is a {type(row[name]).__name__}; it must be a list"
         return
     for at, value in enumerate(row[name]):
         if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
             shown = "null" if value is None else repr(value)
-            yield f"{name} holds {shown} at place {at}, which is no {word}"
+            yield f"{name} holds {shown} at place {at}, which is not {word}"

@@ -54,7 +54,7 @@ def script(name: str, *words: str, options=(), cwd=ROOT, timeout=300, **environm
     ("loop_async.py", [], "a rank that trains and one that generates: use `torchrun --nproc-per-"),
     ("examples/ppo_critic.py", ["--lam", "2"], "--lam 2.0 must lie in [0, 1]"),
     ("examples/tool_use.py", ["--warm-calls", "2"], "--warm-calls 2.0 must lie between 0 and 1"),
-    ("tools/export.py", ["--checkpoint", "nothing"], "--checkpoint 'nothing' is no folder"),
+    ("tools/export.py", ["--checkpoint", "nothing"], "--checkpoint 'nothing' is not a folder"),
 ])  # fmt: skip
 def test_a_mistake_is_said_before_the_heavy_imports(tmp_path, name, words, message):
     done = script(name, *words, options=["-X", "importtime"], cwd=tmp_path)

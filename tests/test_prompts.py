@@ -204,13 +204,13 @@ def test_chat_that_cannot_be(tokenizer, tmp_path, template, settings, prompt, me
     ("{not json", "line 2 is not JSON"),
     ("1" * 5000, "line 2 is not JSON"),
     ("[" * 100_000, "line 2 is not JSON"),
-    ("[]", "line 2 is no object"),
+    ("[]", "line 2 is not an object"),
     ('{"prompt": "1=", "label": 1, "label": 2}', r"line 2 is not JSON \(the field 'label' is given twice\)"),
     ({"prompt": json.dumps([{"role": "user", "content": "1"}]), "label": 1}, "line 2: the prompt is JSON text of chat messages: give the list itself"),
     ({"label": 1}, "line 2 has no prompt; its fields are label: name the right one with --prompt-key"),
     ({"prompt": "", "label": 1}, "line 2 has no prompt"),
     ({"prompt": [], "label": 1}, "line 2 has no prompt"),
-    ({"prompt": "1+1="}, r"line 2 has no label \(null if the reward uses none\); its fields are prompt: name the right one with --label-key"),
+    ({"prompt": "1+1="}, r"line 2 has no label \(null if the reward needs none\); its fields are prompt: name the right one with --label-key"),
     ({"prompt": "1+1=", "label": 2, "metadata": [1]}, "metadata"),
     ({"prompt": "1+1=", "label": 10**20}, "must fit in a line of JSON"),
     ('{"prompt": "\\ud800", "label": 1}', "must fit in a line of JSON"),
@@ -775,8 +775,8 @@ def test_values_for_the_chat_template(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("template, given, message", [
-    (CALLS, ["dep=true"], "dep is no name that the chat template reads; it reads deep"),
-    (CALLS, ["m=1"], "m is no name that the chat template reads"),
+    (CALLS, ["dep=true"], "dep is not a name that the chat template reads; it reads deep"),
+    (CALLS, ["m=1"], "m is not a name that the chat template reads"),
     (CALLS, ["tools=[]"], "tools is set by the program itself"),
     (CALLS, ["messages=[]"], "messages is set by the program itself"),
     (CALLS, ["tokenize=true"], "tokenize is set by the program itself"),
@@ -846,14 +846,14 @@ def test_a_dump_comes_back_as_it_was_written(tmp_path):
 
 @pytest.mark.parametrize("line, message", [
     ("{no", "line 2 is not JSON"),
-    ("[]", "line 2: it is no object"),
-    (dump_line(colour=1), "line 2: 'colour' is no field of a sample"),
+    ("[]", "line 2: it is not an object"),
+    (dump_line(colour=1), "line 2: 'colour' is not a field of a sample"),
     ({k: v for k, v in dump_line().items() if k != "loss_mask"}, "line 2: the field 'loss_mask' is missing"),
     (dump_line(loss_mask=[1]), "its lists differ in length.*response_ids 2, rollout_logprobs 2, loss_mask 1, weight_versions 2"),
-    (dump_line(rollout_logprobs=[-0.5, None]), "rollout_logprobs holds null at place 1, which is no number"),
+    (dump_line(rollout_logprobs=[-0.5, None]), "rollout_logprobs holds null at place 1, which is not a number"),
     (dump_line(rollout_logprobs=[-0.5, "x"]), "rollout_logprobs holds 'x' at place 1"),
-    (dump_line(response_ids=[6, 2.0]), "response_ids holds 2.0 at place 1, which is no integer"),
-    (dump_line(response_ids=[6, True]), "response_ids holds True at place 1, which is no integer"),
+    (dump_line(response_ids=[6, 2.0]), "response_ids holds 2.0 at place 1, which is not an integer"),
+    (dump_line(response_ids=[6, True]), "response_ids holds True at place 1, which is not an integer"),
     (dump_line(response_ids="62"), "response_ids is a str; it must be a list"),
     (dump_line(response_ids=[6, 32]), "response_ids holds 32; a token id must be at least 0 and below the model's vocabulary, 32"),
     (dump_line(prompt_ids=[-1]), "prompt_ids holds -1"),
@@ -1153,7 +1153,7 @@ def test_reasoning_gym_judges_its_own_problems(gym):
 
 
 @pytest.mark.parametrize("task, message", [
-    ("chain_sums", "reasoning-gym:chain_sums is no task of reasoning-gym; it has chain_sum, gcd$"),
+    ("chain_sums", "reasoning-gym:chain_sums is not a task of reasoning-gym; it has chain_sum, gcd$"),
     ("countdown", "refused: its scorer runs the model's answer as Python"),
 ])  # fmt: skip
 def test_tasks_that_cannot_be_used(gym, task, message):
