@@ -2,7 +2,7 @@
 
 An algorithm is one choice from each of five tables: POLICY_LOSSES, AGGREGATIONS, CORRECTIONS and
 KL_ESTIMATORS in this file, ADVANTAGES in advantages.py. Flags, default bounds and error messages
-follow from the tables. Summed over the tokens T and the samples N of the global batch,
+follow from the tables. Over the tokens T and the samples N of the global batch,
 
     loss = sum of weight_T (correction_T policy_loss_T + kl_coef kl_T - entropy_coef entropy_T)
            / sum of normalizer_N
@@ -37,10 +37,7 @@ from common.errors import all_problems
 
 @dataclass(frozen=True)
 class Sequences:
-    """Which sample each packed token belongs to, and which tokens count.
-
-    Functions that look at whole responses take it.
-    """
+    """Which sample each packed token belongs to, and which tokens count."""
 
     sample_T: torch.Tensor
     """int64: index of the token's sample in the micro-batch."""
@@ -74,9 +71,8 @@ class Sequences:
 def ratio(log_ratio_T: torch.Tensor) -> torch.Tensor:
     """Return exp of a difference of log-probs, bounded to +-20 as in verl, SkyRL and miles.
 
-    Without the bound exp(89) is infinite in fp32. Infinity times 0 is NaN, even at tokens where
-    the clip is chosen instead. Beyond the bound a ratio has no gradient. Every ratio in this file
-    comes from this function.
+    In fp32 exp(89) is infinite, and infinity times 0 is NaN, even at tokens where the clip is
+    chosen instead. Beyond the bound a ratio has no gradient. Every ratio here uses this function.
     """
     return log_ratio_T.clamp(-20, 20).exp()
 
@@ -86,10 +82,9 @@ def ratio(log_ratio_T: torch.Tensor) -> torch.Tensor:
 #     (logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_high, dual_clip)
 #     -> (loss_T, ratio_T, clipped_T)
 #
-# The log-probs and advantages are float [T], the three settings are numbers. The results are the
-# loss of each token, float [T]; the ratio that the loss looks at, float [T]; and where the clip
-# removed the gradient, bool [T]. None of them is masked: the aggregation's weight_T is 0 where a
-# token does not count.
+# The log-probs and advantages are float [T]; the three settings are numbers. loss_T is each token's
+# loss, float [T]. ratio_T is the ratio that it uses, float [T]. clipped_T tells where the clip
+# removed the gradient, bool [T]. None is masked: weight_T is 0 where a token does not count.
 
 
 def clipped_objective(ratio_T, advantages_T, *, clip_low, clip_high, dual_clip):
@@ -104,7 +99,7 @@ def clipped_objective(ratio_T, advantages_T, *, clip_low, clip_high, dual_clip):
     """
     plain_T = -ratio_T * advantages_T
     bounded_T = -ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T
-    loss_T = torch.maximum(plain_T, bounded_T)
+    loss_T = torch.maximum(plain_T, bounded_T)  # no gradient where the clip makes it larger
     if dual_clip > 0:
         limited_T = torch.minimum(loss_T, -dual_clip * advantages_T)
         loss_T = torch.where(advantages_T < 0, limited_T, loss_T)
@@ -149,10 +144,6 @@ def cispo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip
     return -weight_T * advantages_T * logprobs_T, ratio_T, weight_T != ratio_T
 
 
-# EDIT HERE: add a policy loss, a function with the signature above.
-# It also needs an entry in POLICY_LOSSES below and one in tests/oracle/oracle.py.
-
-
 @dataclass(frozen=True)
 class PolicyLoss:
     """A policy loss and its default bounds. None: it has no such bound."""
@@ -164,10 +155,12 @@ class PolicyLoss:
     """{field of LossSettings: the values that this loss works with}; others are refused."""
 
 
+# EDIT HERE: add a policy loss, a function like those above and an entry in this table.
+# tests/oracle/oracle.py also needs an entry of the same name.
 POLICY_LOSSES = {
     # DAPO's bounds.
     "ppo": PolicyLoss(ppo, 0.2, 0.28),
-    # A response has one ratio, so it must have one weight.
+    # Equation 5 gives every response the same weight.
     "gspo": PolicyLoss(gspo, 3e-4, 4e-4, only={"aggregation": ("sequence",)}),
     # No lower bound and weights up to 5, as in ScaleRL, arXiv 2510.13786.
     "cispo": PolicyLoss(cispo, 1.0, 4.0, only={"dual_clip": (0.0,)}),
@@ -194,7 +187,7 @@ def per_token(sequences: Sequences, *, max_response_tokens: int):
 
 
 def per_sequence(sequences: Sequences, *, max_response_tokens: int):
-    """Give every response the same weight, its tokens' mean: GRPO, arXiv 2402.03300, equation 3.
+    """Average over each response, then over responses: GRPO, arXiv 2402.03300, equation 3.
 
     A token of a long response counts less than one of a short response.
     """
@@ -307,10 +300,7 @@ def k1(logprobs_T, ref_logprobs_T, old_logprobs_T):
 
 
 def k2(logprobs_T, ref_logprobs_T, old_logprobs_T):
-    """Return d^2 / 2: biased.
-
-    As a loss, its expected gradient is that of KL(policy || reference).
-    """
+    """Return d^2 / 2: biased. As a loss, its mean gradient is that of KL(policy || reference)."""
     return (logprobs_T - ref_logprobs_T).square() / 2
 
 
@@ -326,10 +316,7 @@ def k3(logprobs_T, ref_logprobs_T, old_logprobs_T):
 
 
 def low_var_kl(logprobs_T, ref_logprobs_T, old_logprobs_T):
-    """Return k3 bounded by 10; verl and slime use this name.
-
-    As a loss, it has k3's gradient up to the bound and none beyond.
-    """
+    """Return k3 bounded by 10; verl and slime use this name. Beyond 10 it has no gradient."""
     return k3(logprobs_T, ref_logprobs_T, old_logprobs_T).clamp(-10, 10)
 
 

@@ -1,5 +1,5 @@
-"""problems.py, and what the checks together say about a run with several mistakes: all of them,
-once, before anything is started.
+"""common/errors.py, and what the checks together say about a run with several mistakes: all of
+them, once, before anything is started.
 
 A mistake that is shown only when another has been mended costs a start each. Single mistakes are
 tested beside the code that finds them, odd values in test_fuzz.py. Not covered: models of other
