@@ -1,29 +1,25 @@
-"""The asynchronous loop: the last ranks generate while the first ranks train; one step's samples
-are handed over while later ones are on their way.
+"""The asynchronous loop: the last ranks generate while the first ranks train.
 
-    torchrun --nproc-per-node 2 loop_async.py                                       one trainer, one engine
-    torchrun --nproc-per-node 4 loop_async.py --tp 2 --rollout-ranks 2              two trainers, two engines
-    torchrun --nproc-per-node 2 loop_async.py --max-staleness 0                     nothing runs ahead: the synchronous result
+    torchrun --nproc-per-node 2 loop_async.py                             one trainer, one engine
+    torchrun --nproc-per-node 4 loop_async.py --tp 2 --rollout-ranks 2    two trainers, two engines
+    torchrun --nproc-per-node 2 loop_async.py --max-staleness 0           nothing runs ahead
 
-    process groups, W ranks of which the last R generate:
-    rank            0 ............ W-R-1   W-R ............ W-1
-    default world   [ trainers: DP, TP ]   [ rollout, engines ]      Megatron's groups are made from the trainers' world
-    everyone        [ samples and timelines -> all;   FP8 weights: rank 0 -> all ]
+    trainers      | train v0 | sync | train v1 | sync | train v2 | sync |
+    rollout ranks | groups of steps 2, 3, 4 ...  || paused in place while weights load || go on
 
-Every rank runs the same loop body, so collectives come in one order on all of them. What overlaps
-is inside the engines: they answer the groups of the next steps all the while. Invariants: no
-trained token is older than --max-staleness versions; every group is trained once or counted as
-dropped.
+A trained token is at most --max-staleness weight versions older than the weights it trains. Each
+rollout rank keeps that bound by the length of its queue of groups, GroupQueue below. Samples reach
+all ranks over one group of all ranks; trainers and rollout ranks are a default world each, as
+Megatron makes its own groups from the trainers' world.
 """
 
-import contextlib
-from dataclasses import dataclass
+import asyncio
+import json
+from dataclasses import dataclass, field
 
-from common.errors import ProblemList
 from common.settings import (
     InFlightSettings,
     PlanSettings,
-    RewardSettings,
     RolloutSettings,
     RunSettings,
     SyncSettings,
@@ -31,6 +27,7 @@ from common.settings import (
 )
 from harness import checks, flags
 from losses import LossSettings
+from reward import RewardSettings
 
 
 @dataclass(frozen=True)
@@ -45,18 +42,15 @@ class Settings:
     plan: PlanSettings = PlanSettings()
 
 
-# The imports below take half a minute: what is wrong with a flag is said before them.
+# A wrong flag is refused here: the imports below take half a minute.
 if __name__ == "__main__":
     settings = flags.parse_or_exit(Settings, checks.check_flags)
 
-from backends.huggingface import folder as hf_folder
-from backends.huggingface.config import read_config
-from common import distributed, process_groups
-from common.timeline import Stopwatch
-from data.prompts import check_held_out, load_data
-from harness import checkpoint, exits, export as hf_export, plan
-from harness.record import Record
-import in_flight
+import torch.distributed as dist
+
+from data.sample import Sample
+from harness import checkpoint, evaluate, export, start
+from harness.exits import run_main
 import reward
 import rollout
 import train_step
@@ -64,179 +58,253 @@ import weight_sync
 
 
 def main(settings: Settings) -> None:
-    # What model, data and machine do not allow is found before anything is started, and said at
-    # once.
-    problems, world_size = ProblemList(), checks.world_size(settings)
-    model, seed, steps = settings.run.model, settings.run.seed, settings.run.steps
-    config = problems.collect(read_config, model)
-    trainer_ranks, rollout_ranks = (
-        world_size - settings.in_flight.rollout_ranks,
-        settings.in_flight.rollout_ranks,
-    )
-    label_problems = reward.label_problems(settings.reward)
-    data = (
-        None
-        if settings.plan.plan
-        else problems.collect(
-            load_data, model, settings.rollout, config, seed=seed, label_problems=label_problems
-        )
-    )
-    longest = problems.collect(plan.longest_sample, settings, config, data)
-    planned = settings.plan.plan  # on GPUs; how long its prompts are is a guess
-    sizes = dict(longest=None if planned else longest, on_gpu=planned or None)
-    problems.collect(rollout.check_rollout_settings, settings.rollout, config, **sizes)
-    problems.collect(
-        train_step.check_train_settings,
-        settings.train,
-        config,
-        world_size=trainer_ranks,
-        longest=longest,
-    )
-    load = dict(
-        world_size=world_size,
-        trainer_ranks=trainer_ranks,
-        rollout_ranks=rollout_ranks,
-        longest=longest,
-    )
-    if settings.plan.plan:
-        problems.raise_if_any()
-        return plan.report(settings, config, **load)
-    problems.collect(
-        hf_folder.check_model_folder,
-        model,
-        config,
-        data and data.tokenizer,
-        stop=settings.rollout.stop,
-    )
-    problems.collect(check_held_out, settings.run, data and data.held_out)
-    problems.collect(plan.check_machine, settings, config, **load)
-    read = problems.collect(checkpoint.what_was_read, settings, data) if data else {}
-    resumed = (
-        problems.collect(checkpoint.find_latest_checkpoint, settings, "async", read)
-        if settings.run.resume and settings.run.name
-        else None
-    )
-    problems.raise_if_any()
-    temperature, max_response_tokens = (
-        settings.rollout.temperature,
-        settings.rollout.max_response_tokens,
-    )
-    start, ranks = (resumed.step, resumed.ranks) if resumed else (0, None)
+    # Checks flags, files and machine, and says all mistakes at once before anything is started.
+    # Then joins the process groups and opens the run folder. With --plan it prints that and ends.
+    train(start.prepare(settings, loop="async"))
 
-    judged_by = reward.REWARDS[settings.reward.reward]
-    wait_s = process_groups.longest_wait_s(settings, judged_by, rollout_ranks=rollout_ranks)
-    everyone = distributed.init_distributed(rollout_ranks, wait_s=wait_s)
-    trains = everyone.rank() < trainer_ranks
-    record = Record(settings, "async", everyone, trains, resumed=resumed)
-    split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)
-    fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, **split)
-    record.say(weight_sync.describe(config, fp8))
-    with_reference = settings.loss.kl_coef > 0
-    trainer = (
-        train_step.build_trainer(
-            model, settings.train, config, steps=steps, seed=seed, with_reference=with_reference
-        )
-        if trains
-        else None
-    )
-    checkpoint.restore(resumed, trainer)
-    learner = None if settings.run.debug_rollout_only else trainer
-    weights = weight_sync.WeightPath(
-        trainer, config, fp8, settings.sync.bucket_bytes, broadcast_group=everyone
-    )
-    engine = (
-        None
-        if trains or settings.run.load_rollouts
-        else rollout.start_engine(model, settings.rollout, config, seed=seed, longest=longest)
-    )
-    judge = reward.Judge(judged_by, settings.reward.judges, settings.reward.judge_timeout_s)
-    with engine or contextlib.nullcontext(), record:
-        weight_sync.sync_weights(weights, engine, version=start, check=True)
-        if not resumed or settings.run.eval_only:
-            record.log(
-                record.log_eval(
-                    start, *reward.evaluate(engine, data, settings.rollout, judge, everyone)
-                )
-            )
-        else:
-            record.profile(start)
+
+def train(run: start.Run, answer: rollout.Answer = rollout.answer) -> None:
+    """Train as run.settings say. answer: how the engine answers samples; see rollout.answer."""
+    settings, record = run.settings, run.record
+    trainer = train_step.start_trainer(run)  # None on rollout ranks
+    checkpoint.restore(run.resumed_from, trainer)
+    weights = weight_sync.open_path(run, trainer)  # rank 0 broadcasts to all ranks
+    engine = rollout.start_engine(run, settings.rollout)  # a NoEngine on trainers
+    judge = reward.Judge(run.reward, settings.reward.judges, settings.reward.judge_timeout_s)
+
+    with engine, record:
+        # The engine's first weights come on the path of all later ones.
+        weight_sync.send_weights(weights, engine, version=run.first_step - 1, verify=True)
+        if run.evaluates_first:
+            step = run.first_step - 1
+            metrics = evaluate.held_out(run, engine, judge, step=step, answer=answer)
+            record.log({"step": step, **metrics})
         if settings.run.eval_only:
             return record.finish_evaluation()
-        groups = in_flight.GroupQueue(
-            engine,
-            data,
-            settings.rollout,
-            settings.in_flight,
-            settings.reward,
-            judge,
-            steps=steps,
-            ranks=ranks,
-        )
-        for step in range(start + 1, steps + 1):
-            watch = Stopwatch()
-            # The engines start new groups, and hand over finished ones. No trained token is older
-            # than the bound, or this raises.
-            samples, set_aside = rollout.split_discarded(
-                rollout.save_or_load(
-                    record,
-                    step,
-                    rollout.all_gather_samples(groups.take_step(version=step - 1), everyone),
-                )
-            )
-            in_flight.check_staleness(
-                samples, version=step - 1, max_staleness=settings.in_flight.max_staleness
-            )
-            wait_s = watch.lap("wait")
 
-            batch = train_step.add_logprobs(
-                learner, samples, settings.loss, temperature=temperature
-            )  # log-probs of trainer and reference, where needed
-            reward.add_advantages(
-                batch, settings.reward, settings.loss, max_response_tokens=max_response_tokens
-            )
-            metrics = train_step.update_policy(
-                learner,
-                batch,
-                settings.loss,
-                temperature=temperature,
-                max_response_tokens=max_response_tokens,
-            )
-            train_s = watch.lap("train")
+        queue = GroupQueue(run, engine, judge, answer)
+        for step in range(run.first_step, settings.run.steps + 1):
+            clock = record.start_step(step)
 
-            # Only if asked to; else requests in flight are paused while the weights change, and go
-            # on
-            groups.drain()
-            sync_bytes = weight_sync.sync_weights(
-                weights, engine, version=step, check=settings.run.check_sync or step == steps
-            )
-            sync_s = watch.lap("sync")
+            with clock.stage("wait"):
+                # Finished groups come out, new ones start and generate during all that follows.
+                samples = queue.take_step(version=step - 1)
+                samples = rollout.all_gather(samples, run.group)  # every rank has the whole batch
+                samples = record.save_or_load(step, samples)
+                samples, discarded = rollout.split_discarded(samples)
+                check_staleness(samples, step - 1, settings.in_flight.max_staleness)
 
-            metrics |= (
-                set_aside
-                | reward.batch_metrics(samples, version=step - 1)
-                | record.trace(watch, engine, judge)
-            )
-            metrics |= {
-                "wait_s": wait_s,
-                "train_s": train_s,
-                "sync_s": sync_s,
-                "sync_bytes": sync_bytes,
-            }
-            record.log_samples(step, samples)
-            if step % settings.run.eval_every == 0 or step == steps:
-                metrics |= record.log_eval(
-                    step, *reward.evaluate(engine, data, settings.rollout, judge, everyone)
-                )
+            with clock.stage("train"):
+                metrics = {}
+                if run.trains:
+                    batches = train_step.pack(trainer, samples)
+                    train_step.add_logprobs(trainer, batches, settings.loss)
+                    longest = settings.rollout.max_response_tokens
+                    reward.add_advantages(samples, settings.reward, settings.loss, longest)
+                    metrics = train_step.update_policy(trainer, batches, settings.loss)
+
+            with clock.stage("sync"):
+                queue.drain()  # with --updates drain; else running requests pause and go on
+                verify = settings.run.check_sync or step == settings.run.steps
+                sent = weight_sync.send_weights(weights, engine, version=step, verify=verify)
+
+            metrics |= discarded | reward.batch_metrics(samples, version=step - 1)
+            metrics |= record.end_step(step, clock, samples, engine, judge) | {"sync_bytes": sent}
+            if step % settings.run.eval_every == 0 or step == settings.run.steps:
+                metrics |= evaluate.held_out(run, engine, judge, step=step, answer=answer)
             record.log({"step": step, **metrics})
             if record.checkpoint_due(step):
-                checkpoint.save(
-                    record, settings, trainer, step=step, read=read, rank_state=groups.state()
-                )
+                checkpoint.save(run, trainer, step=step, rank_state=queue.state())
             if record.stopping:
                 return record.finish()
-    hf_export.export_all(weights, record.exports(), source=model)
+    export.write_folders(run, weights)
     record.finish()
 
 
+def check_staleness(samples: list[Sample], version: int, max_staleness: int) -> None:
+    """Raise RuntimeError should a token be older than the bound: the invariant of this loop."""
+    for sample in samples:
+        versions = sorted(set(sample.weight_versions))
+        if versions and not version - max_staleness <= versions[0] <= versions[-1] <= version:
+            raise RuntimeError(
+                f"sample {sample.index} of group {sample.group} has tokens of the weight versions "
+                f"{versions}; training version {version} with --max-staleness {max_staleness} may "
+                f"see none older than {version - max_staleness}"
+            )
+
+
+# --- groups in flight ---------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Group:
+    """The samples of one prompt, on their way."""
+
+    prompt: Sample
+    samples: list[Sample]
+    version: int
+    """Of the weights when it was started: no token of it is older."""
+    is_dropped: bool = False
+    task: asyncio.Future = field(init=False)
+    """Done when all samples are answered and judged."""
+
+
+class GroupQueue:
+    """A rollout rank's groups in flight, oldest first; empty on ranks without an engine.
+
+    Once a step it fills up, waits until a step's worth is finished, and hands that over:
+
+        version v arrives -> start new groups -> b finished groups -> (trainers train v + 1) -> ...
+
+    With b groups a step and K = --max-staleness the queue holds (K + 1) b groups. This length alone
+    enforces the bound. The b groups at the head were started with version v - K, so none of their
+    tokens is older. They are due: they must be trained in this step. A step waits for its due
+    groups however long one takes, and never trains newer ones instead. So no group is left waiting
+    for ever, and with K = 0 the steps are those of the synchronous loop. A long answer has K steps
+    of time before anything waits for it, and goes on with ever newer weights.
+
+    --oversample S lets a step leave up to S of its due groups behind; newer finished ones take
+    their place. Those left behind stay while the bound allows, then they are stopped and counted as
+    dropped. With K = 0 nothing newer is in flight, so S groups more are started than a step needs.
+
+    --dynamic-sampling N: a group whose rewards are all equal leaves the queue, and a new one starts
+    at its end. The others only move forward, so the bound holds.
+
+    All `async` methods run on the engine's event loop, so there are no locks.
+    """
+
+    def __init__(
+        self, run: start.Run, engine, judge: reward.Judge, answer: rollout.Answer = rollout.answer
+    ):
+        """Take up the groups in flight of the checkpoint, if the run is resumed."""
+        self.engine, self.judge, self.answer = engine, judge, answer
+        self.data, self.settings = run.data, run.settings
+        self.has_engine = run.engine_index is not None
+        self.oversample = run.settings.in_flight.oversample // run.engines
+        self.prompts = rollout.PromptStream(run, run.settings.rollout)
+        self.per_step = self.prompts.per_step
+        self.queue: list[Group] = []
+        self.replacements = 0
+        """How many more groups of this step may be replaced."""
+        self.discarded: list[Sample] = []
+        self.restored_groups: list[dict] = []
+        if run.resumed_from and self.has_engine:
+            # Of this rank: rollout ranks are the last of all.
+            state = run.resumed_from.ranks[dist.get_rank() - dist.get_world_size()]
+            self.restored_groups = state["in_flight"]
+            self.discarded = [Sample(**sample) for sample in state["discarded"]]
+
+    # --- from the loop
+
+    def take_step(self, version: int) -> list[Sample]:
+        """Return this rank's samples for the step that trains weights `version`; wait for them.
+
+        Those that are discarded now are among them, without responses. Raises what went wrong in
+        the background: EngineDied for a request that the engine gave up on.
+        """
+        return self.engine.call(self._take_step(version)) if self.has_engine else []
+
+    def drain(self) -> None:
+        """With --updates drain: wait until no request is running."""
+        if self.has_engine and self.settings.in_flight.updates == "drain":
+            self.engine.call(self.engine.drain())
+
+    def state(self) -> dict:
+        """Return what a checkpoint must hold of this rank, as JSON.
+
+        That is the prompts taken, and the groups in flight, with their answers where they are
+        finished.
+        """
+        return self.engine.call(self._state()) if self.has_engine else {}
+
+    # --- on the engine's event loop
+
+    async def _take_step(self, version: int) -> list[Sample]:
+        for group in self.restored_groups:
+            self._start(Sample(**group["prompt"]), version, group)
+        self.restored_groups = []
+        steps_left = self.settings.run.steps - version
+        steps_ahead = min(self.settings.in_flight.max_staleness + 1, steps_left)
+        length = max(steps_ahead * self.per_step, self.per_step + self.oversample)
+        while len(self.queue) < length:
+            self._start(*self.prompts.take(1), version)
+        self.replacements = self.settings.reward.dynamic_sampling * self.per_step
+
+        while not self._is_ready():
+            running = [group.task for group in self.queue if not group.task.done()]
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        taken = [group for group in self.queue if group.task.done()][: self.per_step]
+        left = [group for group in self.queue if group not in taken]
+
+        oldest = version + 1 - self.settings.in_flight.max_staleness  # of what the next step trains
+        too_old = [group for group in left if group.version < oldest or steps_left == 1]
+        for group in too_old:
+            group.is_dropped = True
+            await self.engine.abort(rollout.request_ids(group.samples))
+            self.discarded += rollout.discarded(group.samples, rollout.DROPPED)
+        self.queue = [group for group in left if group not in too_old]
+        discarded, self.discarded = self.discarded, []
+        return [sample for group in taken for sample in group.samples] + discarded
+
+    def _start(self, prompt: Sample, version: int, restored: dict | None = None) -> None:
+        """Put a group at the queue's end. restored: what a checkpoint held of it.
+
+        A group that was finished then is finished now, and as old as it was.
+        """
+        n = self.settings.rollout.samples_per_prompt
+        group = Group(prompt, rollout.new_group(prompt, n), version)
+        if restored and restored["answers"]:
+            group.samples = [Sample(**sample) for sample in restored["answers"]]
+            group.version = restored["version"]
+            group.task = asyncio.get_running_loop().create_future()
+            group.task.set_result(None)
+        else:
+            group.task = asyncio.ensure_future(self._answer_and_judge(group))
+        self.queue.append(group)
+
+    def _is_ready(self) -> bool:
+        """Tell whether a step's worth is finished, and no more due groups are missing than may be.
+
+        Raises what a group raised in the background.
+        """
+        for group in self.queue:
+            if group.task.done():
+                group.task.result()
+        due = self.queue[: self.per_step]
+        unfinished_due = sum(not group.task.done() for group in due)
+        finished = sum(group.task.done() for group in self.queue)
+        return finished >= self.per_step and unfinished_due <= self.oversample
+
+    async def _answer_and_judge(self, group: Group) -> None:
+        """Answer and judge a group; replace it if it is uninformative.
+
+        The judge has a thread of its own and holds nothing up.
+        """
+        await self.answer(self.engine, group.samples, self.data, self.settings.rollout)
+        if group.is_dropped:
+            return
+        rollout.check_aborts(group.samples)
+        await asyncio.wrap_future(self.judge.submit(group.samples))
+        is_uninformative = reward.is_uninformative(group.samples)
+        if self.replacements and not group.is_dropped and is_uninformative:
+            self.replacements -= 1
+            self.discarded += rollout.discarded(group.samples, rollout.REPLACED)
+            self.queue.remove(group)
+            self._start(*self.prompts.take(1), self.engine.version)
+
+    async def _state(self) -> dict:
+        def plain(sample: Sample) -> dict:
+            return json.loads(sample.to_json())
+
+        groups = []
+        for group in self.queue:
+            is_finished = group.task.done() and not group.task.exception()
+            answers = [plain(sample) for sample in group.samples] if is_finished else []
+            prompt = plain(group.prompt)
+            groups.append({"prompt": prompt, "version": group.version, "answers": answers})
+        discarded = [plain(sample) for sample in self.discarded]
+        return {**self.prompts.state(), "in_flight": groups, "discarded": discarded}
+
+
 if __name__ == "__main__":
-    exits.run_main(lambda: main(settings))
+    run_main(lambda: main(settings))

@@ -1,62 +1,50 @@
-"""Samples -> updated weights: a Megatron GPTModel built from a Hugging Face folder, and one
-optimizer step on a batch of samples.
+"""Samples -> updated weights: one optimizer step on each mini-batch of a step's samples.
 
-    samples  -> micro-batches     packing.py: packed without padding, balanced over data-parallel ranks by tokens
+    samples  -> micro-batches     backends/megatron/batches.py: packed without padding, balanced
+                                  over data-parallel ranks by tokens
     tokens   -> logits            Megatron's GPTModel under its own forward-backward schedule
-    logits   -> loss              logprobs.py and losses.py, per token; summed with the weights of
-                                  the aggregation, divided once by its units in the global batch
-    gradient -> weights           Megatron's distributed optimizer: FP32 main weights and Adam state split over data-parallel ranks, BF16 model weights
+    logits   -> loss              losses.py, per token; summed with the weights of the aggregation,
+                                  divided once by its units in the global batch
+    gradient -> weights           Megatron's distributed optimizer: FP32 main weights and Adam state
+                                  split over data-parallel ranks, BF16 model weights
 
-The normaliser is global: Megatron all-reduces what it calls the number of tokens, here the units of
-the aggregation, before it scales the gradient (calculate_per_token_loss), so how samples fall on
+The normalizer is global. Megatron all-reduces what it calls the number of tokens, here the units of
+the aggregation, before it scales the gradient (calculate_per_token_loss). So how samples fall on
 ranks and micro-batches changes nothing but rounding.
 
 Shape letters: T packed tokens of a micro-batch, N its samples, V vocabulary on this tensor-parallel
 rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from backends.megatron.model import (
-    check_overrides,
-    init_parallel,
-    load_model,
-    overrides,
-)  # first of what imports Megatron: without a GPU it is prepared there
+# First of what imports Megatron: without a GPU Megatron is patched there.
+from backends.megatron.model import init_parallel, load_model
 from megatron.core import parallel_state as mpu
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer import TransformerConfig
 
-from backends.huggingface.config import check_layout, megatron_arguments, read_config
-from backends.huggingface.folder import HFWeights, check_shapes
 from backends.megatron.batches import (
+    Batch,
     MicroBatch,
-    equal_parts,
     give_to_samples,
     global_sums,
     has_old_logprobs,
-    local_microbatches,
-    microbatch_plan,
-    minibatches,
-    padded_length,
+    pack,
+    pack_batch,
 )
 from backends.megatron.layout import Layout
 from backends.megatron.logprobs import logprobs_and_entropy
-from common.errors import ProblemList, all_problems
+from backends.megatron.optimizer import build_optimizer, wrap_data_parallel
 from common.settings import TrainSettings
-from data.sample import Sample
 from losses import (
     AGGREGATIONS,
     CORRECTIONS,
@@ -67,6 +55,8 @@ from losses import (
     mismatch,
 )
 
+__all__ = ["Trainer", "add_logprobs", "build_trainer", "pack", "start_trainer", "update_policy"]
+
 
 @dataclass
 class Trainer:
@@ -76,65 +66,35 @@ class Trainer:
     config: dict  # config.json, checked
     ddp: DistributedDataParallel
     gpt: GPTModel  # the same parameters, unwrapped
-    optimizer: object
+    optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     layout: Layout
     dp_group: dist.ProcessGroup  # each of its ranks has other samples
     cp_group: dist.ProcessGroup  # each of its ranks has another part of the same sequences
-    dp_cp_group: dist.ProcessGroup  # both: what sums over tokens go over
+    dp_cp_group: dist.ProcessGroup  # both: sums over tokens go over it
+    temperature: float  # of the rollout: log-probs are of the distribution that was sampled from
+    max_response_tokens: int
     reference: torch.nn.Module | None = None  # as ddp.module, with the reference's weights
 
 
-@all_problems
-def check_train_settings(
-    settings: TrainSettings, config: dict | None, *, world_size: int, longest: int | None
-) -> None:
-    """Refuse what does not fit the model. The flags alone are checked in checks.py.
+def start_trainer(run) -> Trainer | None:
+    """Build this rank's trainer, as the flags say; None on ranks that only generate. Collective.
 
-    world_size: of the ranks that train.
-    longest: prompt plus response tokens of the longest possible sample.
-    config, longest: None where they could not be found out; what needs them is then left out.
+    run: harness.Run.
     """
-    found = ProblemList()
-    reference = found.collect(read_config, settings.reference) if settings.reference else None
-    if reference and config:
-        theirs, ours = (
-            {**model, **gpt}
-            for model, gpt in (megatron_arguments(c, tp=1) for c in (reference, config))
-        )
-        if differing := sorted(
-            name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)
-        ):
-            yield (
-                f"--reference {settings.reference} differs from the model in"
-                f" {', '.join(differing)}: it must have the same architecture"
-            )
-        else:
-            found.collect(lambda: check_shapes(HFWeights(settings.reference), reference))
-    if config:
-        found.collect(
-            check_layout,
-            config,
-            world_size=world_size,
-            tp=settings.tp,
-            pp=settings.pp,
-            cp=settings.cp,
-            ep=settings.ep,
-        )
-        found.collect(overrides, settings, config, TransformerConfig)
-        if settings.megatron and not found.texts:
-            found.collect(check_overrides, settings, config)
-    if (
-        longest
-        and (cp := settings.cp) > 0
-        and settings.microbatch_tokens * cp < padded_length(longest, cp)
-    ):
-        room = f"--microbatch-tokens {settings.microbatch_tokens} times --cp {cp}"
-        yield (
-            f"{room} is less than the longest possible sample, {padded_length(longest, cp)} tokens:"
-            " raise one of them"
-        )
-    yield from found.texts
+    if not run.is_trainer:
+        return None
+    settings = run.settings
+    return build_trainer(
+        run.model,
+        settings.train,
+        run.config,
+        steps=settings.run.steps,
+        seed=settings.run.seed,
+        temperature=settings.rollout.temperature,
+        max_response_tokens=settings.rollout.max_response_tokens,
+        with_reference=settings.loss.kl_coef > 0,
+    )
 
 
 def build_trainer(
@@ -144,89 +104,64 @@ def build_trainer(
     *,
     steps: int,
     seed: int,
+    temperature: float = 1.0,
+    max_response_tokens: int = 0,
     with_reference: bool = False,
-    head=None,
+    head: Callable | None = None,
 ) -> Trainer:
-    """Megatron's process groups, unless they are there, the model with the folder's weights, its
-    optimizer, and the reference. Collective.
+    """Build process groups (once), the model with the folder's weights, and its optimizer.
 
-    head(transformer_config) -> module that takes the place of the output layer, for a model that
+    Collective. head(transformer_config) -> module: replaces the output layer of a model that
     computes something else than logits, such as a critic.
+    max_response_tokens: only the aggregation "constant" divides by it.
     """
     init_parallel(settings, seed=seed)
-    gpt, layout, wrapped = load_model(model_folder, settings, config)
+    gpt, layout, module = load_model(model_folder, settings, config)
     if head is not None and gpt.post_process:
         gpt.output_layer = head(gpt.config)
-    reference = (
-        load_model(settings.reference or model_folder, settings, config)[-1].requires_grad_(False)
-        if with_reference
-        else None
-    )
-    if with_reference and settings.offload_reference:
-        reference.to("cpu")
-
-    transformer, dtype = gpt.config, gpt.config.params_dtype
-    ddp = DistributedDataParallel(
-        transformer,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-        wrapped,
-    )
-    optimizer_arguments = dict(
-        optimizer="adam",
-        lr=settings.lr,
-        min_lr=settings.min_lr,
-        weight_decay=settings.weight_decay,
-        adam_beta2=settings.adam_beta2,
-        clip_grad=settings.clip_grad,
-        bf16=dtype is torch.bfloat16,
-        params_dtype=dtype,
-        use_distributed_optimizer=True,
-    )
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(**{**optimizer_arguments, **overrides(settings, config, OptimizerConfig)}),
-        [ddp],
-    )
-    scheduler = OptimizerParamScheduler(
+    reference = None
+    if with_reference:
+        _, _, reference = load_model(settings.reference or model_folder, settings, config)
+        reference.requires_grad_(False)
+        if settings.offload_reference:
+            reference.to("cpu")
+    ddp = wrap_data_parallel(gpt, module)
+    optimizer, scheduler = build_optimizer(ddp, gpt, settings, config, steps=steps)
+    return Trainer(
+        settings,
+        config,
+        ddp,
+        gpt,
         optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=settings.lr_warmup_steps,
-        lr_decay_steps=steps,
-        lr_decay_style=settings.lr_schedule,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
+        scheduler,
+        layout,
+        dp_group=mpu.get_data_parallel_group(),
+        cp_group=mpu.get_context_parallel_group(),
+        dp_cp_group=mpu.get_data_parallel_group(with_context_parallel=True),
+        temperature=temperature,
+        max_response_tokens=max_response_tokens,
+        reference=reference,
     )
-    transformer.finalize_model_grads_func = finalize_model_grads
-    transformer.grad_scale_func = optimizer.scale_loss
-    groups = (
-        mpu.get_data_parallel_group(),
-        mpu.get_context_parallel_group(),
-        mpu.get_data_parallel_group(with_context_parallel=True),
-    )
-    return Trainer(settings, config, ddp, gpt, optimizer, scheduler, layout, *groups, reference)
 
 
-# --- forward, backward, step --------------------------------------------------------------------
+# --- forward ------------------------------------------------------------------------------------
 
 
 def run_schedule(
     trainer: Trainer,
-    batches: list[MicroBatch],
-    loss_function,
+    microbatches: list[MicroBatch],
+    loss_function: Callable,
     *,
     model: torch.nn.Module | None = None,
     forward_only: bool,
 ) -> list[dict]:
-    """Run Megatron's schedule over the micro-batches. loss_function(batch, output_TX) -> (sum to
-    differentiate, units it is a sum over, dict).
+    """Run Megatron's schedule over the micro-batches; return what loss_function reports of each.
 
-    output_TX: the model's output, float [T, X], on the last pipeline stage. Returns the dicts,
-    which are empty on the other stages. model: the trainer's unless given.
+    loss_function(microbatch, output_TX) -> (sum to differentiate, units it is a sum over, report).
+    output_TX: the model's output, float [T, X], on the last pipeline stage. Other stages get [].
+    model: the trainer's unless given.
     """
-    # Else Float16Module would make an fp32 copy of all logits; logprobs.py does so for few tokens.
+    # Else Float16Module would make an FP32 copy of all logits. logprobs.py does so for few tokens.
     more = {"fp32_output": False} if trainer.settings.train_dtype == "bf16" else {}
 
     def forward_step(iterator, model):
@@ -236,9 +171,9 @@ def run_schedule(
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
+        data_iterator=iter(microbatches),
         model=trainer.ddp if model is None else model,
-        num_microbatches=len(batches),
+        num_microbatches=len(microbatches),
         seq_length=trainer.settings.microbatch_tokens,
         micro_batch_size=1,
         forward_only=forward_only,
@@ -246,225 +181,191 @@ def run_schedule(
 
 
 def logprobs_of(
-    trainer: Trainer, batch: MicroBatch, logits_TV: torch.Tensor, temperature: float
+    trainer: Trainer, batch: MicroBatch, logits_TV: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-prob of each next token, entropy), float32 [T]."""
-    vocabulary = dict(vocab_size=trainer.config["vocab_size"], group=trainer.layout.tp_group)
-    return logprobs_and_entropy(logits_TV, batch.labels_T, temperature=temperature, **vocabulary)
+    """Return (log-prob of each next token, entropy), float32 [T], at the rollout's temperature."""
+    return logprobs_and_entropy(
+        logits_TV,
+        batch.labels_T,
+        temperature=trainer.temperature,
+        vocab_size=trainer.config["vocab_size"],
+        group=trainer.layout.tp_group,
+    )
 
 
 @torch.no_grad()
 def compute_logprobs(
-    trainer: Trainer,
-    batches: list[MicroBatch],
-    *,
-    temperature: float,
-    model: torch.nn.Module | None = None,
+    trainer: Trainer, microbatches: list[MicroBatch], *, model: torch.nn.Module | None = None
 ) -> list[torch.Tensor]:
-    """The log-prob of every next token by the trainer, or another model, float32 [T] per
-    micro-batch, in a forward pass of its own.
-    """
+    """Return the log-prob of every next token, float32 [T] a micro-batch, by a forward pass."""
 
     def loss_function(batch, logits_TV):
-        logprobs_T, _ = logprobs_of(trainer, batch, logits_TV, temperature)
+        logprobs_T, _ = logprobs_of(trainer, batch, logits_TV)
         return logprobs_T.sum() * 0, torch.tensor(0, dtype=torch.int), {"logprobs": logprobs_T}
 
-    return [
-        report["logprobs"]
-        for report in run_schedule(trainer, batches, loss_function, model=model, forward_only=True)
-    ]
+    reports = run_schedule(trainer, microbatches, loss_function, model=model, forward_only=True)
+    return [report["logprobs"] for report in reports]
 
 
 def add_logprobs(
-    trainer: Trainer | None,
-    samples: list[Sample],
-    settings: LossSettings | None = None,
-    *,
-    temperature: float,
-) -> list[Sample]:
-    """Set every sample's old_logprobs, and its ref_logprobs where there is a reference: a forward
-    pass over the batch for each. Collective.
+    trainer: Trainer, batches: list[Batch], settings: LossSettings | None = None
+) -> None:
+    """Set every sample's old_logprobs, and its ref_logprobs where there is a reference.
 
-    Returns the samples; on ranks that do not train, none. The batch is packed as train_step packs
-    it: the first ratio is then exactly 1. settings: leave out old_logprobs where nothing needs
-    them: a batch's only update starts from the very weights that they would be computed with.
+    Each is a forward pass over the batches of pack(). Collective. settings: leave out old_logprobs
+    where nothing needs them. The only update of a step starts from the very weights that they would
+    be computed with.
     """
-    if trainer is None:
-        return []
     needs_old = (
         settings is None
         or trainer.settings.minibatches > 1
         or (settings.kl_coef > 0 and settings.kl_in == "reward")
     )
-    device = next(trainer.gpt.parameters()).device
-    if not needs_old and trainer.reference is None:
-        return samples
-    for part in equal_parts(samples, trainer.settings.minibatches):
-        batches = local_microbatches(trainer, part)
-        if needs_old:
-            give_to_samples(
-                trainer,
-                part,
-                batches,
-                compute_logprobs(trainer, batches, temperature=temperature),
-                "old_logprobs",
-            )
-        if trainer.reference is not None:
-            trainer.reference.to(device)
-            logprobs = compute_logprobs(
-                trainer, batches, temperature=temperature, model=trainer.reference
-            )
-            give_to_samples(trainer, part, batches, logprobs, "ref_logprobs")
-            if trainer.settings.offload_reference:
-                trainer.reference.to("cpu")
-    return samples
+    if needs_old:
+        for batch in batches:
+            logprobs = compute_logprobs(trainer, batch.microbatches)
+            give_to_samples(trainer, batch, logprobs, "old_logprobs")
+    if trainer.reference is not None:
+        trainer.reference.to(next(trainer.gpt.parameters()).device)
+        for batch in batches:
+            logprobs = compute_logprobs(trainer, batch.microbatches, model=trainer.reference)
+            give_to_samples(trainer, batch, logprobs, "ref_logprobs")
+        if trainer.settings.offload_reference:
+            trainer.reference.to("cpu")
 
 
-def backward(
-    trainer: Trainer,
-    samples: list[Sample],
-    settings: LossSettings,
-    *,
-    temperature: float,
-    max_response_tokens: int,
-) -> dict[str, float]:
-    """Gradient of the loss of these samples, into the trainer's buffers; returns sums over all
-    their tokens, equal on every rank. Collective.
+# --- backward -----------------------------------------------------------------------------------
+
+
+def backward(trainer: Trainer, batch: Batch, settings: LossSettings) -> dict[str, float]:
+    """Compute the gradient of the loss of these samples, into the trainer's buffers. Collective.
+
+    Returns sums over all tokens of the batch, equal on every rank. The samples have advantages, and
+    what add_logprobs has set.
     """
+    policy_loss = POLICY_LOSSES[settings.policy_loss].function
+    correct = CORRECTIONS[settings.correction].weight
+    estimate_kl = KL_ESTIMATORS[settings.kl_estimator].function
+    aggregate = AGGREGATIONS[settings.aggregation]
     clips = dict(zip(("clip_low", "clip_high"), settings.clips), dual_clip=settings.dual_clip)
     bounds = dict(zip(("low", "high"), settings.correction_bounds))
-    scored = has_old_logprobs(samples, with_reference=settings.kl_coef > 0)
+    kl_coef = settings.kl_coef if settings.kl_in == "loss" else 0.0
+    has_old = has_old_logprobs(batch.samples, with_reference=settings.kl_coef > 0)
+    batch.read_samples()
 
-    def loss_function(batch, logits_TV):
-        logprobs_T, entropy_T = logprobs_of(trainer, batch, logits_TV, temperature)
-        # What does not count is set to 0 before anything is computed from it: 0 times infinity is
-        # not 0.
-        zero = batch.mask_T == 0
-        old_T = batch.old_logprobs_T if scored else logprobs_T.detach()
-        logprobs_T, entropy_T, old_T, rollout_T, ref_T, advantages_T = (
-            x_T.masked_fill(zero, 0)
-            for x_T in (
-                logprobs_T,
-                entropy_T,
-                old_T,
-                batch.rollout_logprobs_T,
-                batch.ref_logprobs_T,
-                batch.advantages_T,
-            )
+    # EDIT HERE: loss. The functions are in losses.py; this is where they meet the model.
+    def loss_function(microbatch, logits_TV):
+        sequences, mask_T = microbatch.sequences, microbatch.mask_T
+
+        def masked(x_T: torch.Tensor) -> torch.Tensor:
+            # Before anything is computed from it: 0 times infinity is not 0.
+            return x_T.masked_fill(mask_T == 0, 0)
+
+        logprobs_T, entropy_T = map(masked, logprobs_of(trainer, microbatch, logits_TV))
+        rollout_T = masked(microbatch.per_token["rollout_logprobs"])
+        ref_T = masked(microbatch.per_token["ref_logprobs"])
+        advantages_T = masked(microbatch.per_token["advantages"])
+        # Without old log-probs this is the first update: the policy is still the old one.
+        old_T = masked(microbatch.per_token["old_logprobs"]) if has_old else logprobs_T.detach()
+
+        policy_T, ratio_T, clipped_T = policy_loss(
+            logprobs_T, old_T, advantages_T, sequences, **clips
         )
-        policy_T, ratio_T, clipped_T = POLICY_LOSSES[settings.policy_loss].function(
-            logprobs_T, old_T, advantages_T, batch.sequences, **clips
-        )
-        correction = CORRECTIONS[settings.correction].weight
-        correction_T, cut_T = correction(old_T - rollout_T, batch.sequences, **bounds)
-        kl_T = (
-            KL_ESTIMATORS[settings.kl_estimator].function(logprobs_T, ref_T, old_T)
-            if settings.kl_coef
-            else torch.zeros_like(logprobs_T)
-        )
-        kl_coef = settings.kl_coef if settings.kl_in == "loss" else 0.0
+        correction_T, cut_T = correct(old_T - rollout_T, sequences, **bounds)
+        kl_T = torch.zeros_like(logprobs_T)
+        if settings.kl_coef:
+            kl_T = estimate_kl(logprobs_T, ref_T, old_T)
         loss_T = correction_T * policy_T + kl_coef * kl_T - settings.entropy_coef * entropy_T
-        weight_T, normalizer_N = AGGREGATIONS[settings.aggregation](
-            batch.sequences, max_response_tokens=max_response_tokens
+        weight_T, normalizer_N = aggregate(
+            sequences, max_response_tokens=trainer.max_response_tokens
         )
-        loss, units = (
-            (weight_T * loss_T).sum(),
-            normalizer_N.sum() if trainer.cp_group.rank() == 0 else normalizer_N.sum() * 0,
-        )
+        loss, units = (weight_T * loss_T).sum(), normalizer_N.sum()
+        if trainer.cp_group.rank() > 0:  # its ranks share the samples: they count once
+            units = units * 0
 
-        mismatch_T, approx_kl_T = mismatch(old_T, rollout_T), k3(old_T, logprobs_T, None)
-        per_token = {"entropy": entropy_T, "ratio": ratio_T, "clipfrac": clipped_T, "kl": kl_T}
-        per_token |= {"approx_kl": approx_kl_T, "logprob_shift": logprobs_T - old_T}
-        per_token |= {"tis_clipfrac": cut_T, **mismatch_T}
-        sums = {
-            name: (value_T.detach() * batch.mask_T).sum() for name, value_T in per_token.items()
+        mismatch_T = mismatch(old_T, rollout_T)
+        means_T = {
+            "entropy": entropy_T,
+            "ratio": ratio_T,
+            "clipfrac": clipped_T,
+            "kl": kl_T,
+            "approx_kl": k3(old_T, logprobs_T, None),
+            "logprob_shift": logprobs_T - old_T,
+            "tis_clipfrac": cut_T,
+            **mismatch_T,
         }
-        report = {"loss": loss.detach(), "units": units, "tokens": batch.mask_T.sum(), **sums}
-        return (
-            loss,
-            units.int(),
-            {"sums": report, "max": (mismatch_T["mismatch_abs"] * batch.mask_T).max()},
-        )
+        sums = {name: (x_T.detach() * mask_T).sum() for name, x_T in means_T.items()}
+        sums = {"loss": loss.detach(), "units": units, "tokens": mask_T.sum(), **sums}
+        largest = (mismatch_T["mismatch_abs"] * mask_T).max()
+        return loss, units.int(), {"sums": sums, "max": largest}
 
     trainer.ddp.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    return global_sums(
-        trainer,
-        run_schedule(
-            trainer, local_microbatches(trainer, samples), loss_function, forward_only=False
-        ),
-    )
+    reports = run_schedule(trainer, batch.microbatches, loss_function, forward_only=False)
+    return global_sums(trainer, reports)
+
+
+# --- the step -----------------------------------------------------------------------------------
 
 
 def update_policy(
-    trainer: Trainer | None,
-    samples: list[Sample],
-    settings: LossSettings,
-    *,
-    temperature: float,
-    max_response_tokens: int,
+    trainer: Trainer, batches: list[Batch], settings: LossSettings
 ) -> dict[str, float]:
-    """One optimizer step on each mini-batch of the global batch; returns metrics that are equal on
-    every rank that trains, {} on others. Collective.
+    """Make one optimizer step on each mini-batch; return metrics, equal on every rank. Collective.
 
-    samples: with advantages, and what score() has set. temperature: of the rollout; log-probs are
-    those of the distribution that was sampled from. Raises RuntimeError on every rank when loss or
-    gradient are not finite: a step that is skipped in silence is a run that fails later. The
-    weights are then those of before the step.
+    Raises RuntimeError on every rank when loss or gradient are not finite; the weights are then
+    those of before the step. A step that were skipped in silence would be a run that fails later.
 
     A batch in which no token counts has no gradient. Weights and optimizer stay as they are, the
     schedule goes on, and the metrics are {"tokens": 0, "lr": lr}: the caller says so.
     """
-    if trainer is None:
-        return {}
-    arguments = dict(temperature=temperature, max_response_tokens=max_response_tokens)
     totals, grad_norms, lr = [], [], trainer.optimizer.param_groups[0]["lr"]
-    for part in minibatches(trainer, samples):
-        totals.append(backward(trainer, part, settings, **arguments))
+    for batch in batches:
+        if not batch.has_tokens:
+            continue
+        totals.append(backward(trainer, batch, settings))
         if not np.isfinite(totals[-1]["loss"]) or not np.isfinite(gradient_norm(trainer)):
-            raise RuntimeError(explain_not_finite(trainer, part, settings, **arguments))
+            raise RuntimeError(explain_not_finite(trainer, batch, settings))
         grad_norms.append(float(trainer.optimizer.step()[1]))
     trainer.scheduler.step(1)
     if not totals:
         return {"tokens": 0, "lr": lr}
     sums = {name: sum(total[name] for total in totals) for name in totals[0]}
     loss, units, tokens = (sums.pop(name) for name in ("loss", "units", "tokens"))
-    means = {name: value / tokens for name, value in sums.items()}
-    largest = max(total["mismatch_max"] for total in totals)
     return {
         "tokens": int(tokens),
         "loss": loss / units,
-        **means,
-        "mismatch_max": largest,
+        **{name: value / tokens for name, value in sums.items()},
+        "mismatch_max": max(total["mismatch_max"] for total in totals),
         "grad_norm": sum(grad_norms) / len(grad_norms),
         "lr": lr,
     }
 
 
 def gradient_norm(trainer: Trainer) -> float:
-    """The global norm of the gradient, before it is clipped and used. Collective."""
+    """Return the global norm of the gradient, before it is clipped and used. Collective."""
     trainer.optimizer.prepare_grads()
     return float(trainer.optimizer.get_grad_norm())
 
 
-def explain_not_finite(
-    trainer: Trainer, samples: list[Sample], settings: LossSettings, **arguments
-) -> str:
-    """Which sample makes loss or gradient not finite, in which step, on which rank: each is tried
-    alone, on all ranks, until one does. Collective.
+def explain_not_finite(trainer: Trainer, batch: Batch, settings: LossSettings) -> str:
+    """Say which sample makes loss or gradient not finite, in which step, on which rank. Collective.
+
+    All ranks try each sample alone, until one does.
     """
     step = trainer.scheduler.num_steps + 1
-    for i, sample in enumerate(samples):
-        loss = backward(trainer, [sample], settings, **arguments)["loss"]
+    for i, sample in enumerate(batch.samples):
+        loss = backward(trainer, pack_batch(trainer, [sample]), settings)["loss"]
         norm = gradient_norm(trainer)
-        if not np.isfinite(loss) or not np.isfinite(norm):
-            plan = microbatch_plan(trainer, samples)
-            rank = dist.get_process_group_ranks(trainer.dp_group)[
-                next(r for r, bins in enumerate(plan) for bin in bins if i in bin)
-            ]
-            culprit = f"step {step}, rank {rank}: sample {sample.index} of group {sample.group}"
-            return f"{culprit} has loss {loss} and gradient norm {norm}; the weights are unchanged"
+        if np.isfinite(loss) and np.isfinite(norm):
+            continue
+        dp_rank = next(
+            rank for rank, bins in enumerate(batch.plan) if any(i in bin for bin in bins)
+        )
+        rank = dist.get_process_group_ranks(trainer.dp_group)[dp_rank]
+        culprit = f"step {step}, rank {rank}: sample {sample.index} of group {sample.group}"
+        return f"{culprit} has loss {loss} and gradient norm {norm}; the weights are unchanged"
     return (
-        f"step {step}: loss or gradient of {len(samples)} samples together is not finite, though"
-        " each sample's alone is; the weights are unchanged"
+        f"step {step}: loss or gradient of {len(batch.samples)} samples together is not finite, "
+        "though each sample's alone is; the weights are unchanged"
     )

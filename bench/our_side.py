@@ -9,6 +9,7 @@ import json
 import statistics
 import sys
 import time
+from types import SimpleNamespace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +56,7 @@ def bare_stages(settings) -> None:
     """
     import numpy as np
     from backends.huggingface.config import read_config
-    from backends.megatron import batches
+    from backends.sglang.launch import launch_engine
     from common import distributed
     import reward
     import rollout
@@ -74,11 +75,19 @@ def bare_stages(settings) -> None:
     everyone = distributed.init_distributed()
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=1)
     trainer = train_step.build_trainer(
-        settings.run.model, settings.train, config, steps=rounds, seed=1
+        settings.run.model,
+        settings.train,
+        config,
+        steps=rounds,
+        seed=1,
+        max_response_tokens=settings.rollout.max_response_tokens,
     )
-    weights = weight_sync.WeightPath(trainer, config, fp8, settings.sync.bucket_bytes)
+    weights = weight_sync.WeightPath(
+        trainer.gpt, trainer.layout, config, fp8, settings.sync.bucket_bytes
+    )
     judge = reward.Judge(reward.REWARDS["exact"])
     limits = dict(max_response_tokens=settings.rollout.max_response_tokens)
+    run = SimpleNamespace(data=data, engine_index=0, engines=1, resumed_from=None)
     times: dict[str, list[float]] = {}
 
     def timed(name: str, call):
@@ -132,9 +141,9 @@ def bare_stages(settings) -> None:
         )
         trainer.optimizer.step()
 
-    with rollout.start_engine(settings.run.model, settings.rollout, config, seed=1) as engine:
-        weight_sync.sync_weights(weights, engine, version=0, check=False)
-        prompts = rollout.Prompts(data, settings.rollout)
+    with launch_engine(settings.run.model, settings.rollout, config, seed=1) as engine:
+        weight_sync.send_weights(weights, engine, version=0)
+        prompts = rollout.PromptStream(run, settings.rollout)
         for version in range(1, rounds + 1):
             asked = prompts.take(settings.rollout.prompts_per_step)
             samples = timed(
@@ -149,12 +158,13 @@ def bare_stages(settings) -> None:
                 "reward",
                 lambda: (
                     reward.compute_rewards(samples, judge),
-                    rollout.all_gather_samples(samples, everyone),
+                    rollout.all_gather(samples, everyone),
                 ),
             )
+            packed = timed("pack", lambda: train_step.pack(trainer, samples))
             timed(
                 "score",
-                lambda: train_step.add_logprobs(trainer, samples, settings.loss, temperature=1.0),
+                lambda: train_step.add_logprobs(trainer, packed, settings.loss),
             )
             timed(
                 "advantages",
@@ -162,15 +172,13 @@ def bare_stages(settings) -> None:
             )
             timed(
                 "train",
-                lambda: train_step.update_policy(
-                    trainer, samples, settings.loss, temperature=1.0, **limits
-                ),
+                lambda: train_step.update_policy(trainer, packed, settings.loss),
             )
-            batches = batches.local_microbatches(trainer, samples)
-            timed("bare Megatron", lambda: megatron_step(batches))
+            (batch,) = packed
+            timed("bare Megatron", lambda: megatron_step(batch.microbatches))
             sync_bytes = timed(
                 "hand-off",
-                lambda: weight_sync.sync_weights(weights, engine, version=version, check=False),
+                lambda: weight_sync.send_weights(weights, engine, version=version),
             )
             timed("settled", engine.settle)
             source, target = np.ones(sync_bytes, np.uint8), np.zeros(sync_bytes, np.uint8)

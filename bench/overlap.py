@@ -89,7 +89,7 @@ def worker(loop: str, workload: str, stage: str, arguments: list[str]) -> None:
     if workload == "judge":
         reward.REWARDS["exact"] = slow_judge
     if stage == "rollout":
-        train_step.add_logprobs = lambda *args, **kwargs: []
+        train_step.pack = train_step.add_logprobs = lambda *args, **kwargs: []
         train_step.update_policy = lambda *args, **kwargs: {}
     sys.argv = [f"loop_{loop}.py", *arguments]
     module = __import__(f"loop_{loop}")

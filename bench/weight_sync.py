@@ -122,7 +122,9 @@ def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
         gpt, layout = megatron_model.build_gpt(TrainSettings(tp=tp), config)
         trainer = type("Trainer", (), {"gpt": gpt, "layout": layout})
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
-    weights = weight_sync.WeightPath(trainer, config, fp8, bucket_bytes, broadcast_group=everyone)
+    weights = weight_sync.WeightPath(
+        trainer.gpt, trainer.layout, config, fp8, bucket_bytes, broadcast_group=everyone
+    )
     gathered, stock = [0], dist.all_gather
 
     def counted(tensors, tensor, group=None):

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
-from advantages import ADVANTAGES
 from common.errors import BadInput
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -143,30 +140,6 @@ class InFlightSettings:
     updates: Literal["in_flight", "drain"] = "in_flight"
     """When new weights reach the engine. in_flight: requests are paused and continue with the new
     weights. drain: after all running requests have finished."""
-
-
-@dataclass(frozen=True)
-class RewardSettings:
-    """Rewards and advantages: how responses are judged"""
-
-    reward: Literal["exact", "math", "reasoning_gym"] = "exact"
-    """exact: the response must equal the label and end by itself. math: its answer must have the
-    label's value; see data/math_rules. reasoning_gym: the task's own scorer for problems of
-    reasoning-gym, math for all other prompts."""
-    advantage: tyro.extras.literal_type_from_choices(ADVANTAGES) = "grpo"
-    """How to compute advantages from rewards; see advantages.py."""
-    overlong_buffer: int = 0
-    """Reduce the reward of long responses, by up to 1 and linearly over the last so many tokens
-    before --max-response-tokens (DAPO); 0: off."""
-    dynamic_sampling: int = 0
-    """Replace groups whose rewards are all equal by responses to new prompts, at most so many times
-    in a step (DAPO); 0: train on all groups."""
-    judges: int = 32
-    """Responses that a rank judges at the same time, so that a reward function may wait for a
-    service."""
-    judge_timeout_s: float = 120.0
-    """A reward function that takes longer for one response has failed; the sample is masked and
-    counted in reward_errors."""
 
 
 @dataclass(frozen=True)

@@ -1,55 +1,64 @@
-"""Records what each part of a rank does when; harness/record.py writes trace.json from the spans.
+"""What each part of a rank does when: the spans that harness/record.py writes to trace.json.
 
-A span is (what, from, to), with times in seconds since the epoch.
+A span is (activity, from, to); times are in seconds since the epoch.
 """
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 
-SHORT_WAIT_S = 1e-4
+Span = tuple[str, float, float]
+SHORTEST_WAIT_S = 1e-4
 
 
-class Stopwatch:
-    """The stages of a step, one after the other, as seconds and as spans."""
+class Clock:
+    """Times the stages of one step."""
 
     def __init__(self):
-        self.started = self.last = time.time()
-        self.spans: list[tuple[str, float, float]] = []
+        self.started = time.time()
+        self.spans: list[Span] = []
 
-    def lap(self, stage: str) -> float:
-        """Record that this stage has taken the time since the last call. Return the seconds."""
-        previous, self.last = self.last, time.time()
-        self.spans.append((stage, previous, self.last))
-        return self.last - previous
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what stands below `with clock.stage(name):`."""
+        start = time.time()
+        yield
+        self.spans.append((name, start, time.time()))
+
+    def seconds(self) -> dict[str, float]:
+        """Return the metrics {"STAGE_s": seconds}, in the order of the stages."""
+        return {f"{name}_s": end - start for name, start, end in self.spans}
 
 
 class Timeline:
-    """The activities of a part of this rank, as spans. Any thread may report a change."""
+    """Records what an engine or a judge does; any thread may switch its activity."""
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._spans: list[tuple[str, float, float]] = []
+        self._spans: list[Span] = []
         self._activity, self._since = "wait", time.time()
 
     def switch_to(self, activity: str) -> None:
-        """Record that this activity begins now."""
+        """Note that another activity begins now."""
         if activity != self._activity:
             with self._lock:
                 self._close()
                 self._activity = activity
 
-    def pop_spans(self) -> list[tuple[str, float, float]]:
-        """Return the spans since the last call, up to now, and forget them."""
+    def pop_spans(self) -> list[Span]:
+        """Return the spans since the last call, up to now."""
         with self._lock:
             self._close()
             spans, self._spans = self._spans, []
         return spans
 
     def _close(self) -> None:
+        """End the current span. Spans of one activity become one."""
         now = time.time()
-        # Hundreds of answers, each judged in microseconds, become one span.
-        short_wait = self._activity == "wait" and now - self._since < SHORT_WAIT_S
-        if self._spans and (short_wait or self._spans[-1][0] == self._activity):
+        # Hundreds of answers, judged in microseconds each, are one span.
+        is_short_wait = self._activity == "wait" and now - self._since < SHORTEST_WAIT_S
+        if self._spans and (is_short_wait or self._spans[-1][0] == self._activity):
             activity, start, _ = self._spans.pop()
             self._spans.append((activity, start, now))
         else:
@@ -57,17 +66,33 @@ class Timeline:
         self._since = now
 
 
-def renamed(
-    spans: list[tuple[str, float, float]], start: float, end: float
-) -> list[tuple[str, float, float]]:
-    """Return the spans, with rollout and reward from start to end called "evaluation".
+def mark_evaluation(spans: list[Span], start: float, end: float) -> list[Span]:
+    """Return the spans, with "evaluation" for what is generated and judged from start to end.
 
-    A span that crosses start or end is cut there.
+    Spans that cross one of the two times are cut there.
     """
     parts = []
     for activity, begin, stop in spans:
         cuts = [begin, *(cut for cut in (start, end) if begin < cut < stop), stop]
         for left, right in zip(cuts, cuts[1:]):
-            inside = start <= left and right <= end and activity in ("rollout", "reward")
-            parts.append(("evaluation" if inside else activity, left, right))
+            is_inside = start <= left and right <= end
+            is_evaluation = is_inside and activity in ("rollout", "reward")
+            parts.append(("evaluation" if is_evaluation else activity, left, right))
     return parts
+
+
+def waiting_share(
+    ranks: list[list[Span]], busy: tuple[str, ...], start: float, end: float
+) -> float:
+    """Return which share of a step the ranks spent on other activities than busy ones.
+
+    ranks: the spans of each; 1.0 where there are none.
+    """
+    if not ranks:
+        return 1.0
+    busy_s = 0.0
+    for spans in ranks:
+        for activity, began, ended in spans:
+            if activity in busy:
+                busy_s += max(min(ended, end) - max(began, start), 0)
+    return 1 - busy_s / len(ranks) / (end - start)

@@ -26,7 +26,7 @@ import orjson
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import BadInput, ProblemList, all_problems
-from common.settings import GYM, DataSettings, RunSettings, is_generated, parse_weights
+from common.settings import GYM, DataSettings, is_generated, parse_weights
 from data import reasoning_gym_tasks
 from data.chat import check_template_kwargs
 from data.prompt_files import LabelProblems, read_prompts
@@ -147,14 +147,6 @@ class Data:
     digest: dict[str, str] = field(default_factory=dict)
     """Checksum of each source of --prompts, by its place there: "1", "2", …. It does not depend on
     where a file is."""
-
-
-@all_problems
-def check_held_out(settings: RunSettings, held_out: list | None) -> None:
-    """Refuse --eval-only without held-out prompts. held_out: None if they could not be loaded."""
-    if settings.eval_only and held_out == []:
-        fix = "give --eval-prompts FILE, or raise --eval-samples"
-        yield f"--eval-only has no held-out prompts to evaluate on: {fix}"
 
 
 @all_problems

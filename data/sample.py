@@ -12,6 +12,19 @@ import orjson
 from common.errors import BadInput, read_file
 
 
+DUMP_FIX = "give a folder that --save-rollouts of this version wrote"
+AS_LONG_AS_THE_RESPONSE = ("response_ids", "rollout_logprobs", "loss_mask", "weight_versions")
+
+
+def per_token_field() -> Any:
+    """Declare a field of Sample that holds a number per response token, or [] until it is computed.
+
+    per_token_names() lists these fields. The trainer gets each as float32 [T] under its name; see
+    MicroBatch in backends/megatron/batches.py.
+    """
+    return field(default_factory=list, metadata={"per_token": True})
+
+
 @dataclass
 class Sample:
     """One prompt and, once generated, one response. It is plain data: one line of JSON holds it."""
@@ -25,24 +38,23 @@ class Sample:
     """Index in the group; (group, index) identifies a sample."""
     response_ids: list[int] = field(default_factory=list)
     response: str = ""
-    rollout_logprobs: list[float] = field(default_factory=list)
-    """Per response token: log-prob by the engine, at the sampling temperature."""
     loss_mask: list[int] = field(default_factory=list)
     """Per response token: 1 if the policy sampled it; 0 if not, as for a tool's output."""
     weight_versions: list[int] = field(default_factory=list)
     """Per response token: version of the weights that sampled it."""
     finish_reason: str = ""
-    """stop, length or abort. For a sample that is not trained: rollout.DROPPED or REPLACED."""
+    """stop, length or abort, as SGLang reports it."""
+    discarded: str = ""
+    """Why the sample is not trained: rollout.DROPPED or REPLACED; "" if it is trained."""
     reward: float | None = None
-    old_logprobs: Sequence[float] = field(default_factory=list)
-    """Per response token: log-prob by the trainer before the first optimizer step on the batch.
-
-    Empty if there is only one optimizer step: it starts from these very log-probs.
-    """
-    ref_logprobs: Sequence[float] = field(default_factory=list)
-    """Per response token: log-prob by the frozen reference model, if there is one."""
-    advantages: Sequence[float] = field(default_factory=list)
-    """Per response token."""
+    rollout_logprobs: Sequence[float] = per_token_field()
+    """By the engine, at the sampling temperature."""
+    old_logprobs: Sequence[float] = per_token_field()
+    """By the trainer, before the first optimizer step on the batch. Empty if there is only one
+    step: it starts from these very log-probs."""
+    ref_logprobs: Sequence[float] = per_token_field()
+    """By the frozen reference model, if there is one."""
+    advantages: Sequence[float] = per_token_field()
     metadata: dict = field(default_factory=dict)
     """The row's object of that name, as it was read. The program never writes to it."""
     source: str = ""
@@ -54,6 +66,14 @@ class Sample:
     notes: dict = field(default_factory=dict)
     """What generators, rollouts and reward functions pass to one another, for instance the problem
     of reasoning-gym or the calls of a tool."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Numbers from a rollout; each step logs their means over its samples."""
+
+    @classmethod
+    def per_token_names(cls) -> tuple[str, ...]:
+        """Return the names of the fields that per_token_field() declares."""
+        specs = dataclasses.fields(cls)
+        return tuple(spec.name for spec in specs if spec.metadata.get("per_token"))
 
     def to_json(self) -> bytes:
         """Return the sample as one line of JSON, without the line break."""
@@ -85,15 +105,11 @@ def read_dump(path: str | Path, *, vocab_size: int | None = None) -> list[Sample
             rule = "every line of a dump holds one sample"
             raise BadInput(f"{path} line {number} is not JSON ({error}): {rule}") from error
         if problem := next(_dump_problems(row, vocab_size), ""):
-            fix = "give a folder that --save-rollouts wrote"
-            raise BadInput(f"{path} line {number}: {problem}; {fix}")
+            raise BadInput(f"{path} line {number}: {problem}; {DUMP_FIX}")
         samples.append(Sample(**row))
     if not samples:
-        raise BadInput(f"{path} holds no samples; give a folder that --save-rollouts wrote")
+        raise BadInput(f"{path} holds no samples; {DUMP_FIX}")
     return samples
-
-
-PER_TOKEN = ("response_ids", "rollout_logprobs", "loss_mask", "weight_versions")
 
 
 def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
@@ -106,7 +122,7 @@ def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
     yield from (f"the field {name!r} is missing" for name in names if name not in row)
     for name in ("prompt_ids", "response_ids", "loss_mask", "weight_versions"):
         yield from _element_problems(row, name, int, "an integer")
-    for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs", "advantages"):
+    for name in Sample.per_token_names():
         yield from _element_problems(row, name, (int, float), "a number")
     if not row["prompt_ids"]:
         yield "prompt_ids is empty"
@@ -119,16 +135,16 @@ def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
                 yield f"{name} holds {token}; {rule}"
     if any(value not in (0, 1) for value in row["loss_mask"]):
         yield "loss_mask holds a value other than 0 and 1"
-    lengths = {name: len(row[name]) for name in PER_TOKEN}
+    lengths = {name: len(row[name]) for name in AS_LONG_AS_THE_RESPONSE}
     if len(set(lengths.values())) > 1:
         shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
         yield f"its lists differ in length; each must have one value per response token: {shown}"
     tokens = len(row["response_ids"])
-    for name in ("old_logprobs", "ref_logprobs", "advantages"):
-        if len(row[name]) not in (0, tokens):
+    for name in Sample.per_token_names():
+        if name not in lengths and len(row[name]) not in (0, tokens):
             yield f"{name} has {len(row[name])} values for {tokens} response tokens"
-    kinds = dict(prompt=str, response=str, source=str, error=str, finish_reason=str, group=int)
-    kinds |= dict(index=int, metadata=dict, notes=dict)
+    kinds = dict(prompt=str, response=str, source=str, error=str, finish_reason=str)
+    kinds |= dict(group=int, index=int, discarded=str, metadata=dict, notes=dict, metrics=dict)
     kinds |= dict(reward=(int, float, type(None)), answer=(str, type(None)))
     for name, kind in kinds.items():
         if not isinstance(row[name], kind) or isinstance(row[name], bool):

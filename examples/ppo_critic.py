@@ -1,53 +1,53 @@
-"""PPO with a learned critic: loop_sync.py, except that an answer is compared with what a second
-model expected of it, not with other answers.
+"""PPO with a learned critic: a fork of loop_sync.py.
 
-    python examples/ppo_critic.py                                    the toy, on one CPU core or one GPU
-    torchrun --nproc-per-node 2 examples/ppo_critic.py --tp 2        two ranks, tensor parallel
+An answer is compared with what a second model expected of it, not with other answers.
 
-                   critic             GAE
-    samples with ----------> values -------+--> returns -----> critic: clipped value loss, --critic-epochs times over the batch
-    rewards                                +--> advantages --> policy: clipped policy loss, once
+    python examples/ppo_critic.py                               the toy, on one CPU core or one GPU
+    torchrun --nproc-per-node 2 examples/ppo_critic.py --tp 2   two ranks, tensor parallel
 
-How it differs from loop_sync.py, in the order of `diff loop_sync.py examples/ppo_critic.py`:
-    the critic     a second trainer of the same folder and layout, whose output layer is a ValueHead: at each token one number, the return it expects
-    advantages     generalized advantage estimation over each response (arXiv 1506.02438), whitened over the tokens of the global batch
-    a step         trains the critic on the returns, then the policy on the advantages; in the first --critic-warmup-steps the critic only
-    groups         are not used: --samples-per-prompt says how often a prompt is answered, and flags that compare the answers of a group are refused
-    the record     has four more metrics, see critic_step; the critic is neither exported nor saved, and without it a checkpoint would be none: there are none
+                   critic             GAE                              critic: clipped value loss,
+    samples with ----------> values -------+--> returns -------------> --critic-epochs times
+    rewards                                +--> advantages ----------> policy: clipped loss, once
+
+How it differs from loop_sync.py:
+    the critic     a second trainer of the same folder and layout, whose output layer is a
+                   ValueHead: at each token one number, the return it expects
+    advantages     generalized advantage estimation over each response (arXiv 1506.02438), whitened
+                   over the tokens of the global batch
+    a step         trains the critic on the returns, then the policy on the advantages; in the first
+                   --critic-warmup-steps the critic only
+    groups         are not used: --samples-per-prompt says how often a prompt is answered, and flags
+                   that compare the answers of a group are refused
+    the record     has four more metrics, see critic_step; the critic is neither exported nor saved,
+                   and a checkpoint without it would be none: so there are none
 
 Held-out reward of the toy after `--steps 40` on one CPU rank, seeds 1, 2, 3: 0.869, 0.869, 0.867;
 of loop_sync.py 0.881, 0.885, 0.848. The critic has no part in that yet. It learns how often answers
-are right, not which: explained_variance stays near 0, because the prompts are about equally hard,
-and to see that a digit is wrong is to do the sum. tests/test_ppo_critic.py shows it learn what can
-be seen.
+are right, not which: explained_variance stays near 0. The prompts are about equally hard, and to
+see that a digit is wrong is to do the sum. tests/test_ppo_critic.py shows it learn what can be
+seen.
 
-Position t predicts token t + 1 in both models: what the critic says there, having seen the tokens
+Position t predicts token t + 1 in both models. What the critic says there, having seen the tokens
 up to t, is the value of the state in which that token is chosen. So values, like log-probs, belong
-to response tokens, and go back to their samples the same way. Samples get two more fields, values
-and returns, once they are on all ranks: JSON would not bring those along.
+to response tokens, and go back to their samples the same way.
 
 Shape letters: T packed tokens of a micro-batch, C those that count, R response tokens of all
 samples, L those of one response, H hidden size.
 """
 
-import contextlib
 import dataclasses
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.errors import ProblemList, all_problems
-from common.settings import (
-    RewardSettings,
-    RolloutSettings,
-    RunSettings,
-    SyncSettings,
-    TrainSettings,
-)
+from common.errors import all_problems
+from common.settings import RolloutSettings, RunSettings, SyncSettings, TrainSettings
 from harness import checks, flags
 from losses import LossSettings
+from reward import RewardSettings
 
 
 @dataclass(frozen=True)
@@ -137,30 +137,35 @@ def check_critic_flags(settings: Settings) -> None:
         yield "--kl-in reward is not part of this example: use --kl-in loss"
 
 
-# The imports below take half a minute: what is wrong with a flag is said before them.
+# A wrong flag is refused here: the imports below take half a minute.
 if __name__ == "__main__":
     settings = flags.parse_or_exit(Settings, checks.check_flags, check_critic_flags)
 
-from advantages import gae, overlong_penalty, whiten
-from backends.huggingface import folder as hf_folder
-from backends.huggingface.config import read_config
-from backends.megatron import batches
-from common import distributed, process_groups
-from common.timeline import Stopwatch
-from data.prompts import check_held_out, load_data
-from data.sample import Sample
-from harness import exits, export as hf_export
-from harness.record import Record
+import numpy as np
 import reward
 import rollout
-import train_step
-from train_step import Trainer
-import weight_sync
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from advantages import gae, overlong_penalty, whiten
+from backends.megatron.batches import Batch, give_to_samples
+from data.sample import Sample, per_token_field
+from harness import evaluate, export, start
+from harness.exits import run_main
+import train_step
+import weight_sync
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from train_step import Trainer
+
+
+@dataclass
+class CriticSample(Sample):
+    """A sample with what the critic says of it; the trainers get both as float32 [T]."""
+
+    values: Sequence[float] = per_token_field()
+    """By the critic, before it learns from the batch."""
+    returns: Sequence[float] = per_token_field()
+
 
 # --- the critic ---------------------------------------------------------------------------------
 
@@ -192,42 +197,39 @@ class ValueHead(torch.nn.Module):
 
 
 @torch.no_grad()
-def score_values(critic: Trainer, samples: list[Sample]) -> None:
-    """Set every sample's values, float32 [L], on every rank: those of the critic before it learns
-    from the batch. A forward pass. Collective.
+def add_values(critic: Trainer, batches: list[Batch]) -> None:
+    """Set every sample's values, float32 [L], on every rank, by a forward pass. Collective.
+
+    They are those of the critic before it learns from the batch.
     """
 
-    def loss_function(batch, output_T1):
-        return (
-            output_T1.sum() * 0,
-            torch.tensor(0, dtype=torch.int),
-            {"values": output_T1[:, 0].float()},
+    def loss_function(microbatch, output_T1):
+        values_T = output_T1[:, 0].float()
+        return output_T1.sum() * 0, torch.tensor(0, dtype=torch.int), {"values": values_T}
+
+    for batch in batches:
+        reports = train_step.run_schedule(
+            critic, batch.microbatches, loss_function, forward_only=True
         )
-
-    microbatches = batches.local_microbatches(critic, samples)
-    reports = train_step.run_schedule(critic, microbatches, loss_function, forward_only=True)
-    batches.give_to_samples(
-        critic, samples, microbatches, [report["values"] for report in reports], "values"
-    )
+        give_to_samples(critic, batch, [report["values"] for report in reports], "values")
 
 
-def compute_advantages(
-    samples: list[Sample],
+def add_advantages(
+    samples: list[CriticSample],
     settings: CriticSettings,
     *,
     overlong_buffer: int,
     max_response_tokens: int,
 ) -> None:
-    """Set every sample's returns and advantages, float64 [L], from rewards and values of the whole
-    batch; every rank computes the same.
+    """Set every sample's returns and advantages, float64 [L], from rewards and values.
 
-    The reward stands at the last token that counts. Samples without a reward get advantages 0 and
-    an all-zero loss mask.
+    The whole batch counts; every rank computes the same.
+
+    The reward stands at the last token that counts. The judge has masked samples without a reward;
+    they get advantages 0.
     """
     for sample in samples:
         length = len(sample.response_ids)
-        if sample.reward is None:
-            sample.loss_mask = [0] * length
         mask_L, rewards_L = np.array(sample.loss_mask), np.zeros(length)
         if mask_L.any():
             rewards_L[np.flatnonzero(mask_L)[-1]] = sample.reward + overlong_penalty(
@@ -262,71 +264,65 @@ def value_loss(
     return loss / 2
 
 
-def critic_backward(
-    critic: Trainer, samples: list[Sample], *, value_clip: float
-) -> tuple[float, float]:
-    """Gradient of the value loss of these samples, into the critic's buffers; returns (sum of the
-    loss, tokens it is over), equal on every rank. Collective.
-    """
-    device = next(critic.gpt.parameters()).device
-    old_values_R, returns_R = (
-        torch.from_numpy(joined(samples, name)).to(device, torch.float32)
-        for name in ("values", "returns")
-    )
+def critic_backward(critic: Trainer, batch: Batch, *, value_clip: float) -> tuple[float, float]:
+    """Compute the gradient of the value loss, into the critic's buffers. Collective.
 
-    def loss_function(batch, output_T1):
+    Returns (sum of the loss, tokens it is over), equal on every rank.
+    """
+    batch.read_samples()
+
+    def loss_function(microbatch, output_T1):
         # Only what counts is looked at, so that nothing else can spoil the batch: 0 times infinity
         # is not 0.
-        counts_T = batch.mask_T > 0
-        values_C, place_C = output_T1[counts_T, 0].float(), batch.response_index_T[counts_T]
-        loss = value_loss(
-            values_C, old_values_R[place_C], returns_R[place_C], value_clip=value_clip
-        ).sum()
+        counts_T = microbatch.mask_T > 0
+        old_values_C = microbatch.per_token["values"][counts_T]
+        returns_C = microbatch.per_token["returns"][counts_T]
+        values_C = output_T1[counts_T, 0].float()
+        loss = value_loss(values_C, old_values_C, returns_C, value_clip=value_clip).sum()
         tokens = counts_T.sum()
         return loss, tokens.int(), {"sums": torch.stack([loss.detach().double(), tokens.double()])}
 
     critic.ddp.zero_grad_buffer()
     critic.optimizer.zero_grad()
-    reports = train_step.run_schedule(
-        critic, batches.local_microbatches(critic, samples), loss_function, forward_only=False
-    )
+    reports = train_step.run_schedule(critic, batch.microbatches, loss_function, forward_only=False)
     sums = torch.stack([report["sums"] for report in reports]).sum(0)
     dist.all_reduce(sums, group=critic.dp_cp_group)
     return tuple(sums.tolist())
 
 
 def critic_step(
-    critic: Trainer, samples: list[Sample], settings: CriticSettings
+    critic: Trainer, batches: list[Batch], settings: CriticSettings
 ) -> dict[str, float]:
-    """In every epoch an optimizer step of the critic on each mini-batch; returns metrics that are
-    equal on every rank. Collective.
+    """Make in every epoch an optimizer step of the critic on each mini-batch. Collective.
+
+    Returns metrics that are equal on every rank:
 
         critic_loss          mean over the tokens that count, and over the epochs
         critic_grad_norm     global, before clipping; mean over the optimizer steps
         value                mean of the values before the step
-        explained_variance   1 - var(returns - values) / var(returns): 1 if the critic knew them, 0 if it did no better than a constant; 0 if they are all equal
+        explained_variance   1 - var(returns - values) / var(returns): 1 if the critic knew them, 0
+                             if it did no better than a constant; 0 if they are all equal
 
-    samples: with values and returns; where none of their tokens counts, nothing changes, and there
-    are no metrics. Raises RuntimeError on every rank when loss or gradient are not finite; the
-    weights are then those of before that optimizer step.
+    The samples have values and returns. Where none of their tokens counts, nothing changes, and
+    there are no metrics. Raises RuntimeError on every rank when loss or gradient are not finite;
+    the weights are then those of before that optimizer step.
     """
     loss, tokens, grad_norms = 0.0, 0.0, []
-    for part in settings.critic_epochs * train_step.minibatches(critic, samples):
-        part_loss, part_tokens = critic_backward(critic, part, value_clip=settings.value_clip)
+    for batch in settings.critic_epochs * [batch for batch in batches if batch.has_tokens]:
+        batch_loss, batch_tokens = critic_backward(critic, batch, value_clip=settings.value_clip)
         grad_norms.append(train_step.gradient_norm(critic))
-        if not np.isfinite(part_loss) or not np.isfinite(grad_norms[-1]):
-            found = (
-                f"the critic has loss {part_loss / part_tokens} and gradient norm {grad_norms[-1]}"
-            )
+        if not np.isfinite(batch_loss) or not np.isfinite(grad_norms[-1]):
+            mean, norm = batch_loss / batch_tokens, grad_norms[-1]
             raise RuntimeError(
-                f"step {critic.scheduler.num_steps + 1}: {found}; its weights are as before this"
-                " optimizer step"
+                f"step {critic.scheduler.num_steps + 1}: the critic has loss {mean} and gradient "
+                f"norm {norm}; its weights are as before this optimizer step"
             )
         critic.optimizer.step()
-        loss, tokens = loss + part_loss, tokens + part_tokens
+        loss, tokens = loss + batch_loss, tokens + batch_tokens
     critic.scheduler.step(1)
     if not tokens:
         return {}
+    samples = [sample for batch in batches for sample in batch.samples]
     counts_R = joined(samples, "loss_mask") > 0
     values_C, returns_C = (joined(samples, name)[counts_R] for name in ("values", "returns"))
     explained = 1 - (returns_C - values_C).var() / returns_C.var() if returns_C.var() > 0 else 0.0
@@ -335,7 +331,7 @@ def critic_step(
 
 
 def joined(samples: list[Sample], field: str) -> np.ndarray:
-    """A field of every response token, one sample after the other: float64 [R]."""
+    """Return a field of every response token, one sample after the other: float64 [R]."""
     return np.concatenate([np.asarray(getattr(sample, field), np.float64) for sample in samples])
 
 
@@ -343,138 +339,88 @@ def joined(samples: list[Sample], field: str) -> np.ndarray:
 
 
 def main(settings: Settings) -> None:
-    # What model, data and machine do not allow is found before anything is started, and said at
-    # once.
-    problems = ProblemList()
-    model, seed, steps = settings.run.model, settings.run.seed, settings.run.steps
-    config = problems.collect(read_config, model)
-    policy_steps = steps - settings.critic.critic_warmup_steps
-    data = problems.collect(
-        load_data,
-        model,
-        settings.rollout,
-        config,
-        seed=seed,
-        label_problems=reward.label_problems(settings.reward),
+    train(start.prepare(settings, loop="ppo-critic"))
+
+
+def build_models(run: start.Run) -> tuple[Trainer, Trainer]:
+    """Build policy and critic, two trainers of one layout. Collective."""
+    settings, critic = run.settings, run.settings.critic
+    common = dict(
+        seed=settings.run.seed,
+        temperature=settings.rollout.temperature,
+        max_response_tokens=settings.rollout.max_response_tokens,
     )
-    problems.collect(
-        hf_folder.check_model_folder,
-        model,
-        config,
-        data and data.tokenizer,
-        stop=settings.rollout.stop,
+    policy_steps = settings.run.steps - critic.critic_warmup_steps
+    trainer = train_step.build_trainer(
+        run.model,
+        settings.train,
+        run.config,
+        steps=policy_steps,
+        with_reference=settings.loss.kl_coef > 0,
+        **common,
     )
-    problems.collect(check_held_out, settings.run, data and data.held_out)
-    problems.collect(
-        rollout.check_rollout_settings, settings.rollout, config, longest=data and data.longest
-    )
-    sizes = dict(world_size=checks.world_size(settings), longest=data and data.longest)
-    problems.collect(train_step.check_train_settings, settings.train, config, **sizes)
-    problems.raise_if_any()
-    temperature, max_response_tokens = (
-        settings.rollout.temperature,
-        settings.rollout.max_response_tokens,
+    constant = dict(lr=critic.critic_lr, lr_schedule="constant", lr_warmup_steps=0, min_lr=0.0)
+    critic_train = dataclasses.replace(settings.train, **constant)
+    steps = settings.run.steps
+    return trainer, train_step.build_trainer(
+        run.model, critic_train, run.config, steps=steps, head=ValueHead, **common
     )
 
-    judged_by = reward.REWARDS[settings.reward.reward]
-    wait_s = process_groups.longest_wait_s(
-        settings, judged_by, rollout_ranks=checks.world_size(settings)
-    )
-    everyone = distributed.init_distributed(wait_s=wait_s)
-    record = Record(settings, "ppo-critic", everyone)
-    split = dict(engine_tp=settings.rollout.engine_tp, engine_ep=settings.rollout.engine_ep)
-    fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, **split)
-    record.say(weight_sync.describe(config, fp8))
-    with_reference = settings.loss.kl_coef > 0
-    trainer = train_step.build_trainer(
-        model, settings.train, config, steps=policy_steps, seed=seed, with_reference=with_reference
-    )
-    critic_train = dataclasses.replace(
-        settings.train,
-        lr=settings.critic.critic_lr,
-        lr_schedule="constant",
-        lr_warmup_steps=0,
-        min_lr=0.0,
-    )
-    critic = train_step.build_trainer(
-        model, critic_train, config, steps=steps, seed=seed, head=ValueHead
-    )
-    weights = weight_sync.WeightPath(trainer, config, fp8, settings.sync.bucket_bytes)
-    engine = rollout.start_engine(model, settings.rollout, config, seed=seed, longest=data.longest)
-    judge = reward.Judge(judged_by, settings.reward.judges, settings.reward.judge_timeout_s)
-    with engine or contextlib.nullcontext(), record:
-        weight_sync.sync_weights(weights, engine, version=0, check=True)
-        record.log(
-            record.log_eval(0, *reward.evaluate(engine, data, settings.rollout, judge, everyone))
-        )
+
+def train(run: start.Run) -> None:
+    settings, record = run.settings, run.record
+    trainer, critic = build_models(run)
+    weights = weight_sync.open_path(run, trainer)
+    engine = rollout.start_engine(run, settings.rollout)  # it has no weights yet
+    judge = reward.Judge(run.reward, settings.reward.judges, settings.reward.judge_timeout_s)
+
+    with engine, record:
+        weight_sync.send_weights(weights, engine, version=0, verify=True)
+        record.log({"step": 0, **evaluate.held_out(run, engine, judge, step=0)})
         if settings.run.eval_only:
             return record.finish_evaluation()
-        prompts = rollout.Prompts(data, settings.rollout)
-        for step in range(1, steps + 1):
-            watch = Stopwatch()
-            n = settings.rollout.samples_per_prompt
-            samples = rollout.generate(
-                engine,
-                prompts.take(rollout.step_share(settings.rollout)),
-                data,
-                settings.rollout,
-                n=n,
-            )
-            rollout_s = watch.lap("rollout")
 
-            reward.compute_rewards(samples, judge)
-            samples = rollout.all_gather_samples(samples, everyone)
-            reward_s = watch.lap("reward")
+        prompts = rollout.PromptStream(run, settings.rollout)
+        for step in range(1, settings.run.steps + 1):
+            clock = record.start_step(step)
 
-            rollout.release_memory(engine)  # on a GPU; the hand-off takes it back
-            batch = train_step.add_logprobs(
-                trainer, samples, settings.loss, temperature=temperature
-            )  # log-probs of trainer and reference, where needed
-            score_values(critic, batch)
-            compute_advantages(
-                batch,
-                settings.critic,
-                overlong_buffer=settings.reward.overlong_buffer,
-                max_response_tokens=max_response_tokens,
-            )
-            metrics = critic_step(critic, batch, settings.critic)
-            if step > settings.critic.critic_warmup_steps:
-                metrics |= train_step.update_policy(
-                    trainer,
-                    batch,
-                    settings.loss,
-                    temperature=temperature,
-                    max_response_tokens=max_response_tokens,
+            with clock.stage("rollout"):
+                asked = prompts.take_step()
+                samples = rollout.generate(engine, asked, run.data, settings.rollout)
+
+            with clock.stage("reward"):
+                reward.compute_rewards(samples, judge)
+                samples = rollout.all_gather(samples, run.group)  # every rank has the whole batch
+                samples = [CriticSample(**vars(sample)) for sample in samples]
+
+            with clock.stage("train"):
+                engine.release_memory()  # on a GPU; send_weights takes it back
+                batches = train_step.pack(trainer, samples)  # the critic has the same layout
+                train_step.add_logprobs(trainer, batches, settings.loss)
+                add_values(critic, batches)
+                longest = settings.rollout.max_response_tokens
+                limits = dict(
+                    max_response_tokens=longest, overlong_buffer=settings.reward.overlong_buffer
                 )
-            train_s = watch.lap("train")
+                add_advantages(samples, settings.critic, **limits)
+                metrics = critic_step(critic, batches, settings.critic)
+                if step > settings.critic.critic_warmup_steps:
+                    metrics |= train_step.update_policy(trainer, batches, settings.loss)
 
-            sync_bytes = weight_sync.sync_weights(
-                weights, engine, version=step, check=settings.run.check_sync or step == steps
-            )
-            sync_s = watch.lap("sync")
+            with clock.stage("sync"):
+                verify = settings.run.check_sync or step == settings.run.steps
+                sent = weight_sync.send_weights(weights, engine, version=step, verify=verify)
 
-            metrics |= reward.batch_metrics(samples, version=step - 1) | record.trace(
-                watch, engine, judge
-            )
-            metrics |= {
-                "rollout_s": rollout_s,
-                "reward_s": reward_s,
-                "train_s": train_s,
-                "sync_s": sync_s,
-                "sync_bytes": sync_bytes,
-            }
-            record.log_samples(step, samples)
-            if step % settings.run.eval_every == 0 or step == steps:
-                metrics |= record.log_eval(
-                    step, *reward.evaluate(engine, data, settings.rollout, judge, everyone)
-                )
+            metrics |= reward.batch_metrics(samples, version=step - 1)
+            metrics |= record.end_step(step, clock, samples, engine, judge) | {"sync_bytes": sent}
+            if step % settings.run.eval_every == 0 or step == settings.run.steps:
+                metrics |= evaluate.held_out(run, engine, judge, step=step)
             record.log({"step": step, **metrics})
             if record.stopping:
-                # SIGTERM ends this run as Ctrl-C does, at the end of the step
-                raise KeyboardInterrupt
-    hf_export.export_all(weights, record.exports(), source=model)
+                raise KeyboardInterrupt  # SIGTERM ends this run as Ctrl-C does, after the step
+    export.write_folders(run, weights)
     record.finish()
 
 
 if __name__ == "__main__":
-    exits.run_main(lambda: main(settings))
+    run_main(lambda: main(settings))

@@ -24,32 +24,21 @@ import dataclasses
 import json
 import os
 import pickle
-import queue
 import shutil
-import signal
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
-import torch
 import torch.distributed as dist
-
-from backends.megatron.model import (
-    generators,
-    set_generators,
-)  # before Megatron: without a GPU it is patched
-from megatron.core import dist_checkpointing
-from megatron.core import parallel_state as mpu
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from backends.megatron.model import generators, set_generators
+from backends.megatron.state import load_state, save_state
 from common import process_groups
 from common.distributed import all_gather_bytes
 from common.errors import BadInput, EngineDied, read_file, read_json
-from common.processes import signal_when_parent_ends
 from harness.run_folder import FILES, checkpoints_of, has_whole_rows, remove_parts, step_of
 
 # Else the prompts that follow would not be those that were to follow; samples of one run would have
@@ -236,7 +225,8 @@ def find_latest_checkpoint(settings, loop: str, read: dict[str, str]) -> Checkpo
     settings and files describe, or where no step is left.
     """
     run_folder, steps = Path("runs") / settings.run.name, settings.run.steps
-    agree = (*MUST_AGREE, *(ASYNC_MUST_AGREE if loop == "async" else ()))
+    is_async = hasattr(settings, "in_flight")
+    agree = (*MUST_AGREE, *(ASYNC_MUST_AGREE if is_async else ()))
     if eval_only := settings.run.eval_only:  # It reads the weights, and none of the rest.
         agree, read = (("train", "train_dtype"),), {k: v for k, v in read.items() if k == "--model"}
     settings = json.loads(
@@ -299,6 +289,11 @@ def find_latest_checkpoint(settings, loop: str, read: dict[str, str]) -> Checkpo
             f"{run_folder / FILES['metrics']} no longer begins with the rows that {folder} followed"
         )
         raise BadInput(f"{about}: bring them back, or start a new run under another --name")
+    if is_async and not eval_only:
+        for rank in state["ranks"]:
+            if "in_flight" in rank and "discarded" not in rank:
+                about = f"{folder} has groups in flight as an older version wrote them"
+                raise BadInput(f"{about}: resume it with that version, or start a new run")
     ep = [s["train"]["ep"] for s in (state["settings"], settings)]
     if ep[0] != ep[1]:
         raise BadInput(
@@ -311,15 +306,14 @@ def find_latest_checkpoint(settings, loop: str, read: dict[str, str]) -> Checkpo
 # --- writing ------------------------------------------------------------------------------------
 
 
-def save(record, settings, trainer, *, step: int, read: dict[str, str], rank_state: dict) -> None:
+def save(run, trainer, *, step: int, rank_state: dict) -> None:
     """Write a checkpoint of the step that has just ended, and remove all but the newest --keep.
 
-    Collective over record.group.
-
-    trainer: None on ranks that do not train. read: what_was_read. rank_state: what this rank must
-    be given again, as JSON. Raises RuntimeError when it cannot be written, the disk being full; the
-    checkpoints before stay.
+    Collective over all ranks. run: harness.Run. trainer: None on ranks that do not train.
+    rank_state: what this rank must be given again, as JSON. Raises RuntimeError when it cannot be
+    written, the disk being full; the checkpoints before stay.
     """
+    record, settings = run.record, run.settings
     final = record.folder / "checkpoints" / f"step-{step:06d}"
     part = final.with_suffix(".part")
     try:
@@ -328,50 +322,27 @@ def save(record, settings, trainer, *, step: int, read: dict[str, str], rank_sta
             (part / "model").mkdir(parents=True)
         all_gather_bytes(b"", record.group)  # the folder is there
         if trainer is not None:
-            dist_checkpointing.save(
-                _sharded_state(trainer), str(part / "model"), validate_access_integrity=False
-            )
+            save_state(trainer, part / "model")
             rank_state = {**rank_state, "generators": generators()}
-        ranks = [
-            json.loads(state)
-            for state in all_gather_bytes(json.dumps(rank_state).encode(), record.group)
-        ]
+        states = all_gather_bytes(json.dumps(rank_state).encode(), record.group)
         if record.is_writer:
             if lost := trainer is not None and missing_part(part):
                 elsewhere = "a rank wrote it elsewhere, and runs/ must be the same for all"
                 raise FileNotFoundError(f"{lost}; {elsewhere}")
-            state = {
-                "step": step,
-                "loop": record.loop,
-                "settings": dataclasses.asdict(settings),
-                "read": read,
-                "record": record.positions(),
-                "ranks": ranks,
-            }
-            (part / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-            files = sorted(path for path in part.rglob("*") if path.is_file())
-            listed = {
-                str(path.relative_to(part)): (path.stat().st_size, _crc(path)) for path in files
-            }
-            (part / "files.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
-            shutil.rmtree(final, ignore_errors=True)
-            part.rename(final)
+            state = {"step": step, "loop": record.loop, "settings": dataclasses.asdict(settings)}
+            state |= {"read": run.inputs, "record": record.positions()}
+            state |= {"ranks": [json.loads(of_rank) for of_rank in states]}
+            _finish(part, final, state)
             for old in checkpoints_of(record.folder)[: -settings.run.keep]:
                 shutil.rmtree(old)
     except EngineDied:  # by a signal, wherever this rank was
         raise
-    except (
-        Exception,
-        CheckpointException,
-        # Whatever the disk or dist_checkpointing's writers raise: said what it means, and raised
-    ) as error:
+    except (Exception, CheckpointException) as error:  # whatever disk or writers raise
         before = checkpoints_of(record.folder)
         rest = f"{before[-1].name} is whole" if before else "there is none before it"
-        reason = (
-            next(iter(error.failures.values()))[0]
-            if isinstance(error, CheckpointException)
-            else error
-        )
+        reason = error
+        if isinstance(error, CheckpointException):
+            reason = next(iter(error.failures.values()))[0]
         raise RuntimeError(
             f"the checkpoint of step {step} could not be written ({reason}); {rest}. Is the disk"
             " full?"
@@ -379,108 +350,27 @@ def save(record, settings, trainer, *, step: int, read: dict[str, str], rank_sta
     all_gather_bytes(b"", record.group)  # no rank goes on, and perhaps ends, before it is whole
 
 
+def _finish(part: Path, final: Path, state: dict) -> None:
+    """Write the files that list the others, and give the checkpoint its name."""
+    (part / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+    files = sorted(path for path in part.rglob("*") if path.is_file())
+    listed = {str(path.relative_to(part)): (path.stat().st_size, _crc(path)) for path in files}
+    (part / "files.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(final, ignore_errors=True)
+    part.rename(final)
+
+
 def restore(checkpoint: Checkpoint | None, trainer) -> None:
-    """Fill the trainer, and set this rank's random generators.
+    """Fill the trainer and set this rank's random generators. Collective over the trainers.
 
-    Collective over the trainers; nothing on other ranks, or without a checkpoint.
-
-    Learning rate and its schedule, weight decay and Adam's constants are those that the run is
-    started with, not those of the checkpoint.
+    Does nothing on other ranks, or without a checkpoint.
     """
     if checkpoint is None or trainer is None:
         return
-    asked = [
-        {name: value for name, value in group.items() if name not in ("params", "step")}
-        for group in trainer.optimizer.param_groups
-    ]
-    _give_adam_its_state(trainer.optimizer)
-    loaded = dist_checkpointing.load(
-        _sharded_state(trainer, is_loading=True),
-        str(checkpoint.folder / "model"),
-        validate_access_integrity=False,
-    )
-    trainer.gpt.load_state_dict(loaded["model"])
-    trainer.optimizer.load_state_dict(loaded["optimizer"])
-    for group, settings in zip(trainer.optimizer.param_groups, asked, strict=True):
-        group.update(settings)
-    trainer.scheduler.step(loaded["scheduler"]["num_steps"])
+    load_state(trainer, checkpoint.folder / "model")
     trainers = [state["generators"] for state in checkpoint.ranks if "generators" in state]
-    set_generators(trainers[dist.get_rank() if dist.get_rank() < len(trainers) else 0])
-
-
-def restore_weights(checkpoint: Checkpoint, gpt) -> None:
-    """Fill a model alone, of whatever layout. Collective over its ranks."""
-    state = {
-        "model": gpt.sharded_state_dict(
-            metadata={"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
-        )
-    }
-    gpt.load_state_dict(
-        dist_checkpointing.load(
-            state, str(checkpoint.folder / "model"), validate_access_integrity=False
-        )["model"]
-    )
-
-
-def _sharded_state(trainer, *, is_loading: bool = False) -> dict:
-    metadata = {
-        "chained_optim_avoid_prefix": True,
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": trainer.dp_cp_group,
-    }
-    model = trainer.gpt.sharded_state_dict(metadata=metadata)
-    optimizer = trainer.optimizer.sharded_state_dict(
-        model, is_loading=is_loading, metadata=metadata
-    )
-    return {"model": model, "optimizer": optimizer, "scheduler": trainer.scheduler.state_dict()}
-
-
-def _give_adam_its_state(optimizer) -> None:
-    """torch's AdamW has no state before its first step, and megatron-core fills only what is there."""
-    for chained in optimizer.chained_optimizers:
-        for group in chained.optimizer.param_groups:
-            for parameter in group["params"]:
-                if not chained.optimizer.state[parameter]:
-                    moments = {
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
-                    chained.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-
-
-_stock_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
-
-
-def _set_states(self, model_param, tensors):
-    """megatron-core 0.16.1 knows Adam's step as a number of the parameter group, where Apex and
-    Transformer Engine keep it. torch keeps a tensor for each parameter, and the loader gives all of
-    them the same tensor, which would then be counted up once for every parameter.
-    """
-    group, place = self.model_param_group_index_map[model_param]
-    state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
-    if "step" in state:
-        state["step"] = state["step"].clone()
-        tensors = {**tensors, "step": state["step"]}
-    _stock_set_states(self, model_param, tensors)
-
-
-DistributedOptimizer._set_main_param_and_optimizer_states = _set_states
-# megatron-core keeps what its writers return in a process of its own, for saves that go on in the
-# background; it would outlive a rank that is killed.
-filesystem_async._results_queue = queue.Queue()
-
-_stock_write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
-
-
-def _write(*args, **kwargs) -> None:
-    """In the process that megatron-core forks for each file: it ends with its rank, and does not
-    wait for ever for one that was killed.
-    """
-    signal_when_parent_ends(signal.SIGKILL)
-    _stock_write(*args, **kwargs)
-
-
-filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(_write)
+    rank = dist.get_rank()
+    set_generators(trainers[rank if rank < len(trainers) else 0])
 
 
 def _crc(path: Path, crc: int = 0) -> int:

@@ -19,7 +19,6 @@ from common.settings import (
     GYM,
     InFlightSettings,
     PlanSettings,
-    RewardSettings,
     RolloutSettings,
     RunSettings,
     SyncSettings,
@@ -29,6 +28,7 @@ from common.settings import (
 )
 from harness.run_folder import name_problems, rollouts_file
 from losses import LossSettings, check_loss_settings
+from reward import RewardSettings
 
 # Numpy takes seeds below 2**32. Engine and trainer add a number to --seed on each rank.
 SEEDS = 2**31
@@ -56,7 +56,7 @@ def check_flags(settings) -> None:
     if min(trainer_ranks, rollout_ranks) < 1:  # a problem of its own, not one of the layout
         trainer_ranks = rollout_ranks = None
     found.collect(check_rollout_flags, settings.rollout, ranks=rollout_ranks)
-    if not _is_plan(settings):  # which reads no prompts
+    if not is_plan(settings):  # which reads no prompts
         found.collect(check_prompt_files, settings.rollout)
     found.collect(check_reward_flags, settings.reward, settings.rollout)
     steps = settings.run.steps
@@ -66,7 +66,7 @@ def check_flags(settings) -> None:
     found.collect(check_loss_settings, settings.loss)
     found.collect(check_sync_flags, settings.sync)
     found.collect(check_modes, settings)
-    if not settings.run.load_rollouts:  # rollout.longest_of_dumps looks at what is loaded
+    if not settings.run.load_rollouts:  # model_checks.longest_of_dumps looks at what is loaded
         answers = settings.rollout.prompts_per_step * settings.rollout.samples_per_prompt
         found.collect(check_minibatches, settings.train.minibatches, answers=answers)
     yield from found.texts
@@ -74,11 +74,12 @@ def check_flags(settings) -> None:
 
 def world_size(settings) -> int:
     """Return how many ranks the run has, or the planned one. settings: a loop's."""
-    return settings.plan.plan_gpus if _is_plan(settings) else int(os.environ["WORLD_SIZE"])
+    return settings.plan.plan_gpus if is_plan(settings) else int(os.environ["WORLD_SIZE"])
 
 
-def _is_plan(settings) -> bool:
-    return hasattr(settings, "plan") and settings.plan.plan  # the examples have none
+def is_plan(settings) -> bool:
+    """Tell whether the run is only planned. The examples cannot be."""
+    return hasattr(settings, "plan") and settings.plan.plan
 
 
 @all_problems

@@ -29,6 +29,11 @@ def check_export_target(target: Path, source: str | Path) -> None:
         raise BadInput(f"the export would overwrite its own model, {source}: choose another folder")
 
 
+def write_folders(run, weights: WeightPath) -> None:
+    """Write the trained weights in each dtype of --export. Collective. run: harness.Run."""
+    export_all(weights, run.record.exports(), source=run.model)
+
+
 def export_all(weights: WeightPath, targets: dict[str, Path], *, source: str | Path) -> None:
     """Call export_hf for each {dtype: folder}. Collective.
 

@@ -27,6 +27,7 @@ import torch
 
 from backends.huggingface.config import check_layout
 from backends.sglang.checks import check_environment, server_overrides
+from backends.sglang.launch import MEM_FRACTION_STATIC
 from common.errors import BadInput, ProblemList, all_problems
 from harness.memory import (
     checkpoint_bytes,
@@ -37,7 +38,6 @@ from harness.memory import (
     state_bytes,
     trainer_bytes,
 )
-from rollout import MEM_FRACTION_STATIC, longest_of_dumps
 
 # On a GPU and process: CUDA context and libraries, NCCL's buffers, what the allocators waste
 RUNTIME_BYTES = 3e9
@@ -311,21 +311,6 @@ def hand_off_seconds(
 
 
 # --- said, and checked --------------------------------------------------------------------------
-
-
-def longest_sample(settings, config: dict | None, data) -> int | None:
-    """Return the tokens of the longest possible sample, prompt and response; None where they could
-    not be found out.
-
-    Those of a planned run are as its flags say. --load-rollouts may hold longer samples than the
-    prompts and --max-response-tokens of now allow. Raises BadInput for a dump that cannot be
-    trained on.
-    """
-    if settings.plan.plan:
-        return settings.plan.plan_prompt_tokens + settings.rollout.max_response_tokens
-    if not settings.run.load_rollouts or data is None:
-        return data.longest if data else None
-    return max(data.longest, longest_of_dumps(settings, config))
 
 
 def report(settings, config: dict, **load) -> None:

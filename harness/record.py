@@ -1,17 +1,17 @@
 """The record of a run: its folder, its metrics and timeline, and the progress bar.
 
     runs/NAME/settings.json    every setting as resolved, versions and the command line
-    runs/NAME/metrics.jsonl    one object a step; README.md explains each key
+    runs/NAME/metrics.jsonl    one object a step; docs/metrics.md explains each key
     runs/NAME/samples.jsonl    a few answers of training steps and evaluations, with their rewards
-    runs/NAME/trace.json       what every rank did when, in Chrome's trace format: open it at ui.perfetto.dev
-    runs/NAME/rollouts/        with --save-rollouts: every sample of every step, what --load-rollouts reads
-    runs/NAME/profile/         with --profile: PyTorch's profile of chosen steps
+    runs/NAME/trace.json       what every rank did when, for ui.perfetto.dev (Chrome's trace format)
+    runs/NAME/rollouts/        --save-rollouts: every sample of every step, for --load-rollouts
+    runs/NAME/profile/         --profile: PyTorch's profile of chosen steps
     runs/NAME/lock             who writes here now: a second run of this name is refused
-    runs/NAME/checkpoints/     what --resume goes on from; see checkpoint.py
+    runs/NAME/checkpoints/     what --resume goes on from; see harness/checkpoint.py
     runs/NAME/model-bf16/      the trained weights as a Hugging Face folder
 
-Only global rank 0 writes, profiles excepted. Lines are flushed as they are written, so that
-whatever ends a run, the record up to then is there.
+Only global rank 0 writes, profiles excepted. Each line is flushed when it is written: whatever ends
+a run, the record up to then is there.
 """
 
 import collections
@@ -33,7 +33,8 @@ from tqdm import tqdm
 from common import process_groups
 from common.distributed import all_gather_bytes, broadcast_bytes
 from common.errors import read_json
-from common.timeline import Stopwatch, renamed
+from common.timeline import Clock, Span, mark_evaluation, waiting_share
+from data.sample import Sample, read_dump
 from harness import exits
 from harness.run_folder import (
     FILES,
@@ -41,6 +42,7 @@ from harness.run_folder import (
     lock_run_folder,
     new_run_folder,
     remove_parts,
+    rollouts_file,
     unwritable,
 )
 
@@ -48,6 +50,7 @@ ROWS = ("trainer", "engine", "judge")  # of each rank's part of the timeline
 SHOWN_ANSWERS = 8  # of each source, in samples.jsonl, a step
 SHOWN_SHARE = 0.1  # of a step: the bar shows a reward stage that takes this much of it
 STAGES = ("rollout", "wait", "reward", "train", "sync")
+PACKAGES = ("torch", "megatron-core", "sglang", "transformers")
 NOTHING_TO_LEARN = (
     "step {step}: the rewards of each prompt's answers are all equal (mean {reward:.3f}), so"
     " nothing was learned. Compare answers and labels in samples.jsonl; look at --reward,"
@@ -57,25 +60,25 @@ NOTHING_TO_LEARN = (
 
 
 class Record:
-    """The run folder and the progress bar. group: all ranks of the run; its rank 0, a trainer, is
-    the one that writes. trains: whether this rank does.
+    """The run folder and the progress bar.
 
-    resumed: the checkpoint.Checkpoint that the run goes on from: what was written after it is cut
+    group: all ranks of the run; its rank 0, a trainer, writes. trains: whether this rank does.
+    resumed: the checkpoint.Checkpoint that the run goes on from. What was written after it is cut
     off.
 
-    On exit W&B's service ends first, when it has sent what it holds.
+    On exit W&B ends first: the end of the engine kills every child process of this rank, and with
+    W&B's service the data that it has not sent.
     """
 
     def __init__(
         self, settings, loop: str, group: dist.ProcessGroup, trains: bool = True, resumed=None
     ):
         self.group, self.loop, self.trains, self.is_writer = group, loop, trains, group.rank() == 0
-        folder, self.evaluated_model = b"", str(resumed.folder if resumed else settings.run.model)
+        self.evaluated_model = str(resumed.folder if resumed else settings.run.model)
         name = settings.run.name
-        if (
-            settings.run.eval_only and resumed
-        ):  # A record of its own: that of the run stays as it is.
+        if settings.run.eval_only and resumed:  # a record of its own; the run's stays as it is
             resumed, name, self.loop = None, "", f"{name}-eval"
+        folder = b""
         if self.is_writer:
             mine = Path("runs") / name if resumed else new_run_folder(name, self.loop)
             process_groups.remember_run(str(mine.relative_to("runs")))
@@ -85,126 +88,112 @@ class Record:
         self.folder = Path(broadcast_bytes(folder, group).decode())
         check_shared(self.folder, group, is_new=not resumed)
         self.name = str(self.folder.relative_to("runs"))
-        self.started, self.settings, self.profiler, self.boards, self.end_wandb = (
-            time.time(),
-            settings.run,
-            None,
-            [],
-            None,
-        )
-        self.held_out, self.rewards = [], []  # of each evaluation; of each step
+        self.settings, self.started = settings.run, time.time()
         self.resumed, self.first_step = resumed is not None, resumed.step + 1 if resumed else 1
-        dropped = 0  # rows that stand behind the checkpoint
-        self.spans_end, self.evaluated = time.time(), (0.0, 0.0)
-        """Up to when the timeline is; from when to when the last evaluation was."""
+        self.held_out: list[float] = []  # of each evaluation
+        self.rewards: list[float] = []  # of each step
+        self.profiler, self.boards, self.end_wandb = None, [], None
+        self.spans_end = time.time()
+        """Up to when the timeline is written."""
+        self.evaluated = (0.0, 0.0)
+        """From when to when the last evaluation was."""
         self.stopping, self.stop_signals = False, ""
         """Whether a rank was told to stop while steps are left, and how: the same on all ranks."""
         self.files: dict[str, TextIO] = {}
-        if not self.is_writer:
-            return
+        if self.is_writer:
+            self._open(settings, resumed)
+
+    def _open(self, settings, resumed) -> None:
+        """Open files, boards and the progress bar."""
+        dropped = 0  # rows that stand behind the checkpoint
         try:
             for name, file in FILES.items():
                 self.files[name] = open(self.folder / file, "a", buffering=1, encoding="utf-8")
             if resumed:
-                self.started -= resumed.state["record"]["elapsed_s"]
-                dropped = (
-                    (self.folder / FILES["metrics"])
-                    .read_bytes()[resumed.state["record"]["metrics"] :]
-                    .count(b"\n")
-                )
-                for name, file in self.files.items():
-                    file.truncate(resumed.state["record"][name])
-                rows = map(
-                    json.loads,
-                    (self.folder / FILES["metrics"]).read_text(encoding="utf-8").splitlines(),
-                )
-                for row in rows:
-                    self._remember(row)
+                dropped = self._cut_off(resumed)
             else:
-                names = [
-                    {
-                        "name": "process_name",
-                        "ph": "M",
-                        "pid": rank,
-                        "args": {"name": f"rank {rank}"},
-                    }
-                    for rank in range(group.size())
-                ]
-                names += [
-                    {
-                        "name": "thread_name",
-                        "ph": "M",
-                        "pid": n["pid"],
-                        "tid": i,
-                        "args": {"name": row},
-                    }
-                    for n in names
-                    for i, row in enumerate(ROWS)
-                ]
-                self.files["trace"].write("[" + ",\n".join(map(json.dumps, names)))
-            if settings.run.save_rollouts:
+                self._name_rows()
+            if self.settings.save_rollouts:
                 (self.folder / "rollouts").mkdir(exist_ok=True)
-            versions = {
-                name: importlib.metadata.version(name)
-                for name in ("torch", "megatron-core", "sglang", "transformers")
-            }
-            record = {
-                "command": sys.argv,
-                "world_size": group.size(),
-                "versions": versions,
-                **dataclasses.asdict(settings),
-            }
-            if settings.run.wandb:
-                record["wandb_id"] = self._wandb_id()
-            (self.folder / "settings.json").write_text(
-                json.dumps(record, indent=2) + "\n", encoding="utf-8"
-            )
+            about = self._about(settings)
+            text = json.dumps(about, indent=2) + "\n"
+            (self.folder / "settings.json").write_text(text, encoding="utf-8")
         except OSError as error:
             raise unwritable(self.folder, error) from error
-        if settings.run.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            board = SummaryWriter(
-                self.folder / "tensorboard", purge_step=resumed.step + 1 if resumed else None
-            )
-            self.boards.append(
-                lambda metrics: (
-                    [
-                        board.add_scalar(key, value, metrics["step"])
-                        for key, value in metrics.items()
-                    ]
-                    and board.flush()
-                )
-            )
-        if settings.run.wandb:
-            import wandb
-
-            about = dict(
-                name=self.name,
-                id=record["wandb_id"],
-                resume="allow",
-                dir=self.folder,
-                config=record,
-            )
-            wandb_run = wandb.init(project=settings.run.wandb, **about)
-            self.boards.append(lambda metrics: wandb_run.log(metrics, step=metrics["step"]))
-            self.end_wandb = wandb.teardown
-        off = settings.run.eval_only  # A bar of no steps says nothing.
+        if self.settings.tensorboard:
+            self._start_tensorboard()
+        if self.settings.wandb:
+            self._start_wandb(about)
         self.bar = tqdm(
-            total=settings.run.steps,
-            initial=resumed.step if resumed else 0,
+            total=self.settings.steps,
+            initial=self.first_step - 1,
             unit="step",
             dynamic_ncols=True,
-            disable=off,
+            disable=self.settings.eval_only,  # a bar of no steps says nothing
         )
         if resumed:
             rest = (
                 f"; the {dropped} rows of metrics.jsonl that followed it are dropped, and written"
-                " again"
-                if dropped
-                else ""
             )
-            self.say(f"going on from {resumed.folder}{rest}")
+            self.say(f"going on from {resumed.folder}{f'{rest} again' if dropped else ''}")
+
+    def _cut_off(self, resumed) -> int:
+        """Remove what was written after the checkpoint; return how many rows of metrics that was."""
+        at = resumed.state["record"]
+        self.started -= at["elapsed_s"]
+        metrics = self.folder / FILES["metrics"]
+        dropped = metrics.read_bytes()[at["metrics"] :].count(b"\n")
+        for name, file in self.files.items():
+            file.truncate(at[name])
+        for row in metrics.read_text(encoding="utf-8").splitlines():
+            self._remember(json.loads(row))
+        return dropped
+
+    def _name_rows(self) -> None:
+        """Begin trace.json: name each rank, and the rows of its part of the timeline."""
+
+        def named(what: str, name: str, **where) -> str:
+            return json.dumps({"name": what, "ph": "M", **where, "args": {"name": name}})
+
+        ranks = range(self.group.size())
+        names = [named("process_name", f"rank {rank}", pid=rank) for rank in ranks]
+        for rank in ranks:
+            names += [named("thread_name", row, pid=rank, tid=i) for i, row in enumerate(ROWS)]
+        self.files["trace"].write("[" + ",\n".join(names))
+
+    def _about(self, settings) -> dict:
+        """Return what settings.json holds."""
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        about = {"command": sys.argv, "world_size": self.group.size(), "versions": versions}
+        about |= dataclasses.asdict(settings)
+        return about | ({"wandb_id": self._wandb_id()} if self.settings.wandb else {})
+
+    def _start_tensorboard(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge_step = self.first_step if self.resumed else None
+        board = SummaryWriter(self.folder / "tensorboard", purge_step=purge_step)
+
+        def add(metrics: dict) -> None:
+            for key, value in metrics.items():
+                board.add_scalar(key, value, metrics["step"])
+            board.flush()
+
+        self.boards.append(add)
+
+    def _start_wandb(self, about: dict) -> None:
+        import wandb
+
+        wandb_run = wandb.init(
+            project=self.settings.wandb,
+            name=self.name,
+            id=about["wandb_id"],
+            resume="allow",
+            dir=self.folder,
+            config=about,
+        )
+        self.boards.append(lambda metrics: wandb_run.log(metrics, step=metrics["step"]))
+        self.end_wandb = wandb.teardown
 
     def _wandb_id(self) -> str:
         """Return W&B's key of this run: that of before --resume, else a new one.
@@ -215,13 +204,6 @@ class Record:
         known = read_json(before).get("wandb_id") if before.exists() else None
         return known or f"{self.name.replace('/', '-')}-{uuid.uuid4().hex[:8]}"
 
-    def _remember(self, metrics: dict) -> None:
-        """Keep what the last line tells of a row of metrics."""
-        if "held_out" in metrics:
-            self.held_out.append(metrics["held_out"])
-        if "reward" in metrics:
-            self.rewards.append(metrics["reward"])
-
     def __enter__(self) -> "Record":
         return self
 
@@ -229,206 +211,107 @@ class Record:
         if self.end_wandb:
             self.end_wandb(exit_code=0 if kind is None else 1)
 
-    def positions(self) -> dict[str, float]:
-        """Where the files of the record stand, for a checkpoint."""
+    # --- a step -----------------------------------------------------------------------------------
+
+    def start_step(self, step: int) -> Clock:
+        """Start the clock of a step, and with --profile this rank's profile of it."""
+        exits.is_training.set()  # from now on a signal to stop waits for a step's end
+        if self.is_writer and step == self.first_step:
+            self.bar.unpause()  # the bar's clock runs from the first step on, not from the start
+        if step in self.settings.profile:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+        return Clock()
+
+    def end_step(
+        self, step: int, clock: Clock, samples: list[Sample], engine, judge
+    ) -> dict[str, float]:
+        """Write the step's timeline and a few of its answers. Collective: the step's end.
+
+        Returns the seconds of the step and of its stages, and which shares of it trainers and
+        engines waited. A trainer waits while it neither trains nor sends weights, for the last rank
+        too. An engine waits while it generates nothing. Clocks of several machines are taken as
+        they are.
+        """
+        self.log_samples(step, samples)
+        rows = {"trainer": clock.spans} if self.trains else {}
+        if engine.timeline:
+            of_engine = {"engine": engine.timeline, "judge": judge.timeline}
+            for row, timeline in of_engine.items():
+                rows[row] = mark_evaluation(timeline.pop_spans(), *self.evaluated)
+        self.spans_end = time.time()
+        ranks = [json.loads(row) for row in all_gather_bytes(json.dumps(rows).encode(), self.group)]
+        if not self.is_writer:
+            return {}
+        for rank, spans_of in enumerate(ranks):
+            for row, spans in spans_of.items():
+                self._write_spans(spans, rank, row)
+        end = time.time()
+        of_step = (clock.started, end)
+        trainers, engines = ([rank[row] for rank in ranks if row in rank] for row in ROWS[:2])
         return {
-            "elapsed_s": time.time() - self.started,
-            **{name: os.fstat(file.fileno()).st_size for name, file in self.files.items()},
+            "step_s": end - clock.started,
+            "trainer_wait": waiting_share(trainers, ("train", "sync"), *of_step),
+            "engine_wait": waiting_share(engines, ("rollout",), *of_step),
+            **clock.seconds(),
         }
 
-    def checkpoint_due(self, step: int) -> bool:
-        """Say whether a checkpoint is to be written now: every --save-every steps, when told to
-        stop, and at the end of a run that has others.
+    def log(self, metrics: dict) -> None:
+        """Write a line of metrics.jsonl; the bar shows the reward and where the step's time went.
 
-        Without the last one, --resume would go back behind steps that are done.
+        Collective: afterwards all ranks know whether one of them has been told to stop.
+        """
+        step = metrics["step"]
+        self._end_profile(step)
+        exits.is_training.set()
+        told = b"".join(all_gather_bytes(bytes(exits.told_to_stop[:1]), self.group))
+        self.stopping = bool(told) and step < self.settings.steps
+        self.stop_signals = " and ".join(sorted({signal.Signals(number).name for number in told}))
+        if not self.is_writer:
+            return
+        numbers = {key: x for key, x in metrics.items() if isinstance(x, (int, float))}
+        for add in self.boards:
+            add(numbers)
+        rounded = {key: round(x, 8) if isinstance(x, float) else x for key, x in metrics.items()}
+        self.files["metrics"].write(json.dumps(rounded) + "\n")
+        self._remember(metrics)
+        is_first = step == self.first_step
+        if is_first and metrics.get("zero_std_groups") == 1 and "reward" in metrics:
+            self.say(NOTHING_TO_LEARN.format(**metrics))
+        if "reward" in metrics or "reward_errors" in metrics:  # a step, and no evaluation
+            self._show(metrics)
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Tell whether a checkpoint is to be written now.
+
+        That is every --save-every steps, when a rank was told to stop, and at the end of a run that
+        has others: without the last one, --resume would go back behind steps that are done.
         """
         every = self.settings.save_every
         is_last = step == self.settings.steps and (every > 0 or self.resumed)
         return bool(self.stop_signals) or is_last or (every > 0 and step % every == 0)
 
+    def save_or_load(self, step: int, samples: list[Sample]) -> list[Sample]:
+        """Return the step's samples, of all ranks.
+
+        --save-rollouts writes them. --load-rollouts reads those of another run in their place.
+        """
+        if self.settings.load_rollouts:
+            return read_dump(rollouts_file(self.settings.load_rollouts, step))
+        if self.settings.save_rollouts and self.is_writer:
+            lines = b"".join(sample.to_json() + b"\n" for sample in samples)
+            rollouts_file(self.folder / "rollouts", step).write_bytes(lines)
+        return samples
+
+    # --- the end ----------------------------------------------------------------------------------
+
     def exports(self) -> dict[str, Path]:
-        """Return {dtype: folder} of --export, of whose weights this rank holds a part: nothing on
-        ranks that do not train.
-        """
-        return {
-            dtype: self.folder / f"model-{dtype}" for dtype in self.settings.export if self.trains
-        }
-
-    def say(self, text: str) -> None:
-        """One line above the progress bar."""
-        if self.is_writer:
-            self.bar.write(text, file=sys.stderr)
-
-    def profile(self, step: int) -> None:
-        """At the end of a step: with --profile, write this rank's profile of it, and begin that of
-        the next.
-        """
-        exits.is_training.set()  # from now on a signal to stop waits for a step's end
-        if self.is_writer and step == self.first_step - 1:
-            self.bar.unpause()  # the bar's clock runs from the first step on, not from the start
-        if self.profiler:
-            self.profiler.stop()
-            (self.folder / "profile").mkdir(exist_ok=True)
-            self.profiler.export_chrome_trace(
-                str(self.folder / "profile" / f"step-{step}-rank-{self.group.rank()}.json")
-            )
-        self.profiler = torch.profiler.profile() if step + 1 in self.settings.profile else None
-        if self.profiler:
-            self.profiler.start()
-
-    def log(self, metrics: dict) -> None:
-        """One line of metrics.jsonl; the bar shows the reward and where the step's time went.
-
-        Collective: whether a rank has been told to stop, all of them know afterwards.
-        """
-        self.profile(metrics["step"])
-        told = b"".join(all_gather_bytes(bytes(exits.told_to_stop[:1]), self.group))
-        self.stopping = bool(told) and metrics["step"] < self.settings.steps
-        self.stop_signals = " and ".join(sorted({signal.Signals(number).name for number in told}))
-        if not self.is_writer:
-            return
-        for board in self.boards:
-            board({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
-        self.files["metrics"].write(
-            json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in metrics.items()})
-            + "\n"
-        )
-        self._remember(metrics)
-        if (
-            metrics["step"] == self.first_step
-            and metrics.get("zero_std_groups") == 1
-            and "reward" in metrics
-        ):
-            self.say(NOTHING_TO_LEARN.format(**metrics))
-        if "reward" in metrics or "reward_errors" in metrics:  # a step, and no evaluation
-            reward = f"reward {metrics['reward']:.2f}" if "reward" in metrics else "no reward"
-            least_s = SHOWN_SHARE * metrics.get("step_s", 0)
-            seconds = {stage: metrics[f"{stage}_s"] for stage in STAGES if f"{stage}_s" in metrics}
-            shown = [stage for stage, s in seconds.items() if stage != "reward" or s >= least_s]
-            stages = "  ".join(f"{stage} {seconds[stage]:.2f} s" for stage in shown)
-            self.bar.set_postfix_str(f"{reward}  {stages}", refresh=False)
-            self.bar.update()
-
-    def trace(self, watch: Stopwatch, engine, judge) -> dict[str, float]:
-        """Add every rank's step to trace.json; returns the step's seconds and the shares of it that
-        trainers and engines wait. Collective: the step's end.
-
-        watch: of the step. engine: None on ranks without one. A trainer waits while it neither
-        trains nor hands over weights, for the last rank at the step's end too; an engine waits
-        while it generates nothing. Clocks of several machines are taken as they are.
-        """
-        rows = {"trainer": watch.spans} if self.trains else {}
-        of_engine = (
-            {"engine": engine.timeline.pop_spans(), "judge": judge.timeline.pop_spans()}
-            if engine
-            else {}
-        )
-        rows |= {row: renamed(spans, *self.evaluated) for row, spans in of_engine.items()}
-        self.spans_end = time.time()
-        ranks = [json.loads(row) for row in all_gather_bytes(json.dumps(rows).encode(), self.group)]
-        if not self.is_writer:
-            return {}
-        for rank, rows in enumerate(ranks):
-            for row, spans in rows.items():
-                for stage, start, end in spans:
-                    times = {
-                        "ts": round((start - self.started) * 1e6),
-                        "dur": round((end - start) * 1e6),
-                    }  # microseconds
-                    self.files["trace"].write(
-                        ",\n"
-                        + json.dumps(
-                            {"name": stage, "ph": "X", **times, "pid": rank, "tid": ROWS.index(row)}
-                        )
-                    )
-
-        def waiting(row: str, busy: tuple[str, ...]) -> float:
-            rows = [rank[row] for rank in ranks if row in rank]
-            busy_s = sum(
-                max(min(end, ended) - max(start, watch.started), 0)
-                for spans in rows
-                for stage, start, end in spans
-                if stage in busy
-            )
-            return 1 - busy_s / len(rows) / step_s if rows else 1.0
-
-        ended = time.time()
-        step_s = ended - watch.started
-        return {
-            "step_s": step_s,
-            "trainer_wait": waiting("trainer", ("train", "sync")),
-            "engine_wait": waiting("engine", ("rollout",)),
-        }
-
-    def finish_evaluation(self) -> None:
-        """Print the last line of a run with --eval-only: what was evaluated, and its mean reward."""
-        if not self.is_writer:
-            return
-        self.bar.close()
-        self.files["trace"].write("]\n")
-        result = f"{self.held_out[-1]:.3f}" if self.held_out else "none, no answer could be judged"
-        files = f"metrics and samples are in {self.folder}"
-        print(f"held-out reward of {self.evaluated_model}: {result}; {files}", flush=True)
-
-    def log_eval(self, step: int, samples: list, metrics: dict) -> dict:
-        """An evaluation's metrics on the console and as metrics of the step, the first answers from
-        each held-out set in samples.jsonl.
-        """
-        if not samples:
-            return {"step": step}
-        self.evaluated = (self.spans_end, time.time())
-        prompts, n = (
-            len({sample.group for sample in samples}),
-            1 + max(sample.index for sample in samples),
-        )
-        shown = [
-            key
-            for key in metrics
-            if key.startswith("held_out/") or n > 1 and key in (f"pass@{n}", f"majority@{n}")
-        ]
-        more = "".join(f"  {key.removeprefix('held_out/')} {metrics[key]:.3f}" for key in shown)
-        if errors := metrics.get("held_out_errors"):
-            error = next(sample.error for sample in samples if sample.reward is None)
-            more += (
-                f"  {errors} of {len(samples)} answers could not be judged, the first:"
-                f" {error[:200]}"
-            )
-        if "held_out" in metrics:
-            self.say(
-                f"step {step:4d}  held-out reward {metrics['held_out']:.3f} on {prompts}"
-                f" prompts{more}"
-            )
-        else:
-            self.say(f"step {step:4d}  no held-out reward{more}")
-        self._write_samples(step, samples, split="held-out")
-        return {"step": step, **metrics}
-
-    def log_samples(self, step: int, samples: list) -> None:
-        """Write a few of a training step's answers: of steps 1 and --steps, and every --eval-every.
-
-        They are the first answers to several prompts of each source.
-        """
-        if step in (1, self.settings.steps) or step % self.settings.eval_every == 0:
-            ordered = sorted(samples, key=lambda sample: (sample.index, sample.group))
-            self._write_samples(step, ordered, split="train")
-
-    def _write_samples(self, step: int, samples: list, *, split: str) -> None:
-        written = collections.Counter()
-        for sample in samples if self.is_writer else ():
-            written[sample.source] += 1
-            if written[sample.source] <= SHOWN_ANSWERS:
-                row = {
-                    "step": step,
-                    "split": split,
-                    "prompt": sample.prompt,
-                    "response": sample.response,
-                }
-                row |= {"label": sample.label, "reward": sample.reward, "source": sample.source}
-                row |= {"error": sample.error} if sample.error else {}
-                self.files["samples"].write(json.dumps(row, ensure_ascii=False) + "\n")
+        """Return {dtype: folder} of --export; nothing on ranks that hold no trained weights."""
+        dtypes = self.settings.export if self.trains else ()
+        return {dtype: self.folder / f"model-{dtype}" for dtype in dtypes}
 
     def finish(self) -> None:
-        """The last line: what was learned, and where the record is; or how to go on."""
+        """Print the last line: what was learned, and where the record is; or how to go on."""
         if not self.is_writer:
             return
         self.bar.close()
@@ -443,6 +326,106 @@ class Record:
         learned = f"{name} {values[0]:.3f} -> {values[-1]:.3f}" if values else "no reward"
         when = f"in {self.bar.total} steps, {time.time() - self.started:.0f} s"
         print(f"{learned} {when}; {self._written()} in {self.folder}", flush=True)
+
+    def finish_evaluation(self) -> None:
+        """Print the last line of --eval-only: what was evaluated, and its mean reward."""
+        if not self.is_writer:
+            return
+        self.bar.close()
+        self.files["trace"].write("]\n")
+        result = f"{self.held_out[-1]:.3f}" if self.held_out else "none, no answer could be judged"
+        files = f"metrics and samples are in {self.folder}"
+        print(f"held-out reward of {self.evaluated_model}: {result}; {files}", flush=True)
+
+    def positions(self) -> dict[str, float]:
+        """Return where the files of the record stand, for a checkpoint."""
+        sizes = {name: os.fstat(file.fileno()).st_size for name, file in self.files.items()}
+        return {"elapsed_s": time.time() - self.started, **sizes}
+
+    # --- what a reader sees -----------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        """Print one line above the progress bar."""
+        if self.is_writer:
+            self.bar.write(text, file=sys.stderr)
+
+    def log_eval(self, step: int, samples: list[Sample], metrics: dict) -> dict:
+        """Print an evaluation's metrics and write its first answers; return the metrics.
+
+        samples.jsonl gets the first answers to prompts of each held-out set.
+        """
+        if not samples:
+            return {}
+        self.evaluated = (self.spans_end, time.time())
+        prompts = len({sample.group for sample in samples})
+        n = 1 + max(sample.index for sample in samples)
+        of_n = (f"pass@{n}", f"majority@{n}") if n > 1 else ()
+        shown = [key for key in metrics if key.startswith("held_out/") or key in of_n]
+        more = "".join(f"  {key.removeprefix('held_out/')} {metrics[key]:.3f}" for key in shown)
+        if errors := metrics.get("held_out_errors"):
+            error = next(sample.error for sample in samples if sample.reward is None)
+            which = f"{errors} of {len(samples)} answers could not be judged"
+            more += f"  {which}, the first: {error[:200]}"
+        if "held_out" in metrics:
+            reward = f"held-out reward {metrics['held_out']:.3f}"
+            self.say(f"step {step:4d}  {reward} on {prompts} prompts{more}")
+        else:
+            self.say(f"step {step:4d}  no held-out reward{more}")
+        self._append_samples(step, samples, split="held-out")
+        return metrics
+
+    def log_samples(self, step: int, samples: list[Sample]) -> None:
+        """Write a few answers of steps 1 and --steps, and of every --eval-every.
+
+        They are the first answers to several prompts of each source.
+        """
+        if step in (1, self.settings.steps) or step % self.settings.eval_every == 0:
+            ordered = sorted(samples, key=lambda sample: (sample.index, sample.group))
+            self._append_samples(step, ordered, split="train")
+
+    def _append_samples(self, step: int, samples: list[Sample], *, split: str) -> None:
+        written = collections.Counter()
+        for sample in samples if self.is_writer else ():
+            written[sample.source] += 1
+            if written[sample.source] > SHOWN_ANSWERS:
+                continue
+            row = {"step": step, "split": split}
+            for name in ("prompt", "response", "label", "reward", "source"):
+                row[name] = getattr(sample, name)
+            row |= {"error": sample.error} if sample.error else {}
+            self.files["samples"].write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _remember(self, metrics: dict) -> None:
+        """Keep what the last line tells of a row of metrics."""
+        if "held_out" in metrics:
+            self.held_out.append(metrics["held_out"])
+        if "reward" in metrics:
+            self.rewards.append(metrics["reward"])
+
+    def _show(self, metrics: dict) -> None:
+        """Move the progress bar on by a step."""
+        reward = f"reward {metrics['reward']:.2f}" if "reward" in metrics else "no reward"
+        least_s = SHOWN_SHARE * metrics.get("step_s", 0)
+        seconds = {stage: metrics[f"{stage}_s"] for stage in STAGES if f"{stage}_s" in metrics}
+        shown = [stage for stage, s in seconds.items() if stage != "reward" or s >= least_s]
+        stages = "  ".join(f"{stage} {seconds[stage]:.2f} s" for stage in shown)
+        self.bar.set_postfix_str(f"{reward}  {stages}", refresh=False)
+        self.bar.update()
+
+    def _write_spans(self, spans: list[Span], rank: int, row: str) -> None:
+        for activity, start, end in spans:
+            at, length = round((start - self.started) * 1e6), round((end - start) * 1e6)
+            event = {"name": activity, "ph": "X", "ts": at, "dur": length}  # in microseconds
+            event |= {"pid": rank, "tid": ROWS.index(row)}
+            self.files["trace"].write(",\n" + json.dumps(event))
+
+    def _end_profile(self, step: int) -> None:
+        if self.profiler:
+            self.profiler.stop()
+            (self.folder / "profile").mkdir(exist_ok=True)
+            file = self.folder / "profile" / f"step-{step}-rank-{self.group.rank()}.json"
+            self.profiler.export_chrome_trace(str(file))
+            self.profiler = None
 
     def _written(self) -> str:
         """Name what a reader finds in the run folder: "metrics, samples and weights are"."""

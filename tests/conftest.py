@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-import backends  # noqa: F401  before transformers
+import backends.megatron  # noqa: F401  before transformers, and before Megatron
 import transformers
 
 # Every Python file of the project.

@@ -16,7 +16,7 @@ from common import distributed
 from common.errors import BadInput
 from common.settings import RunSettings
 from data.sample import Sample
-from rollout import save_or_load
+from harness.record import Record
 
 
 class Started(Exception):
@@ -104,8 +104,8 @@ def test_a_dump_with_fewer_answers_than_updates_is_refused(start, tmp_path):
 def test_a_blank_line_of_a_dump_is_no_sample(tmp_path):
     write_dumps(tmp_path / "dumps", 0)
     settings = RunSettings(load_rollouts=str(tmp_path / "dumps"))
-    record = type("Record", (), {"settings": settings})
-    assert len(save_or_load(record, 1, [])) == 4
+    record = type("Stub", (), {"settings": settings})
+    assert len(Record.save_or_load(record, 1, [])) == 4
 
 
 @pytest.fixture

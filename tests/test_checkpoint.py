@@ -22,7 +22,7 @@ from megatron.core import dist_checkpointing
 from backends.huggingface.config import read_config
 from common import process_groups
 from common.errors import BadInput, EngineDied
-from common.settings import RewardSettings, RolloutSettings, RunSettings, TrainSettings
+from common.settings import RolloutSettings, RunSettings, TrainSettings
 from data.prompts import load_data
 from data.sample import Sample
 from harness import checkpoint
@@ -30,6 +30,7 @@ from harness.run_folder import checkpoints_of
 import loop_async
 from loop_sync import Settings
 from losses import LossSettings
+from reward import RewardSettings
 import train_step
 
 QUICK = [
@@ -46,6 +47,15 @@ QUICK = [
     "--export",
 ]
 QUICK += ["--prompts", "toy:3", "more.jsonl", "--eval-samples-per-prompt", "2"]
+
+
+def run_in(folder, settings) -> SimpleNamespace:
+    """What checkpoint.save needs to know of a run of one rank."""
+    everyone = torch.distributed.group.WORLD
+    record = SimpleNamespace(
+        folder=folder, is_writer=True, group=everyone, loop="sync", positions=dict
+    )
+    return SimpleNamespace(record=record, settings=settings, inputs={})
 
 
 def write_more(folder):
@@ -176,13 +186,7 @@ def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_m
             )
         ],
     )
-    record = SimpleNamespace(
-        folder=tmp_path,
-        is_writer=True,
-        group=torch.distributed.group.WORLD,
-        loop="sync",
-        positions=dict,
-    )
+    run = run_in(tmp_path, Settings())
 
     def trainer_of(**settings):
         return train_step.build_trainer(
@@ -197,10 +201,8 @@ def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_m
         ]
 
     before = trainer_of(lr=1e-3, weight_decay=0.1, adam_beta2=0.95)
-    train_step.update_policy(
-        before, samples, LossSettings(), temperature=1.0, max_response_tokens=8
-    )
-    checkpoint.save(record, Settings(), before, step=1, read={}, rank_state={})
+    train_step.update_policy(before, train_step.pack(before, samples), LossSettings())
+    checkpoint.save(run, before, step=1, rank_state={})
     after = trainer_of(
         lr=1e-4,
         lr_schedule="constant",
@@ -229,29 +231,24 @@ def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_m
     ]
     assert {float(state["step"]) for state in states} == {1.0}
     # Each parameter counts for itself: a count that they shared would grow once for each of them.
-    train_step.update_policy(after, samples, LossSettings(), temperature=1.0, max_response_tokens=8)
+    train_step.update_policy(after, train_step.pack(after, samples), LossSettings())
     assert {float(state["step"]) for state in states} == {2.0}
 
 
 @pytest.mark.parametrize("rank, drawn_by", [(0, 0), (1, 1), (2, 0)])
 def test_a_rank_draws_on_as_it_did(fresh_megatron, tmp_path, monkeypatch, rank, drawn_by):
     """The checkpoint is of two trainers and a rank that generates. A third draws as the first."""
-    toy, everyone = str(ROOT / "toy"), torch.distributed.group.WORLD
-    record = SimpleNamespace(
-        folder=tmp_path, is_writer=True, group=everyone, loop="sync", positions=dict
-    )
+    toy = str(ROOT / "toy")
     trainer = train_step.build_trainer(toy, TrainSettings(), read_config(toy), steps=10, seed=1)
     answer = dict(response_ids=[7], rollout_logprobs=[-1.0], loss_mask=[1], advantages=[1.0])
     samples = [Sample([5, 6], **answer)]
-    train_step.update_policy(
-        trainer, samples, LossSettings(), temperature=1.0, max_response_tokens=8
-    )
+    train_step.update_policy(trainer, train_step.pack(trainer, samples), LossSettings())
     states, draws = [], []
     for seed in (5, 6):
         torch.manual_seed(seed)
         states.append(checkpoint.generators())
         draws.append(torch.rand(4).tolist())
-    checkpoint.save(record, Settings(), trainer, step=1, read={}, rank_state={})
+    checkpoint.save(run_in(tmp_path, Settings()), trainer, step=1, rank_state={})
     ranks = [{"generators": states[0]}, {"generators": states[1]}, {"prompts": 3}]
     monkeypatch.setattr(checkpoint, "dist", SimpleNamespace(get_rank=lambda: rank))
     saved = tmp_path / "checkpoints" / "step-000001"
@@ -362,18 +359,13 @@ def test_a_checkpoint_without_the_files_of_one_rank_is_not_whole(stopped, monkey
 def test_a_part_that_is_written_elsewhere_leaves_the_checkpoints_before(
     fresh_megatron, tmp_path, monkeypatch
 ):
-    toy, everyone = str(ROOT / "toy"), torch.distributed.group.WORLD
-    record = SimpleNamespace(
-        folder=tmp_path, is_writer=True, group=everyone, loop="sync", positions=dict
-    )
+    toy = str(ROOT / "toy")
     trainer = train_step.build_trainer(toy, TrainSettings(), read_config(toy), steps=10, seed=1)
-    settings = Settings(run=RunSettings(keep=1))
+    run = run_in(tmp_path, Settings(run=RunSettings(keep=1)))
     answer = dict(response_ids=[7], rollout_logprobs=[-1.0], loss_mask=[1], advantages=[1.0])
     samples = [Sample([5, 6], **answer)]
-    train_step.update_policy(
-        trainer, samples, LossSettings(), temperature=1.0, max_response_tokens=8
-    )
-    checkpoint.save(record, settings, trainer, step=1, read={}, rank_state={})
+    train_step.update_policy(trainer, train_step.pack(trainer, samples), LossSettings())
+    checkpoint.save(run, trainer, step=1, rank_state={})
     stock = dist_checkpointing.save
 
     def save_elsewhere(state, folder, **kwargs):
@@ -382,7 +374,7 @@ def test_a_part_that_is_written_elsewhere_leaves_the_checkpoints_before(
 
     monkeypatch.setattr(dist_checkpointing, "save", save_elsewhere)
     with pytest.raises(RuntimeError, match="__0_0.distcp is missing; a rank wrote it elsewhere"):
-        checkpoint.save(record, settings, trainer, step=2, read={}, rank_state={})
+        checkpoint.save(run, trainer, step=2, rank_state={})
     assert [path.name for path in checkpoints_of(tmp_path)] == ["step-000001"]
 
 

@@ -21,6 +21,7 @@ from megatron.core import parallel_state as mpu
 from sglang.srt.managers import io_struct
 
 from backends.sglang import engine as engine_module
+from backends.sglang.launch import launch_engine
 from harness import exits, export as hf_export
 import rollout
 import train_step
@@ -49,14 +50,14 @@ class Pair:
         )
         fp8 = weight_sync.fp8_weights(self.config, rollout_dtype=rollout_dtype, engine_tp=1)
         self.weights = weight_sync.WeightPath(
-            self.trainer, self.config, fp8, bucket_bytes=400_000
+            self.trainer.gpt, self.trainer.layout, self.config, fp8, bucket_bytes=400_000
         )  # several buckets
-        self.engine = rollout.start_engine(folder, self.settings, self.config, seed=1)
+        self.engine = launch_engine(folder, self.settings, self.config, seed=1)
         self.sync()
 
     def sync(self) -> None:
-        weight_sync.sync_weights(
-            self.weights, self.engine, version=self.engine.version + 1, check=True
+        weight_sync.send_weights(
+            self.weights, self.engine, version=self.engine.version + 1, verify=True
         )
 
     def generate(self, prompts: int = 16, n: int = 2, **changes) -> list[rollout.Sample]:
@@ -65,12 +66,14 @@ class Pair:
 
     def differences(self, samples: list[rollout.Sample], temperature: float = 1.0) -> np.ndarray:
         """|log-prob by the trainer - by the engine| of every response token."""
-        batches = train_step.local_microbatches(self.trainer, samples)
-        logprobs = train_step.compute_logprobs(self.trainer, batches, temperature=temperature)
+        self.trainer.temperature = temperature
+        batch = train_step.pack_batch(self.trainer, samples)
+        batch.read_samples()
+        logprobs = train_step.compute_logprobs(self.trainer, batch.microbatches)
         return np.concatenate(
             [
-                (ours - batch.rollout_logprobs_T)[batch.mask_T > 0].abs().numpy()
-                for ours, batch in zip(logprobs, batches)
+                (ours - one.per_token["rollout_logprobs"])[one.mask_T > 0].abs().numpy()
+                for ours, one in zip(logprobs, batch.microbatches)
             ]
         )
 
@@ -225,8 +228,8 @@ def test_an_update_in_flight(exact, monkeypatch, reported):
             parameter.add_(
                 torch.randn_like(parameter) * 1e-3
             )  # several optimizer steps at --lr 2e-4
-    weight_sync.sync_weights(
-        exact.weights, engine, version=before + 1, check=True
+    weight_sync.send_weights(
+        exact.weights, engine, version=before + 1, verify=True
     )  # comparing needs no idle engine either
     rollout.fill(samples, running.result(), exact.data)
     versions = np.concatenate([sample.weight_versions for sample in samples])

@@ -21,12 +21,13 @@ import tool_use
 
 import advantages
 from common.errors import BadInput
-from common.settings import RewardSettings, RunSettings
+from common.settings import RunSettings
 from harness import exits, flags
 from harness.checks import check_flags
 import losses
 from losses import LossSettings
 import reward
+from reward import RewardSettings
 
 HEAVY = r"\|\s+(sglang|transformers|megatron)\b"  # in the output of -X importtime
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -1,4 +1,4 @@
-"""in_flight.py without SGLang: which groups a step gets, when it waits, what is dropped.
+"""The asynchronous loop's GroupQueue without SGLang: which groups a step gets, when it waits, what is dropped.
 
 A stand-in engine answers after random times.
 
@@ -12,18 +12,20 @@ import asyncio
 import json
 import random
 import time
+from types import SimpleNamespace
 
+import loop_async
 import pytest
 
 from backends.huggingface.config import read_config
 from common.errors import BadInput, EngineDied
-from common.settings import REPOSITORY, InFlightSettings, RewardSettings, RolloutSettings
+from common.settings import REPOSITORY, InFlightSettings, RolloutSettings, RunSettings
 from common.timeline import Timeline
 from data.prompts import load_data
 from data.sample import Sample
 from harness.checks import check_in_flight_flags
-from in_flight import GroupQueue, check_staleness
-from reward import Judge
+from loop_async import GroupQueue, check_staleness
+from reward import Judge, RewardSettings
 from rollout import DROPPED, REPLACED, split_discarded
 
 TOY = str(REPOSITORY / "toy")
@@ -43,7 +45,7 @@ class StandIn:
     def call(self, coroutine):
         return self.loop.run_until_complete(asyncio.wait_for(coroutine, 60))  # fail, do not hang
 
-    async def generate(self, prompts_ids, sampling, *, request_ids):
+    async def generate(self, prompts_ids, sampling, *, request_ids, cache=""):
         group, first = int(request_ids[0].split("-")[1]), self.version
         self.started.append(group)
         await asyncio.sleep(self.seconds(group))
@@ -67,6 +69,25 @@ def data(one_rank):
     return load_data(TOY, RolloutSettings(), read_config(TOY), seed=1)
 
 
+def run_of(
+    data, *, dynamic_sampling=0, per_step=PER_STEP, steps=STEPS, ranks=None, **settings
+) -> SimpleNamespace:
+    """What a queue needs to know of a run whose only rollout rank this is."""
+    checkpoint = SimpleNamespace(ranks=json.loads(json.dumps(ranks))) if ranks else None
+    return SimpleNamespace(
+        settings=loop_async.Settings(
+            run=RunSettings(steps=steps),
+            rollout=RolloutSettings(prompts_per_step=per_step, samples_per_prompt=2),
+            in_flight=InFlightSettings(**settings),
+            reward=RewardSettings(dynamic_sampling=dynamic_sampling),
+        ),
+        data=data,
+        engine_index=0,
+        engines=1,
+        resumed_from=checkpoint,
+    )
+
+
 def run_steps(
     data,
     seconds,
@@ -80,20 +101,12 @@ def run_steps(
 ) -> tuple[list[list[Sample]], StandIn]:
     """The loop's body with a trainer that only takes time. Returns what each step was given."""
     engine = engine or StandIn(seconds)
-    rollout = RolloutSettings(prompts_per_step=PER_STEP, samples_per_prompt=2)
-    groups = GroupQueue(
-        engine,
-        data,
-        rollout,
-        InFlightSettings(**settings),
-        RewardSettings(dynamic_sampling=dynamic_sampling),
-        Judge(judge, 4),
-        steps=steps,
-    )
+    run = run_of(data, dynamic_sampling=dynamic_sampling, steps=steps, **settings)
+    groups = GroupQueue(run, engine, Judge(judge, 4))
     given = []
     for version in range(steps):
         given.append(groups.take_step(version))
-        assert len(groups.queue) <= (groups.settings.max_staleness + 1) * PER_STEP
+        assert len(groups.queue) <= (run.settings.in_flight.max_staleness + 1) * PER_STEP
         engine.call(asyncio.sleep(train_s))
         engine.version = version + 1
     assert not groups.queue
@@ -112,12 +125,8 @@ def new_queue(
 ) -> GroupQueue:
     """A queue of its own prompts; ranks: as in a checkpoint, which holds JSON."""
     data = load_data(TOY, RolloutSettings(), read_config(TOY), seed=1)
-    rollout = RolloutSettings(prompts_per_step=per_step, samples_per_prompt=2)
-    rewards = RewardSettings(dynamic_sampling=dynamic_sampling)
-    return GroupQueue(
-        engine, data, rollout, InFlightSettings(**settings), rewards, Judge(judge, 4), steps=steps,
-        ranks=json.loads(json.dumps(ranks)),
-    )  # fmt: skip
+    asked = dict(dynamic_sampling=dynamic_sampling, per_step=per_step, steps=steps)
+    return GroupQueue(run_of(data, ranks=ranks, **asked, **settings), engine, Judge(judge, 4))
 
 
 def stopped_after(steps: int, seconds, *, wait_s: float = 0.1, **settings) -> list[dict]:
@@ -140,9 +149,7 @@ def in_flight(ranks: list[dict]) -> list[tuple[int, int, bool]]:
 
 
 def groups_of(samples: list[Sample], *, dropped: bool) -> list[int]:
-    return sorted(
-        {sample.group for sample in samples if (sample.finish_reason == DROPPED) == dropped}
-    )
+    return sorted({sample.group for sample in samples if (sample.discarded == DROPPED) == dropped})
 
 
 @pytest.mark.parametrize("bound", [0, 1, 4])
@@ -222,7 +229,7 @@ def test_groups_that_teach_nothing_are_replaced_within_the_bound(data, bound):
     kept = [split_discarded(samples)[0] for samples in given]
     trained, replaced = (
         sorted({s.group for samples in kept for s in samples}),
-        [s.group for samples in given for s in samples if s.finish_reason == REPLACED],
+        [s.group for samples in given for s in samples if s.discarded == REPLACED],
     )
     assert all(group % 3 == 0 for group in trained) and len(trained) == STEPS * PER_STEP
     assert sorted(trained + replaced[::2]) == sorted(engine.started)
@@ -257,12 +264,12 @@ def test_a_dropped_group_is_neither_trained_nor_replaced(data, slow):
     asked = dict(max_staleness=0, oversample=1, dynamic_sampling=5)
     given, _ = run_steps(data, None, engine=engine, train_s=0.1, judge=judge, steps=4, **asked)
     names = {
-        reason: [s.group for samples in given for s in samples if s.finish_reason == reason]
-        for reason in (DROPPED, REPLACED, "stop")
+        reason: [s.group for samples in given for s in samples if s.discarded == reason]
+        for reason in (DROPPED, REPLACED, "")
     }
     assert set(names[DROPPED]) == set(engine.aborted) and names[DROPPED]
     assert names[REPLACED] == []
-    assert not set(names[DROPPED]) & set(names["stop"])
+    assert not set(names[DROPPED]) & set(names[""])
     if slow == "answer":  # one that comes too late is not judged
         assert not set(judged) & set(names[DROPPED])
 
@@ -313,7 +320,7 @@ def test_an_answer_that_the_engine_aborted_ends_the_run(one_rank):
     """Nobody asked for it: the engine gave up, and says why."""
 
     class Aborting(StandIn):
-        async def generate(self, prompts_ids, sampling, *, request_ids):
+        async def generate(self, prompts_ids, sampling, *, request_ids, cache=""):
             outputs = await super().generate(prompts_ids, sampling, request_ids=request_ids)
             for output in outputs:
                 output["meta_info"]["finish_reason"] = {"type": "abort", "message": "no memory"}
@@ -394,7 +401,7 @@ def test_a_checkpoint_keeps_answers_as_they_were_judged(one_rank):
         return 1 / sample.index  # the first sample of each group fails
 
     class Empty(StandIn):
-        async def generate(self, prompts_ids, sampling, *, request_ids):
+        async def generate(self, prompts_ids, sampling, *, request_ids, cache=""):
             outputs = await super().generate(prompts_ids, sampling, request_ids=request_ids)
             meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": []}
             return [{"output_ids": [], "meta_info": meta, "weight_versions": []}, *outputs[1:]]
@@ -477,4 +484,3 @@ def test_settings_that_cannot_work(changes, world_size, message):
 
 def test_settings_that_work():
     check_in_flight_flags(InFlightSettings(rollout_ranks=3), RolloutSettings(), world_size=8)
-    assert not {DROPPED, REPLACED} & {"stop", "length", "abort"}  # SGLang's own reasons

@@ -18,9 +18,8 @@ from data import math_judge, math_rules
 from conftest import ROOT
 from data.math_judge import TooHard, call_in_worker, judged_in_worker
 from math_pairs import PAIRS
-from common.settings import RewardSettings
 from data.sample import Sample
-from reward import Judge, compute_rewards, label_problems, math_reward
+from reward import Judge, RewardSettings, compute_rewards, label_problems, math_reward
 
 CASES = [
     pytest.param(*pair, id=f"{kind}: {pair[0]} | {pair[1]}")

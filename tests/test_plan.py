@@ -176,7 +176,11 @@ def test_the_bytes_of_a_hand_off(fresh_megatron, models, family, dtype):
         str(models[family]), TrainSettings(), config, steps=1, seed=1
     )
     weights = weight_sync.WeightPath(
-        trainer, config, weight_sync.fp8_weights(config, rollout_dtype=dtype, engine_tp=1), 10**6
+        trainer.gpt,
+        trainer.layout,
+        config,
+        weight_sync.fp8_weights(config, rollout_dtype=dtype, engine_tp=1),
+        10**6,
     )
     sent = sum(
         tensor.nbytes

@@ -19,10 +19,9 @@ import ppo_critic
 
 from backends.huggingface.config import read_config
 from common import errors
-from ppo_critic import CriticSettings
+from ppo_critic import CriticSample, CriticSettings
 from common.settings import TrainSettings
-from data.sample import Sample
-from train_step import build_trainer
+from train_step import build_trainer, pack
 
 
 # --- by hand ------------------------------------------------------------------------------------
@@ -47,17 +46,15 @@ def test_returns_and_advantages_by_hand():
     values by, whitened over the four tokens that count.
     """
     samples = [
-        Sample(
+        CriticSample(
             [5], response_ids=[7, 8, 9], loss_mask=[1, 1, 0], reward=1.0
         ),  # the last token is not the policy's own: the reward stands at the second
-        Sample([5], response_ids=[7, 8], loss_mask=[1, 1], reward=0.0),
-        Sample([5], response_ids=[7], loss_mask=[1], reward=None),  # its judge failed
+        CriticSample([5], response_ids=[7, 8], loss_mask=[1, 1], reward=0.0),
+        CriticSample([5], response_ids=[7], loss_mask=[0], reward=None),  # its judge failed
     ]
     for sample, values in zip(samples, ([0.5, 0.75, 0.0], [0.5, 0.25], [0.5])):
         sample.values = values
-    ppo_critic.compute_advantages(
-        samples, CriticSettings(), overlong_buffer=0, max_response_tokens=8
-    )
+    ppo_critic.add_advantages(samples, CriticSettings(), overlong_buffer=0, max_response_tokens=8)
     assert [sample.returns.tolist() for sample in samples] == [[1, 1, 0], [0, 0], [0]] and samples[
         2
     ].loss_mask == [0]
@@ -82,19 +79,22 @@ def critic(fresh_megatron, models):
     )
 
 
-def answers() -> list[Sample]:
+def answers() -> list[CriticSample]:
     """Eight answers of three tokens to one prompt; those that begin with a 7 are right."""
     return [
-        Sample([5, 6], response_ids=[7 + i % 2, 9, 10], loss_mask=[1, 1, 1], reward=1.0 - i % 2)
+        CriticSample(
+            [5, 6], response_ids=[7 + i % 2, 9, 10], loss_mask=[1, 1, 1], reward=1.0 - i % 2
+        )
         for i in range(8)
     ]
 
 
 def one_step(critic, samples, **settings) -> dict:
     settings = CriticSettings(**settings)
-    ppo_critic.score_values(critic, samples)
-    ppo_critic.compute_advantages(samples, settings, overlong_buffer=0, max_response_tokens=8)
-    return ppo_critic.critic_step(critic, samples, settings)
+    batches = pack(critic, samples)
+    ppo_critic.add_values(critic, batches)
+    ppo_critic.add_advantages(samples, settings, overlong_buffer=0, max_response_tokens=8)
+    return ppo_critic.critic_step(critic, batches, settings)
 
 
 def test_a_value_is_that_of_the_state_before_its_token(critic):
@@ -107,7 +107,7 @@ def test_a_value_is_that_of_the_state_before_its_token(critic):
     metrics = [one_step(critic, answers(), gamma=0.5, value_clip=0.0) for _ in range(40)]
     assert metrics[-1]["explained_variance"] > 0.9
     samples = answers()
-    ppo_critic.score_values(critic, samples)
+    ppo_critic.add_values(critic, pack(critic, samples))
     for sample in samples:
         assert sample.values == pytest.approx([0.125, 0.5 * sample.reward, sample.reward], abs=0.05)
 
@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_leaves_the_critic_as_it_was(critic):
     before = [parameter.detach().clone() for parameter in critic.gpt.parameters()]
     samples[3].returns[1] = math.nan
     with pytest.raises(RuntimeError, match="step 2: the critic has loss nan"):
-        ppo_critic.critic_step(critic, samples, CriticSettings())
+        ppo_critic.critic_step(critic, pack(critic, samples), CriticSettings())
     assert all(
         torch.equal(parameter, old) for parameter, old in zip(critic.gpt.parameters(), before)
     )
@@ -140,7 +140,9 @@ def test_a_batch_without_a_token_that_counts_changes_nothing(critic):
     schedule goes on.
     """
     before = [parameter.detach().clone() for parameter in critic.gpt.parameters()]
-    assert one_step(critic, [Sample([5, 6], response_ids=[7], loss_mask=[1], reward=None)]) == {}
+    assert (
+        one_step(critic, [CriticSample([5, 6], response_ids=[7], loss_mask=[0], reward=None)]) == {}
+    )
     assert (
         all(torch.equal(parameter, old) for parameter, old in zip(critic.gpt.parameters(), before))
         and critic.scheduler.num_steps == 1

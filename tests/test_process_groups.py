@@ -26,8 +26,9 @@ from conftest import ROOT, metrics_of, torchrun
 
 from backends.megatron import model as megatron_model
 from common import process_groups
-from common.settings import InFlightSettings, RewardSettings, RolloutSettings, TrainSettings
+from common.settings import InFlightSettings, RolloutSettings, TrainSettings
 from harness.run_folder import checkpoints_of
+from reward import RewardSettings
 
 WORKERS = ROOT / "tests" / "workers"
 QUICK = ["--eval-every", "50", "--eval-samples", "8", "--prompts-per-step", "4", "--export"]

@@ -24,15 +24,18 @@ from types import ModuleType
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+from types import SimpleNamespace
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from backends.huggingface.config import read_config
 from common.errors import BadInput
-from common.settings import REPOSITORY, DataSettings, RewardSettings, RolloutSettings, parse_weights
+from common.settings import REPOSITORY, DataSettings, RolloutSettings, parse_weights
 from data import reasoning_gym_tasks
 from data.chat import check_template_kwargs
+from reward import RewardSettings
 from data.prompts import (
     drop_long_prompts,
     generated,
@@ -46,7 +49,7 @@ from data.sample import Sample, read_dump
 from data.tokenizer import encode, end_tokens, load_tokenizer
 from harness.checks import check_reward_flags, check_rollout_flags
 from reward import reasoning_gym_reward
-from rollout import Prompts, fill
+from rollout import PromptStream, write_outputs
 from toy.task import is_held_out, problems
 
 TOY = str(REPOSITORY / "toy")
@@ -819,7 +822,7 @@ def test_the_token_that_ends_a_response_is_not_in_its_text(tokenizer):
             "meta_info": {"finish_reason": {"type": reason}, "output_token_logprobs": logprobs},
             "weight_versions": [0] * len(ids),
         }
-        fill([sample], [output], ended)
+        write_outputs([sample], [output], ended)
         assert sample.response_ids == ids  # for the trainer nothing is left out
         return sample.response
 
@@ -961,10 +964,12 @@ def test_a_mixture_draws_by_weight_and_numbers_as_it_draws(one_rank, tmp_path):
     assert [sample.prompt for sample in own] == [
         sample.prompt for sample in stream if sample.source == "b"
     ]  # each source in its own order
-    prompts = Prompts(
-        load_data(TOY, settings, config, seed=1), settings, taken=123
-    )  # as after a checkpoint
-    assert prompts.take(5) == stream[123:128] and prompts.taken == 128
+    data = load_data(TOY, settings, config, seed=1)
+    checkpoint = SimpleNamespace(ranks=[{"prompts": 123}])
+    run = SimpleNamespace(data=data, engine_index=0, engines=1, resumed_from=checkpoint)
+    prompts = PromptStream(run, settings)
+    assert prompts.take(5) == stream[123:128]
+    assert prompts.state() == {"prompts": 128}
 
 
 @pytest.mark.parametrize("prompts, weights", [

@@ -25,13 +25,13 @@ from harness.checkpoint import Checkpoint
 from conftest import ROOT
 from common.errors import BadInput
 from common.settings import RunSettings
-from common.timeline import renamed
+from common.timeline import mark_evaluation
 from data.sample import Sample
 from harness.checks import check_run_flags
+from harness.evaluate import eval_metrics
 from harness.record import Record
 from harness.run_folder import lock_run_folder, new_run_folder
 from loop_sync import Settings
-from reward import eval_metrics
 
 
 @pytest.fixture
@@ -443,6 +443,7 @@ def test_the_bars_clock_runs_from_the_first_step(one_rank, monkeypatch, tmp_path
     record.bar._time = lambda: started + now[0]
     now[0] = 40.0  # the engine's start, and the evaluation before the first step
     record.log({"step": 0, "held_out": 0.5})
+    record.start_step(1)
     now[0] = 42.0
     assert record.bar.format_dict["elapsed"] == pytest.approx(2)
     record.log({"step": 1, "reward": 0.5})
@@ -454,14 +455,14 @@ def test_the_bars_clock_of_a_resumed_run_runs_from_its_first_step(one_rank, monk
     record = record_of(monkeypatch, tmp_path, resumed=resumed_at(record, 2))
     started = record.bar.start_t
     record.bar._time = lambda: started + 40.0
-    record.profile(2)
+    record.start_step(3)
     assert record.bar.format_dict["elapsed"] == pytest.approx(0)
 
 
 def test_an_evaluation_is_no_rollout_of_the_timeline():
     """It was from 5 to 8, in front of it the first weights; a step's rollout followed at once."""
     spans = [("sync", 5.0, 5.5), ("wait", 5.5, 6.0), ("rollout", 6.0, 9.0), ("wait", 9.0, 10.0)]
-    assert renamed(spans, 5.0, 8.0) == [
+    assert mark_evaluation(spans, 5.0, 8.0) == [
         ("sync", 5.0, 5.5), ("wait", 5.5, 6.0), ("evaluation", 6.0, 8.0), ("rollout", 8.0, 9.0),
         ("wait", 9.0, 10.0),
     ]  # fmt: skip

@@ -18,23 +18,23 @@ import numpy as np
 import pytest
 
 import reward
+import rollout
 from conftest import ROOT
-from common.settings import RewardSettings, RolloutSettings
+from common.settings import RolloutSettings
 from data.sample import Sample
 from losses import LossSettings
+from reward import RewardSettings
 from reward import (
     Judge,
     batch_metrics,
-    compute_advantages,
+    add_advantages,
     compute_rewards,
-    eval_metrics,
     exact_match,
     is_uninformative,
-    majority_is_right,
     math_reward,
-    pass_at_k,
 )
-from rollout import split_discarded
+from harness.evaluate import eval_metrics, majority_is_right, pass_at_k
+from rollout import replace_uninformative, split_discarded
 
 
 def answer(response="", label="", *, group=0, reward=None, finish="stop") -> Sample:
@@ -210,7 +210,7 @@ def test_a_step_in_which_nothing_was_scored_or_sampled_has_metrics():
 
 
 def advantages(samples, **settings) -> list[float]:
-    compute_advantages(samples, RewardSettings(**settings), LossSettings(), max_response_tokens=8)
+    add_advantages(samples, RewardSettings(**settings), LossSettings(), max_response_tokens=8)
     return [sample.advantages[0] for sample in samples]
 
 
@@ -250,7 +250,7 @@ def test_kl_in_the_reward_is_taken_where_it_arises():
             np.float32([-1.0, -1.0]),
             np.float32([-1.0, -3.0]),
         )  # k1: 0, then 2
-    compute_advantages(
+    add_advantages(
         samples,
         RewardSettings(advantage="dr_grpo"),
         LossSettings(kl_coef=0.1, kl_estimator="k1", kl_in="reward"),
@@ -261,7 +261,7 @@ def test_kl_in_the_reward_is_taken_where_it_arises():
         [-0.5, -0.5],
     ]  # both lose 0.2
     samples[1].ref_logprobs = samples[1].old_logprobs
-    compute_advantages(
+    add_advantages(
         samples,
         RewardSettings(advantage="dr_grpo"),
         LossSettings(kl_coef=0.1, kl_estimator="k1", kl_in="reward"),
@@ -276,12 +276,12 @@ def test_groups_that_teach_nothing_are_refilled(monkeypatch):
     """
     rounds = []
 
-    def generate(engine, prompts, data, settings, *, n):
+    def generate(engine, prompts, data, settings, **_):
         rounds.append([prompt.group for prompt in prompts])
         return [
             answer(group=prompt.group, label=str(prompt.group))
             for prompt in prompts
-            for _ in range(n)
+            for _ in range(settings.samples_per_prompt)
         ]
 
     seen = []
@@ -290,23 +290,25 @@ def test_groups_that_teach_nothing_are_refilled(monkeypatch):
         seen.append(sample.group)
         return float(sample.group in (4, 6) and seen.count(sample.group) % 2)
 
-    monkeypatch.setattr(reward, "generate", generate)
+    monkeypatch.setattr(rollout, "generate", generate)
     first = [answer(group=group, reward=1.0) for group in (0, 1) for _ in range(2)]
     coming = iter(Sample([1], group=group) for group in range(4, 20))
     prompts = SimpleNamespace(take=lambda n: list(islice(coming, n)))
-    arguments = first, None, prompts, None, RolloutSettings(samples_per_prompt=2)
-    samples, set_aside = split_discarded(
-        reward.replace_uninformative(*arguments, RewardSettings(dynamic_sampling=3), Judge(judge))
-    )
+
+    def replaced(judge, rounds: int):
+        settings = SimpleNamespace(
+            rollout=RolloutSettings(samples_per_prompt=2),
+            reward=RewardSettings(dynamic_sampling=rounds),
+        )
+        samples = replace_uninformative(first, None, prompts, Judge(judge), None, settings)
+        return split_discarded(samples)
+
+    samples, set_aside = replaced(judge, 3)
     assert rounds == [[4, 5], [6]] and [sample.group for sample in samples] == [4, 4, 6, 6]
     assert set_aside == {"dropped": 0, "replaced": 6} and not any(
         is_uninformative(group) for group in reward.by_group(samples)
     )
-    capped, set_aside = split_discarded(
-        reward.replace_uninformative(
-            *arguments, RewardSettings(dynamic_sampling=1), Judge(lambda sample: 0.0)
-        )
-    )
+    capped, set_aside = replaced(lambda sample: 0.0, 1)
     assert (
         len(capped) == 4 and set_aside["replaced"] == 4
     )  # after the last round, what teaches nothing is trained all the same

@@ -18,14 +18,14 @@ import torch
 from conftest import ROOT
 
 from backends.huggingface.config import read_config
-from backends.sglang import checks as engine_checks
+from backends.sglang import checks as engine_checks, launch
 from backends.sglang.checks import check_environment, server_overrides
 from common.errors import BadInput
 from common.settings import RolloutSettings
 from data.sample import Sample
 from harness.checks import check_rollout_flags
-import rollout
-from rollout import check_rollout_settings
+from harness.model_checks import check_rollout_settings
+from rollout import sampling_params
 
 TOY = ROOT / "toy"
 
@@ -202,12 +202,12 @@ def test_an_engine_that_found_too_little_memory_is_ended(monkeypatch, longest, i
     engine = SimpleNamespace(
         tokenizer_manager=SimpleNamespace(max_req_input_len=91), shutdown=lambda: ended.append(True)
     )
-    monkeypatch.setattr(rollout, "Engine", lambda *_, **__: engine)
-    monkeypatch.setattr(rollout.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(launch, "Engine", lambda *_, **__: engine)
+    monkeypatch.setattr(launch.dist, "get_rank", lambda: 0)
 
     def start():
         settings, config = RolloutSettings(), read_config(TOY)
-        return rollout.start_engine(str(TOY), settings, config, seed=1, longest=longest)
+        return launch.launch_engine(str(TOY), settings, config, seed=1, longest=longest)
 
     if not is_cut:
         assert start() is engine and not ended
@@ -358,7 +358,7 @@ def test_each_response_has_a_seed_of_its_own():
 
     def seeds(run_seed, samples):
         data = SimpleNamespace(seed=run_seed, end_ids=[2])
-        params = rollout.sampling_params(data, settings, samples)
+        params = sampling_params(data, settings, samples)
         return [request["sampling_seed"] for request in params]
 
     samples = [

@@ -31,6 +31,7 @@ RUN_BY = {
     "examples/get_smollm2.py": "test_scripts.py",
     "examples/ppo_critic.py": "test_ppo_critic.py",
     "examples/tool_use.py": "test_tool_use.py",
+    "examples/tool_use_async.py": "test_tool_use.py",
     "toy/make_toy.py": "test_scripts.py",
     **{f"bench/{name}.py": "test_readme_commands.py" for name in (
         "algorithms", "cpu_attention", "long_run", "no_bf16", "overlap", "peers", "soak", "weight_sync",

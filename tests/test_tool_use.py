@@ -26,11 +26,13 @@ from common.settings import REPOSITORY, RolloutSettings
 from data.prompts import load_data
 from data.sample import Sample
 from losses import LossSettings, ppo
+from reward import batch_metrics
+import rollout
 from tool_use import (
     CALL_END,
     LONGEST_DEMONSTRATION,
     calculator,
-    converse,
+    conversation,
     demonstration,
     right_answer,
 )
@@ -55,7 +57,7 @@ class Scripted:
     def call(self, coroutine):
         return asyncio.run(coroutine)
 
-    async def generate(self, prompts_ids, sampling, *, cache):
+    async def generate(self, prompts_ids, sampling, *, request_ids, cache):
         self.prompts.append(prompts_ids)
         self.limits.append([params["max_new_tokens"] for params in sampling])
         self.caches.append(cache)
@@ -94,14 +96,9 @@ def talk(
     """n conversations about 046+789=, of which turn t is script[t]."""
     engine = Scripted(*script, **options)
     settings = RolloutSettings(max_response_tokens=max_response_tokens, stop=(CALL_END,))
-    samples = converse(
-        engine,
-        [Sample(PROMPT, "046+789=", "538", group=7)],
-        data,
-        settings,
-        max_turns=max_turns,
-        n=n,
-    )
+    prompts = [Sample(PROMPT, "046+789=", "538", group=7)]
+    answer = conversation(max_turns)
+    samples = rollout.generate(engine, prompts, data, settings, n=n, answer=answer)
     assert len(engine.prompts) == len(script)  # nothing of the script is left
     for s in samples:
         assert (
@@ -131,11 +128,8 @@ def test_two_turns_by_hand(data):
         sample.weight_versions == [5] * 13 + [6] * 4
     )  # the result is as old as the turn that asked for it
     assert sample.response == "+046+789=[5380]538" and sample.finish_reason == "stop"
-    assert (
-        sample.notes == {"calls": 1, "errors": 0}
-        and sample.answer == "538"
-        and right_answer(sample) == 1
-    )
+    assert sample.metrics == {"tool_calls": 1, "tool_share": 1, "tool_errors": 0}
+    assert sample.answer == "538" and right_answer(sample) == 1
     assert engine.prompts == [[PROMPT], [PROMPT + CALL + RESULT]] and engine.limits == [[24], [11]]
 
 
@@ -168,15 +162,12 @@ def test_what_goes_on_is_one_batch(data):
         "538",
         "+2+2=[4000]+046+789=[5380]538",
     ]
-    assert [sample.notes["calls"] for sample in samples] == [1, 0, 2] and [
+    assert [sample.metrics["tool_calls"] for sample in samples] == [1, 0, 2] and [
         sample.index for sample in samples
     ] == [0, 1, 2]
     assert all(right_answer(sample) == 1 for sample in samples)
-    assert tool_use.tool_metrics(samples) == {
-        "tool_calls": 1.0,
-        "tool_share": 2 / 3,
-        "tool_errors": 0.0,
-    }
+    logged = batch_metrics(samples, version=6)
+    assert [logged[f"tool_{name}"] for name in ("calls", "share", "errors")] == [1.0, 2 / 3, 0.0]
 
 
 def test_the_answer_is_what_follows_the_last_result(data):
@@ -189,7 +180,7 @@ def test_the_answer_is_what_follows_the_last_result(data):
 def test_a_call_in_the_last_turn_gets_no_result(data):
     (sample,), _ = talk(data, [CALL], [CALL], max_turns=2)
     assert sample.response_ids == CALL + RESULT + CALL and sample.finish_reason == "length"
-    assert sample.notes["calls"] == 1 and right_answer(sample) == 0
+    assert sample.metrics["tool_calls"] == 1 and right_answer(sample) == 0
     (sample,), _ = talk(data, [CALL], max_turns=1)
     assert (
         sample.response_ids == CALL
@@ -308,8 +299,7 @@ def test_at_ratio_1_and_advantage_1_the_policy_loss_is_supervised():
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--reward", "math"], "--reward and --dynamic-sampling"),
-    (["--dynamic-sampling", "1"], "--reward and --dynamic-sampling"),
+    (["--reward", "math"], "--reward math judges single turns"),
     (["--max-response-tokens", "17"], "--max-response-tokens 17 .* use at least 18"),
     (["--max-turns", "0"], "--max-turns 0"),
     (["--warm-steps", "-1"], "--warm-steps -1"),
@@ -331,7 +321,8 @@ def test_flags_that_cannot_work(monkeypatch, tmp_path, flags, message):
         start_main(tool_use, tool_use.check_tool_flags)
 
 
-def test_a_run(tmp_path):
+@pytest.mark.parametrize("script, ranks", [("tool_use.py", 1), ("tool_use_async.py", 2)])
+def test_a_run_of_each_loop(tmp_path, script, ranks):
     """Two steps after a warm start so short that turns are half noise: results, errors and answers
     without a call. In fp32 engine and trainer differ by rounding only, unless a token stands in one
     place for the one and in another for the other.
@@ -351,7 +342,7 @@ def test_a_run(tmp_path):
         "32",
     ]
     torchrun(
-        ROOT / "examples" / "tool_use.py",
+        ROOT / "examples" / script,
         *quick,
         "--rollout-dtype",
         "fp32",
@@ -360,7 +351,7 @@ def test_a_run(tmp_path):
         "--name",
         "a",
         "--export",
-        ranks=1,
+        ranks=ranks,
         cwd=tmp_path,
     )
     start, *steps = metrics_of(tmp_path / "runs" / "a")

@@ -17,9 +17,9 @@ from common.errors import BadInput
 from common.settings import TrainSettings
 from data.sample import Sample
 from harness.checks import check_train_flags
+from harness.model_checks import check_train_settings
 from losses import LossSettings
 import train_step
-from train_step import check_train_settings
 
 
 def test_collate_by_hand():
@@ -261,13 +261,9 @@ def sample(index: int, **changes) -> Sample:
 
 
 def step(trainer, samples, **settings) -> dict:
-    return train_step.update_policy(
-        trainer,
-        train_step.add_logprobs(trainer, samples, temperature=1.0),
-        LossSettings(**settings),
-        temperature=1.0,
-        max_response_tokens=8,
-    )
+    batches = train_step.pack(trainer, samples)
+    train_step.add_logprobs(trainer, batches)
+    return train_step.update_policy(trainer, batches, LossSettings(**settings))
 
 
 EMPTY = dict(response_ids=[], rollout_logprobs=[], loss_mask=[], advantages=[])
@@ -326,9 +322,9 @@ def test_what_is_scored_is_what_is_needed(fresh_megatron, models, minibatches, l
     trainer = train_step.build_trainer(
         str(models["llama"]), settings, config, steps=9, seed=1, with_reference=bool(loss)
     )
-    for one in train_step.add_logprobs(
-        trainer, [sample(0), sample(1)], LossSettings(**loss), temperature=1.0
-    ):
+    samples = [sample(0), sample(1)]
+    train_step.add_logprobs(trainer, train_step.pack(trainer, samples), LossSettings(**loss))
+    for one in samples:
         assert (len(one.old_logprobs), len(one.ref_logprobs)) == (old, ref)
 
 
@@ -344,14 +340,14 @@ def test_a_batch_of_which_some_are_not_scored_is_refused(trainer, field):
     batch = [sample(0, **values), sample(1, **{**values, field: []})]
     loss = LossSettings(kl_coef=0.1)
     with pytest.raises(ValueError, match=f"sample 1 of group 5 has no {field}"):
-        train_step.update_policy(trainer, batch, loss, temperature=1.0, max_response_tokens=8)
+        train_step.update_policy(trainer, train_step.pack(trainer, batch), loss)
 
 
 def test_scoring_gives_every_sample_its_own_length(trainer):
     batch = [sample(0, **EMPTY), sample(1), sample(2, **EMPTY)]
-    train_step.add_logprobs(trainer, batch, temperature=1.0)
+    train_step.add_logprobs(trainer, train_step.pack(trainer, batch))
     assert [len(one.old_logprobs) for one in batch] == [0, 2, 0]
-    assert train_step.add_logprobs(trainer, [], temperature=1.0) == []
+    train_step.add_logprobs(trainer, train_step.pack(trainer, []))
 
 
 def test_a_token_that_the_trainer_holds_impossible_is_named(trainer):
@@ -406,13 +402,12 @@ def test_the_only_update_of_a_batch_needs_no_old_logprobs(fresh_megatron, models
             steps=9,
             seed=1,
         )
-        batch = train_step.add_logprobs(
-            trainer, [sample(0), sample(1, advantages=[-1.0, 0.5])], settings, temperature=1.0
-        )
-        assert [len(one.old_logprobs) for one in batch] == ([2, 2] if settings is None else [0, 0])
-        metrics = train_step.update_policy(
-            trainer, batch, LossSettings(), temperature=1.0, max_response_tokens=8
-        )
+        samples = [sample(0), sample(1, advantages=[-1.0, 0.5])]
+        batches = train_step.pack(trainer, samples)
+        train_step.add_logprobs(trainer, batches, settings)
+        lengths = [len(one.old_logprobs) for one in samples]
+        assert lengths == ([2, 2] if settings is None else [0, 0])
+        metrics = train_step.update_policy(trainer, batches, LossSettings())
         steps.append((metrics, [parameter.clone() for parameter in trainer.gpt.parameters()]))
     assert steps[0][0] == steps[1][0] and all(map(torch.equal, steps[0][1], steps[1][1]))
 
@@ -431,11 +426,8 @@ def test_mini_batches_are_equal_parts_and_steps_of_their_own(fresh_megatron, mod
         str(models["llama"]), settings, read_config(models["llama"]), steps=9, seed=1
     )
     samples = [sample(i) for i in range(7)]
-    assert [[s.index for s in part] for part in train_step.minibatches(trainer, samples)] == [
-        [0, 1],
-        [2, 3],
-        [4, 5, 6],
-    ]
+    batches = train_step.pack(trainer, samples)
+    assert [[s.index for s in batch.samples] for batch in batches] == [[0, 1], [2, 3], [4, 5, 6]]
     samples[2].loss_mask = samples[3].loss_mask = [0, 0]
     metrics = step(trainer, samples)
     assert (
@@ -510,7 +502,9 @@ def scored(trainer, batch, temperature: float) -> list[Sample]:
     batch = [
         Sample(one.prompt_ids, response_ids=one.response_ids, loss_mask=[1, 1]) for one in batch
     ]
-    return train_step.add_logprobs(trainer, batch, temperature=temperature)
+    trainer.temperature = temperature
+    train_step.add_logprobs(trainer, train_step.pack(trainer, batch))
+    return batch
 
 
 def test_scores_are_the_policys_and_the_references_at_the_temperature(fresh_megatron, models):
@@ -537,16 +531,17 @@ def test_the_first_mini_batch_starts_from_ratio_one(fresh_megatron, models, temp
         n = 1 + 5 * i % 17
         fields = dict(rollout_logprobs=[-1.0] * n, loss_mask=[1] * n, advantages=[1.0] * n)
         batch.append(sample(i, response_ids=rng.integers(3, 90, n).tolist(), **fields))
-    train_step.add_logprobs(trainer, batch, temperature=temperature)
-    limits = dict(temperature=temperature, max_response_tokens=32)
-    metrics = train_step.update_policy(trainer, batch, LossSettings(), **limits)
+    trainer.temperature = temperature
+    batches = train_step.pack(trainer, batch)
+    train_step.add_logprobs(trainer, batches)
+    metrics = train_step.update_policy(trainer, batches, LossSettings())
     assert metrics["logprob_shift"] == 0 and metrics["ratio"] == 1 and metrics["approx_kl"] == 0
 
 
 def test_an_offloaded_reference_is_on_the_device_for_its_pass_only(fresh_megatron, models):
     trainer = built(models, with_reference=True, offload_reference=True)
     with mock.patch.object(trainer.reference, "to", wraps=trainer.reference.to) as moved:
-        train_step.add_logprobs(trainer, [sample(0)], temperature=1.0)
+        train_step.add_logprobs(trainer, train_step.pack(trainer, [sample(0)]))
     device = next(trainer.gpt.parameters()).device
     assert [call.args[0] for call in moved.call_args_list] == [device, "cpu"]
 
@@ -569,8 +564,8 @@ def test_the_residual_stream_may_be_fp32(fresh_megatron, models):
         trainer = train_step.build_trainer(
             str(models["qwen3"]), TrainSettings(**changes), config, steps=1, seed=1
         )
-        batches = train_step.local_microbatches(trainer, [sample(0), sample(1)])
-        logprobs.append(torch.cat(train_step.compute_logprobs(trainer, batches, temperature=1.0)))
+        batch = train_step.pack_batch(trainer, [sample(0), sample(1)])
+        logprobs.append(torch.cat(train_step.compute_logprobs(trainer, batch.microbatches)))
     assert (logprobs[0] - logprobs[1]).abs().max() < 0.1  # other roundings at most, the same model
 
 

@@ -19,7 +19,7 @@ from conftest import ROOT, torchrun
 
 from backends.huggingface.config import read_config
 from backends.huggingface.names import hf_shapes
-from backends.sglang.buckets import compare_loader, load_bucket, pack, phase, unpack, failure_note
+from backends.sglang.buckets import compare_loader, failure_note, load_bucket, pack, phase, unpack
 from common.errors import BadInput
 from common.settings import REPOSITORY, SyncSettings
 from fp8_quant import quantize_blockwise

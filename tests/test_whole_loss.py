@@ -29,11 +29,13 @@ import reward
 import train_step
 from megatron.core import parallel_state as mpu
 from megatron.core.enums import ModelType
-from backends.megatron.batches import local_microbatches
-from common.settings import RewardSettings, TrainSettings
+from backends.megatron.batches import pack_batch
+from common.settings import TrainSettings
 from data.sample import Sample
+from reward import RewardSettings
 
 V, TEMPERATURE, MAX_RESPONSE = 32, 0.7, 8
+LIMITS = dict(temperature=TEMPERATURE, max_response_tokens=MAX_RESPONSE)
 SEED = 55  # of the noise; test_the_batch_reaches_every_branch says what it must reach
 MASKS = [[1, 1, 1], [1, 0, 0, 1, 1], [], [0, 0], [1, 1, 1, 1], [1]]
 PROMPTS = [2, 1, 2, 1, 2, 1]  # tokens
@@ -217,15 +219,14 @@ def table(one_rank, models):
     model = Table(gpt.config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_step, "load_model", lambda *_: (model, layout, model))
-        return train_step.build_trainer("", settings, config, steps=9, seed=1)
+        return train_step.build_trainer("", settings, config, steps=9, seed=1, **LIMITS)
 
 
 def shipped(trainer, batch: Batch, settings: LossSettings) -> tuple[dict[str, float], np.ndarray]:
     """(sums, gradient at the table) by the shipped path."""
     chosen = RewardSettings(advantage=advantage_of(settings))
     reward.add_advantages(batch.samples, chosen, settings, max_response_tokens=MAX_RESPONSE)
-    limits = dict(temperature=TEMPERATURE, max_response_tokens=MAX_RESPONSE)
-    sums = train_step.backward(trainer, batch.samples, settings, **limits)
+    sums = train_step.backward(trainer, pack_batch(trainer, batch.samples), settings)
     return sums, trainer.gpt.weight.main_grad.double().numpy().reshape(V, V)
 
 
@@ -354,29 +355,24 @@ def test_a_real_model_descends_the_same_loss(table, models):
     """train_step on a tiny Llama: metrics, and the gradient at its logits. lr is 0: no step moves."""
     settings = TrainSettings(train_dtype="fp32", lr=0.0)
     trainer = train_step.build_trainer(
-        str(models["llama"]), settings, read_config(models["llama"]), steps=99, seed=1
+        str(models["llama"]), settings, read_config(models["llama"]), steps=99, seed=1, **LIMITS
     )
     logits, gradients = [], []
 
-    def keep(trainer, batch, logits_TV, temperature):
+    def keep(trainer, batch, logits_TV):
         by_id = torch.zeros(int(batch.tokens_T.max()) + 1, logits_TV.shape[1])
         logits.append(by_id.index_copy(0, batch.tokens_T, logits_TV.detach()))
         if logits_TV.requires_grad:
             logits_TV.register_hook(
                 lambda d_TV: gradients.append(by_id.index_copy(0, batch.tokens_T, d_TV))
             )
-        return logprobs_of(trainer, batch, logits_TV, temperature)
+        return logprobs_of(trainer, batch, logits_TV)
 
-    logprobs_of, limits = (
-        train_step.logprobs_of,
-        dict(temperature=TEMPERATURE, max_response_tokens=MAX_RESPONSE),
-    )
+    logprobs_of = train_step.logprobs_of
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_step, "logprobs_of", keep)
         unscored = Batch(torch.zeros(V, V), scored=False).samples
-        train_step.compute_logprobs(
-            trainer, local_microbatches(trainer, unscored), temperature=TEMPERATURE
-        )
+        train_step.compute_logprobs(trainer, pack_batch(trainer, unscored).microbatches)
         for policy, correction in zip([*POLICIES, "ppo"], CORRECTIONS):
             for chosen in algorithms(policy, correction)[::7]:
                 batch = Batch(logits[0], scored=True)
@@ -384,7 +380,8 @@ def test_a_real_model_descends_the_same_loss(table, models):
                 reward.add_advantages(
                     batch.samples, rewards, chosen, max_response_tokens=MAX_RESPONSE
                 )
-                metrics = train_step.update_policy(trainer, batch.samples, chosen, **limits)
+                packed = train_step.pack(trainer, batch.samples)
+                metrics = train_step.update_policy(trainer, packed, chosen)
                 known, algorithm = batch.known(chosen, advantage_of(chosen)), algorithm_of(chosen)
                 expected = oracle.whole_loss(batch.logprobs_T, batch.entropy_T, known, algorithm)
                 assert metrics["loss"] == pytest.approx(expected, rel=1e-4, abs=1e-6), chosen

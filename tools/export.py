@@ -15,7 +15,6 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.errors import BadInput, all_problems
@@ -63,10 +62,10 @@ import torch.distributed as dist
 
 from backends.huggingface.config import read_config
 from backends.megatron import model as megatron_model
+from backends.megatron.state import load_weights
 from common import distributed
-from harness import checkpoint, exits, export as hf_export
+from harness import checkpoint, exits, export as hf_export, model_checks
 from harness.run_folder import checkpoints_of
-import train_step
 from weight_sync import WeightPath
 
 
@@ -85,7 +84,7 @@ def main(settings: ExportSettings) -> None:
         pp=settings.pp,
         ep=settings.ep,
     )
-    train_step.check_train_settings(
+    model_checks.check_train_settings(
         train, config, world_size=int(os.environ["WORLD_SIZE"]), longest=None
     )
     out = Path(settings.out or saved.folder.parent.parent / saved.folder.name)
@@ -102,8 +101,8 @@ def main(settings: ExportSettings) -> None:
     distributed.init_distributed()
     megatron_model.init_parallel(train, seed=1)
     gpt, layout, _ = megatron_model.load_model(model, train, config)
-    checkpoint.restore_weights(saved, gpt)
-    weights = WeightPath(SimpleNamespace(gpt=gpt, layout=layout), config, frozenset(), BUCKET_BYTES)
+    load_weights(gpt, saved.folder / "model")
+    weights = WeightPath(gpt, layout, config, frozenset(), BUCKET_BYTES)
     hf_export.export_all(weights, targets, source=model)
     if dist.get_rank() == 0:
         for dtype, target in targets.items():

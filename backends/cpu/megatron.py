@@ -5,6 +5,7 @@ import functools
 import logging
 
 import torch
+import torch.utils._device
 
 
 class _Stream:
@@ -42,13 +43,16 @@ def patch_megatron() -> None:
     """
     cuda, cpu = torch.cuda, torch.device("cpu")
     cuda.current_device = lambda: cpu  # used as device=torch.cuda.current_device()
-    cuda.synchronize = cuda.set_device = lambda *args, **kwargs: None
+    # A function object of its own for each name: torch.compile's tables refuse one that has two.
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.set_device = lambda *args, **kwargs: None
     cuda.Stream = cuda.current_stream = cuda.default_stream = _Stream
     cuda.stream = lambda stream: contextlib.nullcontext()
     # The "CUDA" generator is the CPU generator, so that Megatron's RNG tracker forks and restores
     # the real one.
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
 
     # Caches the unwrapped factories, which `with torch.device("meta")` looks up

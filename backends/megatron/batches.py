@@ -1,13 +1,15 @@
-"""Samples -> micro-batches: which samples a rank computes together, packed without padding, and
-back: values of packed tokens to their samples.
+"""Samples -> micro-batches: which samples a rank computes together, packed without padding.
 
-Every rank holds the whole batch and makes the same plan, so nothing has to be agreed on. Shape
-letters: T packed tokens of a micro-batch, N its samples, R response tokens of the whole batch.
+And back: values of packed tokens to the samples they belong to. Every rank holds the whole batch
+and makes the same plan, so ranks need not agree on anything.
+
+Shape letters: T packed tokens of a micro-batch, N its samples, R response tokens of all samples of
+a batch.
 """
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,187 +18,124 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from backends.megatron.layers import zigzag
 from common.distributed import broadcast_bytes
-from data.sample import Sample
 from losses import Sequences
-
-
-def equal_parts(samples: list[Sample], n: int) -> list[list[Sample]]:
-    """n parts, in order; with fewer samples than n, one for each sample."""
-    parts = [samples[len(samples) * i // n : len(samples) * (i + 1) // n] for i in range(n)]
-    return [part for part in parts if part]
-
-
-def plan_microbatches(
-    lengths: list[int], *, microbatch_tokens: int, dp: int
-) -> list[list[list[int]]]:
-    """Which samples form which micro-batch of which data-parallel rank: plan[rank][micro-batch] =
-    indices into lengths.
-
-    Every rank gets the same number of micro-batches (collectives inside the model must pair up), as
-    few as the token budget allows, of about equal size: longest sample first, each into the bin
-    that holds least; so samples of about one length stand together. A bin may be empty when there
-    are fewer samples than bins, and exactly full. Raises ValueError if a sample is longer than the
-    budget.
-    """
-    if (longest := max(lengths, default=0)) > microbatch_tokens:
-        found = f"a sample has {longest} tokens, a micro-batch at most {microbatch_tokens}"
-        raise ValueError(f"{found}, --microbatch-tokens times --cp: raise --microbatch-tokens")
-    fewest = dp * max(1, -(-sum(lengths) // (dp * microbatch_tokens)))
-    for bins in range(fewest, fewest + len(lengths) + dp, dp):  # at the end each sample has its own
-        loads, members = [0] * bins, [[] for _ in range(bins)]
-        for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-            lightest = loads.index(min(loads))
-            loads[lightest] += lengths[i]
-            members[lightest].append(i)
-        if max(loads) <= microbatch_tokens:
-            break
-    by_load = sorted(range(bins), key=lambda b: -loads[b])
-    return [[members[b] for b in by_load[rank::dp]] for rank in range(dp)]
-
-
-def minibatches(trainer, samples: list[Sample]) -> list[list[Sample]]:
-    """Split the samples into those of each optimizer step. trainer: train_step.Trainer.
-
-    The parts are equal. Those in which no token counts are left out.
-    """
-    return [
-        part
-        for part in equal_parts(samples, trainer.settings.minibatches)
-        if any(any(sample.loss_mask) for sample in part)
-    ]
-
-
-def has_old_logprobs(samples: list[Sample], *, with_reference: bool) -> bool:
-    """Tell whether train_step.add_logprobs has set old_logprobs, on all samples or on none.
-
-    Raises ValueError where some lack them, or the ref_logprobs of a KL: they would count as 0.
-    """
-    scored = any(len(sample.old_logprobs) for sample in samples)
-    for field in ["old_logprobs"] * scored + ["ref_logprobs"] * with_reference:
-        for sample in samples:
-            if len(getattr(sample, field)) != len(sample.response_ids):
-                found = f"sample {sample.index} of group {sample.group} has no {field}"
-                raise ValueError(f"{found} for its tokens: the batch must come from score()")
-    return scored
 
 
 @dataclass
 class MicroBatch:
-    """Packed sequences.
+    """Packed sequences of one forward pass on one rank.
 
-    Position t predicts token t + 1, so every per-token field describes that next token, and mask is
-    1 where it counts.
+    Position t predicts token t + 1. So every per-token tensor describes that next token, and mask
+    is 1 where the next token is the policy's own.
     """
 
-    tokens_T: torch.Tensor  # int64
-    labels_T: torch.Tensor  # int64, tokens shifted left within each sequence
-    response_index_T: (
-        torch.Tensor
-    )  # int64, where the token stands among the R response tokens of the batch, -1 for others
-    sample_T: (
-        torch.Tensor
-    )  # int64, place of the sample in the micro-batch; filler is one more sample, the last
-    mask_T: torch.Tensor  # float32: 1 where the next token is the policy's own
-    advantages_T: (
-        torch.Tensor
-    )  # float32, as those that follow; 0 where the samples do not have them yet
-    rollout_logprobs_T: torch.Tensor
-    old_logprobs_T: torch.Tensor
-    ref_logprobs_T: torch.Tensor
-    counts_N: (
-        torch.Tensor
-    )  # float32: tokens of each sample that count, on all context-parallel ranks
+    tokens_T: torch.Tensor
+    """int64"""
+    labels_T: torch.Tensor
+    """int64: tokens, shifted left within each sequence"""
+    response_index_T: torch.Tensor
+    """int64: where the next token stands among the R response tokens of the batch; else -1"""
+    sample_T: torch.Tensor
+    """int64: the sample's place in the micro-batch; filler counts as one more sample, the last"""
+    mask_T: torch.Tensor
+    """float32"""
+    counts_N: torch.Tensor
+    """float32: tokens of each sample that count, on all context-parallel ranks"""
     packed: PackedSeqParams
     cp_group: dist.ProcessGroup | None = None
+    per_token: dict[str, torch.Tensor] = field(default_factory=dict)
+    """float32 [T] of each per-token field of Sample, by its name; see Batch.read_samples"""
 
     @property
     def sequences(self) -> Sequences:
+        """What losses.py needs to know of which token belongs to which sample."""
         return Sequences(self.sample_T, self.mask_T, self.counts_N, self.cp_group)
 
 
-PER_TOKEN = {"mask": "loss_mask"} | {
-    name: name for name in ("advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs")
-}
+@dataclass
+class Batch:
+    """The samples of one optimizer step: the whole of them, and this rank's micro-batches."""
+
+    samples: list
+    """Each a data.sample.Sample, the same on every rank."""
+    plan: list[list[list[int]]]
+    """plan[data-parallel rank][micro-batch] = indices of samples"""
+    microbatches: list[MicroBatch]
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether a token of any sample counts."""
+        return any(any(sample.loss_mask) for sample in self.samples)
+
+    def read_samples(self) -> None:
+        """Fill per_token of the micro-batches with what the samples hold now.
+
+        A field that a sample does not have, and every token outside of a response, is 0.
+        """
+        for name in self.samples[0].per_token_names() if self.samples else ():
+            rows = [_values(sample, name) for sample in self.samples]
+            values_R = torch.from_numpy(np.concatenate(rows))
+            for batch in self.microbatches:
+                index_T = batch.response_index_T
+                is_response_T = index_T >= 0
+                values_T = torch.zeros(index_T.shape, device=index_T.device)
+                values_T[is_response_T] = values_R.to(index_T.device)[index_T[is_response_T]]
+                batch.per_token[name] = values_T
 
 
-def padded_length(length: int, cp: int) -> int:
-    """Length of a sequence in a micro-batch: under context parallelism a multiple of 2 cp, see
-    zigzag.
+def _values(sample, name: str) -> np.ndarray:
+    """Return a per-token field of a sample, float32 [L]; zeros if it is empty."""
+    values, length = getattr(sample, name), len(sample.response_ids)
+    if len(values) not in (0, length):
+        found = f"{name} has {len(values)} values for {length} response tokens"
+        raise ValueError(f"sample {sample.index} of group {sample.group}: {found}")
+    return np.asarray(values, np.float32) if len(values) else np.zeros(length, np.float32)
+
+
+# --- packing ------------------------------------------------------------------------------------
+
+
+def pack(trainer, samples: list) -> list[Batch]:
+    """Pack the samples of a step: a Batch for each of its --minibatches optimizer steps.
+
+    Every rank passes the same samples in the same order. trainer: train_step.Trainer.
     """
-    return length if cp == 1 else -(-length // (2 * cp)) * 2 * cp
+    parts = equal_parts(samples, trainer.settings.minibatches)
+    return [pack_batch(trainer, part) for part in parts]
 
 
-def collate(
-    samples: list[Sample],
-    starts: list[int],
-    *,
-    tp: int = 1,
-    cp: int = 1,
-    cp_rank: int = 0,
-    device: torch.device,
-) -> MicroBatch:
-    """Concatenate prompt + response of each sample.
+def equal_parts(samples: list, n: int) -> list[list]:
+    """Return n parts, in order; with fewer samples than n, one for each sample."""
+    parts = [samples[len(samples) * i // n : len(samples) * (i + 1) // n] for i in range(n)]
+    return [part for part in parts if part]
 
-    A masked filler sequence brings T to a multiple that sequence parallelism can split, and above
-    0.
 
-    Example, prompt [5, 6], response [7, 8] with log-probs [a, b]:   tokens 5 6 7 8   labels 6 7 8 8   mask 0 1 1 0   rollout_logprobs 0 a b 0
-    starts: where each sample's response begins among the R response tokens of the batch. Under context parallelism the fields hold this rank's tokens of
-    every sequence, and packed the bounds of the whole sequences.
+def pack_batch(trainer, samples: list) -> Batch:
+    """Plan the micro-batches of these samples and build this rank's. trainer: train_step.Trainer.
+
+    Raises ValueError, naming index and group, if a sample is longer than a micro-batch may be.
     """
-    sequences = [
-        np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64)
-        for sample in samples
-    ]
-    lengths = [padded_length(len(sequence), cp) for sequence in sequences]
-    multiple_of = tp if cp == 1 else cp * math.lcm(2, tp)
-    filler = -sum(lengths) % multiple_of if lengths else multiple_of
-    lengths += [filler] if filler else []
-    T, ends = sum(lengths), np.cumsum(lengths)
-    tokens, labels, place, owner = (
-        np.zeros(T, np.int64),
-        np.zeros(T, np.int64),
-        np.full(T, -1),
-        np.full(T, len(samples)),
-    )
-    per_token = {name: np.zeros(T, np.float32) for name in PER_TOKEN}
-    for i, (sample, sequence, begin, start) in enumerate(
-        zip(samples, sequences, ends - lengths, starts)
-    ):
-        end = begin + len(sequence)
-        tokens[begin:end] = sequence
-        labels[begin:end] = np.append(sequence[1:], sequence[-1])
-        owner[begin:end] = i
-        answer = slice(end - len(sample.response_ids) - 1, end - 1)
-        place[answer] = np.arange(start, start + len(sample.response_ids))
-        for name, field in PER_TOKEN.items():
-            if len(getattr(sample, field)):
-                per_token[name][answer] = getattr(sample, field)
-    cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=device)
-    packed = PackedSeqParams(
-        "thd",
-        cu_seqlens,
-        cu_seqlens,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-    )
-    mine = zigzag(lengths, cp, cp_rank)
-    arrays = (tokens, labels, place, owner, *per_token.values())
-    counts_N = torch.tensor(
-        [*(sum(sample.loss_mask) for sample in samples), 0], dtype=torch.float32, device=device
-    )
-    return MicroBatch(
-        *(torch.from_numpy(array)[mine].to(device) for array in arrays), counts_N, packed
-    )
+    tp, cp = trainer.settings.tp, trainer.settings.cp
+    plan = microbatch_plan(trainer, samples)
+    starts = np.cumsum([0, *response_lengths(samples)]).tolist()
+    device = next(trainer.gpt.parameters()).device
+    split = dict(tp=tp, cp=cp, cp_rank=trainer.cp_group.rank(), device=device)
+    microbatches = []
+    for indices in plan[trainer.dp_group.rank()]:
+        chosen, begins = [samples[i] for i in indices], [starts[i] for i in indices]
+        batch = collate(chosen, begins, **split)
+        batch.cp_group = trainer.cp_group if cp > 1 else None
+        microbatches.append(batch)
+    return Batch(samples, plan, microbatches)
 
 
-def microbatch_plan(trainer, samples: list[Sample]) -> list[list[list[int]]]:
-    """Plan the micro-batches of these samples. trainer: train_step.Trainer.
+def response_lengths(samples: list) -> list[int]:
+    """Return the number of response tokens of each sample."""
+    return [len(sample.response_ids) for sample in samples]
 
-    Raises ValueError, with its index and group, if a sample is longer than a micro-batch may be.
-    """
+
+def microbatch_plan(trainer, samples: list) -> list[list[list[int]]]:
+    """Return plan[data-parallel rank][micro-batch] = indices of samples."""
     cp = trainer.settings.cp
     budget, dp = trainer.settings.microbatch_tokens * cp, trainer.dp_group.size()
     lengths = [
@@ -209,47 +148,137 @@ def microbatch_plan(trainer, samples: list[Sample]) -> list[list[list[int]]]:
         raise ValueError(f"sample {sample.index} of group {sample.group}: {error}") from None
 
 
-def local_microbatches(trainer, samples: list[Sample]) -> list[MicroBatch]:
-    """This rank's share of a batch; every rank passes the same samples in the same order. trainer:
-    train_step.Trainer.
+def plan_microbatches(
+    lengths: list[int], *, microbatch_tokens: int, dp: int
+) -> list[list[list[int]]]:
+    """Return which samples form which micro-batch: plan[rank][micro-batch] = indices into lengths.
+
+    Every rank gets the same number of micro-batches, as collectives inside the model must pair up.
+    They are as few as the token budget allows, and of about equal size: the longest sample first,
+    each into the bin that holds least. A bin may be empty if there are fewer samples than bins.
+    Raises ValueError if a sample is longer than the budget.
     """
-    tp, cp, plan = trainer.settings.tp, trainer.settings.cp, microbatch_plan(trainer, samples)
-    starts = np.cumsum([0, *(len(sample.response_ids) for sample in samples)]).tolist()
-    split = dict(
-        tp=tp, cp=cp, cp_rank=trainer.cp_group.rank(), device=next(trainer.gpt.parameters()).device
-    )
-    batches = [
-        collate([samples[i] for i in bin], [starts[i] for i in bin], **split)
-        for bin in plan[trainer.dp_group.rank()]
+    if (longest := max(lengths, default=0)) > microbatch_tokens:
+        found = f"a sample has {longest} tokens, a micro-batch at most {microbatch_tokens}"
+        raise ValueError(f"{found}, --microbatch-tokens times --cp: raise --microbatch-tokens")
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    fewest = dp * max(1, -(-sum(lengths) // (dp * microbatch_tokens)))
+    for bins in range(fewest, fewest + len(lengths) + dp, dp):  # in the end each has its own
+        loads, members = [0] * bins, [[] for _ in range(bins)]
+        for i in longest_first:
+            lightest = loads.index(min(loads))
+            loads[lightest] += lengths[i]
+            members[lightest].append(i)
+        if max(loads) <= microbatch_tokens:
+            break
+    # Samples of about one length stand together: micro-batches are dealt out by their load.
+    by_load = sorted(range(bins), key=lambda b: -loads[b])
+    return [[members[b] for b in by_load[rank::dp]] for rank in range(dp)]
+
+
+def padded_length(length: int, cp: int) -> int:
+    """Return the length of a sequence in a micro-batch: with cp > 1 a multiple of 2 cp (zigzag)."""
+    return length if cp == 1 else -(-length // (2 * cp)) * 2 * cp
+
+
+def collate(
+    samples: list,
+    starts: list[int],
+    *,
+    tp: int = 1,
+    cp: int = 1,
+    cp_rank: int = 0,
+    device: torch.device,
+) -> MicroBatch:
+    """Concatenate prompt and response of each sample.
+
+    Example, prompt [5, 6] and response [7, 8], the first response of the batch:
+
+        tokens 5 6 7 8    labels 6 7 8 8    mask 0 1 1 0    response_index -1 0 1 -1
+
+    A masked filler sequence brings T to a multiple that sequence parallelism can split, and above
+    0. starts: where each sample's response begins among the R response tokens of the batch. Under
+    context parallelism the tensors hold this rank's tokens of every sequence, and packed holds the
+    bounds of the whole sequences.
+    """
+    sequences = [
+        np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64)
+        for sample in samples
     ]
-    for batch in batches:
-        batch.cp_group = trainer.cp_group if cp > 1 else None
-    return batches
+    lengths = [padded_length(len(sequence), cp) for sequence in sequences]
+    multiple_of = tp if cp == 1 else cp * math.lcm(2, tp)
+    filler = -sum(lengths) % multiple_of if lengths else multiple_of
+    lengths += [filler] if filler else []
+    T, ends = sum(lengths), np.cumsum(lengths)
+    tokens, labels = np.zeros(T, np.int64), np.zeros(T, np.int64)
+    response_index, owner = np.full(T, -1), np.full(T, len(samples))
+    mask = np.zeros(T, np.float32)
+    for i, (sample, sequence) in enumerate(zip(samples, sequences)):
+        begin = ends[i] - lengths[i]
+        end = begin + len(sequence)
+        tokens[begin:end] = sequence
+        labels[begin:end] = np.append(sequence[1:], sequence[-1])
+        owner[begin:end] = i
+        n = len(sample.response_ids)
+        response = slice(end - n - 1, end - 1)  # the positions that predict it
+        response_index[response] = np.arange(starts[i], starts[i] + n)
+        mask[response] = sample.loss_mask
+    bounds = torch.tensor([0, *ends], dtype=torch.int32, device=device)
+    longest = max(lengths)
+    counts = [*(sum(sample.loss_mask) for sample in samples), 0]
+    mine = zigzag(lengths, cp, cp_rank)
+
+    def here(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array)[mine].to(device)
+
+    return MicroBatch(
+        tokens_T=here(tokens),
+        labels_T=here(labels),
+        response_index_T=here(response_index),
+        sample_T=here(owner),
+        mask_T=here(mask),
+        counts_N=torch.tensor(counts, dtype=torch.float32, device=device),
+        packed=PackedSeqParams(
+            "thd", bounds, bounds, bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+        ),
+    )
 
 
-def give_to_samples(
-    trainer,
-    samples: list[Sample],
-    batches: list[MicroBatch],
-    values: list[torch.Tensor],
-    field: str,
-) -> None:
+# --- and back -----------------------------------------------------------------------------------
+
+
+def has_old_logprobs(samples: list, *, with_reference: bool) -> bool:
+    """Tell whether train_step.add_logprobs has set old_logprobs, on all samples or on none.
+
+    Raises ValueError where some lack them, or the ref_logprobs of a KL: they would count as 0.
+    """
+    has_old = any(len(sample.old_logprobs) for sample in samples)
+    for name in ["old_logprobs"] * has_old + ["ref_logprobs"] * with_reference:
+        for sample in samples:
+            if len(getattr(sample, name)) != len(sample.response_ids):
+                found = f"sample {sample.index} of group {sample.group} has no {name}"
+                raise ValueError(f"{found} for its tokens: call add_logprobs() on the batch first")
+    return has_old
+
+
+def give_to_samples(trainer, batch: Batch, values: list[torch.Tensor], name: str) -> None:
     """Set a field of every sample to its tokens' values, float32 [L], on every rank. Collective.
 
-    batches: local_microbatches of these samples; values: float32 [T] for each, on the last pipeline
-    stage, which alone has them. A rank knows the values of its own tokens only: all fill their
-    places of one vector for the batch, which is then summed.
+    values: float32 [T] of each micro-batch, on the last pipeline stage; it alone has them. A rank
+    knows the values of its own tokens only. So all fill their places of one vector for the batch,
+    which is then summed. trainer: train_step.Trainer.
     """
-    lengths = [len(sample.response_ids) for sample in samples]
-    values_R = torch.zeros(sum(lengths), device=batches[0].tokens_T.device)
-    for batch, values_T in zip(batches, values):
-        is_response_T = batch.response_index_T >= 0
-        values_R[batch.response_index_T[is_response_T]] = values_T[is_response_T]
+    lengths = response_lengths(batch.samples)
+    device = batch.microbatches[0].tokens_T.device
+    values_R = torch.zeros(sum(lengths), device=device)
+    for microbatch, values_T in zip(batch.microbatches, values):
+        is_response_T = microbatch.response_index_T >= 0
+        values_R[microbatch.response_index_T[is_response_T]] = values_T[is_response_T]
     dist.all_reduce(values_R, group=trainer.dp_cp_group)
     stages = trainer.layout.pp_group
     dist.broadcast(values_R, group=stages, group_src=stages.size() - 1)
-    for sample, mine in zip(samples, values_R.cpu().split(lengths)):
-        setattr(sample, field, mine.numpy())
+    for sample, values_L in zip(batch.samples, values_R.cpu().split(lengths)):
+        setattr(sample, name, values_L.numpy())
 
 
 def global_sums(trainer, reports: list[dict]) -> dict[str, float]:

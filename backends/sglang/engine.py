@@ -54,6 +54,7 @@ class Engine(sglang_engine.Engine):
     """SGLang's Engine; version is that of the weights it holds, -1 before the first update."""
 
     run_scheduler_process_func = staticmethod(run_scheduler)
+    holds_weights = True
     _starting: "Engine"  # SGLang launches by methods of the class, which find it here
 
     @classmethod

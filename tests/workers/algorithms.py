@@ -17,10 +17,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 from advantages import ADVANTAGES
 from backends.huggingface.config import read_config
 from common import distributed
-from common.settings import RewardSettings, TrainSettings
+from common.settings import TrainSettings
 from harness import exits
 from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings
 import reward
+from reward import RewardSettings
 import rollout
 import train_step
 import weight_sync
@@ -121,7 +122,8 @@ def give_rollout_logprobs(trainer, samples: list[rollout.Sample]) -> None:
     """
     generator = torch.Generator().manual_seed(1)
     ordered = sorted(samples, key=lambda sample: (sample.group, sample.index))
-    for sample in train_step.add_logprobs(trainer, ordered, temperature=0.7):
+    train_step.add_logprobs(trainer, train_step.pack(trainer, ordered))
+    for sample in ordered:
         first, second = torch.randn(2, len(sample.response_ids), generator=generator).numpy()
         sample.rollout_logprobs = sample.old_logprobs + 0.5 * first
         sample.old_logprobs = sample.old_logprobs + 0.3 * second
@@ -142,11 +144,10 @@ def without_a_token(trainer, weights) -> list[bool]:
         for n in (3, 1, 9)
     ]
     for samples in ([], [rollout.Sample([5, 6]), rollout.Sample([7])], masked):
-        train_step.add_logprobs(trainer, samples, temperature=0.7)
+        batches = train_step.pack(trainer, samples)
+        train_step.add_logprobs(trainer, batches)
         reward.add_advantages(samples, RewardSettings(), LossSettings(), max_response_tokens=12)
-        metrics = train_step.update_policy(
-            trainer, samples, LossSettings(), temperature=0.7, max_response_tokens=12
-        )
+        metrics = train_step.update_policy(trainer, batches, LossSettings())
         after = (
             item
             for bucket in weight_sync.trainer_buckets(weights, quantize=False)
@@ -184,13 +185,22 @@ def main() -> None:
             mpu.destroy_model_parallel()
         loss = LossSettings(**loss_changes)
         trainer = train_step.build_trainer(
-            folder, settings, config, steps=4, seed=1, with_reference=loss.kl_coef > 0
+            folder,
+            settings,
+            config,
+            steps=4,
+            seed=1,
+            temperature=0.7,
+            max_response_tokens=12,
+            with_reference=loss.kl_coef > 0,
         )
         if trainer.reference is not None:  # a reference that differs from the model
             with torch.no_grad():
                 for parameter in trainer.reference.parameters():
                     parameter.mul_(0.9)
-        weights = weight_sync.WeightPath(trainer, config, frozenset(), bucket_bytes=2**20)
+        weights = weight_sync.WeightPath(
+            trainer.gpt, trainer.layout, config, frozenset(), bucket_bytes=2**20
+        )
         before = {
             n: t.clone()
             for bucket in weight_sync.trainer_buckets(weights, quantize=False)
@@ -205,11 +215,10 @@ def main() -> None:
         reward.add_advantages(
             samples, RewardSettings(**reward_changes), loss, max_response_tokens=12
         )
-        metrics = train_step.update_policy(
-            trainer, samples, loss, temperature=0.7, max_response_tokens=12
-        )
+        batches = train_step.pack(trainer, samples)
+        metrics = train_step.update_policy(trainer, batches, loss)
         losses[name] = {key: value for key, value in metrics.items() if key != "lr"}
-        losses[name]["microbatches"] = len(train_step.local_microbatches(trainer, samples))
+        losses[name]["microbatches"] = sum(len(batch.microbatches) for batch in batches)
         moved = {
             n: (before[n] - t) / LR
             for bucket in weight_sync.trainer_buckets(weights, quantize=False)

@@ -18,7 +18,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
 from backends.sglang.engine import Engine
 from harness import checks, exits, flags
-import in_flight
 import loop_async
 import rollout
 import train_step
@@ -26,15 +25,15 @@ import train_step
 OUT, SLOW = Path(sys.argv[1]), sys.argv[2].split(",")
 started, steps, versions = [], [], []
 generate, load, train = Engine.generate, Engine.load, train_step.update_policy
-split_discarded, check_staleness = rollout.split_discarded, in_flight.check_staleness
+split_discarded, check_staleness = rollout.split_discarded, loop_async.check_staleness
 
 
-async def recorded_generate(self, prompts_ids, sampling, *, request_ids=None, cache=""):
+async def recorded_generate(self, prompts_ids, sampling, *, request_ids, cache=""):
     """Every fourth group writes on to the token limit, over several versions; the slow engine takes
     its time for every tenth.
     """
-    if request_ids is None:
-        return await generate(self, prompts_ids, sampling, cache=cache)
+    if cache:  # an evaluation
+        return await generate(self, prompts_ids, sampling, request_ids=request_ids, cache=cache)
     group, version = int(request_ids[0].split("-")[1]), self.version
     started.append(group)
     if "engine" in SLOW and group % 10 == 9:
@@ -63,7 +62,7 @@ def slow_train(trainer, samples, settings, **arguments):
 def recorded_step(samples):
     """What a step is given: which samples are trained, and which are set aside, for which reason."""
     names = {
-        reason: [(s.group, s.index) for s in samples if s.finish_reason == reason]
+        reason: [(s.group, s.index) for s in samples if s.discarded == reason]
         for reason in (rollout.DROPPED, rollout.REPLACED)
     }
     trained, set_aside = split_discarded(samples)
@@ -77,15 +76,15 @@ def recorded_step(samples):
     return trained, set_aside
 
 
-def recorded_version(samples, *, version, max_staleness):
+def recorded_version(samples, version, max_staleness):
     """In front of the invariant's own check."""
     steps[-1]["version"] = version
-    check_staleness(samples, version=version, max_staleness=max_staleness)
+    check_staleness(samples, version, max_staleness)
 
 
 if __name__ == "__main__":
     Engine.generate, Engine.load = recorded_generate, slow_load
-    train_step.update_policy, rollout.split_discarded, in_flight.check_staleness = (
+    train_step.update_policy, rollout.split_discarded, loop_async.check_staleness = (
         slow_train,
         recorded_step,
         recorded_version,

@@ -19,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
 from backends.huggingface.config import read_config
 from backends.sglang import buckets
+from backends.sglang.launch import launch_engine
 from common import distributed, errors
 from common.settings import REPOSITORY, RolloutSettings, TrainSettings
 from harness import exits
@@ -104,13 +105,16 @@ def main() -> None:
     trainer = train_step.build_trainer(TOY, TrainSettings(tp=2), config, steps=1, seed=1)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
     weights = weight_sync.WeightPath(
-        trainer, config, fp8, bucket_bytes=100_000, broadcast_group=dist.group.WORLD
+        trainer.gpt,
+        trainer.layout,
+        config,
+        fp8,
+        bucket_bytes=100_000,
+        broadcast_group=dist.group.WORLD,
     )
-    engine = (
-        rollout.start_engine(TOY, RolloutSettings(), config, seed=1)
-        if dist.get_rank() == 0
-        else None
-    )
+    engine = rollout.NoEngine()
+    if dist.get_rank() == 0:
+        engine = launch_engine(TOY, RolloutSettings(), config, seed=1)
     version, report = 0, {}
     weight_sync.send_weights(weights, engine, version=version)
     faults = {
@@ -122,9 +126,9 @@ def main() -> None:
         "end of update": mock.patch(
             "backends.sglang.engine.Engine._close_update", failing_from(1, None)
         )
-        if engine
+        if engine.holds_weights
         else contextlib.nullcontext(),
-        "refusal": refusing(engine) if engine else contextlib.nullcontext(),
+        "refusal": refusing(engine) if engine.holds_weights else contextlib.nullcontext(),
         "load": misshapen(trainer),
     }
     for fault, injected in faults.items():
@@ -132,22 +136,22 @@ def main() -> None:
         with injected:
             try:
                 weight_sync.send_weights(weights, engine, version=version + 1)
-                if engine:
+                if engine.holds_weights:
                     engine.settle()
             except (RuntimeError, ValueError, errors.EngineDied) as raised:
                 error = raised
         report[fault] = {"error": repr(error), "notes": getattr(error, "__notes__", [])}
         if fault == "load":
             break
-        if engine:
+        if engine.holds_weights:
             report[fault] |= {"version": engine.version, "answers": answers(engine)}
             # What a run never does: mend the engine with a whole hand-off, for the next fault
             engine._last_part = None
             engine.call(engine._close_update())
         version += 1
         weight_sync.send_weights(weights, engine, version=version)
-        report[fault]["answers_when_mended"] = engine is None or answers(engine)
-    if engine:
+        report[fault]["answers_when_mended"] = not engine.holds_weights or answers(engine)
+    if engine.holds_weights:
         Path(sys.argv[1]).write_text(json.dumps(report), encoding="utf-8")
 
 

@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from backends.huggingface.config import read_config
 from backends.megatron import model as megatron_model
 from common.settings import TrainSettings
-import train_step
+from harness import model_checks
 import weight_sync
 
 FOLDER, (TP, EP, PP) = sys.argv[1], map(int, sys.argv[2:])
@@ -47,16 +47,14 @@ def main() -> None:
     torch.cuda.current_device = lambda: torch.device("meta")  # where Megatron puts its parameters
     config, world_size = read_config(FOLDER), max(TP, EP) * PP
     settings = TrainSettings(tp=TP, pp=PP, ep=EP)
-    train_step.check_train_settings(settings, config, world_size=world_size, longest=8192)
+    model_checks.check_train_settings(settings, config, world_size=world_size, longest=8192)
     delivered = {}
     for stage in range(PP):
         gpt, layout = build_as(stage * world_size // PP, world_size, settings, config)
         assert (
             sum(parameter.nbytes for parameter in gpt.parameters() if not parameter.is_meta) < 2**30
         )  # Megatron allocates routers on the CPU
-        weights = weight_sync.WeightPath(
-            type("Trainer", (), {"gpt": gpt, "layout": layout}), config, frozenset(), bucket_bytes=1
-        )
+        weights = weight_sync.WeightPath(gpt, layout, config, frozenset(), bucket_bytes=1)
         for shard in weight_sync.shards_in_model_order(weights, quantize=False):
             shape = list(shard.local.shape)
             if shard.rule.tp_dim is not None:

@@ -71,17 +71,20 @@ def build(folder: str, tp: int, ep: int, pp: int, cp: int, dtype: str, microbatc
     trainer = train_step.build_trainer(folder, settings, config, steps=4, seed=1)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
     return trainer, weight_sync.WeightPath(
-        trainer, config, fp8, bucket_bytes=200_000, broadcast_group=dist.group.WORLD
+        trainer.gpt,
+        trainer.layout,
+        config,
+        fp8,
+        bucket_bytes=200_000,
+        broadcast_group=dist.group.WORLD,
     )
 
 
 def one_step(trainer, temperature: float = 0.7) -> dict:
-    samples = train_step.add_logprobs(
-        trainer, fixed_samples(trainer.config["vocab_size"]), temperature=temperature
-    )
-    return train_step.update_policy(
-        trainer, samples, LossSettings(), temperature=temperature, max_response_tokens=16
-    )
+    trainer.temperature, trainer.max_response_tokens = temperature, 16
+    batches = train_step.pack(trainer, fixed_samples(trainer.config["vocab_size"]))
+    train_step.add_logprobs(trainer, batches)
+    return train_step.update_policy(trainer, batches, LossSettings())
 
 
 def whole(mine: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
@@ -96,7 +99,8 @@ def errors(trainer, folder: str, temperature: float) -> dict[str, float]:
     reference = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    batches = train_step.local_microbatches(trainer, fixed_samples(trainer.config["vocab_size"]))
+    batch = train_step.pack_batch(trainer, fixed_samples(trainer.config["vocab_size"]))
+    batches, trainer.temperature = batch.microbatches, temperature
     seen, stock = [], train_step.logprobs_and_entropy
 
     def keep_logits(logits_TV, *rest, **named):
@@ -104,7 +108,7 @@ def errors(trainer, folder: str, temperature: float) -> dict[str, float]:
         return stock(logits_TV, *rest, **named)
 
     with mock.patch.object(train_step, "logprobs_and_entropy", keep_logits):
-        logprobs = train_step.compute_logprobs(trainer, batches, temperature=temperature)
+        logprobs = train_step.compute_logprobs(trainer, batches)
     worst = {"logits": 0.0, "logprobs": 0.0}
     for batch, logits_TV, logprobs_T in zip(
         batches, seen, logprobs

@@ -35,11 +35,10 @@ def main() -> None:
     )
     samples = [Sample([5, 6], index=i, **answer) for i in range(4)]
     samples[2].rollout_logprobs = [-1.0, float("nan")]
-    train_step.add_logprobs(trainer, samples, temperature=1.0)
+    batches = train_step.pack(trainer, samples)
+    train_step.add_logprobs(trainer, batches)
     try:
-        train_step.update_policy(
-            trainer, samples, LossSettings(), temperature=1.0, max_response_tokens=8
-        )
+        train_step.update_policy(trainer, batches, LossSettings())
     except RuntimeError as error:
         sys.stdout.write(
             f"rank {dist.get_rank()} raises: {error}\n"

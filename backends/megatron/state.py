@@ -1,0 +1,114 @@
+"""A trainer's state in files, by megatron-core's dist_checkpointing: any layout reads any other's.
+
+Two patches below mend how megatron-core 0.16.1 keeps torch's Adam, and its writer processes.
+"""
+
+import queue
+import signal
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from common.processes import signal_when_parent_ends
+
+
+def save_state(trainer, folder: Path) -> None:
+    """Write weights, FP32 main weights, Adam state and schedule. Collective over the trainers.
+
+    trainer: train_step.Trainer. Raises CheckpointException, among others, when it cannot be written.
+    """
+    state = _sharded_state(trainer)
+    dist_checkpointing.save(state, str(folder), validate_access_integrity=False)
+
+
+def load_state(trainer, folder: Path) -> None:
+    """Fill a trainer from what save_state wrote. Collective over the trainers.
+
+    Learning rate and schedule, weight decay and Adam's constants stay those of the trainer.
+    """
+    asked = [
+        {name: value for name, value in group.items() if name not in ("params", "step")}
+        for group in trainer.optimizer.param_groups
+    ]
+    _give_adam_its_state(trainer.optimizer)
+    state = _sharded_state(trainer, is_loading=True)
+    loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
+    trainer.gpt.load_state_dict(loaded["model"])
+    trainer.optimizer.load_state_dict(loaded["optimizer"])
+    for group, settings in zip(trainer.optimizer.param_groups, asked, strict=True):
+        group.update(settings)
+    trainer.scheduler.step(loaded["scheduler"]["num_steps"])
+
+
+def load_weights(gpt: GPTModel, folder: Path) -> None:
+    """Fill a model alone, of whatever layout. Collective over its ranks."""
+    metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+    state = {"model": gpt.sharded_state_dict(metadata=metadata)}
+    loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
+    gpt.load_state_dict(loaded["model"])
+
+
+def _sharded_state(trainer, *, is_loading: bool = False) -> dict:
+    metadata = {
+        "chained_optim_avoid_prefix": True,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": trainer.dp_cp_group,
+    }
+    model = trainer.gpt.sharded_state_dict(metadata=metadata)
+    about = dict(is_loading=is_loading, metadata=metadata)
+    optimizer = trainer.optimizer.sharded_state_dict(model, **about)
+    return {"model": model, "optimizer": optimizer, "scheduler": trainer.scheduler.state_dict()}
+
+
+def _give_adam_its_state(optimizer) -> None:
+    """Create Adam's moments: torch has none before its first step, and a load fills only those."""
+    for chained in optimizer.chained_optimizers:
+        for group in chained.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not chained.optimizer.state[parameter]:
+                    moments = {"exp_avg": torch.zeros_like(parameter)}
+                    moments["exp_avg_sq"] = torch.zeros_like(parameter)
+                    chained.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+
+_stock_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+
+def _set_states(self, model_param, tensors):
+    """Give each parameter a step of its own.
+
+    megatron-core knows Adam's step as a number of the parameter group, where Apex and Transformer
+    Engine keep it. torch keeps a tensor for each parameter. The loader gives all of them the same
+    tensor, which would then be counted up once for every parameter.
+    """
+    group, place = self.model_param_group_index_map[model_param]
+    state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
+    if "step" in state:
+        state["step"] = state["step"].clone()
+        tensors = {**tensors, "step": state["step"]}
+    _stock_set_states(self, model_param, tensors)
+
+
+DistributedOptimizer._set_main_param_and_optimizer_states = _set_states
+# megatron-core keeps what its writers return in a process of its own, for saves that go on in the
+# background. That process would outlive a rank that is killed.
+filesystem_async._results_queue = queue.Queue()
+
+_stock_write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+
+
+def _write(*args, **kwargs) -> None:
+    """End the process that megatron-core forks for each file when its rank ends.
+
+    It would wait for ever for a rank that was killed.
+    """
+    signal_when_parent_ends(signal.SIGKILL)
+    _stock_write(*args, **kwargs)
+
+
+filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(_write)

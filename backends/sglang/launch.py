@@ -1,0 +1,72 @@
+"""Start an SGLang engine with a model's shapes: which ServerArgs it gets, and why."""
+
+import json
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+
+from backends.cpu.sglang import SERVER_ARGS
+from backends.huggingface.names import fp8_config
+from backends.sglang.checks import server_overrides
+from backends.sglang.engine import Engine
+from common.errors import BadInput
+from common.settings import RolloutSettings
+
+# Of the GPU memory that is free when an engine starts: what it takes for weights and cache, unless
+# --sglang says otherwise.
+MEM_FRACTION_STATIC = 0.5
+LOADERS = ["load_bucket", "compare_loader"]  # called by name, in the engine's process
+DTYPES = {"fp8": "bfloat16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+def launch_engine(
+    model_folder: str,
+    settings: RolloutSettings,
+    config: dict,
+    *,
+    seed: int,
+    longest: int | None = None,
+) -> Engine:
+    """Start an engine with shapes and quantization of the model, but no weights yet.
+
+    longest: prompt and response tokens of the longest possible sample.
+    Raises BadInput if the engine has found no memory for so many.
+    """
+    arguments = dict(
+        model_path=model_folder,
+        dtype=DTYPES[settings.rollout_dtype],
+        load_format="dummy",
+        tp_size=settings.engine_tp,
+        ep_size=settings.engine_ep,
+        skip_tokenizer_init=True,
+        custom_weight_loader=[f"backends.sglang.buckets.{name}" for name in LOADERS],
+        custom_sigquit_handler=signal.getsignal(signal.SIGQUIT),
+        random_seed=seed + dist.get_rank(),
+        log_level="error",
+    )
+    if torch.cuda.is_available():
+        arguments.update(
+            base_gpu_id=int(os.environ["LOCAL_RANK"]),
+            enable_memory_saver=True,
+            mem_fraction_static=MEM_FRACTION_STATIC,
+        )
+    else:
+        arguments.update(SERVER_ARGS)
+    if settings.rollout_dtype == "fp8":
+        split = dict(engine_tp=settings.engine_tp, engine_ep=settings.engine_ep)
+        overrides = {"quantization_config": fp8_config(config, **split)}
+        arguments["json_model_override_args"] = json.dumps(overrides)
+    arguments |= server_overrides(settings.sglang, on_gpu=torch.cuda.is_available())
+    engine = Engine(settings.answer_timeout_s, **arguments)
+    # SGLang's TpModelWorker takes off 5 for a prompt; of these the last position stays free.
+    room = engine.tokenizer_manager.max_req_input_len + 4
+    if longest is not None and longest > room:
+        engine.shutdown()
+        fix = "raise --sglang mem_fraction_static, or lower --max-response-tokens"
+        raise BadInput(
+            f"the longest sample has {longest} tokens, but the engine has memory for {room}, and "
+            f"would cut the answer: {fix}"
+        )
+    return engine

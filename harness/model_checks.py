@@ -1,0 +1,194 @@
+"""What model, prompts and dumps do not allow, whatever the flags alone would.
+
+harness/checks.py looks at flags, before the heavy imports. What is here needs config.json, the
+prompts or the engine's own rules; harness/start.py calls it before anything is started.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+
+import torch
+
+from backends.cpu.sglang import SERVER_ARGS
+from backends.huggingface.config import check_layout, megatron_arguments, read_config
+from backends.huggingface.folder import HFWeights, check_shapes
+from backends.megatron.batches import padded_length
+from backends.megatron.model import check_overrides, overrides
+from backends.sglang.checks import server_overrides
+from common.errors import ProblemList, all_problems
+from common.settings import RolloutSettings, RunSettings, TrainSettings
+from data.prompts import ENGINE_KEEPS
+from data.sample import read_dump
+from harness import checks
+from harness.run_folder import rollouts_file
+from megatron.core.transformer import TransformerConfig
+from rollout import split_discarded
+
+
+@all_problems
+def check_held_out(settings: RunSettings, held_out: list | None) -> None:
+    """Refuse --eval-only without held-out prompts. held_out: None where they could not be loaded."""
+    if settings.eval_only and held_out == []:
+        fix = "give --eval-prompts FILE, or raise --eval-samples"
+        yield f"--eval-only has no held-out prompts to evaluate on: {fix}"
+
+
+def longest_sample(settings, config: dict | None, data) -> int | None:
+    """Return the tokens of the longest possible sample, prompt and response; None where they could
+    not be found out.
+
+    Those of a planned run are as its flags say. --load-rollouts may hold longer samples than the
+    prompts and --max-response-tokens of now allow. Raises BadInput for a dump that cannot be
+    trained on.
+    """
+    if checks.is_plan(settings):
+        return settings.plan.plan_prompt_tokens + settings.rollout.max_response_tokens
+    if not settings.run.load_rollouts or data is None:
+        return data.longest if data else None
+    return max(data.longest, longest_of_dumps(settings, config))
+
+
+@all_problems
+def longest_of_dumps(settings, config: dict | None) -> int:
+    """Return the tokens of the longest sample of --load-rollouts. settings: a loop's.
+
+    Raises BadInput for a step that cannot be trained on.
+    """
+    longest, minibatches, vocab_size = (
+        0,
+        settings.train.minibatches,
+        config and config["vocab_size"],
+    )
+    for step in range(1, settings.run.steps + 1):
+        file = rollouts_file(settings.run.load_rollouts, step)
+        if not os.path.isfile(file):
+            break  # checks.check_run_flags names it
+        dump, _ = split_discarded(read_dump(file, vocab_size=vocab_size))
+        longest = max([longest, *(len(s.prompt_ids) + len(s.response_ids) for s in dump)])
+        if len(dump) < minibatches:
+            yield (
+                f"{file} has {len(dump)} answers to train on, --minibatches is {minibatches}: use "
+                f"at most {len(dump)}, and another folder if that is 0"
+            )
+        oldest = min((v for s in dump for v in s.weight_versions), default=step - 1)
+        if hasattr(settings, "in_flight") and step - 1 - oldest > settings.in_flight.max_staleness:
+            yield (
+                f"{file} has tokens {step - 1 - oldest} versions old, --max-staleness is "
+                f"{settings.in_flight.max_staleness}: raise it"
+            )
+    return longest
+
+
+@all_problems
+def check_rollout_settings(
+    settings: RolloutSettings,
+    config: dict | None,
+    *,
+    longest: int | None = None,
+    on_gpu: bool | None = None,
+) -> None:
+    """Refuse what the model or the engine cannot do. The flags alone are checked in checks.py.
+
+    config: None where it could not be read.
+    longest: prompt and response tokens of the longest possible sample, where they are known.
+    on_gpu: whether the engines will have GPUs, as in a plan; None: whether this machine has one.
+    """
+    on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
+    if config is not None:
+        experts, ep, tp = config["num_experts"], settings.engine_ep, settings.engine_tp
+        if experts % ep or (ep > 1 and not experts):
+            rule = f"must divide the model's {experts} experts"
+            yield f"--engine-ep {ep} {rule}; it is 1 for a dense model"
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            if config[name] % tp:
+                rule = f"is not divisible by --engine-tp {tp}"
+                yield f"{name} {config[name]} {rule}: use a --engine-tp that divides it"
+        context = config["max_position_embeddings"]
+        if settings.max_response_tokens >= context - ENGINE_KEEPS:
+            kept = f"less the {ENGINE_KEEPS} positions that SGLang keeps"
+            given = f"--max-response-tokens {settings.max_response_tokens}"
+            yield f"{given} must lie below the model's context, {context}, {kept}"
+    overrides = server_overrides(settings.sglang, on_gpu=on_gpu)
+    most = None if on_gpu else SERVER_ARGS["max_total_tokens"]
+    server_args = {"max_total_tokens": most, **overrides}
+    yield from _length_problems(settings, config, server_args, longest=longest)
+
+
+def _length_problems(
+    settings: RolloutSettings, config: dict | None, server_args: dict, *, longest: int | None
+) -> Iterator[str]:
+    """Yield where the engine would refuse a prompt or cut an answer.
+
+    SGLang does the first in validate_input_length, the second in Scheduler.init_req_max_new_tokens.
+    """
+    page, cached = server_args.get("page_size") or 1, server_args["max_total_tokens"]
+    needed = longest or settings.max_response_tokens + 1
+    if cached is not None and needed > (room := cached // page * page - 2 * page):
+        alone = "an answer alone, by --max-response-tokens, can have"
+        what = "prompt and answer of the longest sample have" if longest else alone
+        fix = f"raise --sglang max_total_tokens={cached}, or lower --max-response-tokens"
+        yield (
+            f"{what} {needed} tokens, but the engine keeps {max(room, 0)} and would cut the answer:"
+            f" {fix}"
+        )
+    elif config is not None and longest is not None:
+        prompt = longest - settings.max_response_tokens
+        most = min(config["max_position_embeddings"], cached or math.inf) - 7
+        if prompt > most:
+            yield (
+                f"the longest prompt has {prompt} tokens; the engine takes at most {most}: leave "
+                "longer prompts out"
+            )
+
+
+@all_problems
+def check_train_settings(
+    settings: TrainSettings, config: dict | None, *, world_size: int, longest: int | None
+) -> None:
+    """Refuse what does not fit the model. The flags alone are checked in checks.py.
+
+    world_size: of the ranks that train.
+    longest: prompt plus response tokens of the longest possible sample.
+    config, longest: None where they could not be found out; what needs them is then left out.
+    """
+    found = ProblemList()
+    reference = found.collect(read_config, settings.reference) if settings.reference else None
+    if reference and config:
+        theirs, ours = (
+            {**model, **gpt}
+            for model, gpt in (megatron_arguments(c, tp=1) for c in (reference, config))
+        )
+        if differing := sorted(
+            name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)
+        ):
+            yield (
+                f"--reference {settings.reference} differs from the model in"
+                f" {', '.join(differing)}: it must have the same architecture"
+            )
+        else:
+            found.collect(lambda: check_shapes(HFWeights(settings.reference), reference))
+    if config:
+        found.collect(
+            check_layout,
+            config,
+            world_size=world_size,
+            tp=settings.tp,
+            pp=settings.pp,
+            cp=settings.cp,
+            ep=settings.ep,
+        )
+        found.collect(overrides, settings, config, TransformerConfig)
+        if settings.megatron and not found.texts:
+            found.collect(check_overrides, settings, config)
+    if (
+        longest
+        and (cp := settings.cp) > 0
+        and settings.microbatch_tokens * cp < padded_length(longest, cp)
+    ):
+        room = f"--microbatch-tokens {settings.microbatch_tokens} times --cp {cp}"
+        yield (
+            f"{room} is less than the longest possible sample, {padded_length(longest, cp)} tokens:"
+            " raise one of them"
+        )
+    yield from found.texts

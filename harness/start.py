@@ -1,0 +1,155 @@
+"""Start a run: check everything, join the process groups, open the run folder.
+
+settings -> config.json, prompts, machine, checkpoint: all checked, all mistakes said at once
+         -> process groups -> run folder -> Run
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.distributed as dist
+
+from backends.huggingface.config import read_config
+from backends.huggingface.folder import check_model_folder
+from common import distributed, process_groups
+from common.errors import ProblemList
+from data.prompts import Data, load_data
+from harness import checkpoint, checks, model_checks, plan
+from harness.record import Record
+import reward
+
+
+@dataclass
+class Run:
+    """What the set-up of each stage needs to know. The functions of a step never take it."""
+
+    settings: Any
+    """A loop's Settings."""
+    loop: str
+    """sync, async, or an example's name; a checkpoint is resumed by the loop that wrote it."""
+    model: str
+    """Hugging Face folder that trainer and engine start from."""
+    config: dict
+    """Its config.json, checked."""
+    data: Data
+    longest: int
+    """Prompt and response tokens of the longest possible sample."""
+    reward: reward.Reward
+    group: dist.ProcessGroup
+    """All ranks of the run."""
+    is_trainer: bool
+    """Whether this rank holds a part of the trained model."""
+    engine_index: int | None
+    """Which of the engines this rank runs; None if it runs none."""
+    engines: int
+    record: Record
+    inputs: dict[str, str]
+    """Checksums of what the run reads, by flag; see checkpoint.what_was_read."""
+    resumed_from: checkpoint.Checkpoint | None = None
+
+    @property
+    def is_async(self) -> bool:
+        """Whether some ranks train and the others generate."""
+        return is_async(self.settings)
+
+    @property
+    def trains(self) -> bool:
+        """Whether this rank learns from samples."""
+        return self.is_trainer and not self.settings.run.debug_rollout_only
+
+    @property
+    def first_step(self) -> int:
+        """The first step to do: 1, or the one after the checkpoint."""
+        return self.resumed_from.step + 1 if self.resumed_from else 1
+
+    @property
+    def evaluates_first(self) -> bool:
+        """Whether there is an evaluation before the first step: a resumed run has had it."""
+        return not self.resumed_from or self.settings.run.eval_only
+
+    @property
+    def broadcast_group(self) -> dist.ProcessGroup | None:
+        """The group over which rank 0 sends weights to the ranks that generate, if they differ."""
+        return self.group if self.is_async else None
+
+
+def prepare(
+    settings,
+    loop: str,
+    *,
+    reward_function: reward.Reward | None = None,
+    turns: int = 1,
+    stop: tuple[str, ...] = (),
+) -> Run:
+    """Check settings, files and machine, join the process groups, and open the run folder.
+
+    With --plan: print the plan, and end the program. Raises BadInput with all that is wrong before
+    anything is started. Collective.
+
+    reward_function: in place of --reward's. turns: how often a rollout asks the engine for one
+    sample, at most. stop: further tokens that end a turn, as --stop names them.
+    """
+    reward_function = reward_function or reward.REWARDS[settings.reward.reward]
+    run_settings, rollout, train = settings.run, settings.rollout, settings.train
+    ranks = checks.world_size(settings)
+    rollout_ranks = settings.in_flight.rollout_ranks if is_async(settings) else ranks
+    trainer_ranks = ranks - rollout_ranks if is_async(settings) else ranks
+    is_plan = checks.is_plan(settings)
+
+    found, data, inputs, resumed = ProblemList(), None, {}, None
+    model = run_settings.model
+    config = found.collect(read_config, model)
+    if not is_plan:
+        prompts = replace(rollout, stop=(*rollout.stop, *stop))
+        judged = dict(label_problems=reward.label_problems(settings.reward))
+        data = found.collect(load_data, model, prompts, config, seed=run_settings.seed, **judged)
+    longest = found.collect(model_checks.longest_sample, settings, config, data)
+    # A plan is for GPUs, and the length of its prompts is a guess.
+    planned = dict(longest=None if is_plan else longest, on_gpu=is_plan or None)
+    found.collect(model_checks.check_rollout_settings, rollout, config, **planned)
+    sizes = dict(world_size=trainer_ranks, longest=longest)
+    found.collect(model_checks.check_train_settings, train, config, **sizes)
+    load = dict(world_size=ranks, trainer_ranks=trainer_ranks, rollout_ranks=rollout_ranks)
+    if is_plan:
+        found.raise_if_any()
+        plan.report(settings, config, **load, longest=longest)
+        sys.exit(0)
+    tokenizer = data and data.tokenizer
+    found.collect(check_model_folder, model, config, tokenizer, stop=rollout.stop)
+    found.collect(model_checks.check_held_out, run_settings, data and data.held_out)
+    found.collect(plan.check_machine, settings, config, **load, longest=longest)
+    if data:
+        inputs = found.collect(checkpoint.what_was_read, settings, data)
+    if run_settings.resume and run_settings.name:
+        resumed = found.collect(checkpoint.find_latest_checkpoint, settings, loop, inputs or {})
+    found.raise_if_any()
+
+    waits = dict(rollout_ranks=rollout_ranks, turns=turns)
+    wait_s = process_groups.longest_wait_s(settings, reward_function, **waits)
+    separate = rollout_ranks if is_async(settings) else 0
+    group = distributed.init_distributed(separate, wait_s=wait_s)
+    is_trainer = group.rank() < trainer_ranks
+    engine_tp, rank = rollout.engine_tp, dist.get_rank()  # in the default world of its side
+    generates = not (is_async(settings) and is_trainer) and not run_settings.load_rollouts
+    return Run(
+        settings,
+        loop,
+        model,
+        config,
+        data,
+        longest,
+        reward_function,
+        group,
+        is_trainer,
+        engine_index=rank // engine_tp if generates and rank % engine_tp == 0 else None,
+        engines=rollout_ranks // engine_tp,
+        record=Record(settings, loop, group, is_trainer, resumed=resumed),
+        inputs=inputs,
+        resumed_from=resumed,
+    )
+
+
+def is_async(settings) -> bool:
+    """Tell whether a loop's settings are those of the asynchronous loop."""
+    return hasattr(settings, "in_flight")
