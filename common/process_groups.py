@@ -196,6 +196,7 @@ def join_store() -> tuple[dist.Store, int, int]:
 
 
 def _job_store() -> tuple[dist.Store, int, int]:
+    """Return torchrun's store, this rank and the world size."""
     if is_one_machine():
         listen_on_loopback()
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -91,14 +91,7 @@ def chat_text(
             f"{where}: chat messages need a chat template, and the tokenizer has none: {fix}"
         )
     messages = [_message(message, where=where) for message in messages]
-    last = messages[-1]
-    if last["role"] == "assistant":
-        raise BadInput(
-            f"{where}: the last message is the assistant's, but a prompt ends before the answer: "
-            "remove it, or give the prompt as text if the model is to continue it"
-        )
-    if last["role"] == "user" and not last["content"].strip():
-        raise BadInput(f"{where} has no prompt: the last message is blank")
+    _check_last(messages[-1], where=where)
     if system_prompt:
         if messages[0]["role"] == "system":
             fix = "leave --system-prompt out, or remove that message"
@@ -193,6 +186,17 @@ def _message(message: Any, *, where: str) -> dict:
             return message
     rule = 'every chat message needs a "role" and a text "content" (join the parts of a list)'
     raise BadInput(f"{where}: {rule}")
+
+
+def _check_last(message: dict, *, where: str) -> None:
+    """Raise BadInput if a prompt cannot end with this message."""
+    if message["role"] == "assistant":
+        raise BadInput(
+            f"{where}: the last message is the assistant's, but a prompt ends before the answer: "
+            "remove it, or give the prompt as text if the model is to continue it"
+        )
+    if message["role"] == "user" and not message["content"].strip():
+        raise BadInput(f"{where} has no prompt: the last message is blank")
 
 
 def _parts(messages: list[dict], tools: list[dict] | None, text: str) -> Iterator[tuple]:

@@ -51,6 +51,36 @@ def shuffled(samples: list[Sample], *, seed: int) -> Iterator[Sample]:
             yield samples[i]
 
 
+def open_file(
+    path: str,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: DataSettings,
+    *,
+    seed: int,
+    is_eval: bool,
+    room: float,
+    label_problems: LabelProblems | None,
+    marked: set[str],
+) -> tuple[Iterator[Sample], int, list]:
+    """Return (prompts, the length of the longest prompt, what the checksum covers).
+
+    Training prompts are endless and shuffled. Evaluation prompts come once, in the file's order.
+    The checksum covers all rows. The other arguments are those of read_prompts.
+    """
+    samples = read_prompts(
+        path,
+        tokenizer,
+        settings,
+        name=name,
+        max_prompt_tokens=room,
+        label_problems=label_problems,
+        marked=marked,
+    )
+    stream = iter(samples) if is_eval else shuffled(samples, seed=seed)
+    return stream, max(len(sample.prompt_ids) for sample in samples), samples
+
+
 # --- generated problems -------------------------------------------------------------------------
 
 
@@ -170,13 +200,7 @@ def load_data(
         found.collect(check_template_kwargs, tokenizer, settings.chat_template_kwargs)
         if found.texts:  # leave them out below, or every row would report them again
             settings = replace(settings, chat_template_kwargs=())
-    tokens = {} if tokenizer is None else tokenizer.get_vocab()  # ids may have gaps
-    size = max(tokens.values(), default=-1) + 1
-    if tokenizer is not None and size > config["vocab_size"]:
-        yield (
-            f"{model_folder}: the tokenizer has {size} tokens, the model {config['vocab_size']}; "
-            "they do not belong together: copy the model's own tokenizer there"
-        )
+        yield from _vocabulary_problems(model_folder, tokenizer, config)
     room = math.inf
     if config is not None:
         context = config["max_position_embeddings"]
@@ -184,21 +208,11 @@ def load_data(
     marked = set()  # files with a label that holds --label-after
 
     def open_source(given: str, name: str, *, is_eval: bool) -> tuple[Iterator[Sample], int, list]:
-        """Return (prompts, the length of the longest, what the checksum covers)."""
+        source = (given, name, tokenizer, settings)
+        options = dict(seed=seed, is_eval=is_eval, room=room)
         if is_generated(given):
-            common = dict(seed=seed, is_eval=is_eval, room=room)
-            return open_generated(given, name, tokenizer, settings, **common)
-        samples = read_prompts(
-            given,
-            tokenizer,
-            settings,
-            name=name,
-            max_prompt_tokens=room,
-            label_problems=label_problems,
-            marked=marked,
-        )
-        stream = iter(samples) if is_eval else shuffled(samples, seed=seed)
-        return stream, max(len(sample.prompt_ids) for sample in samples), samples
+            return open_generated(*source, **options)
+        return open_file(*source, **options, label_problems=label_problems, marked=marked)
 
     nothing = (iter(()), 0, [])  # in place of a source that cannot be read
     streams, held_out, lengths, digest = [], [], [0], {}
@@ -234,6 +248,18 @@ def load_data(
         seed=seed,
         digest=digest,
     )
+
+
+def _vocabulary_problems(
+    model_folder: str, tokenizer: PreTrainedTokenizerBase, config: dict
+) -> Iterator[str]:
+    """Yield a problem if the tokenizer has tokens that the model does not know."""
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
+    if size > config["vocab_size"]:
+        yield (
+            f"{model_folder}: the tokenizer has {size} tokens, the model {config['vocab_size']}; "
+            "they do not belong together: copy the model's own tokenizer there"
+        )
 
 
 def checksum(weight: float, read: Iterable[str | Sample]) -> str:

@@ -19,8 +19,8 @@ from itertools import count
 from common.errors import BadInput
 
 INSTALL = "pip install reasoning-gym==0.1.25"
-# Problems in one of the package's datasets. Problem i of a dataset with seed s is made from s + i,
-# so each chunk of problems gets a seed that is far from all others.
+# Problems in one of the package's datasets. Problem i of a dataset with seed s is made from s + i.
+# So each dataset gets a seed that is far from all others.
 CHUNK = 500
 
 _EVALUATES = "its scorer runs the model's answer as Python (eval, or SymPy's parse_expr)"
@@ -81,6 +81,7 @@ def score(response: str, task: str, seed: int | str, index: int) -> tuple[float,
 
 
 def _row(task: str, seed: int | str, index: int) -> dict:
+    """Return a problem as a row of prompts."""
     problem = _problem(task, seed, index)
     return {
         "prompt": problem["question"],
@@ -96,6 +97,7 @@ def _problem(task: str, seed: int | str, index: int) -> dict:
 
 @lru_cache(64)
 def _dataset(task: str, seed: int | str, chunk: int):
+    """Return the package's dataset of the problems chunk * CHUNK to (chunk + 1) * CHUNK - 1."""
     import reasoning_gym
 
     seed_of_chunk = zlib.crc32(f"{task} {seed} {chunk}".encode()) // 2

@@ -136,9 +136,9 @@ def check_known(
 ) -> None:
     """Raise BadInput, naming the part, if the tokenizer does not know a part of a text.
 
-    Such a part becomes the unknown token or a pad token, or gets no token at all. Tokenizers may
-    also change blanks, case and accents. So a character counts as lost only if it is a letter,
-    number, sign or symbol, the decoded tokens lack it, and no token covers its place.
+    Such a part becomes the unknown token or a pad token, or gets no token at all. But tokenizers
+    also change blanks, case and accents. A character counts as lost only if it is a letter, number,
+    sign or symbol. In addition the decoded tokens must lack it, and no token may cover its place.
     """
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     names = {tokenizer.unk_token, tokenizer.pad_token, getattr(model, "unk_token", None)} - {None}

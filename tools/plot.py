@@ -320,6 +320,7 @@ def draw(runs: list[tuple[Path, tuple[list[dict], list[dict]]]], bars, *, shown:
 
 
 def main() -> None:
+    """Check the flags, read the runs and write the picture."""
     settings, problems = tyro.cli(PlotSettings, description=__doc__), ProblemList()
     problems.collect(check_plot_settings, settings)
     runs = [(folder, problems.collect(read, folder)) for folder in settings.runs]

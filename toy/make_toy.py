@@ -117,6 +117,7 @@ def accuracy(model, tokenizer, n: int = 512) -> float:
 
 
 def main() -> None:
+    """Train the toy in its two phases and write model and tokenizer into this folder."""
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     rng = random.Random(SEED)
