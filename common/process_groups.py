@@ -173,7 +173,7 @@ def explain(error: RuntimeError) -> str:
         return f"{mine} has waited {_Start.wait_s:g} s for another rank; the traceback says where"
     who = f"rank {behind[0]}" if len(behind) == 1 else f"the ranks {', '.join(map(str, behind))}"
     what = f"{mine} has waited {_Start.wait_s:g} s for {who} at or after exchange"
-    return f"{what} {_Start.exchanges}; a rank that hangs or is stopped does not come"
+    return f"{what} {_Start.exchanges}; a rank that does not arrive hangs or was stopped"
 
 
 # --- how ranks find each other ----------------------------------------------------------------
@@ -318,5 +318,5 @@ def interface_problem() -> str:
         for _, _, _, _, address in socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM):
             if not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
                 return ""
-    about = f"the name of this machine, {name}, stands for no address that other machines reach"
+    about = f"this machine's name, {name}, has no address that other machines can reach"
     return f"{about}: set GLOO_SOCKET_IFNAME to its interface, as in GLOO_SOCKET_IFNAME=eth0"
