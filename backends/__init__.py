@@ -1,7 +1,7 @@
-"""What does the work: Megatron, SGLang, Hugging Face files, and a CPU in place of a GPU.
+"""The software that does the work: Megatron, SGLang, Hugging Face files, and a CPU without a GPU.
 
-Importing any of them first checks that the installed packages belong to this machine. Without a GPU
-it also puts stand-ins where transformers and SGLang would import what only a GPU machine has.
+Importing any of them first checks that the installed packages belong to this kind of machine.
+Without a GPU it also puts stand-ins where transformers and SGLang import what needs one.
 """
 
 import torch

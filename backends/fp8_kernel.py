@@ -1,11 +1,14 @@
-"""quantize_blockwise on a GPU: one Triton program per 128 x 128 block, which is read once and
-written once.
+"""Block quantization on a GPU: a Triton program reads each 128 x 128 block once and writes it once.
 
-The arithmetic is that of fp8_quant.quantize_slab, and so are the bits. Three things need care for
-that. Triton's `/` on fp32 is an approximation: div_rn. Its max drops NaN: a block that is not
-finite is found by itself. And the cast to e4m3 is written out in integers, because casts differ:
-GPUs before Ada Lovelace have none, and the interpreter's, which tests without a GPU run on, rounds
-1.97 to 1.
+The result equals fp8_quant.quantize_slab's to the bit. That takes care in three places:
+
+    division   Triton's `/` on fp32 is an approximation, so div_rn is used
+    maximum    Triton's max drops NaN, so a block with NaN or infinity is found by a comparison
+    cast       casts to e4m3 differ between machines, so the cast is written out in integers: GPUs
+               before Ada Lovelace have none, and Triton's interpreter rounds 1.97 to 1 (tests
+               without a GPU run on it)
+
+Shape letters: N rows, K columns; n, k blocks along them.
 """
 
 import torch
@@ -17,15 +20,14 @@ BLOCK = 128
 
 @triton.jit
 def _e4m3(x):
-    """fp32, |x| <= 448 -> the bits of the nearest e4m3 value, ties to even.
-
-    Normal values, from 2^-6: drop 20 of 23 mantissa bits, the rounding carries into the exponent by
-    itself, and the exponent's bias falls from 127 to 7. Below, e4m3 counts in steps of 2^-9: so
-    does fp32 at 2^14, which makes the addition round and leaves the count in its lowest bits.
-    """
+    """Convert fp32, |x| <= 448, to the bits of the nearest e4m3 value, ties to even."""
     bits = x.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
+    # Normal values, from 2^-6: drop 20 of 23 mantissa bits. The rounding carries into the exponent
+    # by itself, and the exponent's bias falls from 127 to 7.
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+    # Below, e4m3 counts in steps of 2^-9, as fp32 does at 2^14. The addition rounds to such a step
+    # and leaves the count in the lowest bits.
     subnormal = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) & 0xF
     code = tl.where(tl.abs(x) < 0.015625, subnormal, normal)
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
@@ -42,15 +44,14 @@ def _quantize_block(
     column_stride,
     BLOCK: tl.constexpr,
 ):
+    """Quantize block (n, k) of the weight; codes and scales are contiguous."""
     n, k = tl.program_id(0), tl.program_id(1)
-    rows = (n * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[
-        :, None
-    ]  # an embedding has more than 2^31 bytes
+    # int64: an embedding has more than 2^31 bytes.
+    rows = (n * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
     columns = (k * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
     inside = (rows < N) & (columns < K)
-    w = tl.load(weight + rows * row_stride + columns * column_stride, mask=inside, other=0.0).to(
-        tl.float32
-    )
+    place = rows * row_stride + columns * column_stride
+    w = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(w)), 1e-12), 448.0)
     finite = tl.min((tl.abs(w) < float("inf")).to(tl.int32)) > 0  # comparing with NaN is false
     scaled = tl.minimum(tl.maximum(tl.div_rn(w, scale), -448.0), 448.0)
@@ -59,9 +60,9 @@ def _quantize_block(
 
 
 def quantize_into(weight_NK: torch.Tensor, codes_NK: torch.Tensor, scale_nk: torch.Tensor) -> None:
-    """Quantize a weight of any strides into codes_NK, float8_e4m3fn, and scale_nk, float32.
+    """Quantize a matrix into codes_NK, float8_e4m3fn, and scale_nk, float32, both contiguous.
 
-    Both are contiguous. A block that holds NaN or infinity gets the scale NaN.
+    weight_NK may have any strides. A block that is not finite gets the scale NaN.
     """
     N, K = weight_NK.shape
     blocks = _quantize_block[scale_nk.shape]

@@ -1,8 +1,8 @@
 """The settings of each stage: every field is a flag, and the text below it is the flag's help.
 
 This module imports only light modules, because flags are read and checked before the stages import
-torch, SGLang and Megatron. LossSettings is in losses.py, beside the tables that it chooses from.
-harness/checks.py has the rules for the values.
+torch, SGLang and Megatron. LossSettings and RewardSettings are in losses.py and reward.py, beside
+the tables that they choose from. harness/checks.py has the rules for the values.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.errors import BadInput
+from common.errors import BadInput, all_problems
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GYM = "reasoning-gym:"  # prefix of a --prompts source that is a task of that package
@@ -258,3 +258,21 @@ def parse_weights(prompts: tuple[str, ...], *, flag: str = "--prompts") -> dict[
         fix = "give a file, or leave the flag out for the toy task"
         raise BadInput(f"{flag} names nothing to learn from: {fix}")
     return weights
+
+
+# --- the trainer's layout ------------------------------------------------------------------------
+
+
+@all_problems
+def check_ranks(ranks: int, *, tp: int, pp: int, cp: int, ep: int) -> None:
+    """Refuse parallel sizes that do not divide the ranks that train."""
+    if tp < 1 or ranks % tp:
+        fix = "use a --tp that divides --nproc-per-node times the nodes"
+        yield f"--tp {tp} does not divide the {ranks} ranks: {fix}"
+    elif min(pp, cp) < 1 or ranks % (tp * pp * cp):
+        layout = f"--tp {tp} times --pp {pp} times --cp {cp}"
+        yield f"{layout} does not divide the {ranks} ranks: use another --pp or --cp"
+    stage_ranks = ranks // max(pp, 1)
+    if ep < 1 or stage_ranks % ep:
+        rule = f"must divide the {stage_ranks} ranks of a pipeline stage"
+        yield f"--ep {ep} {rule}: use another --ep, and 1 for a dense model"

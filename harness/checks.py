@@ -23,6 +23,7 @@ from common.settings import (
     RunSettings,
     SyncSettings,
     TrainSettings,
+    check_ranks,
     is_generated,
     parse_weights,
 )
@@ -313,21 +314,6 @@ def check_train_flags(
         sizes = dict(tp=settings.tp, pp=settings.pp, cp=settings.cp, ep=settings.ep)
         found.collect(check_ranks, ranks, **sizes)
     yield from found.texts
-
-
-@all_problems
-def check_ranks(ranks: int, *, tp: int, pp: int, cp: int, ep: int) -> None:
-    """Refuse parallel sizes that do not divide the ranks that train."""
-    if tp < 1 or ranks % tp:
-        fix = "use a --tp that divides --nproc-per-node times the nodes"
-        yield f"--tp {tp} does not divide the {ranks} ranks: {fix}"
-    elif min(pp, cp) < 1 or ranks % (tp * pp * cp):
-        layout = f"--tp {tp} times --pp {pp} times --cp {cp}"
-        yield f"{layout} does not divide the {ranks} ranks: use another --pp or --cp"
-    stage_ranks = ranks // max(pp, 1)
-    if ep < 1 or stage_ranks % ep:
-        rule = f"must divide the {stage_ranks} ranks of a pipeline stage"
-        yield f"--ep {ep} {rule}: use another --ep, and 1 for a dense model"
 
 
 @all_problems

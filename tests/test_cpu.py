@@ -1,8 +1,8 @@
-"""cpu.py: what a processor without BF16 instructions does instead.
+"""backends/cpu: what a processor without BF16 instructions does instead.
 
 Speed is measured by bench/; here is what decides, and that the numbers stay.
 
-Each case needs a process of its own, as cpu.py replaces torch's functions once, at its import.
+Each case needs a process of its own: imports.py replaces torch's functions once, when imported.
 """
 
 import os
@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="cpu.py is for machines without a GPU"
+    torch.cuda.is_available(), reason="backends/cpu is for machines without a GPU"
 )
 
 PROGRAM = """

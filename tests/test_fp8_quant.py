@@ -223,7 +223,7 @@ def test_refuses_what_it_cannot_represent(bad, message):
         quantize_blockwise(bad)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="cpu.py is for machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="backends/cpu is for machines without a GPU")
 def test_rounding_without_conversion_is_the_formats_own():
     from backends.cpu import sglang as cpu_sglang
 

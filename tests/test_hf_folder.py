@@ -14,16 +14,14 @@ from conftest import write_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from backends.huggingface import folder as hf_folder
 from backends.huggingface.config import read_config
 from backends.huggingface.folder import (
     INDEX,
-    ExportError,
     HFWeights,
     check_model_folder,
     check_shapes,
 )
-from common.errors import BadInput
+from common.errors import BadInput, ExportError
 from harness import export as hf_export
 from harness.export import export_all, export_hf
 
@@ -235,15 +233,15 @@ def export(monkeypatch, tmp_path, models):
     source = tmp_path / "source"
     shutil.copytree(models["qwen3"], source)
     weights = SimpleNamespace(config=read_config(source))
-    monkeypatch.setattr(hf_folder.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(hf_export.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(
-        hf_folder,
+        hf_export,
         "trainer_buckets",
         lambda *_, **__: ([pair] for pair in load_file(source / "model.safetensors").items()),
     )
 
     def call(target, *, max_file_bytes=2**30, dtype="bf16"):
-        monkeypatch.setattr(hf_folder, "MAX_FILE_BYTES", max_file_bytes)
+        monkeypatch.setattr(hf_export, "MAX_FILE_BYTES", max_file_bytes)
         export_hf(weights, target, source=source, dtype=dtype)
 
     call.source, call.weights = source, weights
@@ -361,7 +359,7 @@ def test_a_failure_to_write_weights_leaves_the_older_export_whole(export, tmp_pa
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf_folder, "save_file", full)
+    monkeypatch.setattr(hf_export, "save_file", full)
     with pytest.raises(ExportError, match="No space left"):
         export(tmp_path / "out", max_file_bytes=50_000)
     assert_whole(tmp_path / "out", export.source)

@@ -1,4 +1,4 @@
-"""hf_config.py and hf_names.py: config fields and tensor names between Hugging Face and Megatron.
+"""backends/huggingface: config fields and tensor names between Hugging Face and Megatron.
 
 Why it matters: a wrong mapping trains a different model in silence. Whether the mapped model
 computes the same logits is tested in test_train_step.py; here: every field is either mapped or

@@ -435,22 +435,17 @@ def test_a_run_folder_that_cannot_be_written(monkeypatch, tmp_path):
     assert check(monkeypatch, tmp_path, "--name", "x/y") == "" and not (tmp_path / "runs").exists()
 
 
-# --- README -------------------------------------------------------------------------------------
+# --- docs/recipes.md ----------------------------------------------------------------------------
 
 
 def recipes() -> list[tuple[str, str]]:
-    """(torchrun command, lines of its plan) of README.md's recipes."""
-    section = (
-        (ROOT / "README.md")
-        .read_text(encoding="utf-8")
-        .partition("## Recipes")[2]
-        .partition("\n## ")[0]
-    )
-    return re.findall(r"```bash\n(torchrun.*?)```\n+```\n(.*?)```", section, re.DOTALL)
+    """(torchrun command, lines of its plan) of each recipe."""
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    return re.findall(r"```bash\n(torchrun.*?)```\n+```\n(.*?)```", page, re.DOTALL)
 
 
 @pytest.mark.parametrize("command, lines", recipes())
-def test_the_recipes_print_what_the_readme_says(monkeypatch, capsys, command, lines):
+def test_the_recipes_print_what_their_page_says(monkeypatch, capsys, command, lines):
     before, loop, flags = re.match(
         r"(.*?)(loop_a?sync)\.py(.*)", command.replace("\\\n", " "), re.DOTALL
     ).groups()

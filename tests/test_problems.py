@@ -228,7 +228,7 @@ def test_a_model_of_another_architecture_is_refused(tmp_path, family, architectu
     ("qwen3", dict(num_labels=3), "num_labels"),
     ("qwen3_moe", dict(num_experts_per_tok=5), "num_experts_per_tok 5 must be at most"),
     ("glm4_moe", dict(n_group=3), "n_group 3 must divide the 4 experts"),
-    ("glm4_moe", dict(topk_group=2), "topk_group 2 be at most n_group"),
+    ("glm4_moe", dict(topk_group=2), "topk_group 2 must be at most n_group"),
     ("glm4_moe", dict(first_k_dense_replace=3), "first_k_dense_replace is 3"),
     ("glm4_moe", dict(n_shared_experts=-1), "n_shared_experts is -1"),
     ("glm4_moe", dict(routed_scaling_factor=0.0), "routed_scaling_factor is 0.0"),

@@ -1,10 +1,10 @@
-"""Every command in README.md, as a reader would paste it.
+"""Every command in README.md and docs/, as a reader would paste it.
 
 What fits this machine runs for real, made short by a few flags behind it. What needs files of the
-reader's own gets some. Commands for several machines run up to where they would start (the recipes'
-plans are compared with their printed figures in test_plan.py). The install lines are what .ci/run
-runs. Commands of bench/ run with fewer steps, rounds and seeds: what they measure then says
-nothing. Not run: TRL's side of bench/peers.py, which installs 3 GB.
+reader's own gets some. Commands for several machines are planned instead (test_plan.py compares the
+recipes' plans with their printed figures). The install lines are what .ci/run runs. Commands of
+bench/ run with fewer steps, rounds and seeds: what they measure then says nothing. Not run: TRL's
+side of bench/peers.py, which installs 3 GB.
 """
 
 import json
@@ -24,14 +24,22 @@ from conftest import ROOT, metrics_of, start_main, torchrun
 
 from tools import plot
 from test_prompts import gym  # noqa: F401  the stand-in for reasoning-gym
+from test_readme import TEXT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-LINES = [
-    line.partition("  #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    for line in block.replace("\\\n", " ").splitlines()
-]
-INLINE = re.findall(r"`((?:torchrun|python) [^`]*)`", README)
+
+def commands_of(page: str) -> list[str]:
+    """The commands of a page's ```bash blocks, each on one line."""
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL))
+    lines = blocks.replace("\\\n", " ").splitlines()
+    return [" ".join(line.partition("  #")[0].split()) for line in lines]
+
+
+LINES = list(dict.fromkeys(line for page in TEXT.values() for line in commands_of(page)))
+INLINE = {
+    " ".join(command.split())
+    for page in TEXT.values()
+    for command in re.findall(r"`((?:torchrun|python) [^`]*)`", page)
+}
 SHORT = [
     "--steps",
     "1",
@@ -49,6 +57,19 @@ HERE = [
     if line.startswith("torchrun") and not re.search("FOLDER|FILE|nnodes|nproc-per-node 8", line)
 ]
 ELSEWHERE = [line for line in LINES if line.startswith("torchrun") and line not in HERE]
+LESSON = "torchrun loop_sync.py --steps 1 --save-rollouts --name lesson"
+EXPORT = "python tools/export.py --checkpoint runs/NAME --dtype bf16 fp8"
+ANSWER = 'python examples/answer.py runs/NAME/model-bf16 "123+456="'
+CURVE = "python tools/plot.py runs/one-rank --out docs/curve.png"
+TESTED_ELSEWHERE = {
+    "python -m pytest",  # .ci/run
+    "python -m pytest --complete",  # .ci/run
+    "python loop_sync.py",  # test_flags.py
+    "python loop_sync.py --help",  # test_flags.py
+    "torchrun loop_sync.py",  # of the install line: .ci/run, and all that HERE runs
+    "torchrun --nproc-per-node N",  # HERE
+    "torchrun --max-restarts N",  # test_process_groups.py
+}
 
 
 def test_nothing_is_left_out():
@@ -58,11 +79,14 @@ def test_nothing_is_left_out():
         "python tools/plot.py",
         "python loop_sync.py --plan",
     )
-    assert (
-        [line for line in LINES if not line.startswith(kinds)] == []
-        and len(HERE) >= 7
-        and len(ELSEWHERE) >= 7
-    )
+    assert [line for line in LINES if not line.startswith(kinds)] == []
+    assert len(HERE) >= 7
+    assert len(ELSEWHERE) >= 7
+
+
+def test_no_command_within_a_sentence_is_left_out():
+    inline = {command for command in INLINE if not command.startswith("python bench/")}
+    assert inline == {LESSON, EXPORT, ANSWER, CURVE, *TESTED_ELSEWHERE}
 
 
 @pytest.mark.parametrize("line", HERE)
@@ -135,12 +159,46 @@ def test_what_needs_files_of_the_readers_own_gets_as_far_as_the_start(
         start_main({"loop_sync.py": loop_sync, "loop_async.py": loop_async}[words[1]])
 
 
+def python(line: str, *, cwd) -> subprocess.CompletedProcess:
+    """Run a page's python command with this interpreter and this repository's script."""
+    script, *words = shlex.split(line)[1:]
+    command = [sys.executable, ROOT / script, *words]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in ELSEWHERE if "nnodes" in line and "FOLDER" in line]
+)
+def test_what_needs_several_nodes_can_be_planned(line):
+    """With as many GPUs, and Qwen3-4B in place of the reader's own model."""
+    nodes, ranks = (
+        int(re.search(rf"--{name} (\d+)", line)[1]) for name in ("nnodes", "nproc-per-node")
+    )
+    flags = re.search(r"loop_a?sync\.py.*", line)[0].replace("--model FOLDER", "--model Qwen3-4B")
+    plan = f"python {flags} --plan --plan-gpus {nodes * ranks}"
+    assert python(plan, cwd=ROOT / "docs" / "configs").stdout.rstrip().endswith("fits")
+
+
+def test_the_lesson_its_export_and_an_answer(tmp_path):
+    """The README's worked step as it stands, but that a checkpoint is written too."""
+    script, *words = shlex.split(LESSON)[1:]
+    torchrun(ROOT / script, *words, "--save-every", "1", ranks=1, cwd=tmp_path)
+    dump = (tmp_path / "runs/lesson/rollouts/step-000001.jsonl").read_text(encoding="utf-8")
+    samples = [json.loads(line) for line in dump.splitlines()]
+    assert len(samples) == 256
+    assert samples[0]["prompt"] == "137+582=" and samples[0]["label"] == "917"
+    assert samples[0]["prompt_ids"] == [1, 4, 6, 10, 13, 8, 11, 5, 14]
+
+    python(EXPORT.replace("NAME", "lesson"), cwd=tmp_path)
+    answer = python(ANSWER.replace("NAME", "lesson"), cwd=tmp_path).stdout
+    assert re.fullmatch(r"\d+\n", answer)
+
+
 def test_the_plan_needs_no_torchrun():
     (line,) = [line for line in LINES if line.startswith("python loop_sync.py --plan")]
-    done = subprocess.run(
-        [sys.executable, *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stdout.rstrip().endswith("fits"), done.stderr
+    assert python(line, cwd=ROOT).stdout.rstrip().endswith("fits")
 
 
 def test_one_picture_of_two_runs(tmp_path):
@@ -185,16 +243,16 @@ def test_one_picture_of_two_runs(tmp_path):
         == [("rank 0 trainer", "train", 0.0, 1.0)]
     )
     (line,) = [line for line in LINES if line.startswith("python tools/plot.py")]
-    words = shlex.split(line)
-    done = subprocess.run(
-        [sys.executable, ROOT / words[1], *words[2:]], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG"), (
-        done.stderr
-    )
+    (tmp_path / "docs").mkdir()
+    for command, picture in {
+        line: "plot.png",
+        CURVE.replace("one-rank", "A"): CURVE.split()[-1],
+    }.items():
+        python(command, cwd=tmp_path)
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
-BENCHMARKS = {  # the command in README.md: what makes it short
+BENCHMARKS = {  # the command in docs/: what makes it short
     "bench/algorithms.py figure docs/mismatch.png": "--steps 1 --seeds 1",
     "bench/algorithms.py table": "RLOO --steps 1 --seeds 1",
     "bench/cpu_attention.py": "--requests 16 --rounds 1",

@@ -1,5 +1,5 @@
-"""rollout.py and engine_checks.py without an engine: settings that cannot work, and machines on
-which no engine could start.
+"""rollout.py and backends/sglang/checks.py without an engine: settings that cannot work, and
+machines on which no engine could start.
 
 Prompt data is tested in test_prompts.py, generation in test_engine.py. Not covered: settings that
 need a GPU.
@@ -79,12 +79,12 @@ def test_temperatures_that_hold_are_not_refused(temperature):
     ('preferred_sampling_params={"top_k": 1}', "--temperature"),
     ("sampling_defaults=model", "--temperature"),
     ("random_seed=3", "--seed"),
-    ("weight_version=x", "the hand-off"),
+    ("weight_version=x", "the weight update"),
     ("tokenizer_path=x", "--model"),
     ("nnodes=2", "torchrun"),
-    ("attention_backend=flashinfer", "cpu.py"),
-    ("kv_cache_dtype=fp8_e5m2", "cpu.py"),
-    ("enable_deterministic_inference=true", "cpu.py"),
+    ("attention_backend=flashinfer", "backends/cpu"),
+    ("kv_cache_dtype=fp8_e5m2", "backends/cpu"),
+    ("enable_deterministic_inference=true", "backends/cpu"),
 ])  # fmt: skip
 def test_what_something_else_decides_is_refused_by_its_name(pair, decided_by):
     with pytest.raises(
@@ -304,7 +304,7 @@ def test_shared_memory_must_hold_two_buckets_of_every_engine(monkeypatch):
     with_shared_memory(monkeypatch, needed - 1)
     with pytest.raises(
         BadInput,
-        match="/dev/shm has 1.4 MB free, but the hand-off of weights needs 1.4 MB: .* 3 engines",
+        match="/dev/shm has 1.4 MB free, but a weight update needs 1.4 MB: .* 3 engines",
     ):
         check(bucket_bytes=100_000, engines=3)
 

@@ -1,5 +1,4 @@
-"""hf_config.py on the router of a mixture of experts: what is accepted routes as transformers
-routes.
+"""read_config on the router of a mixture of experts: what is accepted routes as transformers does.
 
 Why: a trainer that chooses other experts than the engine still trains, on samples of another
 model. Every GLM-4.5 router of eight experts is looked at: an accepted one gives each token the same

@@ -39,7 +39,7 @@ RUN_BY = {
     "bench/our_side.py": "",  # bench/peers.py starts it.
     "bench/trl_side.py": "",  # It needs TRL, which bench/peers.py installs: 3 GB.
 }  # fmt: skip
-# What README.md or a message says to install beside the requirements. bench/peers.py installs TRL.
+# What docs/usage.md or a message says to install; bench/peers.py installs TRL.
 BESIDE_ITSELF = {"bench", "examples", "tests"}  # Their files import one another by name.
 BESIDE = {"reasoning_gym", "transformer_engine", "trl", "datasets", *EXTRAS}
 
@@ -90,7 +90,7 @@ def test_what_is_imported_is_required():
     assert missing == set()
 
 
-# --- scripts that no command of the README runs -------------------------------------------------
+# --- scripts that no command of the README or docs/ runs ----------------------------------------
 
 
 def write_gguf(path) -> dict[str, np.ndarray]:

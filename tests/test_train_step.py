@@ -1,4 +1,4 @@
-"""packing.py, and train_step.py's settings and refusals.
+"""batches.py of backends/megatron, and train_step.py's settings and refusals.
 
 What the packed model computes is tested in test_layouts.py and test_splits.py.
 """

@@ -1,1 +1,1 @@
-"""All that only a machine without a GPU needs; delete the folder on a cluster."""
+"""Everything that only a machine without a GPU needs. On a cluster the folder can be deleted."""

@@ -1,7 +1,7 @@
-"""SGLang's scheduler on a CPU: block-FP8 layers emulated, attention of a batch in one call.
+"""SGLang's scheduler on a CPU: block-FP8 layers emulated, the attention of a batch in one call.
 
-Shape letters: B requests, N new tokens per request, L tokens per request, T packed tokens, H heads,
-D head size, K input features.
+Shape letters: B requests, N new tokens per request, L tokens per request, T packed tokens; H heads,
+D head size, K input features, V vocabulary, E experts of a token.
 """
 
 import functools
@@ -30,48 +30,48 @@ SERVER_ARGS = dict(
 
 
 def patch_sglang() -> None:
-    """In the scheduler process, before the scheduler is built: FP8 layers and attention that a CPU
-    can run, and run quickly.
+    """Replace the FP8 layers and the attention by ones that a CPU runs, and runs quickly.
+
+    Call it in the scheduler process, before the scheduler is built.
     """
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.layers.quantization import fp8
 
-    # Stock code asserts AMX here, and would repack the weights; they stay as they were delivered,
-    # which the read-back gate relies on.
-    fp8.Fp8LinearMethod.process_weights_after_loading_block_quant = lambda self, layer: (
-        layer.__dict__.pop("_dequantized", None)
-    )
-    fp8.Fp8LinearMethod.apply = fp8_linear
-    fp8.Fp8MoEMethod.process_weights_after_loading_block_quant = lambda self, layer: (
-        layer.__dict__.pop("_dequantized", None)
-    )
-    fp8.Fp8MoEMethod.apply = fp8_experts
-    # On Python 3.13 this prints "[ERROR] ... not documented" at the import of models that it
-    # misreads.
+    # On Python 3.13 transformers prints "[ERROR] ... not documented" at the import of models whose
+    # source it misreads.
     importlib.import_module("transformers.utils.auto_docstring").print = lambda *_: None
-    _seed_each_request()
-    _sleep_while_paused()
+
+    for method, apply in ((fp8.Fp8LinearMethod, fp8_linear), (fp8.Fp8MoEMethod, fp8_experts)):
+        method.process_weights_after_loading_block_quant = _forget_dequantized
+        method.apply = apply
     TorchNativeAttnBackend._run_sdpa_forward_decode = functools.partialmethod(
         batched_decode, TorchNativeAttnBackend._run_sdpa_forward_decode
     )
     TorchNativeAttnBackend._run_sdpa_forward_extend = functools.partialmethod(
         batched_extend, TorchNativeAttnBackend._run_sdpa_forward_extend
     )
+    _seed_each_request()
+    _sleep_while_paused()
+
+
+# --- the scheduler ------------------------------------------------------------------------------
 
 
 def _sleep_while_paused() -> None:
-    """sleep_on_idle for an engine that is paused, too: SGLang's would ask for messages over and
-    over, on a core that the sender of the weights needs.
+    """Extend sleep_on_idle to a paused engine.
+
+    A paused scheduler would ask for messages over and over, on a core that the sender of weights
+    needs.
     """
     from sglang.srt.managers.scheduler import Scheduler
 
     stock = Scheduler._record_scheduler_state_for_paused_engine
 
-    def until_a_message(self):
+    def record_and_sleep(self):
         stock(self)
-        self.idle_sleeper.maybe_sleep()
+        self.idle_sleeper.maybe_sleep()  # until a message arrives
 
-    Scheduler._record_scheduler_state_for_paused_engine = until_a_message
+    Scheduler._record_scheduler_state_for_paused_engine = record_and_sleep
 
 
 def _seed_each_request() -> None:
@@ -97,73 +97,48 @@ def _seed_each_request() -> None:
 
 
 def multinomial_with_seed(logprobs_BV, seed_B, position_B):
-    """One index for each request, int64 [B, 1], by a number that only its seed and the token's
-    position decide. SGLang's own needs a compiled kernel.
+    """Sample one index for each request, int64 [B, 1].
+
+    Only the request's seed and the token's position decide the random number. SGLang's own function
+    needs a compiled kernel.
     """
+    # SplitMix64 (Steele, Lea and Flood, 2014)
     x = seed_B.numpy().astype(np.uint64) << np.uint64(32) | position_B.numpy().astype(np.uint64)
-    for shift, factor in (
-        (30, 0xBF58476D1CE4E5B9),
-        (27, 0x94D049BB133111EB),
-        (31, 1),
-    ):  # SplitMix64 (Steele, Lea and Flood, 2014)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         x = (x ^ x >> np.uint64(shift)) * np.uint64(factor)
     uniform_B = torch.from_numpy((x >> np.uint64(11)).astype(np.float64) + 1) / 2**53  # in (0, 1]
     cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
     return (cumulative_BV < uniform_B[:, None] * cumulative_BV[:, -1:]).sum(-1, keepdim=True)
 
 
-def fp8_linear(self, layer, x_TK, bias=None):
-    """Block-FP8 linear with the numerics of the GPU kernel: FP8 weights, activations quantized per
-    token and 128 features, fp32 accumulation.
+# --- block FP8 ----------------------------------------------------------------------------------
 
-    The weights are dequantized to fp32 at the first use after each update; SGLang calls
-    process_weights_after_loading at its end.
+
+def _forget_dequantized(self, layer) -> None:
+    """Drop a layer's fp32 weights: SGLang calls this at the end of each weight update.
+
+    It replaces code that asserts AMX and repacks the weights. They must stay as delivered, or
+    verification would find other bytes.
+    """
+    layer.__dict__.pop("_dequantized", None)
+
+
+def fp8_linear(self, layer, x_TK, bias=None):
+    """Compute a block-FP8 linear layer with the numerics of the GPU kernel.
+
+    Weights are FP8, activations are quantized per token and 128 features, sums are fp32. The first
+    use after each weight update dequantizes the weights to fp32.
     """
     weight_NK = layer.__dict__.get("_dequantized")
     if weight_NK is None:
-        weight_NK = layer.__dict__["_dequantized"] = dequantize(
-            layer.weight, layer.weight_scale_inv
-        )
-    return F.linear(through_fp8(x_TK), weight_NK, None if bias is None else bias.float()).to(
-        x_TK.dtype
-    )
-
-
-def dequantize(codes_NK, scale_inv):
-    """Block-scaled e4m3 weights, of one matrix or of several stacked, in fp32."""
-    N, K = codes_NK.shape[-2:]
-    return (
-        codes_NK.float()
-        * scale_inv.repeat_interleave(128, -2)[..., :N, :].repeat_interleave(128, -1)[..., :K]
-    )
-
-
-def through_fp8(x_TK):
-    """Activations rounded as the GPU kernels round them: e4m3, one scale per token and 128
-    features; returned in fp32.
-    """
-    T, K = x_TK.shape
-    groups = F.pad(x_TK.float(), (0, -K % 128)).view(T, -1, 128)
-    scale = groups.abs().amax(-1, keepdim=True).clamp_(min=1e-10) / FP8_MAX
-    return (round_to_e4m3(groups / scale) * scale).view(T, -1)[:, :K].to(x_TK.dtype).float()
-
-
-def round_to_e4m3(x):
-    """fp32 numbers of at most 448 to the nearest that e4m3 has, ties to even:
-    x.to(torch.float8_e4m3fn).float(), whose way back goes number by number.
-
-    Where 1.5 * 2**20 times x's power of two is added, fp32 has no room for more than three bits
-    behind x's first; below 2**-6 e4m3's steps are all alike.
-    """
-    power = x.view(torch.int32).bitwise_and(0x7F800000).clamp_(min=(127 - 6) << 23)
-    large = power.add_((20 << 23) + (1 << 22)).view(torch.float32)
-    return large.add(x).sub_(large)
+        weight_NK = dequantize(layer.weight, layer.weight_scale_inv)
+        layer.__dict__["_dequantized"] = weight_NK
+    bias = None if bias is None else bias.float()
+    return F.linear(through_fp8(x_TK), weight_NK, bias).to(x_TK.dtype)
 
 
 def fp8_experts(self, layer, dispatch_output):
-    """A block-FP8 mixture of experts: each expert's gate, up and down as fp8_linear, summed with
-    the router's weights.
-    """
+    """Compute a block-FP8 mixture of experts: each one as fp8_linear, summed by router weight."""
     from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
     if "_dequantized" not in layer.__dict__:
@@ -182,37 +157,81 @@ def fp8_experts(self, layer, dispatch_output):
     return StandardCombineInput(hidden_states=out_TK.to(x_TK.dtype))
 
 
+def dequantize(codes_NK, scale_inv):
+    """Return block-scaled e4m3 weights in fp32, of one matrix or of several stacked."""
+    N, K = codes_NK.shape[-2:]
+    scale_NK = scale_inv.repeat_interleave(128, -2)[..., :N, :].repeat_interleave(128, -1)[..., :K]
+    return codes_NK.float() * scale_NK
+
+
+def through_fp8(x_TK):
+    """Return activations in fp32, rounded as the GPU kernels do: e4m3, a scale per 128 features."""
+    T, K = x_TK.shape
+    groups = F.pad(x_TK.float(), (0, -K % 128)).view(T, -1, 128)
+    scale = groups.abs().amax(-1, keepdim=True).clamp_(min=1e-10) / FP8_MAX
+    return (round_to_e4m3(groups / scale) * scale).view(T, -1)[:, :K].to(x_TK.dtype).float()
+
+
+def round_to_e4m3(x):
+    """Round fp32 numbers of at most 448 to the nearest that e4m3 has, ties to even.
+
+    Equals x.to(torch.float8_e4m3fn).float(), whose way back to fp32 goes number by number.
+    """
+    # Add and subtract 1.5 * 2**20 times x's power of two. In that sum fp32 has room for three bits
+    # behind x's first, so the addition rounds. Below 2**-6 e4m3's steps are all alike.
+    power = x.view(torch.int32).bitwise_and(0x7F800000).clamp_(min=(127 - 6) << 23)
+    large = power.add_((20 << 23) + (1 << 22)).view(torch.float32)
+    return large.add(x).sub_(large)
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
 def _gather_kv(k_cache, v_cache, req_to_token, req_pool_indices, seq_lens_B, dtype):
-    """Cached keys and values of all requests as [B, H, L, D], and live_BL, which of the L places
-    each request really has.
+    """Return the cached keys and values of all requests, [B, H, L, D], and live_BL.
+
+    live_BL tells which of the L places a request really has.
     """
     L = int(seq_lens_B.max())
     live_BL = torch.arange(L) < seq_lens_B[:, None]
     slots_BL = req_to_token[req_pool_indices, :L].masked_fill(~live_BL, 0)
-    return (
-        k_cache[slots_BL].transpose(1, 2).to(dtype),
-        v_cache[slots_BL].transpose(1, 2).to(dtype),
-        live_BL,
-    )
+    k_BHLD = k_cache[slots_BL].transpose(1, 2).to(dtype)
+    v_BHLD = v_cache[slots_BL].transpose(1, 2).to(dtype)
+    return k_BHLD, v_BHLD, live_BL
 
 
 def batched_decode(
-    self, stock, query_BHD, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens=None,
-    scaling=None, enable_gqa=False, causal=False, is_cross_attn=False, sliding_window_size=None,
-):  # fmt: skip
-    """One new token per request. Stock code makes one attention call per request and layer."""
+    self,
+    stock,
+    query_BHD,
+    output,
+    k_cache,
+    v_cache,
+    req_to_token,
+    req_pool_indices,
+    seq_lens,
+    encoder_lens=None,
+    scaling=None,
+    enable_gqa=False,
+    causal=False,
+    is_cross_attn=False,
+    sliding_window_size=None,
+):
+    """Attend from one new token per request, many requests a call.
+
+    Stock code makes one attention call per request and layer.
+    """
+    cache = (k_cache, v_cache, req_to_token)
     if encoder_lens is not None or sliding_window_size is not None:
-        return stock(
-            self, query_BHD, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens,
-            scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
-        )  # fmt: skip
-    # Requests of about one length make one call: padded all to the longest, a single long answer
+        rest = (encoder_lens, scaling, enable_gqa, causal, is_cross_attn, sliding_window_size)
+        return stock(self, query_BHD, output, *cache, req_pool_indices, seq_lens, *rest)
+    # Requests of about one length share a call. Padded all to the longest, a single long answer
     # would cost as much as if every one were long.
     classes_B = (seq_lens - 1).clamp(min=31).log2().int()
     for length_class in classes_B.unique():
         rows = (classes_B == length_class).nonzero()[:, 0]
         k_BHLD, v_BHLD, live_BL = _gather_kv(
-            k_cache, v_cache, req_to_token, req_pool_indices[rows], seq_lens[rows], query_BHD.dtype
+            *cache, req_pool_indices[rows], seq_lens[rows], query_BHD.dtype
         )
         out_BH1D = F.scaled_dot_product_attention(
             query_BHD[rows, :, None],
@@ -226,30 +245,41 @@ def batched_decode(
     return output
 
 
-# Above this many mask elements the padded block costs more memory than the loop over requests saves
-# in time.
+# Above this many mask elements the padded block costs more memory than it saves time.
 MAX_MASK_ELEMENTS = 16_000_000
 
 
 def batched_extend(
-    self, stock, query_THD, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, extend_prefix_lens, extend_seq_lens,
-    encoder_lens=None, scaling=None, enable_gqa=False, causal=False, is_cross_attn=False, sliding_window_size=None,
-):  # fmt: skip
-    """N new tokens per request behind a cached prefix: padded to [B, N], causal by position."""
+    self,
+    stock,
+    query_THD,
+    output,
+    k_cache,
+    v_cache,
+    req_to_token,
+    req_pool_indices,
+    seq_lens,
+    extend_prefix_lens,
+    extend_seq_lens,
+    encoder_lens=None,
+    scaling=None,
+    enable_gqa=False,
+    causal=False,
+    is_cross_attn=False,
+    sliding_window_size=None,
+):
+    """Attend from N new tokens per request behind a cached prefix, all requests in one call.
+
+    Requests are padded to [B, N]; the mask is causal by position.
+    """
+    cache = (k_cache, v_cache, req_to_token, req_pool_indices, seq_lens)
     B, N, L = seq_lens.shape[0], int(extend_seq_lens.max()), int(seq_lens.max())
-    if (
-        encoder_lens is not None
-        or not causal
-        or sliding_window_size is not None
-        or B * N * L > MAX_MASK_ELEMENTS
-    ):
-        return stock(
-            self, query_THD, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, extend_prefix_lens, extend_seq_lens,
-            encoder_lens, scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
-        )  # fmt: skip
-    k_BHLD, v_BHLD, live_BL = _gather_kv(
-        k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, query_THD.dtype
-    )
+    is_plain = encoder_lens is None and causal and sliding_window_size is None
+    if not is_plain or B * N * L > MAX_MASK_ELEMENTS:
+        lengths = (extend_prefix_lens, extend_seq_lens)
+        rest = (encoder_lens, scaling, enable_gqa, causal, is_cross_attn, sliding_window_size)
+        return stock(self, query_THD, output, *cache, *lengths, *rest)
+    k_BHLD, v_BHLD, live_BL = _gather_kv(*cache, query_THD.dtype)
     real_BN = torch.arange(N) < extend_seq_lens[:, None]
     query_BNHD = query_THD.new_zeros(B, N, *query_THD.shape[1:])
     query_BNHD[real_BN] = query_THD

@@ -1,1 +1,1 @@
-"""Hugging Face folders: what their config means, what their tensors are called, how they are read."""
+"""Hugging Face folders: what their config means, how their tensors are named, how they are read."""

@@ -1,32 +1,46 @@
-"""Hugging Face folders in and out: a Megatron model filled from safetensors files, and its weights
-written as such files again.
+"""A Hugging Face model folder: its tensors, read slice by slice, and whether its parts agree.
 
-Reading needs no communication: every rank reads its own slices. Writing gathers as the hand-off to
-the engine does, bucket by bucket, and the first rank writes; no rank ever holds the whole model.
+Reading needs no communication: every rank reads its own slices.
 """
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from backends.huggingface.config import generation_eos
-from backends.huggingface.names import hf_shapes, parameters_of, rule_of, split_stacked, stack_parts
-from backends.megatron.layout import Layout
+from backends.huggingface.names import hf_shapes
 from common.errors import BadInput, ProblemList, all_problems, check_file, read_json
 
 INDEX = "model.safetensors.index.json"
 READ_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; the model rounds what it copies
 SHOWN = 6  # of many problems of one kind
+# An export copies these as they are. transformers keeps further chat templates in the folder.
+EXPORTED_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+# SGLang's ModelConfig looks for these beside config.json.
+QUANTIZED_BY = ("hf_quant_config.json", "quant_model_description.json")
+
+# --- tensors ------------------------------------------------------------------------------------
 
 
 class HFWeights:
     """The tensors of a folder of safetensors files, read slice by slice.
 
-    Where there is model.safetensors.index.json, its weight_map says which file holds a tensor.
-    Nothing else counts then. Without it each tensor must stand in one *.safetensors file.
+    Where there is a model.safetensors.index.json, its weight_map alone says which file holds a
+    tensor. Without it each tensor must stand in one *.safetensors file.
+
     NaN and infinite weights are not looked for: that would read every byte on every rank.
     """
 
@@ -43,11 +57,14 @@ class HFWeights:
         return self.file_of[name].get_slice(name).get_dtype()
 
     def slice(self, name: str, dim: int | None, start: int, stop: int) -> torch.Tensor:
+        """Return rows (dim 0) or columns (dim 1) of a tensor; with dim None all of it."""
         view = self.file_of[name].get_slice(name)
-        return view[:] if dim is None else view[start:stop] if dim == 0 else view[:, start:stop]
+        if dim is None:
+            return view[:]
+        return view[start:stop] if dim == 0 else view[:, start:stop]
 
 
-def _opened(file: Path):
+def _open(file: Path):
     check_file(file)
     try:
         return safe_open(file, "pt")
@@ -67,14 +84,15 @@ def _tensors_of_all_files(folder: Path) -> dict:
             " model with safetensors"
         )
     for file in files:
-        opened = _opened(file)
-        twice = [name for name in opened.keys() if name in file_of]
+        opened = _open(file)
+        names = list(opened.keys())
+        twice = [name for name in names if name in file_of]
         if twice:
             which = f"{file.name} and {path_of[twice[0]].name} both hold {len(twice)} tensors"
             fix = f"remove the older file, or add the {INDEX} that says which one counts"
             yield f"{folder}: {which}, such as {twice[0]}: {fix}"
-        file_of.update((name, opened) for name in opened.keys())
-        path_of.update((name, file) for name in opened.keys())
+        file_of |= dict.fromkeys(names, opened)
+        path_of |= dict.fromkeys(names, file)
     return file_of
 
 
@@ -89,70 +107,77 @@ def _indexed_tensors(folder: Path) -> dict:
         raise BadInput(f"{path} has no weight_map from tensor names to file names: copy it again")
     file_of = {}
     for shard in sorted(set(weight_map.values())):
-        names = [name for name, where in weight_map.items() if where == shard]
-        more = f" and {len(names) - 1} more tensors" * (len(names) > 1)
+        names = [name for name, file in weight_map.items() if file == shard]
+        more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
         about = f"{path} names {shard!r} for {names[0]}{more}"
         if shard in ("", ".", "..") or set(shard) & set("/\\\0"):
             yield f"{about}: a shard must be the plain name of a file in this folder"
         elif not os.path.lexists(folder / shard):
             yield f"{about}, but there is no such file: copy it, or the whole folder, again"
         else:
-            opened = _opened(folder / shard)
+            opened = _open(folder / shard)
             if absent := sorted(set(names) - set(opened.keys())):
                 count = f"{len(absent)} such tensors: copy index and shards of one save"
                 yield f"{path} says that {shard} holds {absent[0]}, but it does not; {count}"
-            file_of.update(dict.fromkeys(names, opened))
+            file_of |= dict.fromkeys(names, opened)
     return file_of
 
 
 def check_shapes(weights: HFWeights, config: dict) -> None:
-    """Raise BadInput listing what of the tensors does not fit config.json.
+    """Raise BadInput listing tensors that do not fit config.json.
 
-    That is what is missing or too many, has another shape, or is of numbers that are not read.
+    Such a tensor is missing, has another shape or an unreadable dtype, or is not of this model.
     """
-    implied = hf_shapes(config)
+    expected = hf_shapes(config)
     shapes = {name: weights.shape(name) for name in weights.file_of}
-    wrong = [f"{name} is missing" if name not in shapes else f"{name} has shape {shapes[name]}, config.json implies {shape}"
-             for name, shape in implied.items() if shapes.get(name) != shape]  # fmt: skip
-    wrong += [f"{name} is not of the model that config.json describes, and would be lost" for name in shapes
-              if name not in implied and not _may_be_left_out(name, config)]  # fmt: skip
+    wrong = []
+    for name, shape in expected.items():
+        if name not in shapes:
+            wrong.append(f"{name} is missing")
+        elif shapes[name] != shape:
+            wrong.append(f"{name} has shape {shapes[name]}, config.json implies {shape}")
+    for name in shapes:
+        if name not in expected and not _may_be_left_out(name, config):
+            fault = "is not of the model that config.json describes, and would be lost"
+            wrong.append(f"{name} {fault}")
     if wrong:
         raise BadInput(
             f"the weights in {weights.folder} do not fit its config.json:"
             f" {'; '.join(wrong[:SHOWN])}; {len(wrong)} problems in all"
         )
-    odd = [
-        f"{name} is {dtype}"
-        for name in implied
-        if (dtype := weights.dtype(name)) not in READ_DTYPES
-    ]
-    if odd:
+    dtypes = {name: weights.dtype(name) for name in expected}
+    quantized = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in READ_DTYPES]
+    if quantized:
         fix = f"only {', '.join(READ_DTYPES)} are read: use the unquantized model"
-        some = f"{'; '.join(odd[:SHOWN])}; {len(odd)} in all"
+        some = f"{'; '.join(quantized[:SHOWN])}; {len(quantized)} in all"
         raise BadInput(f"{weights.folder} holds quantized weights: {some}; {fix}")
 
 
 def _may_be_left_out(name: str, config: dict) -> bool:
-    """Whether a stored tensor is a tied head, a table of rope, or of multi-token prediction."""
+    """Tell whether a tensor is a tied head, a table of rope, or of multi-token prediction."""
+    if name == "lm_head.weight" and config["tie_word_embeddings"]:
+        return True
+    if name.endswith("rotary_emb.inv_freq"):
+        return True
     layer = re.match(r"model\.layers\.(\d+)\.", name)
-    after = int(layer[1]) - config["num_hidden_layers"] if layer else -1
-    is_tied_head = name == "lm_head.weight" and config["tie_word_embeddings"]
-    return (
-        is_tied_head
-        or name.endswith("rotary_emb.inv_freq")
-        or 0 <= after < (config.get("num_nextn_predict_layers") or 0)
-    )
+    if layer is None:
+        return False
+    # Layers of multi-token prediction follow the model's own.
+    beyond = int(layer[1]) - config["num_hidden_layers"]
+    return 0 <= beyond < (config.get("num_nextn_predict_layers") or 0)
+
+
+# --- the whole folder ---------------------------------------------------------------------------
 
 
 @all_problems
 def check_model_folder(
     folder: str | Path, config: dict | None, tokenizer, *, stop: tuple[str, ...]
 ) -> None:
-    """Where the parts of a model folder disagree: weights and config.json; tied embeddings; the
-    tokens that end a response.
+    """Refuse a folder whose parts disagree: weights, config.json, tokenizer, end tokens.
 
-    config, tokenizer: None where they could not be read. stop: --stop, which says what ends a
-    response should the files disagree about it.
+    config, tokenizer: None where they could not be read. stop: --stop, which decides what ends a
+    response where the files disagree.
     """
     if config is None:
         return
@@ -167,101 +192,57 @@ def check_model_folder(
     found.collect(check_shapes, weights, config)
     yield from found.texts
     if found.texts:
-        return  # slices of what is not there, or has another shape, cannot be compared
-    if (
-        config["tie_word_embeddings"] and "lm_head.weight" in weights.file_of
-    ):  # Qwen3-0.6B has both, equal
-        rows = range(0, min(weights.shape("lm_head.weight")[0], config["vocab_size"]), 1009)
-        ours, theirs = (
-            [weights.slice(name, 0, row, row + 1) for row in rows]
-            for name in ("lm_head.weight", "model.embed_tokens.weight")
-        )
-        if not all(map(torch.equal, ours, theirs)):
+        return  # slices of tensors that do not fit cannot be compared
+    # Qwen3-0.6B has tied embeddings and stores the head too, equal to the embedding.
+    if config["tie_word_embeddings"] and "lm_head.weight" in weights.file_of:
+        if not _head_is_embedding(weights, config):
             yield (
                 f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding"
                 " and would be lost: set it to false in config.json"
             )
-    eos = config.get("eos_token_id")
-    ids = [
-        token
-        for token in [*(eos if isinstance(eos, list) else [eos]), *generation_eos(folder)]
-        if token is not None
-    ]
-    if odd := [
-        token for token in ids if type(token) is not int or not 0 <= token < config["vocab_size"]
-    ]:
+    yield from _end_token_problems(folder, config, tokenizer, stop)
+
+
+def _head_is_embedding(weights: HFWeights, config: dict) -> bool:
+    """Compare every 1009th row of the output layer with the embedding's."""
+    rows = range(0, min(weights.shape("lm_head.weight")[0], config["vocab_size"]), 1009)
+    for row in rows:
+        head = weights.slice("lm_head.weight", 0, row, row + 1)
+        embedding = weights.slice("model.embed_tokens.weight", 0, row, row + 1)
+        if not torch.equal(head, embedding):
+            return False
+    return True
+
+
+def _end_token_problems(
+    folder: str | Path, config: dict, tokenizer, stop: tuple[str, ...]
+) -> Iterator[str]:
+    """Yield where the files of a folder disagree about the tokens that end a response."""
+    config_eos = config.get("eos_token_id")
+    config_eos = config_eos if isinstance(config_eos, list) else [config_eos]
+    ids = [token for token in [*config_eos, *generation_eos(folder)] if token is not None]
+    size = config["vocab_size"]
+    unknown = [token for token in ids if type(token) is not int or not 0 <= token < size]
+    if unknown:
         yield (
-            f"{folder}: eos_token_id {odd[0]!r} in config.json or generation_config.json is no"
-            f" token of the model's {config['vocab_size']}"
+            f"{folder}: eos_token_id {unknown[0]!r} in config.json or generation_config.json is no"
+            f" token of the model's {size}"
         )
-    elif (
-        tokenizer is not None
-        and ids
-        and tokenizer.eos_token_id is not None
-        and tokenizer.eos_token_id not in ids
-        and not stop
-    ):
-        theirs = ", ".join(
-            f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" for token in sorted(set(ids))
-        )
-        ours = f"{tokenizer.eos_token_id} ({tokenizer.eos_token!r})"
-        yield (
-            f"{folder}: responses end at token {theirs} by config.json and generation_config.json,"
-            f" at {ours} by the tokenizer: name the right one by --stop"
-        )
-
-
-@torch.no_grad()
-def load_hf(model: torch.nn.Module, folder: str | Path, config: dict, *, layout: Layout) -> None:
-    """Fill a GPTModel from a Hugging Face folder, each rank reading its own slices.
-
-    Raises BadInput listing missing and misshapen tensors.
-    """
-    weights = HFWeights(folder)
-    check_shapes(weights, config)
-    for megatron_name, parameter in parameters_of(model):
-        rule = rule_of(megatron_name, first_layer=layout.first_layer)
-        if megatron_name == "output_layer.weight" and config["tie_word_embeddings"]:
-            rule = rule_of("embedding.word_embeddings.weight")
-        tp, group = layout.tp(rule), layout.group(rule)
-        rank, names = group.rank() % tp, layout.names(rule, config)[group.rank() // tp]
-        rows = [
-            part.shape
-            for part in split_stacked(
-                parameter,
-                len(rule.hf),
-                head_dim=config["head_dim"],
-                groups=config["num_key_value_heads"] // tp,
-            )
+        return
+    if tokenizer is None or tokenizer.eos_token_id is None or not ids or stop:
+        return  # nothing to compare, or --stop decides
+    if tokenizer.eos_token_id not in ids:
+        names = [
+            f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" for token in sorted({*ids})
         ]
-        parts = []
-        for name, shape in zip(names, rows):
-            size = 0 if rule.tp_dim is None else shape[rule.tp_dim]
-            stop = (
-                0
-                if rule.tp_dim is None
-                else min((rank + 1) * size, weights.shape(name)[rule.tp_dim])
-            )
-            part = weights.slice(name, rule.tp_dim, rank * size, stop)
-            padding = shape[0] - part.shape[0]  # rows that pad the vocabulary
-            parts.append(torch.nn.functional.pad(part, (0, 0, 0, padding)) if padding else part)
-        parameter.copy_(stack_parts(parts, groups=config["num_key_value_heads"] // tp))
-
-
-# Copied as they are, with the folder in which transformers keeps further chat templates.
-EXPORTED_FILES = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.*", "merges.txt", "chat_template*", "additional_chat_templates/*",
-)  # fmt: skip
-# SGLang's ModelConfig looks for these beside config.json.
-QUANTIZED_BY = ("hf_quant_config.json", "quant_model_description.json")
+        yield (
+            f"{folder}: responses end at token {', '.join(names)} by config.json and"
+            f" generation_config.json, at {tokenizer.eos_token_id} ({tokenizer.eos_token!r}) by the"
+            " tokenizer: name the right one by --stop"
+        )
 
 
 def files_to_export(folder: str | Path) -> list[Path]:
     """Return what an export copies from a model folder: files and broken links, no folders."""
-    return sorted(
-        file
-        for pattern in EXPORTED_FILES
-        for file in Path(folder).glob(pattern)
-        if not file.is_dir()
-    )
+    files = [file for pattern in EXPORTED_FILES for file in Path(folder).glob(pattern)]
+    return sorted(file for file in files if not file.is_dir())

@@ -20,18 +20,18 @@ def fp8_weights(
 
 
 def linear_modules(config: dict) -> list[str]:
-    """Return the names of all linear modules in decoder layers, without routers."""
+    """Return the full Hugging Face names of linear modules in decoder layers, without routers."""
     modules = []
     for layer in range(config["num_hidden_layers"]):
-        for names, *_ in merged_linears(config, layer).values():
-            modules += [f"model.layers.{layer}.{name}" for name in names]
+        for merged in merged_linears(config, layer).values():
+            modules += [f"model.layers.{layer}.{name}" for name in merged.names]
     return modules
 
 
 def describe(config: dict, fp8: frozenset[str]) -> str:
-    """Say in one line which weights the engine holds in FP8, and which linear layers it does not.
+    """Say in one line which weights the engine holds in FP8, and which linear layers stay BF16.
 
-    SGLang's block rule keeps some from it.
+    They do by SGLang's block rule, see unquantized_linears.
     """
     if not fp8:
         return "hand-off: every weight as the trainer holds it"

@@ -1,75 +1,74 @@
-"""Hugging Face's tensors and Megatron's: which are the same, and which of them SGLang holds in FP8.
+"""Tensors of Hugging Face and of Megatron: which are the same, and which SGLang holds in FP8.
 
-    tensor names <-> Megatron parameter names                            TOP_RULES, LAYER_RULES, rule_of
-    tensors      <-> Megatron's stacked tensors, shard by shard          split_stacked, stack_parts
-    tensor names  -> those that stay BF16 under block FP8                unquantized_linears
+    tensor names <-> Megatron parameter names              TOP_RULES, LAYER_RULES, rule_of
+    tensors      <-> Megatron's stacked tensors            split_stacked, stack_parts
+    tensor names  -> those that stay BF16 in block FP8     unquantized_linears
 
-Megatron stacks what Hugging Face keeps apart. linear_qkv holds, per group of heads that share one
-key and value, that group's query heads, then its key head, then its value head; linear_fc1 holds
-gate above up. Stacking commutes with tensor-parallel sharding: a rank's shard of linear_qkv is made
-of the same rank's slices of q, k and v. So both functions work on one rank's shard, and no full
-tensor is needed to convert either way.
+Megatron stacks what Hugging Face keeps apart. linear_fc1 holds gate above up. linear_qkv holds, for
+each group of heads that share one key and value: the group's query heads, its key head, its value
+head. Stacking commutes with tensor-parallel sharding: a rank's shard of linear_qkv consists of the
+same rank's slices of q, k and v. So both functions work on one rank's shard, and neither direction
+needs a full tensor.
+
+A config is config.json, checked (backends/huggingface/config.py).
 """
 
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from backends.huggingface.config import is_sparse, megatron_arguments
 
+# --- shapes -------------------------------------------------------------------------------------
+
 
 def layer_shapes(config: dict, layer: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a decoder layer's Hugging Face tensors, by name inside the layer; those of its
-    experts once, with {} for the expert's number.
+    """Return the shapes of a decoder layer's Hugging Face tensors, by their name in the layer.
+
+    Tensors of experts stand there once, with {} for the expert's number.
     """
-    hidden, head_dim, megatron = (
-        config["hidden_size"],
-        config["head_dim"],
-        megatron_arguments(config, tp=1)[0],
-    )
-    rows = {"q": config["num_attention_heads"] * head_dim} | dict.fromkeys(
-        "kv", config["num_key_value_heads"] * head_dim
-    )
+    megatron, _ = megatron_arguments(config, tp=1)
+    hidden, head_dim = config["hidden_size"], config["head_dim"]
+    q_rows = config["num_attention_heads"] * head_dim
+    kv_rows = config["num_key_value_heads"] * head_dim
     shapes = {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
-        "self_attn.o_proj.weight": (hidden, rows["q"]),
+        "self_attn.o_proj.weight": (hidden, q_rows),
     }
-    shapes |= {f"self_attn.{name}_proj.weight": (size, hidden) for name, size in rows.items()}
-    shapes |= {
-        f"self_attn.{name}_proj.bias": (size,)
-        for name, size in rows.items()
-        if megatron["add_qkv_bias"]
-    }
-    shapes |= {
-        f"self_attn.{name}_norm.weight": (head_dim,) for name in "qk" if megatron["qk_layernorm"]
-    }
-    mlps = {"mlp": config["intermediate_size"]}
-    if is_sparse(config, layer):
-        shapes |= {"mlp.gate.weight": (config["num_experts"], hidden)}
-        shapes |= (
-            {"mlp.gate.e_score_correction_bias": (config["num_experts"],)}
-            if "moe_router_enable_expert_bias" in megatron
-            else {}
-        )
-        mlps = {
-            "mlp.experts.{}": config["moe_intermediate_size"],
-            "mlp.shared_experts": megatron.get("moe_shared_expert_intermediate_size"),
-        }
-    for name, size in mlps.items():
-        if size:
-            shapes |= {
-                f"{name}.gate_proj.weight": (size, hidden),
-                f"{name}.up_proj.weight": (size, hidden),
-                f"{name}.down_proj.weight": (hidden, size),
-            }
+    projections = {"q": q_rows, "k": kv_rows, "v": kv_rows}
+    for name, rows in projections.items():
+        shapes[f"self_attn.{name}_proj.weight"] = (rows, hidden)
+    if megatron["add_qkv_bias"]:
+        for name, rows in projections.items():
+            shapes[f"self_attn.{name}_proj.bias"] = (rows,)
+    if megatron["qk_layernorm"]:
+        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (head_dim,)
+    if not is_sparse(config, layer):
+        return shapes | _mlp_shapes("mlp", hidden, config["intermediate_size"])
+    experts, expert_size = config["num_experts"], config["moe_intermediate_size"]
+    shapes["mlp.gate.weight"] = (experts, hidden)
+    if "moe_router_enable_expert_bias" in megatron:
+        shapes["mlp.gate.e_score_correction_bias"] = (experts,)
+    shapes |= _mlp_shapes("mlp.experts.{}", hidden, expert_size)
+    if shared_size := megatron.get("moe_shared_expert_intermediate_size"):
+        shapes |= _mlp_shapes("mlp.shared_experts", hidden, shared_size)
     return shapes
 
 
+def _mlp_shapes(name: str, hidden: int, size: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{name}.gate_proj.weight": (size, hidden),
+        f"{name}.up_proj.weight": (size, hidden),
+        f"{name}.down_proj.weight": (hidden, size),
+    }
+
+
 def hf_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors of the model, by Hugging Face name."""
+    """Return the shapes of all tensors of the model, by Hugging Face name."""
     shapes = {
         "model.embed_tokens.weight": (config["vocab_size"], config["hidden_size"]),
         "model.norm.weight": (config["hidden_size"],),
@@ -83,46 +82,54 @@ def hf_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+# --- names --------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Rule:
     """How one Megatron parameter is made of Hugging Face tensors."""
 
     hf: tuple[str, ...]
-    """Hugging Face names in stacking order; inside a layer, without the layer's prefix."""
-    tp_dim: int | None = None
-    """Dimension that tensor parallelism splits; None: every rank holds it whole."""
-    expert: int | None = None
-    """Number of the expert among those of this expert-parallel rank, for which {} stands in the
-    names; None: no expert's.
+    """Hugging Face names in stacking order.
+
+    In LAYER_RULES without the layer's prefix; in an expert's names {} stands for its number.
     """
+    tp_dim: int | None = None
+    """Dimension that tensor parallelism splits. None: every rank holds the whole tensor."""
+    expert: int | None = None
+    """Number of the expert among those of this expert-parallel rank. None: not an expert's."""
 
     def names(self, expert: int) -> list[str]:
-        """Hugging Face names, with the expert's number in the whole model."""
+        """Return the Hugging Face names. expert: its number in the whole model."""
         return [name.format(expert) for name in self.hf]
 
 
-_QKV = ("self_attn.q_proj.{}", "self_attn.k_proj.{}", "self_attn.v_proj.{}")
 TOP_RULES = {
     "embedding.word_embeddings.weight": Rule(("model.embed_tokens.weight",), tp_dim=0),
     "decoder.final_layernorm.weight": Rule(("model.norm.weight",)),
     "output_layer.weight": Rule(("lm_head.weight",), tp_dim=0),
 }
+
+_ATTENTION_NORM = Rule(("input_layernorm.weight",))
+_MLP_NORM = Rule(("post_attention_layernorm.weight",))
 LAYER_RULES = {
-    "input_layernorm.weight": Rule(("input_layernorm.weight",)),
-    "self_attention.linear_qkv.layer_norm_weight": Rule(
-        ("input_layernorm.weight",)
-    ),  # Transformer Engine fuses the norm into the linear
+    "input_layernorm.weight": _ATTENTION_NORM,
     "self_attention.linear_qkv.weight": Rule(
-        tuple(name.format("weight") for name in _QKV), tp_dim=0
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"), tp_dim=0
     ),
-    "self_attention.linear_qkv.bias": Rule(tuple(name.format("bias") for name in _QKV), tp_dim=0),
+    "self_attention.linear_qkv.bias": Rule(
+        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"), tp_dim=0
+    ),
     "self_attention.q_layernorm.weight": Rule(("self_attn.q_norm.weight",)),
     "self_attention.k_layernorm.weight": Rule(("self_attn.k_norm.weight",)),
     "self_attention.linear_proj.weight": Rule(("self_attn.o_proj.weight",), tp_dim=1),
-    "pre_mlp_layernorm.weight": Rule(("post_attention_layernorm.weight",)),
-    "mlp.linear_fc1.layer_norm_weight": Rule(("post_attention_layernorm.weight",)),
+    "pre_mlp_layernorm.weight": _MLP_NORM,
     "mlp.linear_fc1.weight": Rule(("mlp.gate_proj.weight", "mlp.up_proj.weight"), tp_dim=0),
     "mlp.linear_fc2.weight": Rule(("mlp.down_proj.weight",), tp_dim=1),
+    # Transformer Engine fuses a norm into the linear layer that follows it.
+    "self_attention.linear_qkv.layer_norm_weight": _ATTENTION_NORM,
+    "mlp.linear_fc1.layer_norm_weight": _MLP_NORM,
+    # mixture of experts
     "mlp.router.weight": Rule(("mlp.gate.weight",)),
     "mlp.router.expert_bias": Rule(("mlp.gate.e_score_correction_bias",)),
     "mlp.shared_experts.linear_fc1.weight": Rule(
@@ -136,147 +143,154 @@ LAYER_RULES = {
     ),
     "mlp.experts.linear_fc2.weight": Rule(("mlp.experts.{}.down_proj.weight",), tp_dim=1),
 }
-# The experts' parameters as Megatron's SequentialMLP names them, and as Transformer Engine's
-# grouped linear does.
+# An expert's parameter, named as in LAYER_RULES but for the expert's number: as Megatron's
+# SequentialMLP writes it (first line), and as Transformer Engine's grouped linear does (second).
 _EXPERT = re.compile(
-    r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12]\.weight)|(linear_fc[12]\.weight)(\d+))"
+    r"mlp\.experts\.(?:local_experts\.(?P<sequential>\d+)\.(?P<name>linear_fc[12]\.weight)"
+    r"|(?P<grouped_name>linear_fc[12]\.weight)(?P<grouped>\d+))"
 )
 
 
 def parameters_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """All that is converted: the parameters, and the router's correction bias, which Megatron keeps
-    as a buffer.
+    """Yield what is converted: the parameters, and the router's correction bias.
+
+    Megatron keeps that bias as a buffer.
     """
     yield from model.named_parameters()
-    yield from (
-        (name, buffer)
-        for name, buffer in model.named_buffers()
-        if name.endswith("router.expert_bias")
-    )
+    for name, buffer in model.named_buffers():
+        if name.endswith("router.expert_bias"):
+            yield name, buffer
 
 
 def rule_of(megatron_name: str, *, first_layer: int = 0) -> Rule:
-    """The rule of a parameter of GPTModel, with full Hugging Face names.
+    """Return the rule of a GPTModel's parameter, with full Hugging Face names.
 
-    Raises KeyError for a parameter no rule covers.
+    Raises KeyError for a parameter that no rule covers.
 
     first_layer: number, in the whole model, of the first layer of this pipeline stage.
     """
     if megatron_name in TOP_RULES:
         return TOP_RULES[megatron_name]
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", megatron_name)
-    inside, expert = match[2] if match else "", None
-    if moe := _EXPERT.fullmatch(inside):
-        inside, expert = f"mlp.experts.{moe[2] or moe[3]}", int(moe[1] or moe[4])
-    if inside not in LAYER_RULES:
-        raise KeyError(f"no rule in hf_names.py covers the Megatron parameter {megatron_name}")
-    rule = LAYER_RULES[inside]
-    return Rule(
-        tuple(f"model.layers.{first_layer + int(match[1])}.{name}" for name in rule.hf),
-        rule.tp_dim,
-        expert,
-    )
+    name_in_layer, expert = match[2] if match else "", None
+    if moe := _EXPERT.fullmatch(name_in_layer):
+        name_in_layer = f"mlp.experts.{moe['name'] or moe['grouped_name']}"
+        expert = int(moe["sequential"] or moe["grouped"])
+    if name_in_layer not in LAYER_RULES:
+        raise KeyError(
+            f"no rule in backends/huggingface/names.py covers the Megatron parameter"
+            f" {megatron_name}: add one to LAYER_RULES"
+        )
+    rule, layer = LAYER_RULES[name_in_layer], first_layer + int(match[1])
+    names = tuple(f"model.layers.{layer}.{name}" for name in rule.hf)
+    return Rule(names, rule.tp_dim, expert)
+
+
+# --- stacked tensors ----------------------------------------------------------------------------
 
 
 def split_stacked(
     stacked: torch.Tensor, parts: int, *, head_dim: int, groups: int
 ) -> list[torch.Tensor]:
-    """One rank's shard of a stacked tensor -> that rank's slices of the Hugging Face tensors.
-    groups: key-value heads on this rank.
+    """Split one rank's shard of a stacked tensor into that rank's slices of Hugging Face tensors.
+
+    parts: how many tensors are stacked; 3 are query, key and value. groups: key-value heads on this
+    rank.
     """
-    if parts == 3:
-        by_group = stacked.view(
-            groups, -1, *stacked.shape[1:]
-        )  # [groups, (heads per group + 2) * head_dim, ...]
-        sizes = [by_group.shape[1] - 2 * head_dim, head_dim, head_dim]
-        return [part.reshape(-1, *stacked.shape[1:]) for part in by_group.split(sizes, dim=1)]
-    return list(stacked.chunk(parts))
+    if parts != 3:
+        return list(stacked.chunk(parts))
+    columns = stacked.shape[1:]  # none for a bias
+    # [groups, (heads of the group + 2) * head_dim, ...]
+    by_group = stacked.view(groups, -1, *columns)
+    q_rows = by_group.shape[1] - 2 * head_dim
+    q, k, v = by_group.split([q_rows, head_dim, head_dim], dim=1)
+    return [part.reshape(-1, *columns) for part in (q, k, v)]
 
 
 def stack_parts(parts: list[torch.Tensor], *, groups: int) -> torch.Tensor:
-    """The inverse of split_stacked."""
-    if len(parts) == 3:
-        return torch.cat(
-            [part.reshape(groups, -1, *part.shape[1:]) for part in parts], dim=1
-        ).reshape(-1, *parts[0].shape[1:])
-    return torch.cat(parts)
+    """Stack what split_stacked splits. groups: key-value heads on this rank."""
+    if len(parts) != 3:
+        return torch.cat(parts)
+    columns = parts[0].shape[1:]
+    by_group = [part.reshape(groups, -1, *columns) for part in parts]
+    return torch.cat(by_group, dim=1).reshape(-1, *columns)
 
 
-def merged_linears(
-    config: dict, layer: int
-) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], bool]]:
-    """The linear layers of a decoder layer as SGLang merges them: (names in the layer, rows of
-    their parts, whether SGLang's rule binds it at engine TP 1).
-    """
-    q_rows, kv_rows = (
-        config["num_attention_heads"] * config["head_dim"],
-        config["num_key_value_heads"] * config["head_dim"],
-    )
+# --- block FP8 ----------------------------------------------------------------------------------
+
+
+class MergedLinear(NamedTuple):
+    """Linear layers of a decoder layer that SGLang computes as one."""
+
+    names: tuple[str, ...]
+    """Hugging Face module names in the layer."""
+    sizes: tuple[int, ...]
+    """What must divide into whole blocks: rows of each part, or the columns that are split."""
+    binds_unsplit: bool
+    """Whether SGLang's rule binds it also where no tensor parallelism splits it."""
+
+
+def merged_linears(config: dict, layer: int) -> dict[str, MergedLinear]:
+    """Return the linear layers of a decoder layer as SGLang merges them."""
+    q_rows = config["num_attention_heads"] * config["head_dim"]
+    kv_rows = config["num_key_value_heads"] * config["head_dim"]
+    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     merged = {
-        "qkv": (
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            (q_rows, kv_rows),
-            True,
-        ),
-        "o": (("self_attn.o_proj",), (q_rows,), False),
+        "qkv": MergedLinear(qkv, (q_rows, kv_rows), True),
+        "o": MergedLinear(("self_attn.o_proj",), (q_rows,), False),
     }
+    mlp, size = "mlp", config["intermediate_size"]
     if is_sparse(config, layer):
-        prefix, rows = (
-            "mlp.shared_experts",
-            config["moe_intermediate_size"] * (config.get("n_shared_experts") or 0),
-        )
-        projections = ("gate_proj", "up_proj", "down_proj")
+        expert_size = config["moe_intermediate_size"]
         experts = tuple(
             f"mlp.experts.{expert}.{projection}"
             for expert in range(config["num_experts"])
-            for projection in projections
+            for projection in ("gate_proj", "up_proj", "down_proj")
         )
-        merged["experts"] = (experts, (config["moe_intermediate_size"],), True)
-    else:
-        prefix, rows = "mlp", config["intermediate_size"]
-    if rows:
-        merged |= {
-            "gate_up": ((f"{prefix}.gate_proj", f"{prefix}.up_proj"), (rows,), True),
-            "down": ((f"{prefix}.down_proj",), (rows,), False),
-        }
+        merged["experts"] = MergedLinear(experts, (expert_size,), True)
+        mlp, size = "mlp.shared_experts", expert_size * (config.get("n_shared_experts") or 0)
+    if size:
+        gate_up = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
+        merged["gate_up"] = MergedLinear(gate_up, (size,), True)
+        merged["down"] = MergedLinear((f"{mlp}.down_proj",), (size,), False)
     return merged
 
 
 def unquantized_linears(
     config: dict, *, engine_tp: int, engine_ep: int = 1, layers: Iterable[int] | None = None
 ) -> list[str]:
-    """Linear layers that stay BF16 under block FP8, by full Hugging Face module name. lm_head
-    always does. layers: of these only.
+    """Return the linear layers that stay BF16 in block FP8, by full Hugging Face module name.
 
-    SGLang's rule (Fp8LinearMethod.validate_block_quant_shapes, and the like for experts): in a
-    merged layer, and in any layer split over engine tensor parallelism, each part's rows per rank
-    must be a multiple of 128; under tensor parallelism so must the split columns of o_proj and
-    down_proj. Experts are split over what engine_ep, over which whole ones are spread, leaves of
-    engine_tp. This list serves both the engine's config (modules_to_not_convert) and the hand-off,
-    so that they cannot disagree.
+    This list decides both what the engine's config exempts (modules_to_not_convert) and what a
+    weight update sends in BF16, so the two cannot disagree. layers: consider only these.
+
+    SGLang's rule (Fp8LinearMethod.validate_block_quant_shapes, and the like for experts): each
+    part's rows per rank must be a multiple of 128 in a merged layer, and in any layer that engine
+    tensor parallelism splits. Then so must the columns that it splits, of o_proj and down_proj.
     """
-    kept = ["lm_head"]
+    kept = ["lm_head"]  # SGLang never quantizes it
     for layer in range(config["num_hidden_layers"]) if layers is None else layers:
-        for merged, (names, sizes, always) in merged_linears(config, layer).items():
-            parts = engine_tp // engine_ep if merged == "experts" else engine_tp
-            if (always or engine_tp > 1) and any(size % (128 * parts) for size in sizes):
-                kept += [
-                    f"model.layers.{layer}.{name}"
-                    for name in (*names, *(["mlp.experts"] if merged == "experts" else []))
-                ]
+        for kind, merged in merged_linears(config, layer).items():
+            is_experts = kind == "experts"
+            # engine_ep spreads whole experts; what it leaves of engine_tp splits each.
+            ranks = engine_tp // engine_ep if is_experts else engine_tp
+            is_ragged = any(size % (128 * ranks) for size in merged.sizes)
+            if is_ragged and (merged.binds_unsplit or engine_tp > 1):
+                names = [*merged.names, "mlp.experts"] if is_experts else merged.names
+                kept += [f"model.layers.{layer}.{name}" for name in names]
     return kept
 
 
 def fp8_config(config: dict, *, engine_tp: int, engine_ep: int = 1) -> dict:
-    """The quantization_config of a block-FP8 checkpoint, for SGLang's model override and for the
-    config.json of an FP8 export.
+    """Return the quantization_config of a block-FP8 checkpoint.
+
+    It goes to SGLang as a model override, and into the config.json of an FP8 export.
     """
+    kept = unquantized_linears(config, engine_tp=engine_tp, engine_ep=engine_ep)
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [128, 128],
-        "modules_to_not_convert": unquantized_linears(
-            config, engine_tp=engine_tp, engine_ep=engine_ep
-        ),
+        "modules_to_not_convert": kept,
     }

@@ -1,6 +1,6 @@
-"""megatron-core: the model, its batches and its layout.
+"""megatron-core: the model, its batches and how it is split over ranks.
 
-Without a GPU it is patched here, before its import.
+Without a GPU, megatron-core is patched here, before anything imports it.
 """
 
 import torch

@@ -1,10 +1,11 @@
-"""Samples -> micro-batches: which samples a rank computes together, packed without padding.
+"""Samples <-> micro-batches: which samples a rank computes together, packed without padding.
 
-And back: values of packed tokens to the samples they belong to. Every rank holds the whole batch
-and makes the same plan, so ranks need not agree on anything.
+Every rank holds the whole batch and makes the same plan, so ranks need not agree on anything.
 
-Shape letters: T packed tokens of a micro-batch, N its samples, R response tokens of all samples of
-a batch.
+A sample is a data.sample.Sample; a trainer is a train_step.Trainer.
+
+Shape letters: T packed tokens of a micro-batch, N its samples, L response tokens of a sample, R
+those of all samples of a batch.
 """
 
 import json
@@ -25,12 +26,11 @@ from losses import Sequences
 class MicroBatch:
     """Packed sequences of one forward pass on one rank.
 
-    Position t predicts token t + 1. So every per-token tensor describes that next token, and mask
-    is 1 where the next token is the policy's own.
+    Position t predicts token t + 1. So every per-token tensor describes that next token.
     """
 
     tokens_T: torch.Tensor
-    """int64"""
+    """int64: prompt and response of each sample, and filler"""
     labels_T: torch.Tensor
     """int64: tokens, shifted left within each sequence"""
     response_index_T: torch.Tensor
@@ -38,17 +38,19 @@ class MicroBatch:
     sample_T: torch.Tensor
     """int64: the sample's place in the micro-batch; filler counts as one more sample, the last"""
     mask_T: torch.Tensor
-    """float32"""
+    """float32: 1 where the next token is the policy's own and counts"""
     counts_N: torch.Tensor
     """float32: tokens of each sample that count, on all context-parallel ranks"""
     packed: PackedSeqParams
+    """Bounds of the sequences; of whole ones under context parallelism"""
     cp_group: dist.ProcessGroup | None = None
+    """Ranks that hold other tokens of the same sequences; None: there are none"""
     per_token: dict[str, torch.Tensor] = field(default_factory=dict)
     """float32 [T] of each per-token field of Sample, by its name; see Batch.read_samples"""
 
     @property
     def sequences(self) -> Sequences:
-        """What losses.py needs to know of which token belongs to which sample."""
+        """Return which token belongs to which sample, as losses.py takes it."""
         return Sequences(self.sample_T, self.mask_T, self.counts_N, self.cp_group)
 
 
@@ -64,7 +66,7 @@ class Batch:
 
     @property
     def has_tokens(self) -> bool:
-        """Whether a token of any sample counts."""
+        """Tell whether a token of any sample counts."""
         return any(any(sample.loss_mask) for sample in self.samples)
 
     def read_samples(self) -> None:
@@ -98,20 +100,20 @@ def _values(sample, name: str) -> np.ndarray:
 def pack(trainer, samples: list) -> list[Batch]:
     """Pack the samples of a step: a Batch for each of its --minibatches optimizer steps.
 
-    Every rank passes the same samples in the same order. trainer: train_step.Trainer.
+    Every rank passes the same samples in the same order.
     """
     parts = equal_parts(samples, trainer.settings.minibatches)
     return [pack_batch(trainer, part) for part in parts]
 
 
 def equal_parts(samples: list, n: int) -> list[list]:
-    """Return n parts, in order; with fewer samples than n, one for each sample."""
+    """Split samples, in order, into n parts of about equal size; into fewer if there are fewer."""
     parts = [samples[len(samples) * i // n : len(samples) * (i + 1) // n] for i in range(n)]
     return [part for part in parts if part]
 
 
 def pack_batch(trainer, samples: list) -> Batch:
-    """Plan the micro-batches of these samples and build this rank's. trainer: train_step.Trainer.
+    """Plan the micro-batches of these samples and build this rank's.
 
     Raises ValueError, naming index and group, if a sample is longer than a micro-batch may be.
     """
@@ -138,9 +140,8 @@ def microbatch_plan(trainer, samples: list) -> list[list[list[int]]]:
     """Return plan[data-parallel rank][micro-batch] = indices of samples."""
     cp = trainer.settings.cp
     budget, dp = trainer.settings.microbatch_tokens * cp, trainer.dp_group.size()
-    lengths = [
-        padded_length(len(sample.prompt_ids) + len(sample.response_ids), cp) for sample in samples
-    ]
+    lengths = [len(sample.prompt_ids) + len(sample.response_ids) for sample in samples]
+    lengths = [padded_length(length, cp) for length in lengths]
     try:
         return plan_microbatches(lengths, microbatch_tokens=budget, dp=dp)
     except ValueError as error:
@@ -151,29 +152,42 @@ def microbatch_plan(trainer, samples: list) -> list[list[list[int]]]:
 def plan_microbatches(
     lengths: list[int], *, microbatch_tokens: int, dp: int
 ) -> list[list[list[int]]]:
-    """Return which samples form which micro-batch: plan[rank][micro-batch] = indices into lengths.
+    """Plan the micro-batches of each data-parallel rank: plan[rank][micro-batch] = indices.
 
-    Every rank gets the same number of micro-batches, as collectives inside the model must pair up.
-    They are as few as the token budget allows, and of about equal size: the longest sample first,
-    each into the bin that holds least. A bin may be empty if there are fewer samples than bins.
-    Raises ValueError if a sample is longer than the budget.
+    Every rank gets the same number of micro-batches, because collectives inside the model must pair
+    up. There are as few as the token budget allows. A micro-batch may be exactly full. It may be
+    empty if there are fewer samples than micro-batches.
+
+    lengths: tokens of each sample. Raises ValueError if one is above the budget.
     """
     if (longest := max(lengths, default=0)) > microbatch_tokens:
-        found = f"a sample has {longest} tokens, a micro-batch at most {microbatch_tokens}"
-        raise ValueError(f"{found}, --microbatch-tokens times --cp: raise --microbatch-tokens")
-    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+        raise ValueError(
+            f"a sample has {longest} tokens, and a micro-batch holds at most {microbatch_tokens},"
+            " --microbatch-tokens times --cp: raise --microbatch-tokens"
+        )
     fewest = dp * max(1, -(-sum(lengths) // (dp * microbatch_tokens)))
-    for bins in range(fewest, fewest + len(lengths) + dp, dp):  # in the end each has its own
-        loads, members = [0] * bins, [[] for _ in range(bins)]
-        for i in longest_first:
-            lightest = loads.index(min(loads))
-            loads[lightest] += lengths[i]
-            members[lightest].append(i)
+    # This ends: with len(lengths) bins more, each sample has a bin of its own.
+    for n_bins in range(fewest, fewest + len(lengths) + dp, dp):
+        bins, loads = _fill_bins(lengths, n_bins)
         if max(loads) <= microbatch_tokens:
             break
-    # Samples of about one length stand together: micro-batches are dealt out by their load.
-    by_load = sorted(range(bins), key=lambda b: -loads[b])
-    return [[members[b] for b in by_load[rank::dp]] for rank in range(dp)]
+    # Ranks take bins in turn, the fullest first, so that they compute together for about as long.
+    by_load = sorted(range(n_bins), key=lambda i: -loads[i])
+    return [[bins[i] for i in by_load[rank::dp]] for rank in range(dp)]
+
+
+def _fill_bins(lengths: list[int], n_bins: int) -> tuple[list[list[int]], list[int]]:
+    """Return the samples of each bin, by index, and its tokens.
+
+    The longest sample goes first, each into the bin that holds least. So bins are about equally
+    full, and in a bin samples of about one length follow each other.
+    """
+    bins, loads = [[] for _ in range(n_bins)], [0] * n_bins
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        lightest = loads.index(min(loads))
+        bins[lightest].append(i)
+        loads[lightest] += lengths[i]
+    return bins, loads
 
 
 def padded_length(length: int, cp: int) -> int:
@@ -196,19 +210,15 @@ def collate(
 
         tokens 5 6 7 8    labels 6 7 8 8    mask 0 1 1 0    response_index -1 0 1 -1
 
-    A masked filler sequence brings T to a multiple that sequence parallelism can split, and above
-    0. starts: where each sample's response begins among the R response tokens of the batch. Under
-    context parallelism the tensors hold this rank's tokens of every sequence, and packed holds the
-    bounds of the whole sequences.
+    Under context parallelism the tensors hold this rank's tokens of every sequence.
+
+    starts: where each sample's response begins among the R response tokens of the batch.
     """
     sequences = [
         np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64)
         for sample in samples
     ]
-    lengths = [padded_length(len(sequence), cp) for sequence in sequences]
-    multiple_of = tp if cp == 1 else cp * math.lcm(2, tp)
-    filler = -sum(lengths) % multiple_of if lengths else multiple_of
-    lengths += [filler] if filler else []
+    lengths = _packed_lengths(sequences, tp=tp, cp=cp)
     T, ends = sum(lengths), np.cumsum(lengths)
     tokens, labels = np.zeros(T, np.int64), np.zeros(T, np.int64)
     response_index, owner = np.full(T, -1), np.full(T, len(samples))
@@ -220,23 +230,22 @@ def collate(
         labels[begin:end] = np.append(sequence[1:], sequence[-1])
         owner[begin:end] = i
         n = len(sample.response_ids)
-        response = slice(end - n - 1, end - 1)  # the positions that predict it
+        response = slice(end - n - 1, end - 1)  # one to the left: the positions that predict it
         response_index[response] = np.arange(starts[i], starts[i] + n)
         mask[response] = sample.loss_mask
+    counts = [*(sum(sample.loss_mask) for sample in samples), 0]  # filler is the last sample
     bounds = torch.tensor([0, *ends], dtype=torch.int32, device=device)
-    longest = max(lengths)
-    counts = [*(sum(sample.loss_mask) for sample in samples), 0]
-    mine = zigzag(lengths, cp, cp_rank)
+    longest, held = max(lengths), zigzag(lengths, cp, cp_rank)
 
-    def here(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array)[mine].to(device)
+    def held_tokens(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array)[held].to(device)
 
     return MicroBatch(
-        tokens_T=here(tokens),
-        labels_T=here(labels),
-        response_index_T=here(response_index),
-        sample_T=here(owner),
-        mask_T=here(mask),
+        tokens_T=held_tokens(tokens),
+        labels_T=held_tokens(labels),
+        response_index_T=held_tokens(response_index),
+        sample_T=held_tokens(owner),
+        mask_T=held_tokens(mask),
         counts_N=torch.tensor(counts, dtype=torch.float32, device=device),
         packed=PackedSeqParams(
             "thd", bounds, bounds, bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest
@@ -244,16 +253,30 @@ def collate(
     )
 
 
-# --- and back -----------------------------------------------------------------------------------
+def _packed_lengths(sequences: list[np.ndarray], *, tp: int, cp: int) -> list[int]:
+    """Return the packed length of each sequence, and that of a masked filler sequence if needed.
+
+    Filler brings T above 0 and to a multiple that context and sequence parallelism can split.
+    """
+    lengths = [padded_length(len(sequence), cp) for sequence in sequences]
+    multiple_of = tp if cp == 1 else cp * math.lcm(2, tp)
+    filler = -sum(lengths) % multiple_of if lengths else multiple_of
+    return [*lengths, filler] if filler else lengths
+
+
+# --- results ------------------------------------------------------------------------------------
 
 
 def has_old_logprobs(samples: list, *, with_reference: bool) -> bool:
-    """Tell whether train_step.add_logprobs has set old_logprobs, on all samples or on none.
+    """Tell whether train_step.add_logprobs has set old_logprobs.
 
-    Raises ValueError where some lack them, or the ref_logprobs of a KL: they would count as 0.
+    Raises ValueError where only some samples have them, or where one lacks the ref_logprobs of a
+    KL: they would count as 0.
     """
     has_old = any(len(sample.old_logprobs) for sample in samples)
-    for name in ["old_logprobs"] * has_old + ["ref_logprobs"] * with_reference:
+    names = ["old_logprobs"] if has_old else []
+    names += ["ref_logprobs"] if with_reference else []
+    for name in names:
         for sample in samples:
             if len(getattr(sample, name)) != len(sample.response_ids):
                 found = f"sample {sample.index} of group {sample.group} has no {name}"
@@ -264,10 +287,10 @@ def has_old_logprobs(samples: list, *, with_reference: bool) -> bool:
 def give_to_samples(trainer, batch: Batch, values: list[torch.Tensor], name: str) -> None:
     """Set a field of every sample to its tokens' values, float32 [L], on every rank. Collective.
 
-    values: float32 [T] of each micro-batch, on the last pipeline stage; it alone has them. A rank
-    knows the values of its own tokens only. So all fill their places of one vector for the batch,
-    which is then summed. trainer: train_step.Trainer.
+    values: float32 [T] of each micro-batch, on the last pipeline stage; it alone has them.
     """
+    # A rank knows the values of its own tokens. Each fills their places in a vector for the whole
+    # batch; the sum of all ranks' vectors has every value.
     lengths = response_lengths(batch.samples)
     device = batch.microbatches[0].tokens_T.device
     values_R = torch.zeros(sum(lengths), device=device)
@@ -284,19 +307,17 @@ def give_to_samples(trainer, batch: Batch, values: list[torch.Tensor], name: str
 def global_sums(trainer, reports: list[dict]) -> dict[str, float]:
     """Sum the reports of all micro-batches and ranks, and find the largest mismatch. Collective.
 
-    Only the last pipeline stage has reports; it tells the others. trainer: train_step.Trainer.
+    Only the last pipeline stage has reports; it sends the result to the others.
     """
     totals = {}
     if reports:
         names = list(reports[0]["sums"])
-        rows = [
-            torch.stack([report["sums"][name].double() for name in names]) for report in reports
-        ]
-        sums = torch.stack(rows).sum(0)
+        rows = [[report["sums"][name].double() for name in names] for report in reports]
+        sums = torch.stack([torch.stack(row) for row in rows]).sum(0)
         largest = torch.stack([report["max"] for report in reports]).max()
         dist.all_reduce(sums, group=trainer.dp_cp_group)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=trainer.dp_cp_group)
         totals = {**dict(zip(names, sums.tolist())), "mismatch_max": float(largest)}
     stages = trainer.layout.pp_group
-    told = broadcast_bytes(json.dumps(totals).encode(), stages, source=stages.size() - 1)
-    return json.loads(told)
+    message = json.dumps(totals).encode()
+    return json.loads(broadcast_bytes(message, stages, source=stages.size() - 1))

@@ -1,9 +1,8 @@
-"""What Megatron's local layer spec lacks, in plain torch: used wherever Transformer Engine is not
-installed, and always on a CPU.
+"""What Megatron's local layer spec lacks, in plain torch.
 
-Transformer Engine brings Megatron an RMSNorm that knows sequence parallelism and an attention that
-takes packed sequences. The local spec's own norm refuses sequence parallelism and its attention
-refuses packed sequences; these two take their place.
+Used wherever Transformer Engine is not installed, and always on a CPU. Transformer Engine brings
+Megatron an RMSNorm that knows sequence parallelism and an attention that takes packed sequences.
+The local spec's own norm and attention refuse both; the two modules here take their place.
 
 Shape letters: B sequences, L tokens per sequence, T packed tokens of all sequences, H heads, D head
 size.
@@ -18,11 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm computed in fp32.
-
-    Under sequence parallelism its gradient is summed over tensor-parallel ranks by
-    finalize_model_grads.
-    """
+    """Root-mean-square norm, computed in fp32."""
 
     def __init__(self, config, hidden_size, eps=1e-6, **_):
         super().__init__()
@@ -30,39 +25,43 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
+        # By this mark finalize_model_grads sums the gradient over tensor-parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x):
-        return (
-            F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(self.weight.dtype)
-            * self.weight
-        )  # x is fp32 with fp32_residual_connection
+        # x is fp32 already with fp32_residual_connection.
+        normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
+        return normed.to(self.weight.dtype) * self.weight
 
 
 def zigzag(lengths: list[int], cp: int, rank: int) -> torch.Tensor:
-    """Which of the packed tokens a context-parallel rank holds, int64 [T / cp]: of each sequence,
-    cut into 2 cp chunks, chunk `rank` and the one as far from its end. A causal mask gives late
-    tokens more work than early ones; so paired, every rank has the same. Transformer Engine expects
-    the same order.
+    """Return which of the packed tokens a context-parallel rank holds, int64 [T / cp].
+
+    Each sequence is cut into 2 cp chunks; rank r holds chunks r and 2 cp - 1 - r. A causal mask
+    gives late tokens more work than early ones; so paired, all ranks have equally much. Transformer
+    Engine expects the same order.
     """
-    chunks = [
-        chunk
-        for tokens in torch.arange(sum(lengths)).split(lengths)
-        for chunk in tokens.chunk(2 * cp)
-    ]
-    return torch.cat(
-        [chunk for i, chunk in enumerate(chunks) if i % (2 * cp) in (rank, 2 * cp - 1 - rank)]
-    )
+    own_chunks = (rank, 2 * cp - 1 - rank)
+    held = []
+    for tokens in torch.arange(sum(lengths)).split(lengths):
+        chunks = tokens.chunk(2 * cp)
+        held += [chunk for i, chunk in enumerate(chunks) if i in own_chunks]
+    return torch.cat(held)
+
+
+def _length_class(length: int) -> int:
+    """Return the same number for lengths that share a call: up to 32, up to 64, up to 128, ..."""
+    return max(length - 1, 31).bit_length()
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal attention over packed sequences (PackedSeqParams, layout thd): neighbours of about one
-    length are padded to [B, L] and make one call.
+    """Causal attention over packed sequences (PackedSeqParams, layout thd).
 
-    plan_microbatches brings sequences of about one length together: up to 32 tokens, up to 64, and
-    so on. Padding stands behind each sequence, where a causal mask keeps it from being seen. On a
-    CPU in fp32: the backward pass of PyTorch's BF16 attention is several times slower there. Under
-    context parallelism a rank has its own queries and gathers all keys and values.
+    Neighbours of about one length are padded to [B, L] and make one call. plan_microbatches puts
+    sequences of about one length next to each other. Padding stands behind each sequence, where the
+    causal mask hides it.
+
+    Under context parallelism a rank has its own queries and gathers all keys and values.
     """
 
     def __init__(
@@ -89,75 +88,76 @@ class PackedAttention(torch.nn.Module):
         attention_bias=None,
         packed_seq_params=None,
     ):
+        """Attend within each packed sequence; float [T, H, D] with this rank's tokens."""
         if packed_seq_params is None:
             raise NotImplementedError(
                 "PackedAttention takes packed sequences only: pass packed_seq_params"
             )
         lengths, cp = packed_seq_params.cu_seqlens_q.diff().tolist(), self.cp_group.size()
+        position_T = None
         if cp > 1:
-            tokens = [zigzag(lengths, cp, rank).to(q_THD.device) for rank in range(cp)]
-            position_T = torch.cat(
-                [torch.arange(length, device=q_THD.device) for length in lengths]
-            )[tokens[self.cp_group.rank()]]
-            in_order = torch.cat(tokens).argsort()
-            k_THD, v_THD = (
-                gather_from_sequence_parallel_region(x_THD.contiguous(), group=self.cp_group)[
-                    in_order
-                ]
-                for x_THD in (k_THD, v_THD)
-            )
-        runs = [
-            list(run)
-            for _, run in itertools.groupby(
-                lengths, key=lambda length: max(length - 1, 31).bit_length()
-            )
-        ]
-        sizes = [sum(run) for run in runs]
-        mine = [size // cp for size in sizes]
-        positions = position_T.split(mine) if cp > 1 else [None] * len(runs)
-        parts = zip(runs, q_THD.split(mine), k_THD.split(sizes), v_THD.split(sizes), positions)
-        return torch.cat(
-            [
-                self._attend(torch.tensor(run, device=q_THD.device), *tensors)
-                for run, *tensors in parts
-            ]
-        )
+            k_THD, v_THD, position_T = self._gather(lengths, k_THD, v_THD)
+        runs = [list(run) for _, run in itertools.groupby(lengths, _length_class)]
+        k_sizes = [sum(run) for run in runs]
+        q_sizes = [size // cp for size in k_sizes]
+        q_parts, k_parts, v_parts = q_THD.split(q_sizes), k_THD.split(k_sizes), v_THD.split(k_sizes)
+        position_parts = position_T.split(q_sizes) if cp > 1 else [None] * len(runs)
+        out = []
+        for run, *tensors in zip(runs, q_parts, k_parts, v_parts, position_parts):
+            out.append(self._attend(torch.tensor(run, device=q_THD.device), *tensors))
+        return torch.cat(out)
+
+    def _gather(self, lengths: list[int], k_THD, v_THD):
+        """Return keys and values of whole sequences, and the positions of this rank's queries.
+
+        Collective over the context-parallel group.
+        """
+        cp, rank, device = self.cp_group.size(), self.cp_group.rank(), k_THD.device
+        tokens_of = [zigzag(lengths, cp, other).to(device) for other in range(cp)]
+        position_T = torch.cat([torch.arange(length, device=device) for length in lengths])
+        # One rank's tokens come after the other's; this puts them back in order.
+        in_order = torch.cat(tokens_of).argsort()
+
+        def gather(x_THD):
+            x_THD = gather_from_sequence_parallel_region(x_THD.contiguous(), group=self.cp_group)
+            return x_THD[in_order]
+
+        return gather(k_THD), gather(v_THD), position_T[tokens_of[rank]]
 
     def _attend(self, lengths_B, q_THD, k_THD, v_THD, position_T):
+        """Attend within B sequences. position_T: of the queries, under context parallelism."""
         cp, place_L = self.cp_group.size(), torch.arange(int(lengths_B.max()), device=q_THD.device)
-        k_BL = place_L < lengths_B[:, None]
-        q_BL = place_L[: len(place_L) // cp] < lengths_B[:, None] // cp
+        is_key_BL = place_L < lengths_B[:, None]
+        is_query_BL = place_L[: len(place_L) // cp] < lengths_B[:, None] // cp
+        # On a CPU the backward pass of PyTorch's BF16 attention is several times slower than fp32.
         dtype = q_THD.dtype if q_THD.is_cuda else torch.float32
 
-        def pad(x_T, real_BL, dtype=dtype):
-            x_BL = x_T.new_zeros(*real_BL.shape, *x_T.shape[1:], dtype=dtype)
-            x_BL[real_BL] = x_T.to(dtype)
+        def pad(x_T, is_real_BL, dtype=dtype):
+            x_BL = x_T.new_zeros(*is_real_BL.shape, *x_T.shape[1:], dtype=dtype)
+            x_BL[is_real_BL] = x_T.to(dtype)
             return x_BL
 
         causal = {"is_causal": True}
         if cp > 1:
-            position_BL = pad(position_T, q_BL, torch.int64)
+            position_BL = pad(position_T, is_query_BL, torch.int64)
             causal = {"attn_mask": (place_L <= position_BL[:, :, None])[:, None]}
-        q_BHLD, k_BHLD, v_BHLD = (
-            pad(x_THD, real_BL).transpose(1, 2)
-            for x_THD, real_BL in ((q_THD, q_BL), (k_THD, k_BL), (v_THD, k_BL))
-        )
         out_BHLD = F.scaled_dot_product_attention(
-            q_BHLD,
-            k_BHLD,
-            v_BHLD,
+            pad(q_THD, is_query_BL).transpose(1, 2),
+            pad(k_THD, is_key_BL).transpose(1, 2),
+            pad(v_THD, is_key_BL).transpose(1, 2),
             **causal,
             scale=self.scale,
             enable_gqa=q_THD.shape[1] != k_THD.shape[1],
         )
-        return out_BHLD.transpose(1, 2)[q_BL].to(q_THD.dtype)
+        return out_BHLD.transpose(1, 2)[is_query_BL].to(q_THD.dtype)
 
 
 def complete_local_spec(
     block: TransformerBlockSubmodules, *, qk_layernorm: bool
 ) -> TransformerBlockSubmodules:
-    """Put both modules into a block spec from
-    get_gpt_decoder_block_spec(use_transformer_engine=False).
+    """Put both modules into a block spec.
+
+    block: from get_gpt_decoder_block_spec(use_transformer_engine=False).
     """
     block.layer_norm = RMSNorm
     for layer in block.layer_specs:

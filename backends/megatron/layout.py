@@ -13,26 +13,28 @@ class Layout:
 
     tp_group: dist.ProcessGroup
     expert_group: dist.ProcessGroup
-    """Ranks that hold one layer's experts: expert-parallel ranks times the tensor-parallel ranks of
-    an expert, of which the latter count faster.
-    """
+    """Ranks that hold one layer's experts: expert-parallel ranks times an expert's tensor-parallel
+    ranks. The latter count faster."""
     ep: int
+    """Number of expert-parallel ranks."""
     pp_group: dist.ProcessGroup
     first_layer: int
     """Number, in the whole model, of the first layer of this pipeline stage."""
 
     def group(self, rule: Rule) -> dist.ProcessGroup:
+        """Return the ranks that together hold the rule's tensors."""
         return self.tp_group if rule.expert is None else self.expert_group
 
     def tp(self, rule: Rule) -> int:
-        """Over how many ranks tensor parallelism splits what the rule is about."""
+        """Return over how many ranks tensor parallelism splits each of the rule's tensors."""
         return self.tp_group.size() if rule.expert is None else self.expert_group.size() // self.ep
 
     def names(self, rule: Rule, config: dict) -> list[list[str]]:
-        """The rule's Hugging Face names, once; for an expert's parameter, once for each
-        expert-parallel rank, as each holds other experts.
+        """Return the rule's Hugging Face names for each expert-parallel rank; once if not experts'.
+
+        Each expert-parallel rank holds other experts at the same place.
         """
         if rule.expert is None:
             return [list(rule.hf)]
-        here = config["num_experts"] // self.ep
-        return [rule.names(rank * here + rule.expert) for rank in range(self.ep)]
+        experts_per_rank = config["num_experts"] // self.ep
+        return [rule.names(rank * experts_per_rank + rule.expert) for rank in range(self.ep)]

@@ -1,4 +1,4 @@
-"""Logits -> log-probs and entropy, where the vocabulary is split over tensor-parallel ranks.
+"""Log-probs and entropy of logits whose vocabulary is split over tensor-parallel ranks.
 
 Shape letters: T packed tokens of a micro-batch, t those of one chunk, V vocabulary on this rank.
 """
@@ -8,36 +8,35 @@ import math
 import torch
 import torch.distributed as dist
 
-# In place of -inf where it is multiplied: 0 times -inf is NaN.
+# Stands for -inf where it is multiplied: 0 times -inf is NaN.
 LOWEST = torch.finfo(torch.float32).min
 
 
 class VocabParallelLogprobs(torch.autograd.Function):
-    """logits -> log-prob of each label, and entropy, where the vocabulary is split over ranks.
+    """The log-prob of each label and the entropy, where the vocabulary is split over ranks.
 
-    fp32 exists for `chunk` tokens at a time only; between forward and backward nothing is kept but
-    the logits in their own dtype and two numbers a token. With x = logits / temperature,
-    Z = sum exp x over all ranks, p = exp(x) / Z:
+    Only `chunk` tokens at a time exist in fp32. Between forward and backward it keeps the logits in
+    their own dtype and two numbers per token. With x = logits / temperature, Z = sum exp x over all
+    ranks, p = exp(x) / Z:
 
         logprob = x_label - log Z                 d logprob / dx = onehot(label) - p
         entropy = log Z - sum p x                 d entropy / dx = -p (log p + entropy)
 
-    A logit of -inf has p = 0 and p x = 0. As a label it has log-prob -inf, and train_step refuses
-    the loss, which is not finite.
+    A logit of -inf has p = 0 and p x = 0. As a label it has log-prob -inf; the loss is then not
+    finite, and train_step refuses it.
     """
 
     @staticmethod
     def forward(ctx, logits_TV, labels_T, temperature, vocab_size, group, chunk):
         T, V = logits_TV.shape
         first = V * group.rank()
-        # Rows that pad the vocabulary have logits but are no tokens; a rank may hold nothing else.
+        # Columns that pad the vocabulary are not tokens. A rank may hold nothing else.
         real = min(V, max(0, vocab_size - first))
-        log_z_T, logprobs_T, entropy_T = (
-            torch.empty(T, dtype=torch.float32, device=logits_TV.device) for _ in range(3)
-        )
+        logprobs_T = torch.empty(T, dtype=torch.float32, device=logits_TV.device)
+        entropy_T, log_z_T = torch.empty_like(logprobs_T), torch.empty_like(logprobs_T)
         for at in range(0, T, chunk):
             rows = slice(at, at + chunk)
-            # Not in place: of fp32 logits, float() is no copy.
+            # Not in place: for fp32 logits float() does not copy.
             x_tV = logits_TV[rows].float() / temperature
             x_tV[:, real:] = -math.inf
             max_t = x_tV.amax(dim=-1)
@@ -94,7 +93,9 @@ def logprobs_and_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (log-prob of each label, entropy) of softmax(logits / temperature), both float32 [T].
 
-    The softmax is over the whole vocabulary. logits_TV: this rank's columns, any float dtype.
-    labels_T: int64, global token ids. vocab_size: without padding. group: tensor-parallel group.
+    The softmax is over the whole vocabulary. Collective over group, the tensor-parallel ranks.
+
+    logits_TV: this rank's columns, any float dtype. labels_T: int64, global token ids.
+    vocab_size: without padding.
     """
     return VocabParallelLogprobs.apply(logits_TV, labels_T, temperature, vocab_size, group, chunk)

@@ -1,8 +1,7 @@
-"""Hugging Face folder -> this rank's part of Megatron's GPTModel, filled, and how the whole is
-split over ranks.
+"""A Hugging Face folder as this rank's part of Megatron's GPTModel, and how the whole is split.
 
-Everywhere here, settings are TrainSettings and config is config.json, checked
-(hf_config.read_config).
+Everywhere here, settings are TrainSettings, and config is config.json, checked by read_config of
+backends/huggingface/config.py.
 """
 
 import base64
@@ -22,94 +21,127 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from backends.huggingface.config import layers_in_last_stage, megatron_arguments
-from backends.huggingface.folder import load_hf
+from backends.huggingface.folder import HFWeights, check_shapes
+from backends.huggingface.names import parameters_of, rule_of, split_stacked, stack_parts
 from backends.megatron.layers import complete_local_spec
 from backends.megatron.layout import Layout
 from common import process_groups
 from common.errors import all_problems
 from common.overrides import parse_overrides
 
-# Fields that --megatron may set. Any other could make another model or another loss of it than the
-# engine and config.json have, or is set by a flag of its own.
+# --- --megatron ---------------------------------------------------------------------------------
+
+MEMORY_FIELDS = """
+    recompute_granularity recompute_method recompute_num_layers recompute_modules
+    distribute_saved_activations deallocate_pipeline_outputs moe_layer_recompute
+    optimizer_cpu_offload optimizer_offload_fraction
+    """
+SPEED_FIELDS = """
+    attention_backend masked_softmax_fusion bias_activation_fusion bias_dropout_fusion
+    apply_rope_fusion gradient_accumulation_fusion persist_layer_norm memory_efficient_layer_norm
+    deterministic_mode tp_comm_overlap overlap_p2p_comm batch_p2p_comm batch_p2p_sync
+    moe_token_dispatcher_type moe_grouped_gemm moe_permute_fusion moe_shared_expert_overlap
+    moe_enable_deepep moe_deepep_num_sms
+    """
+ROUNDING_FIELDS = """
+    fp32_residual_connection attention_softmax_in_fp32 moe_router_dtype
+    use_precision_aware_optimizer main_grads_dtype main_params_dtype exp_avg_dtype exp_avg_sq_dtype
+    """
+ADAM_FIELDS = "adam_beta1 adam_eps"  # those without a flag of their own
+# Fields that --megatron may set. Any other has a flag of its own, or could make another model or
+# loss of it than the engine and config.json have.
 TUNABLE = {
-    # memory
-    "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules", "distribute_saved_activations",
-    "deallocate_pipeline_outputs", "moe_layer_recompute", "optimizer_cpu_offload", "optimizer_offload_fraction",
-    # speed
-    "attention_backend", "masked_softmax_fusion", "bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion", "gradient_accumulation_fusion",
-    "persist_layer_norm", "memory_efficient_layer_norm", "deterministic_mode", "tp_comm_overlap", "overlap_p2p_comm", "batch_p2p_comm", "batch_p2p_sync",
-    "moe_token_dispatcher_type", "moe_grouped_gemm", "moe_permute_fusion", "moe_shared_expert_overlap", "moe_enable_deepep", "moe_deepep_num_sms",
-    # rounding
-    "fp32_residual_connection", "attention_softmax_in_fp32", "moe_router_dtype", "use_precision_aware_optimizer", "main_grads_dtype", "main_params_dtype",
-    "exp_avg_dtype", "exp_avg_sq_dtype",
-    # Adam's constants that have no flag
-    "adam_beta1", "adam_eps",
-}  # fmt: skip
+    name
+    for names in (MEMORY_FIELDS, SPEED_FIELDS, ROUNDING_FIELDS, ADAM_FIELDS)
+    for name in names.split()
+}
 
 PLAIN = {bool, int, float, str, type(None)}  # types that a value of --megatron is compared with
 
 
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine imports.
-
-    A half-installed one raises RuntimeError, which is not hidden: it names its own remedy.
-    """
-    if not torch.cuda.is_available():
-        return False
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def overrides(settings, config: dict, config_class: type) -> dict:
-    """Return the part of --megatron that are fields of config_class.
+    """Return the fields of config_class that --megatron sets. Raises BadInput for any other name.
 
-    What is not in TUNABLE is no field that can be set.
+    config_class: TransformerConfig or OptimizerConfig.
     """
-    own = {
+    existing = {
         field.name
         for cls in (TransformerConfig, OptimizerConfig)
         for field in dataclasses.fields(cls)
     }
-    free = TUNABLE & own - set(megatron_arguments(config, tp=1)[0])
+    free = TUNABLE & existing - set(megatron_arguments(config, tp=1)[0])
     given = parse_overrides(settings.megatron, flag="--megatron", fields=sorted(free))
-    return {
-        name: value for name, value in given.items() if name in config_class.__dataclass_fields__
-    }
+    own = config_class.__dataclass_fields__
+    return {name: value for name, value in given.items() if name in own}
+
+
+@all_problems
+def check_overrides(settings, config: dict) -> None:
+    """Refuse what Megatron would not take of --megatron, before anything is started.
+
+    The layout must be a good one: its rules are checked elsewhere.
+    """
+    wrong = []
+    for config_class in (TransformerConfig, OptimizerConfig):
+        given = overrides(settings, config, config_class)
+        defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+        hints = get_type_hints(config_class)
+        for name, value in given.items():
+            types = set(get_args(hints[name]) or [hints[name]])
+            types |= {int} if float in types else set()
+            is_wrong = type(value) not in types and value != defaults[name]
+            if types <= PLAIN and is_wrong:
+                names = sorted(cls.__name__.replace("NoneType", "null") for cls in types)
+                found = f"--megatron {name}={value!r} is of the wrong type"
+                rule = f"the field is {' or '.join(names)}, {defaults[name]!r} unless set"
+                wrong.append(f"{found}: {rule}")
+            elif isinstance(value, float) and not math.isfinite(value):
+                wrong.append(f"--megatron {name}={value!r} must be finite")
+    yield from wrong
+    if wrong:
+        return
+    try:
+        transformer_config(settings, config)
+        OptimizerConfig(**overrides(settings, config, OptimizerConfig))
+    except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        yield f"--megatron {' '.join(settings.megatron)}: megatron-core refuses it: {error}"
+
+
+# --- process groups and random generators -------------------------------------------------------
 
 
 def expert_tp(settings) -> int:
-    """Over how many ranks one expert is split: as the rest of the layer, unless experts are spread
-    over ranks.
+    """Return over how many ranks one expert is split.
+
+    With --ep whole experts are spread over ranks and none is split; else as the rest of the layer.
     """
     return 1 if settings.ep > 1 else settings.tp
 
 
 def init_parallel(settings, *, seed: int) -> None:
-    """Megatron's process groups and random generators, unless they are there. Collective."""
-    if not mpu.model_parallel_is_initialized():
-        experts = dict(
-            expert_model_parallel_size=settings.ep, expert_tensor_parallel_size=expert_tp(settings)
-        )
-        waits = dict(distributed_timeout_minutes=process_groups.timeout().total_seconds() / 60)
-        sizes = dict(context_parallel_size=settings.cp, **experts)
-        mpu.initialize_model_parallel(settings.tp, settings.pp, **sizes, **waits)
-        process_groups.watch_links()
-        model_parallel_cuda_manual_seed(seed)
+    """Create Megatron's process groups and random generators, unless they exist. Collective."""
+    if mpu.model_parallel_is_initialized():
+        return
+    mpu.initialize_model_parallel(
+        settings.tp,
+        settings.pp,
+        context_parallel_size=settings.cp,
+        expert_model_parallel_size=settings.ep,
+        expert_tensor_parallel_size=expert_tp(settings),
+        distributed_timeout_minutes=process_groups.timeout().total_seconds() / 60,
+    )
+    process_groups.watch_links()
+    model_parallel_cuda_manual_seed(seed)
 
 
 def generators() -> dict[str, str]:
-    """Return this rank's random generators: torch's, and those that Megatron keeps for what
-    tensor-parallel ranks must draw alike or differently.
+    """Return the states of this rank's random generators, as base64: torch's and Megatron's.
+
+    Megatron keeps its own for what tensor-parallel ranks must draw alike or differently.
     """
-    states = {
-        "torch": torch.get_rng_state(),
-        **{
-            f"megatron/{name}": state for name, state in get_cuda_rng_tracker().get_states().items()
-        },
-    }
+    states = {"torch": torch.get_rng_state()}
+    for name, state in get_cuda_rng_tracker().get_states().items():
+        states[f"megatron/{name}"] = state
     return {
         name: base64.b64encode(state.cpu().numpy().tobytes()).decode()
         for name, state in states.items()
@@ -128,10 +160,27 @@ def set_generators(states: dict[str, str]) -> None:
     )
 
 
-def transformer_config(settings, config: dict) -> TransformerConfig:
-    """Return what Megatron is told of the model: by config.json, by the layout, and by --megatron.
+# --- the model ----------------------------------------------------------------------------------
 
-    It checks itself, and raises many kinds of errors.
+
+def has_transformer_engine() -> bool:
+    """Tell whether Transformer Engine imports.
+
+    A half-installed one raises RuntimeError. That is not caught: it names its own remedy.
+    """
+    if not torch.cuda.is_available():
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def transformer_config(settings, config: dict) -> TransformerConfig:
+    """Return Megatron's config of the model, from config.json, the layout and --megatron.
+
+    TransformerConfig checks itself and raises many kinds of errors.
     """
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.train_dtype]
     use_te = has_transformer_engine()
@@ -147,10 +196,11 @@ def transformer_config(settings, config: dict) -> TransformerConfig:
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         pipeline_dtype=dtype,
-        # Before DDP is built: it decides there whether gradients are averaged or summed
+        # Must be set before DDP is built, which decides by it whether gradients are averaged or
+        # summed.
         calculate_per_token_loss=True,
         variable_seq_lengths=True,
-        # variable_seq_lengths asks for it, even of a dense model
+        # variable_seq_lengths demands this dispatcher, even of a dense model.
         moe_token_dispatcher_type="alltoall",
         attention_softmax_in_fp32=True,
         masked_softmax_fusion=use_te,
@@ -161,52 +211,18 @@ def transformer_config(settings, config: dict) -> TransformerConfig:
         moe_grouped_gemm=use_te,
         persist_layer_norm=use_te,
     )
-    return TransformerConfig(
-        **{**model_arguments, **common, **overrides(settings, config, TransformerConfig)}
-    )
-
-
-@all_problems
-def check_overrides(settings, config: dict) -> None:
-    """What Megatron would not take of --megatron, before anything is started.
-
-    The layout must be a good one: its rules are checked elsewhere.
-    """
-    wrong = []
-    for config_class in (TransformerConfig, OptimizerConfig):
-        defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
-        hints = get_type_hints(config_class)
-        for name, value in overrides(settings, config, config_class).items():
-            kinds = set(get_args(hints[name]) or [hints[name]])
-            kinds |= {int} if float in kinds else set()
-            if kinds <= PLAIN and type(value) not in kinds and value != defaults[name]:
-                kind = " or ".join(
-                    sorted(kind.__name__.replace("NoneType", "null") for kind in kinds)
-                )
-                found = f"--megatron {name}={value!r} is of the wrong type"
-                wrong.append(f"{found}: the field is {kind}, {defaults[name]!r} unless set")
-            elif isinstance(value, float) and not math.isfinite(value):
-                wrong.append(f"--megatron {name}={value!r} must be finite")
-    yield from wrong
-    if wrong:
-        return
-    try:
-        transformer_config(settings, config)
-        OptimizerConfig(**overrides(settings, config, OptimizerConfig))
-    except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
-        yield f"--megatron {' '.join(settings.megatron)}: megatron-core refuses it: {error}"
+    given = overrides(settings, config, TransformerConfig)
+    return TransformerConfig(**{**model_arguments, **common, **given})
 
 
 def build_gpt(settings, config: dict) -> tuple[GPTModel, Layout]:
-    """This rank's part of the model, not yet filled, and how the whole is split.
+    """Return this rank's part of the model, not yet filled, and how the whole is split.
 
-    Megatron's process groups must be there.
+    Megatron's process groups must exist.
     """
     use_te = has_transformer_engine()
-    transformer, (_, gpt_arguments) = (
-        transformer_config(settings, config),
-        megatron_arguments(config, tp=settings.tp),
-    )
+    transformer = transformer_config(settings, config)
+    _, gpt_arguments = megatron_arguments(config, tp=settings.tp)
     spec = get_gpt_decoder_block_spec(
         transformer, use_transformer_engine=use_te, normalization="RMSNorm"
     )
@@ -220,29 +236,70 @@ def build_gpt(settings, config: dict) -> tuple[GPTModel, Layout]:
         **gpt_arguments,
     )
     layout = Layout(
-        mpu.get_tensor_model_parallel_group(),
-        mpu.get_expert_tensor_and_model_parallel_group(),
-        settings.ep,
-        mpu.get_pipeline_model_parallel_group(),
-        get_transformer_layer_offset(transformer),
+        tp_group=mpu.get_tensor_model_parallel_group(),
+        expert_group=mpu.get_expert_tensor_and_model_parallel_group(),
+        ep=settings.ep,
+        pp_group=mpu.get_pipeline_model_parallel_group(),
+        first_layer=get_transformer_layer_offset(transformer),
     )
     return gpt, layout
 
 
 def load_model(folder: str, settings, config: dict) -> tuple[GPTModel, Layout, torch.nn.Module]:
-    """A model with a folder's weights on this rank's device, how it is split, and the model as
-    Megatron's schedules call it.
+    """Return a model with a folder's weights, how it is split, and the model as schedules call it.
+
+    It is on this rank's device. Megatron's process groups must exist.
     """
     gpt, layout = build_gpt(settings, config)
     if torch.cuda.is_available():
         gpt.cuda(torch.cuda.current_device())
     wrapped = Float16Module(gpt.config, gpt) if settings.train_dtype == "bf16" else gpt
     for name, buffer in gpt.named_buffers():
-        if name.endswith(
-            "router.expert_bias"
-            # Float16Module makes it BF16; the router adds it to its scores in FP32, and a rounded one
-            # chooses others
-        ):
+        # Float16Module makes this bias BF16. The router adds it to its scores in FP32, and a
+        # rounded bias chooses other experts.
+        if name.endswith("router.expert_bias"):
             buffer.data = buffer.float()
-    load_hf(gpt, folder, config, layout=layout)  # before an optimizer copies FP32 main weights
+    # Now: an optimizer that is built later copies FP32 main weights from the filled model.
+    load_hf(gpt, folder, config, layout=layout)
     return gpt, layout, wrapped
+
+
+@torch.no_grad()
+def load_hf(model: torch.nn.Module, folder: str, config: dict, *, layout: Layout) -> None:
+    """Fill this rank's part of a GPTModel from a Hugging Face folder, reading only its own slices.
+
+    Raises BadInput listing missing and misshapen tensors.
+    """
+    weights = HFWeights(folder)
+    check_shapes(weights, config)
+    for megatron_name, parameter in parameters_of(model):
+        rule = rule_of(megatron_name, first_layer=layout.first_layer)
+        if megatron_name == "output_layer.weight" and config["tie_word_embeddings"]:
+            # The last pipeline stage's copy of the first stage's embedding.
+            rule = rule_of("embedding.word_embeddings.weight")
+        tp, group = layout.tp(rule), layout.group(rule)
+        ep_rank, tp_rank = divmod(group.rank(), tp)
+        kv_heads = config["num_key_value_heads"] // tp
+        places = split_stacked(
+            parameter, len(rule.hf), head_dim=config["head_dim"], groups=kv_heads
+        )
+        names = layout.names(rule, config)[ep_rank]
+        parts = [
+            _read_shard(weights, name, rule.tp_dim, tp_rank, place.shape)
+            for name, place in zip(names, places)
+        ]
+        parameter.copy_(stack_parts(parts, groups=kv_heads))
+
+
+def _read_shard(
+    weights: HFWeights, name: str, tp_dim: int | None, tp_rank: int, shape: torch.Size
+) -> torch.Tensor:
+    """Read a tensor-parallel rank's slice of a tensor, padded with zero rows to the given shape."""
+    if tp_dim is None:
+        part = weights.slice(name, None, 0, 0)
+    else:
+        size = shape[tp_dim]
+        stop = min((tp_rank + 1) * size, weights.shape(name)[tp_dim])
+        part = weights.slice(name, tp_dim, tp_rank * size, stop)
+    padding = shape[0] - part.shape[0]  # rows that pad the vocabulary
+    return torch.nn.functional.pad(part, (0, 0, 0, padding)) if padding else part

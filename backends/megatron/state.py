@@ -1,6 +1,7 @@
 """A trainer's state in files, by megatron-core's dist_checkpointing: any layout reads any other's.
 
-Two patches below mend how megatron-core 0.16.1 keeps torch's Adam, and its writer processes.
+Patches at the end mend how megatron-core 0.16.1 restores torch's Adam, and its writer processes.
+Everywhere here a trainer is a train_step.Trainer.
 """
 
 import queue
@@ -20,7 +21,7 @@ from common.processes import signal_when_parent_ends
 def save_state(trainer, folder: Path) -> None:
     """Write weights, FP32 main weights, Adam state and schedule. Collective over the trainers.
 
-    trainer: train_step.Trainer. Raises CheckpointException, among others, when it cannot be written.
+    Raises CheckpointException, among others, when they cannot be written.
     """
     state = _sharded_state(trainer)
     dist_checkpointing.save(state, str(folder), validate_access_integrity=False)
@@ -31,22 +32,22 @@ def load_state(trainer, folder: Path) -> None:
 
     Learning rate and schedule, weight decay and Adam's constants stay those of the trainer.
     """
-    asked = [
-        {name: value for name, value in group.items() if name not in ("params", "step")}
-        for group in trainer.optimizer.param_groups
-    ]
+    own_settings = []  # of each parameter group; loading would replace them
+    for group in trainer.optimizer.param_groups:
+        own = {name: value for name, value in group.items() if name not in ("params", "step")}
+        own_settings.append(own)
     _give_adam_its_state(trainer.optimizer)
     state = _sharded_state(trainer, is_loading=True)
     loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
     trainer.gpt.load_state_dict(loaded["model"])
     trainer.optimizer.load_state_dict(loaded["optimizer"])
-    for group, settings in zip(trainer.optimizer.param_groups, asked, strict=True):
+    for group, settings in zip(trainer.optimizer.param_groups, own_settings, strict=True):
         group.update(settings)
     trainer.scheduler.step(loaded["scheduler"]["num_steps"])
 
 
 def load_weights(gpt: GPTModel, folder: Path) -> None:
-    """Fill a model alone, of whatever layout. Collective over its ranks."""
+    """Fill a model alone from what save_state wrote in any layout. Collective over its ranks."""
     metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
     state = {"model": gpt.sharded_state_dict(metadata=metadata)}
     loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
@@ -71,10 +72,14 @@ def _give_adam_its_state(optimizer) -> None:
         for group in chained.optimizer.param_groups:
             for parameter in group["params"]:
                 if not chained.optimizer.state[parameter]:
-                    moments = {"exp_avg": torch.zeros_like(parameter)}
-                    moments["exp_avg_sq"] = torch.zeros_like(parameter)
-                    chained.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+                    chained.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
 
+
+# --- patches of megatron-core -------------------------------------------------------------------
 
 _stock_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
@@ -82,8 +87,8 @@ _stock_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 def _set_states(self, model_param, tensors):
     """Give each parameter a step of its own.
 
-    megatron-core knows Adam's step as a number of the parameter group, where Apex and Transformer
-    Engine keep it. torch keeps a tensor for each parameter. The loader gives all of them the same
+    Apex and Transformer Engine keep Adam's step as a number of the parameter group, and so does
+    megatron-core. torch keeps a tensor for each parameter. The loader gives all parameters the same
     tensor, which would then be counted up once for every parameter.
     """
     group, place = self.model_param_group_index_map[model_param]

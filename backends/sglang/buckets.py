@@ -1,8 +1,9 @@
 """A bucket of tensors as one message, and what the engine's process does with it.
 
-    trainers          [(name, tensor), …]  -> pack -> a JSON header and one uint8 tensor  -> between ranks, or to the engine
-    other ranks       header, bytes        -> unpack -> the same tensors, as views of the bytes
-    engine's process  load_bucket: unpack -> SGLang's load_weights; compare_loader: the same with every write replaced by a comparison
+    trainers         pack    [(name, tensor), ...] -> a JSON header and one uint8 tensor
+    other ranks      unpack  header, bytes -> the same tensors, as views of the bytes
+    engine process   load_bucket     unpack, then SGLang's load_weights
+                     compare_loader  load_weights, with every write replaced by a comparison
 
 SGLang calls the last two by their names (custom_weight_loader), in its scheduler's process.
 """
@@ -20,37 +21,39 @@ from common.errors import EngineDied
 
 Named = tuple[str, torch.Tensor]
 
+# --- messages -----------------------------------------------------------------------------------
+
 
 def pack(named: list[Named], *, multiple_of: int = 1) -> tuple[bytes, torch.Tensor]:
-    """Tensors as one message: names, dtypes and shapes as JSON, and all their bytes as one uint8
-    tensor, zeros added up to a multiple.
+    """Return a JSON header (names, dtypes, shapes) and the bytes of all tensors, uint8.
 
-    Widest dtypes first, so that every tensor is aligned.
+    multiple_of: zeros are added up to a multiple of so many bytes.
     """
+    # Widest dtypes first, so that every tensor is aligned.
     named = sorted(named, key=lambda pair: -pair[1].element_size())
-    header = [
-        [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
-        for name, tensor in named
-    ]
-    parts = [tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in named] or [
-        torch.empty(0, dtype=torch.uint8)
-    ]
+    header, parts = [], []
+    for name, tensor in named:
+        header.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
+        parts.append(tensor.contiguous().view(-1).view(torch.uint8))
+    if not parts:
+        parts.append(torch.empty(0, dtype=torch.uint8))
     padding = -sum(map(len, parts)) % multiple_of
-    return json.dumps(header).encode(), torch.cat(
-        [*parts, *([parts[0].new_zeros(padding)] if padding else [])]
-    )
+    if padding:
+        parts.append(parts[0].new_zeros(padding))
+    return json.dumps(header).encode(), torch.cat(parts)
 
 
 def entries(header: bytes) -> list[tuple[str, torch.dtype, list[int], int]]:
-    """(name, dtype, shape, bytes) of every tensor that pack describes."""
-    described = [(name, getattr(torch, dtype), shape) for name, dtype, shape in json.loads(header)]
-    return [
-        (name, dtype, shape, math.prod(shape) * dtype.itemsize) for name, dtype, shape in described
-    ]
+    """Return (name, dtype, shape, bytes) of every tensor that a header describes."""
+    described = []
+    for name, dtype_name, shape in json.loads(header):
+        dtype = getattr(torch, dtype_name)
+        described.append((name, dtype, shape, math.prod(shape) * dtype.itemsize))
+    return described
 
 
 def unpack(header: bytes, flat: torch.Tensor) -> list[Named]:
-    """The tensors of a message, as views of its bytes."""
+    """Return the tensors of a message, as views of its bytes."""
     described = entries(header)
     sizes = [nbytes for *_, nbytes in described]
     parts = flat[: sum(sizes)].split(sizes)
@@ -60,24 +63,25 @@ def unpack(header: bytes, flat: torch.Tensor) -> list[Named]:
     ]
 
 
+# --- failures -----------------------------------------------------------------------------------
+
+
 def failure_note(name: str, tensors: list[str]) -> str:
-    """The note that tells in which phase of the hand-off something failed, and about which tensors."""
-    about = (
-        tensors[0]
-        if len(tensors) == 1
-        else f"{tensors[0]} to {tensors[-1]}, {len(tensors)} tensors"
-    )
+    """Return the note about a failure: the phase of the weight update and its tensors."""
+    about = tensors[0]
+    if len(tensors) > 1:
+        about = f"{tensors[0]} to {tensors[-1]}, {len(tensors)} tensors"
     return (
-        f"The weight hand-off failed in phase {name!r}: {about}. An engine that holds half of the"
+        f"The weight update failed in phase {name!r}: {about}. An engine that holds half of the"
         " new weights stays paused; the run ends."
     )
 
 
 @contextlib.contextmanager
 def phase(name: str, tensors: list[str]):
-    """What fails inside is told in which phase; the innermost one tells.
+    """Add a note to any exception raised inside: the phase of the update and the tensors.
 
-    That an engine has died is no matter of what this rank was doing: see send_weights.
+    The innermost phase wins. EngineDied passes unchanged; this rank's phase did not cause it.
     """
     try:
         yield
@@ -92,12 +96,62 @@ def phase(name: str, tensors: list[str]):
 # --- in the engine's process --------------------------------------------------------------------
 
 
-class _CompareWrites(TorchDispatchMode):
-    """Replaces every in-place write by a comparison of what is held with what would be written:
-    copies, and the zeros of vocabulary padding.
+def load_bucket(model: torch.nn.Module, message: list[Named]) -> None:
+    """Load a packed bucket by SGLang's own load_weights. message: its header and its bytes.
 
-    seen: the regions that have been compared, with their bytes, by the address of their storage.
-    Each comparison is noted there.
+    Runs in the engine as SGLang's custom_weight_loader.
+    """
+    (_, header), (_, flat) = message
+    last_name = "the first tensor"
+
+    def named_tensors():
+        nonlocal last_name
+        for name, tensor in unpack(header.cpu().numpy().tobytes(), flat):
+            last_name = name
+            yield name, tensor
+
+    try:
+        model.load_weights(named_tensors())
+    except Exception as error:
+        error.add_note(f"The engine failed to load {last_name}.")
+        raise
+    # The sender uses the memory for the next bucket when this returns, so the copies must be done.
+    # For its own formats SGLang answers when they are only queued.
+    if flat.is_cuda:
+        torch.cuda.synchronize()
+
+
+def compare_loader(model: torch.nn.Module, named_tensors: list[Named]) -> None:
+    """Compare tensors with what the engine holds, and load nothing.
+
+    Runs in the engine as SGLang's custom_weight_loader. The last tensor is the report, int64
+    [engine tp, tensors, 3], in memory shared with the caller. For each tensor it gets:
+
+        bytes compared
+        bytes that differ
+        bytes of the model's parameters that no tensor has been compared with yet
+    """
+    *named, (_, report) = named_tensors
+    rank_report = report[dist.get_rank()]  # the engine's own world: its tensor-parallel ranks
+    # The model keeps the regions from one bucket to the next. Those of earlier verifications stay,
+    # which hides nothing: a name always leads to the same regions, and the caller counts names.
+    seen = vars(model).setdefault("compared_regions", {})
+    for i, (name, tensor) in enumerate(named):
+        with _CompareWrites(seen) as writes:
+            model.load_weights([(name, tensor)])
+        rank_report[i, 0], rank_report[i, 1] = writes.compared, writes.different
+    rank_report[:, 2] = unseen_bytes(model, seen)
+    if report.is_cuda:
+        torch.cuda.synchronize()
+
+
+class _CompareWrites(TorchDispatchMode):
+    """Replaces each in-place write by a comparison of what is held with what would be written.
+
+    Writes are copies, and the zeros of vocabulary padding.
+
+    seen: {address of a storage: {region compared: its bytes}}. Each comparison is noted there. A
+    region counts once: a parameter that is compared twice cannot hide one that never is.
     """
 
     def __init__(self, seen: dict[int, dict[tuple, int]]):
@@ -114,66 +168,20 @@ class _CompareWrites(TorchDispatchMode):
         expected = value.to(device=held.device, dtype=held.dtype).expand_as(held)
         region = (held.storage_offset(), held.shape, held.stride())
         self.seen.setdefault(held.untyped_storage().data_ptr(), {})[region] = held.nbytes
+        held_bytes = held.contiguous().view(torch.uint8)
         self.compared += held.nbytes
-        self.different += int(
-            (held.contiguous().view(torch.uint8) != expected.contiguous().view(torch.uint8)).sum()
-        )
+        self.different += int((held_bytes != expected.contiguous().view(torch.uint8)).sum())
         return held
 
 
-def load_bucket(model: torch.nn.Module, message: list[Named]) -> None:
-    """Runs in the engine as SGLang's custom_weight_loader: the header and the bytes of a packed
-    bucket -> SGLang's own load_weights.
-
-    Returns when the copies have been made, not only queued: the sender may then use the memory for
-    the next bucket. What SGLang answers to an update of its own formats says only that the copies
-    are queued.
-    """
-    (_, header), (_, flat) = message
-    loading = []
-
-    def noted():
-        for name, tensor in unpack(header.cpu().numpy().tobytes(), flat):
-            loading[:] = [name]
-            yield name, tensor
-
-    try:
-        model.load_weights(noted())
-    except Exception as error:
-        error.add_note(f"The engine failed to load {loading[0]}.")
-        raise
-    if flat.is_cuda:
-        torch.cuda.synchronize()
-
-
-def compare_loader(model: torch.nn.Module, named_tensors: list[Named]) -> None:
-    """Runs in the engine as SGLang's custom_weight_loader: compares instead of loading.
-
-    The last tensor is the report, in memory shared with the caller. It holds of each tensor: bytes
-    compared, bytes that differ, and bytes of parameters that no tensor has been compared with so
-    far. A region counts once: a parameter that is compared twice cannot hide one that never is.
-    """
-    *named, (_, report) = named_tensors
-    mine = report[dist.get_rank()]  # the engine's own world: its tensor-parallel ranks
-    # The model keeps the regions from one bucket to the next. Those of an earlier read-back stay,
-    # which hides nothing: a name always leads to the same regions, and the caller counts names.
-    seen = vars(model).setdefault("compared_regions", {})
-    for i, (name, tensor) in enumerate(named):
-        with _CompareWrites(seen) as writes:
-            model.load_weights([(name, tensor)])
-        mine[i, 0], mine[i, 1] = writes.compared, writes.different
-    mine[:, 2] = unseen_bytes(model, seen)
-    if report.is_cuda:
-        torch.cuda.synchronize()
-
-
 def unseen_bytes(model: torch.nn.Module, seen: dict[int, dict[tuple, int]]) -> int:
-    """Bytes of the model's parameters that are in no region of seen."""
+    """Return how many bytes of the model's parameters are in no region of seen."""
     # Settings of an FP8 KV cache that Llama holds as parameters: no weights, and not used.
     kv_cache_scales = (".k_scale", ".v_scale")
-    bytes_of = Counter()
+    held = Counter()
     for name, parameter in model.named_parameters():
         if not name.endswith(kv_cache_scales):
-            bytes_of[parameter.untyped_storage().data_ptr()] += parameter.nbytes
-    unseen = (held - sum(seen.get(storage, {}).values()) for storage, held in bytes_of.items())
-    return sum(max(0, nbytes) for nbytes in unseen)
+            held[parameter.untyped_storage().data_ptr()] += parameter.nbytes
+    return sum(
+        max(0, nbytes - sum(seen.get(storage, {}).values())) for storage, nbytes in held.items()
+    )

@@ -1,7 +1,7 @@
-"""What of an engine is checked before it starts: its settings, and what it needs of the machine.
+"""Checks before an engine starts: of its settings, and of what it needs from the machine.
 
-SGLang reports what the machine lacks only after a start of half a minute. Some settings it never
-reports: it samples from something else in silence.
+SGLang reports what a machine lacks only after half a minute. Some settings it never reports: it
+samples from something else in silence.
 """
 
 import os
@@ -45,8 +45,8 @@ TUNABLE = frozenset(
     decode_log_interval gc_warning_threshold_secs crash_dump_folder
     """.split()
 )
-# Who asks for such a field learns what decides it.
-_SAMPLING, _HAND_OFF = "--temperature and --max-response-tokens", "the hand-off of weights"
+# Fields that something else decides. The error for such a field says what.
+_SAMPLING, _UPDATE = "--temperature and --max-response-tokens", "the weight update"
 DECIDED_BY = {
     "model_path": "--model",
     "tokenizer_path": "--model",
@@ -63,29 +63,25 @@ DECIDED_BY = {
     "json_model_override_args": "the model's config.json and --rollout-dtype",
     "preferred_sampling_params": _SAMPLING,
     "sampling_defaults": _SAMPLING,
-    "load_format": _HAND_OFF,
-    "custom_weight_loader": _HAND_OFF,
-    "weight_version": _HAND_OFF,
+    "load_format": _UPDATE,
+    "custom_weight_loader": _UPDATE,
+    "weight_version": _UPDATE,
     "enable_memory_saver": "the kind of machine",
     "skip_tokenizer_init": "--model, whose tokenizer runs outside the engine",
     "chat_template": "the model's tokenizer, outside the engine",
     "custom_sigquit_handler": "this program",
 }
-# Without a GPU: cpu.py is written for one value of each.
-CPU_KERNELS = (
-    "attention_backend", "prefill_attention_backend", "decode_attention_backend", "sampling_backend",
-    "kv_cache_dtype", "fp8_gemm_runner_backend", "bf16_gemm_backend", "moe_runner_backend",
-    "moe_a2a_backend", "disable_cuda_graph", "disable_overlap_schedule", "enable_torch_compile",
-    "enable_deterministic_inference",
-)  # fmt: skip
-CHOICES = {
-    "log_level": ("debug", "info", "warning", "error", "critical")
-}  # beside those that ServerArgs names
-# Environment variables by which SGLang changes every request without a word.
-ENGINE_VARIABLES = {
-    "SGLANG_RETURN_ORIGINAL_LOGPROB": "reports log-probs of temperature 1",
-    "SGLANG_MAX_NEW_TOKENS_LIMIT": "cuts answers short",
-}
+# Without a GPU: backends/cpu is written for one value of each.
+CPU_KERNELS = frozenset(
+    """
+    attention_backend prefill_attention_backend decode_attention_backend sampling_backend
+    kv_cache_dtype fp8_gemm_runner_backend bf16_gemm_backend moe_runner_backend moe_a2a_backend
+    disable_cuda_graph disable_overlap_schedule enable_torch_compile enable_deterministic_inference
+    """.split()
+)
+# Choices beside those that ServerArgs names.
+CHOICES = {"log_level": ("debug", "info", "warning", "error", "critical")}
+ZERO_IS_RIGHT = ("log_requests_level", "numa_node", "gc_threshold", "torch_compile_max_bs")
 
 
 @all_problems
@@ -93,14 +89,13 @@ def server_overrides(pairs: tuple[str, ...], *, on_gpu: bool) -> dict:
     """Return --sglang as a dict.
 
     Raises BadInput for what something else decides, and for what could change samples in silence.
-    on_gpu: whether the engine will have a GPU; without one cpu.py replaces its kernels.
+
+    on_gpu: whether the engine will have a GPU. Without one, backends/cpu replaces its kernels.
     """
-    decided = (
-        DECIDED_BY
-        if on_gpu
-        else DECIDED_BY
-        | dict.fromkeys(CPU_KERNELS, "cpu.py, which replaces the engine's kernels without a GPU")
-    )
+    decided = dict(DECIDED_BY)
+    if not on_gpu:
+        by = "backends/cpu, which replaces the engine's kernels without a GPU"
+        decided |= dict.fromkeys(CPU_KERNELS, by)
     allowed = [name for name in SERVER_FIELDS if name in TUNABLE and name not in decided]
     found, rest = ProblemList(), []
     for pair in pairs:
@@ -121,56 +116,66 @@ def server_overrides(pairs: tuple[str, ...], *, on_gpu: bool) -> dict:
     return overrides
 
 
-def _value_problems(name: str, value) -> Iterator[str]:
-    """Yield what is wrong with the value of a ServerArgs field: its type, its choice, its size."""
-    kind = FIELD_TYPES[name]
-    choices = [getattr(note, "choices", None) for note in get_args(kind)[1:]]
-    choices = CHOICES.get(name) or next((c for c in choices if isinstance(c, list)), None)
-    try:
-        msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        yield f"--sglang {name}={value}: {str(error).lower()}"
-        return
-    numbers = [
-        number
-        for number in (value if isinstance(value, list) else [value])
-        if type(number) in (int, float)
-    ]
-    least = 0 if name in NOUGHT_IS_RIGHT else 1 if numbers and type(numbers[0]) is int else 1e-9
-    if value is not None and choices and value not in choices:
-        yield f"--sglang {name}={value} must be one of {', '.join(map(str, choices))}"
-    elif name == "mem_fraction_static" and not (value is not None and 0 < value < 1):
-        yield f"--sglang mem_fraction_static={value} must be a number between 0 and 1"
-    elif not all(least <= number < 1e12 for number in numbers) and not (
-        name == "chunked_prefill_size" and value == -1
-    ):  # -1: not in chunks
-        yield (
-            f"--sglang {name}={value} must be "
-            f"{'at least ' + str(least) if least != 1e-9 else 'above 0'}, and finite"
-        )
-
-
 def _field_types() -> dict:
+    # 0.5.21's ServerArgs is a struct of msgspec, 0.5.14's a dataclass.
     if hasattr(ServerArgs, "__struct_fields__"):
         return {field.name: field.type for field in msgspec.structs.fields(ServerArgs)}
     return get_type_hints(ServerArgs, include_extras=True)
 
 
 FIELD_TYPES = _field_types()
-NOUGHT_IS_RIGHT = ("log_requests_level", "numa_node", "gc_threshold", "torch_compile_max_bs")
+
+
+def _value_problems(name: str, value) -> Iterator[str]:
+    """Yield what is wrong with the value of a ServerArgs field: its type, its choice, its size."""
+    given = f"--sglang {name}={value}"
+    try:
+        msgspec.convert(value, FIELD_TYPES[name])
+    except msgspec.ValidationError as error:
+        yield f"{given}: {str(error).lower()}"
+        return
+    if value is not None and (choices := _choices(name)) and value not in choices:
+        yield f"{given} must be one of {', '.join(map(str, choices))}"
+        return
+    if name == "mem_fraction_static" and (value is None or not 0 < value < 1):
+        yield f"{given} must be a number between 0 and 1"
+        return
+    if name == "chunked_prefill_size" and value == -1:  # not in chunks
+        return
+    numbers = value if isinstance(value, list) else [value]
+    numbers = [number for number in numbers if type(number) in (int, float)]
+    is_integer = bool(numbers) and type(numbers[0]) is int
+    least, rule = (1, "at least 1") if is_integer else (1e-9, "above 0")
+    if name in ZERO_IS_RIGHT:
+        least, rule = 0, "at least 0"
+    if not all(least <= number < 1e12 for number in numbers):
+        yield f"{given} must be {rule}, and finite"
+
+
+def _choices(name: str) -> tuple | list | None:
+    """Return what a ServerArgs field may be, None if that is not a choice."""
+    if name in CHOICES:
+        return CHOICES[name]
+    for annotation in get_args(FIELD_TYPES[name])[1:]:
+        if isinstance(choices := getattr(annotation, "choices", None), list):
+            return choices
+    return None
 
 
 # --- the machine ------------------------------------------------------------------------------
 
+# Environment variables by which SGLang changes every request without a word.
+ENGINE_VARIABLES = {
+    "SGLANG_RETURN_ORIGINAL_LOGPROB": "reports log-probs of temperature 1",
+    "SGLANG_MAX_NEW_TOKENS_LIMIT": "cuts answers short",
+}
 SHARED_MEMORY = "/dev/shm"
 SOCKET_PATH_BYTES = 107  # of sockaddr_un.sun_path, without the zero at its end
 # The longest name that is made below the temporary folder: the socket by which multiprocessing
 # passes a tensor's memory to another process (multiprocessing.util.get_temp_dir,
 # connection.arbitrary_address). The names of SGLang's zmq sockets are shorter.
 SOCKET_NAME_BYTES = len("/pymp-xxxxxxxx/listener-xxxxxxxx")
-BUCKETS_SHARED = (
-    2  # at a time: one that the engine loads, and one before whose memory it gives back
-)
+BUCKETS_SHARED = 2  # at a time: the engine loads one, and has not given back the one before
 FILES_OF_A_RANK = 256  # an allowance for all open files and sockets but those of a bucket
 
 
@@ -178,43 +183,44 @@ FILES_OF_A_RANK = 256  # an allowance for all open files and sockets but those o
 def check_environment(
     config: dict | None, *, bucket_bytes: int, element_bytes: int, engines_here: int
 ) -> None:
-    """Yield what of this machine keeps an engine from working.
+    """Refuse a machine on which an engine could not work.
 
-    That is environment variables, the temporary folder, shared memory and open files.
-    config: None where it could not be read.
-    element_bytes: of an unquantized weight as it is handed over, 2 or 4.
-    engines_here: engines on this machine; 0 for a run that starts none.
+    Looks at environment variables, the temporary folder, shared memory and the limit of open files.
+
+    config: None where it could not be read. element_bytes: of an unquantized weight as it is sent,
+    2 or 4. engines_here: engines on this machine; 0 for a run that starts none.
     """
     if engines_here < 1:
         return
     for name, effect in ENGINE_VARIABLES.items():
         if os.environ.get(name, "").lower() not in ("", "0", "false"):
-            yield (
-                f"the environment variable {name}={os.environ[name]} must not be set: by it SGLang "
-                f"{effect}"
-            )
+            given = f"the environment variable {name}={os.environ[name]}"
+            yield f"{given} must not be set: by it SGLang {effect}"
     yield from _temporary_folder_problems()
     if config is None or torch.cuda.is_available() or bucket_bytes < 1:
         yield from _open_files_problems([], 0)
         return  # on a GPU, buckets travel by CUDA IPC
     sizes = sorted(prod(shape) * element_bytes for shape in hf_shapes(config).values())
     bucket = min(bucket_bytes + sizes[-1], sum(sizes))
-    needed = BUCKETS_SHARED * bucket * engines_here
+    yield from _shared_memory_problems(bucket, engines_here)
+    yield from _open_files_problems(sizes, bucket)
+
+
+def _shared_memory_problems(bucket: int, engines_here: int) -> Iterator[str]:
+    """Yield if the buckets of a weight update do not fit. bucket: bytes of the largest."""
     if not os.path.isdir(SHARED_MEMORY) or not os.access(SHARED_MEMORY, os.W_OK | os.X_OK):
-        yield (
-            f"{SHARED_MEMORY} cannot be written: weights travel through it to the engine; mount a "
-            "tmpfs there"
-        )
-    elif needed > (free := shutil.disk_usage(SHARED_MEMORY).free):
-        what = (
-            f"{BUCKETS_SHARED} buckets of {bucket / 1e6:,.1f} MB for each of {engines_here} engines"
-        )
+        fix = "mount a tmpfs there"
+        yield f"{SHARED_MEMORY} cannot be written: weights travel through it to the engine; {fix}"
+        return
+    needed, free = BUCKETS_SHARED * bucket * engines_here, shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        size = f"{bucket / 1e6:,.1f} MB"
+        what = f"{BUCKETS_SHARED} buckets of {size} for each of {engines_here} engines"
         fix = "lower --bucket-bytes, or mount it larger (docker run --shm-size)"
         yield (
-            f"{SHARED_MEMORY} has {free / 1e6:,.1f} MB free, but the hand-off of weights needs "
-            f"{needed / 1e6:,.1f} MB: {what}; {fix}"
+            f"{SHARED_MEMORY} has {free / 1e6:,.1f} MB free, but a weight update needs"
+            f" {needed / 1e6:,.1f} MB: {what}; {fix}"
         )
-    yield from _open_files_problems(sizes, bucket)
 
 
 def _temporary_folder_problems() -> Iterator[str]:
@@ -234,25 +240,33 @@ def _temporary_folder_problems() -> Iterator[str]:
     length, most = len(os.fsencode(os.path.abspath(folder))), SOCKET_PATH_BYTES - SOCKET_NAME_BYTES
     if length > most:
         yield (
-            f"{name or 'TMPDIR'} {folder} has {length} bytes; sockets below it allow at most "
-            f"{most}: set TMPDIR to a shorter path, such as /tmp"
+            f"{name or 'TMPDIR'} {folder} has {length} bytes; sockets below it allow at most"
+            f" {most}: set TMPDIR to a shorter path, such as /tmp"
         )
 
 
 def _open_files_problems(sizes: list[int], bucket: int) -> Iterator[str]:
-    """Yield if the read-back of a bucket could not share its tensors.
+    """Yield if this process may not open enough files to verify a bucket of the smallest tensors.
 
-    Each takes an open file, and its copy for the engine another. run_main raises the soft limit.
+    Each tensor takes an open file, and its copy for the engine another. run_main raises the soft
+    limit. sizes: bytes of all tensors, sorted. bucket: bytes of the largest bucket.
     """
-    hard, taken, tensors = resource.getrlimit(resource.RLIMIT_NOFILE)[1], 0, -1
-    for tensors, size in enumerate(sizes):  # the smallest first: most of them fit
-        if taken > bucket or tensors == len(sizes) - 1:
-            break
-        taken += size
-    needed = FILES_OF_A_RANK + 2 * (tensors + 1)
+    tensors = _most_tensors_in_a_bucket(sizes, bucket)
+    needed = FILES_OF_A_RANK + 2 * tensors
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard != resource.RLIM_INFINITY and hard < needed:
-        helps = tensors > 0 and hard >= FILES_OF_A_RANK + 2
+        helps = tensors > 1 and hard >= FILES_OF_A_RANK + 2
         yield (
-            f"a process may open {hard} files, but a rank with its engine needs up to {needed}: "
-            f"raise the hard limit (ulimit -Hn){', or lower --bucket-bytes' if helps else ''}"
+            f"a process may open {hard} files, but a rank with its engine needs up to {needed}:"
+            f" raise the hard limit (ulimit -Hn){', or lower --bucket-bytes' if helps else ''}"
         )
+
+
+def _most_tensors_in_a_bucket(sizes: list[int], bucket: int) -> int:
+    """Return how many of the smallest tensors it takes to exceed a bucket, or of all tensors."""
+    taken = 0
+    for n, size in enumerate(sizes, start=1):
+        if taken > bucket:
+            return n
+        taken += size
+    return len(sizes)

@@ -1,17 +1,16 @@
-"""The inference engine: SGLang's own Engine, in this process, with token ids in and out and weight
-updates as methods that raise.
+"""The inference engine: SGLang's Engine in this process, with token ids in and out.
 
-A tokenizer manager runs in this process and a scheduler with the model in a child process per
-engine rank. The engine's event loop runs in a thread of its own: generation goes on while the main
-thread trains or waits, and signals stay the main thread's. Everything below that is `async` runs on
-that loop; call() brings a result from there to the main thread.
+This process runs SGLang's tokenizer manager. Each engine rank's scheduler runs with the model in a
+child process. The engine's event loop has a thread of its own: generation goes on while the main
+thread trains or waits, and signals stay the main thread's. What is `async` below runs on that loop;
+call() brings its result to the main thread.
 
-An update never needs an idle engine. Requests that run are paused in place and go on with the new
-weights, on the keys and values they have cached; which version sampled which token is reported per
-token. New requests never read what older weights have cached, because every request's cache key
-carries the version it started with (SGLang's extra_key): nothing has to be flushed.
+A weight update never needs an idle engine. Running requests are paused in place and go on with the
+new weights, on the keys and values they have cached. The engine reports for each token the version
+that sampled it. New requests never read what older weights have cached: every request's cache key
+(SGLang's extra_key) carries the version it started with. So nothing has to be flushed.
 
-What differs between SGLang 0.5.14 (torch 2.11) and 0.5.21 is told apart here and nowhere else.
+SGLang 0.5.14 (torch 2.11) and 0.5.21 differ. Code that tells them apart stands in this folder only.
 """
 
 import asyncio
@@ -38,48 +37,36 @@ from common.errors import EngineDied, engine_died
 from common.processes import end_signals_blocked, kill_with_children, main_module_hidden
 from common.timeline import Timeline
 
-# 0.5.21 reports the weight versions of a response as spans. Where it does not, tokens are counted
-# as they arrive.
+# 0.5.21 reports the weight versions of a response as spans. For 0.5.14, tokens are counted as they
+# arrive.
 REPORTS_VERSIONS = importlib.util.find_spec("sglang.srt.utils.weight_versions") is not None
 # 0.5.21's ServerArgs is a struct of msgspec, 0.5.14's a dataclass.
-SERVER_FIELDS = getattr(ServerArgs, "__struct_fields__", None) or tuple(
-    ServerArgs.__dataclass_fields__
+SERVER_FIELDS = tuple(
+    getattr(ServerArgs, "__struct_fields__", None) or ServerArgs.__dataclass_fields__
 )
+BUCKETS = "backends.sglang.buckets"  # where SGLang finds the loaders, by name
 LOOP_ENDS_WITHIN_S = 5.0
-# How soon SIGQUIT tells of an engine's death: SGLang's SubprocessWatchdog looks every second.
+# So soon SIGQUIT reports an engine's death: SGLang's SubprocessWatchdog looks every second.
 SIGQUIT_WITHIN_S = 3.0
 
 
 class Engine(sglang_engine.Engine):
-    """SGLang's Engine; version is that of the weights it holds, -1 before the first update."""
+    """SGLang's Engine. version: of the weights that it holds, -1 before the first update."""
 
     run_scheduler_process_func = staticmethod(run_scheduler)
     holds_weights = True
     _starting: "Engine"  # SGLang launches by methods of the class, which find it here
 
-    @classmethod
-    def _launch_detokenizer_subprocesses(cls, *args, **kwargs):
-        return (
-            [],
-            [],
-        )  # tokens come back as tokens: there is nothing to detokenize, and a process less
-
-    @classmethod
-    def _launch_scheduler_processes(cls, server_args, port_args, *args, **kwargs):
-        cls._starting.files = engine_files(port_args)
-        # Should this rank be killed, the tracker outlives it, and frees the shared memory.
-        resource_tracker.register(f"/{cls._starting.files[-1].name}", "shared_memory")
-        before = set(multiprocessing.active_children())
-        try:
-            with end_signals_blocked():
-                return super()._launch_scheduler_processes(server_args, port_args, *args, **kwargs)
-        finally:
-            cls._starting.processes = set(multiprocessing.active_children()) - before
-
     def __init__(self, answer_timeout_s: float = 3600.0, **server_args):
+        """Start the engine, without weights. Raises EngineDied if one of its processes ends.
+
+        answer_timeout_s: an engine that takes longer for a request, or for a part of an update,
+        counts as dead.
+        """
+        # It reports that it installs its SIGQUIT handler as if that were an error.
         logging.getLogger("sglang.srt.entrypoints.engine").addFilter(
             lambda record: "SIGQUIT handler" not in record.getMessage()
-        )  # not an error
+        )
         Engine._starting, self.files, self.processes = self, [], set()
         try:
             with main_module_hidden():
@@ -95,7 +82,7 @@ class Engine(sglang_engine.Engine):
         self._requests, self._paused, self._released = 0, False, False
         self._last_part, self.last_phase = None, ("start", ["no weights yet"])
         # The loop's thread and the judges' threads share the interpreter with the main thread,
-        # which other ranks wait for in collectives.
+        # which other ranks wait for in collectives. So it must get its turn often.
         sys.setswitchinterval(5e-4)
         self._death = self.loop.create_future()
         for process in self.processes:
@@ -104,6 +91,23 @@ class Engine(sglang_engine.Engine):
             target=self.loop.run_forever, name="sglang-event-loop", daemon=True
         )
         self._thread.start()
+
+    @classmethod
+    def _launch_detokenizer_subprocesses(cls, *args, **kwargs):
+        # Tokens come back as tokens: there is nothing to detokenize, and no process is needed.
+        return [], []
+
+    @classmethod
+    def _launch_scheduler_processes(cls, server_args, port_args, *args, **kwargs):
+        cls._starting.files = engine_files(port_args)
+        # Should this rank be killed, the tracker outlives it, and frees the shared memory.
+        resource_tracker.register(f"/{cls._starting.files[-1].name}", "shared_memory")
+        before = set(multiprocessing.active_children())
+        try:
+            with end_signals_blocked():
+                return super()._launch_scheduler_processes(server_args, port_args, *args, **kwargs)
+        finally:
+            cls._starting.processes = set(multiprocessing.active_children()) - before
 
     def call(self, coroutine):
         """Run a coroutine on the engine's loop and wait for its result.
@@ -121,23 +125,23 @@ class Engine(sglang_engine.Engine):
         raise engine_died()
 
     def _on_end_of(self, process) -> None:
-        """Let call() raise, a little later: SIGQUIT comes first, wherever the main thread is."""
+        """Let call() raise when one of the engine's processes has ended."""
 
         def let_call_raise():
             if not self._death.done():
                 self._death.set_result(None)
 
+        # A little later: SIGQUIT comes first, and interrupts the main thread wherever it is.
         self.loop.remove_reader(process.sentinel)
         self.loop.call_later(SIGQUIT_WITHIN_S, let_call_raise)
 
     def shutdown(self):
-        """End the engine's child processes, no others, its event loop, and its files.
+        """End the engine's child processes, its event loop, and its files.
 
         Also called at exit; a second call does nothing.
         """
-        stock = (
-            sglang_engine.kill_process_tree
-        )  # It would kill W&B, judges and multiprocessing's resource tracker too.
+        # Stock code kills all child processes: W&B, judges, multiprocessing's resource tracker too.
+        stock = sglang_engine.kill_process_tree
         sglang_engine.kill_process_tree = lambda *_, **__: kill_with_children(self.processes)
         try:
             super().shutdown()
@@ -148,19 +152,15 @@ class Engine(sglang_engine.Engine):
             if self.files:
                 resource_tracker.unregister(f"/{self.files[-1].name}", "shared_memory")
             self.files = []
-        if (
-            hasattr(self, "loop") and self.loop.is_running()
-        ):  # no loop: the engine died while it was being started
+        # Without a loop the engine died while it was being started.
+        if hasattr(self, "loop") and self.loop.is_running():
             asyncio.run_coroutine_threadsafe(self._cancel_tasks(), self.loop).result()
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join(LOOP_ENDS_WITHIN_S)
 
     @staticmethod
     async def _cancel_tasks() -> None:
-        """Cancel what waits on the loop.
-
-        Python prints an error for each task that it finds pending at exit.
-        """
+        """Cancel what waits on the loop: Python prints an error for each task pending at exit."""
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
@@ -177,26 +177,23 @@ class Engine(sglang_engine.Engine):
         request_ids: list[str] | None = None,
         cache: str = "",
     ) -> list[dict]:
-        """One response per prompt, in order: SGLang's dicts with output_ids and meta_info, and
-        weight_versions, one per token.
+        """Return one response per prompt, in order, as SGLang's dicts.
 
-        Cached prefixes are shared by calls of one cache name at one version of the weights. A
-        prompt that several of these requests have is computed once: a request for no token at all
-        comes before them, and leaves it in the cache.
+        They hold output_ids, meta_info, and weight_versions, one per token.
+
+        cache: calls share cached prefixes if they have the same cache name and weight version.
         """
         self._count_requests(len(prompts_ids))
         try:
-            if shared := [
-                list(ids)
-                for ids, count in collections.Counter(map(tuple, prompts_ids)).items()
-                if count > 1
-            ]:
-                await self._ask(
-                    io_struct.GenerateReqInput(
-                        input_ids=shared, sampling_params={"max_new_tokens": 0}
-                    ),
-                    cache,
+            counts = collections.Counter(map(tuple, prompts_ids))
+            shared = [list(ids) for ids, count in counts.items() if count > 1]
+            if shared:
+                # Compute a prompt that several requests have once: a request for no token at all
+                # comes before them and leaves it in the cache.
+                prefill = io_struct.GenerateReqInput(
+                    input_ids=shared, sampling_params={"max_new_tokens": 0}
                 )
+                await self._ask(prefill, cache)
             request = io_struct.GenerateReqInput(
                 input_ids=prompts_ids,
                 sampling_params=sampling,
@@ -209,19 +206,16 @@ class Engine(sglang_engine.Engine):
             self._count_requests(-len(prompts_ids))
         if REPORTS_VERSIONS:
             for output in outputs:
-                spans = output["meta_info"]["weight_versions"]
-                output["weight_versions"] = [
-                    int(span["version"])
-                    for span in spans
-                    for _ in range(span["start"], span["end"])
-                ]
+                versions = []
+                for span in output["meta_info"]["weight_versions"]:
+                    versions += [int(span["version"])] * (span["end"] - span["start"])
+                output["weight_versions"] = versions
         return outputs
 
     async def _ask(self, request, cache: str) -> list[dict]:
-        """The outputs of a batch of requests, when all are done."""
-        await (
-            self._settled()
-        )  # an update that has begun is not waited for by its sender, but by whoever asks next
+        """Return the outputs of a batch of requests, when all are done."""
+        # The sender of an update does not wait for its end; the next request does.
+        await self._settled()
         request.extra_key = f"{self.version} {cache}"
         n = len(request.input_ids)
         stream = self.tokenizer_manager.generate_request(request, None)
@@ -230,9 +224,7 @@ class Engine(sglang_engine.Engine):
 
     @contextlib.asynccontextmanager
     async def _patience(self, what: str):
-        """Raise EngineDied if this takes longer than an engine can need: one that hangs says
-        nothing.
-        """
+        """Raise EngineDied after answer_timeout_s: an engine that hangs reports nothing itself."""
         try:
             async with asyncio.timeout(self.answer_timeout_s):
                 yield
@@ -244,8 +236,9 @@ class Engine(sglang_engine.Engine):
             ) from error
 
     async def _count_versions(self, stream, n: int) -> list[dict]:
-        """Versions by arrival: replies come in order, so what arrives before an update's reply was
-        sampled before that update.
+        """Return the outputs of a stream, with weight versions by the time of arrival.
+
+        Replies come in order: a token that arrives before an update's reply was sampled before it.
         """
         outputs, versions = [None] * n, [[] for _ in range(n)]
         async for output in stream:
@@ -257,7 +250,7 @@ class Engine(sglang_engine.Engine):
         return outputs
 
     async def abort(self, request_ids: list[str]) -> None:
-        """Stop these requests; each returns what it has, with finish reason abort."""
+        """Stop these requests. Each returns what it has, with finish reason abort."""
         for request_id in request_ids:
             self.tokenizer_manager.abort_request(request_id)
 
@@ -275,11 +268,11 @@ class Engine(sglang_engine.Engine):
 
     # --- weights
     #
-    # The parts of an update run on the event loop, one after the other, while the caller prepares
-    # their part is done. What a part raises is raised by the next load() or settle().
+    # The parts of an update run on the event loop, one after another, while the caller prepares the
+    # next. What a part raises is raised by the next load() or settle().
 
     def settle(self) -> None:
-        """Wait until all parts of updates so far are done."""
+        """Wait until all parts of updates so far are done. Raises what one of them raised."""
         self.call(self._settled())
 
     async def _settled(self) -> None:
@@ -287,6 +280,7 @@ class Engine(sglang_engine.Engine):
             await asyncio.wrap_future(self._last_part)
 
     def _enqueue(self, part, name: str, about: list[str]) -> None:
+        """Run a part of an update after the previous one. about: its tensors, for error notes."""
         previous, self.last_phase = self._last_part, (name, about)
 
         async def after_previous():
@@ -299,76 +293,65 @@ class Engine(sglang_engine.Engine):
         self._last_part = asyncio.run_coroutine_threadsafe(after_previous(), self.loop)
 
     def release_memory(self) -> None:
-        """On a GPU that engine and trainer share: give back what weights and cache occupy, and the
-        next update takes it again. Nothing may be running.
+        """Give back the GPU memory of weights and cache; the next update takes it again.
 
-        On a CPU, nothing is done: the system takes what is not used.
+        For a GPU that engine and trainer share. Nothing may be running. On a CPU it does nothing:
+        the system takes memory that is not used.
         """
-        if torch.cuda.is_available():
-            deadline = time.time() + 60
-            while not self.call(
-                self.tokenizer_manager.flush_cache()
-            ).success:  # the last answer arrives before the scheduler knows that it is idle,
-                if time.time() > deadline:
-                    raise RuntimeError(
-                        "the engine is still busy after 60 s: its memory can only be released when"
-                        " nothing is running"
-                    )
-                time.sleep(0.01)  # and SGLang asserts that it is
-            self.call(
-                self.tokenizer_manager.release_memory_occupation(
-                    io_struct.ReleaseMemoryOccupationReqInput(tags=["kv_cache", "weights"]), None
+        if not torch.cuda.is_available():
+            return
+        # The last answer arrives before the scheduler knows that it is idle, and SGLang asserts
+        # that it is.
+        deadline = time.time() + 60
+        while not self.call(self.tokenizer_manager.flush_cache()).success:
+            if time.time() > deadline:
+                raise RuntimeError(
+                    "the engine is still busy after 60 s: its memory can only be released when"
+                    " nothing is running"
                 )
-            )
-            self._released = True
+            time.sleep(0.01)
+        request = io_struct.ReleaseMemoryOccupationReqInput(tags=["kv_cache", "weights"])
+        self.call(self.tokenizer_manager.release_memory_occupation(request, None))
+        self._released = True
 
     async def _resume_memory(self, tag: str) -> None:
-        await self.tokenizer_manager.resume_memory_occupation(
-            io_struct.ResumeMemoryOccupationReqInput(tags=[tag]), None
-        )
+        request = io_struct.ResumeMemoryOccupationReqInput(tags=[tag])
+        await self.tokenizer_manager.resume_memory_occupation(request, None)
 
     def begin_update(self) -> None:
-        """Pause what is running, in place, and open an update."""
+        """Pause running requests in place and open an update."""
         self._enqueue(self._begin, "begin of update", [f"after version {self.version}"])
 
     async def _begin(self) -> None:
-        await self.tokenizer_manager.pause_generation(
-            io_struct.PauseGenerationReqInput(mode="in_place")
-        )
-        if self._released:  # weights now; the cache when the trainer's buckets are gone
+        """Pause generation and open an update, for new weights or for verification."""
+        request = io_struct.PauseGenerationReqInput(mode="in_place")
+        await self.tokenizer_manager.pause_generation(request)
+        if self._released:  # only the weights; the cache when the trainer's buckets are gone
             await self._resume_memory("weights")
-        if hasattr(
-            self.tokenizer_manager, "begin_weight_update"
-        ):  # 0.5.21; without it an update is refused
-            self._must(
-                await self.tokenizer_manager.begin_weight_update(
-                    io_struct.BeginWeightUpdateReqInput(), None
-                ),
-                "begin_weight_update",
-            )
-        # Only now: the scheduler answers between two forward passes, and has generated until then
+        # 0.5.21 refuses an update without it; 0.5.14 does not have it.
+        if hasattr(self.tokenizer_manager, "begin_weight_update"):
+            request = io_struct.BeginWeightUpdateReqInput()
+            outcome = await self.tokenizer_manager.begin_weight_update(request, None)
+            self._must(outcome, "begin_weight_update")
+        # Only now: the scheduler answers between two forward passes, and generates until then.
         self._paused = True
         self._mark()
 
     def load(self, named: list[tuple[str, torch.Tensor]], *, version: int) -> None:
-        """Load full Hugging Face tensors of this version, as one message of bytes in memory shared
-        with the engine. Waits for those given before.
+        """Load full Hugging Face tensors of this version, after waiting for those given before.
+
+        They travel as one message of bytes, in memory shared with the engine.
         """
         if self.last_phase[0] == "load":
             self.settle()
         header, flat = pack(named)
-        payload = [
-            ("header", torch.frombuffer(bytearray(header), dtype=torch.uint8)),
-            ("bytes", flat),
-        ]
-        self._enqueue(
-            lambda: self._update(payload, "backends.sglang.buckets.load_bucket", version),
-            "load",
-            [name for name, _ in named],
-        )
+        header = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        message, loader = [("header", header), ("bytes", flat)], f"{BUCKETS}.load_bucket"
+        names = [name for name, _ in named]
+        self._enqueue(lambda: self._update(message, loader, version), "load", names)
 
     def end_update(self, version: int) -> None:
-        """Finish the update and let the requests go on: from then on the engine is at this version."""
+        """Finish the update and let requests go on: from then on the engine has this version."""
 
         async def part():
             if version <= self.version:
@@ -385,19 +368,18 @@ class Engine(sglang_engine.Engine):
         self._enqueue(part, "end of update", [f"version {version}"])
 
     def compare(self, named: list[tuple[str, torch.Tensor]]) -> torch.Tensor:
-        """What buckets.compare_loader reports about these tensors: int64 [engine tp, tensors, 3].
+        """Return buckets.compare_loader's report about tensors: int64 [engine tp, tensors, 3].
 
         The engine's weights stay as they are.
         """
         report = torch.zeros(
             self.server_args.tp_size, len(named), 3, dtype=torch.int64, device=named[0][1].device
         )
+        message, loader = [*named, ("report", report)], f"{BUCKETS}.compare_loader"
 
         async def parts():
             await self._begin()
-            await self._update(
-                [*named, ("report", report)], "backends.sglang.buckets.compare_loader", None
-            )
+            await self._update(message, loader, None)
             await self._close_update()
             await self._continue()
 
@@ -411,33 +393,27 @@ class Engine(sglang_engine.Engine):
         self._mark()
 
     async def _update(self, payload, load_format: str, version: int | None) -> None:
-        serialized = [
-            MultiprocessingSerializer.serialize(payload) for _ in range(self.server_args.tp_size)
-        ]
+        ranks = range(self.server_args.tp_size)
         request = io_struct.UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=serialized,
+            serialized_named_tensors=[MultiprocessingSerializer.serialize(payload) for _ in ranks],
             load_format=load_format,
             flush_cache=False,
             weight_version=None if version is None else str(version),
         )
-        self._must(
-            await self.tokenizer_manager.update_weights_from_tensor(request, None),
-            "update_weights_from_tensor",
-        )
+        outcome = await self.tokenizer_manager.update_weights_from_tensor(request, None)
+        self._must(outcome, "update_weights_from_tensor")
 
     async def _close_update(self) -> None:
         if hasattr(self.tokenizer_manager, "end_weight_update"):
-            self._must(
-                await self.tokenizer_manager.end_weight_update(
-                    io_struct.EndWeightUpdateReqInput(), None
-                ),
-                "end_weight_update",
-            )
+            request = io_struct.EndWeightUpdateReqInput()
+            outcome = await self.tokenizer_manager.end_weight_update(request, None)
+            self._must(outcome, "end_weight_update")
 
     @staticmethod
     def _must(outcome: tuple[bool, str], what: str) -> None:
-        """SGLang reports a refused update as (False, message) and goes on; here it ends the run,
-        because weights may be half updated.
+        """Raise RuntimeError if SGLang refused a part of an update: (False, message).
+
+        SGLang would go on. Here it ends the run, because weights may be half updated.
         """
         success, message = outcome[0], outcome[1]
         if not success:

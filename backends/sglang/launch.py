@@ -10,12 +10,12 @@ import torch.distributed as dist
 from backends.cpu.sglang import SERVER_ARGS
 from backends.huggingface.names import fp8_config
 from backends.sglang.checks import server_overrides
-from backends.sglang.engine import Engine
+from backends.sglang.engine import BUCKETS, Engine
 from common.errors import BadInput
 from common.settings import RolloutSettings
 
-# Of the GPU memory that is free when an engine starts: what it takes for weights and cache, unless
-# --sglang says otherwise.
+# Share of the free GPU memory that an engine takes for weights and cache, unless --sglang says
+# otherwise.
 MEM_FRACTION_STATIC = 0.5
 LOADERS = ["load_bucket", "compare_loader"]  # called by name, in the engine's process
 DTYPES = {"fp8": "bfloat16", "bf16": "bfloat16", "fp32": "float32"}
@@ -31,8 +31,8 @@ def launch_engine(
 ) -> Engine:
     """Start an engine with shapes and quantization of the model, but no weights yet.
 
-    longest: prompt and response tokens of the longest possible sample.
-    Raises BadInput if the engine has found no memory for so many.
+    longest: prompt and response tokens of the longest possible sample. Raises BadInput if the
+    engine found no memory for so many.
     """
     arguments = dict(
         model_path=model_folder,
@@ -41,7 +41,7 @@ def launch_engine(
         tp_size=settings.engine_tp,
         ep_size=settings.engine_ep,
         skip_tokenizer_init=True,
-        custom_weight_loader=[f"backends.sglang.buckets.{name}" for name in LOADERS],
+        custom_weight_loader=[f"{BUCKETS}.{name}" for name in LOADERS],
         custom_sigquit_handler=signal.getsignal(signal.SIGQUIT),
         random_seed=seed + dist.get_rank(),
         log_level="error",
@@ -66,7 +66,7 @@ def launch_engine(
         engine.shutdown()
         fix = "raise --sglang mem_fraction_static, or lower --max-response-tokens"
         raise BadInput(
-            f"the longest sample has {longest} tokens, but the engine has memory for {room}, and "
-            f"would cut the answer: {fix}"
+            f"the longest sample has {longest} tokens, but the engine has memory for {room}, and"
+            f" would cut the answer: {fix}"
         )
     return engine
