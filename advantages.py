@@ -89,8 +89,8 @@ def reinforce_plus_plus_baseline(scores: Scores) -> np.ndarray:
     return whiten(dr_grpo(scores), scores.mask_T)
 
 
-# EDIT HERE: add an advantage, a function like those above and an entry in this table.
-# tests/oracle/oracle.py also needs an entry of the same name.
+# EDIT HERE: advantage. Write a function above, give it a name here: --advantage takes it.
+# tests/oracle/oracle.py needs an entry of the same name.
 ADVANTAGES = {
     "grpo": grpo,
     "dr_grpo": dr_grpo,

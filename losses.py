@@ -155,8 +155,8 @@ class PolicyLoss:
     """{field of LossSettings: the values that this loss works with}; others are refused."""
 
 
-# EDIT HERE: add a policy loss, a function like those above and an entry in this table.
-# tests/oracle/oracle.py also needs an entry of the same name.
+# EDIT HERE: policy loss. Write a function above, give it a name here: --policy-loss takes it.
+# tests/oracle/oracle.py needs an entry of the same name.
 POLICY_LOSSES = {
     # DAPO's bounds.
     "ppo": PolicyLoss(ppo, 0.2, 0.28),
