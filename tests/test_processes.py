@@ -1,4 +1,4 @@
-"""processes.py and run.run_main: signals, exit codes, limits and folders of a rank.
+"""processes.py and exits.run_main: signals, exit codes, limits and folders of a rank.
 
 Whole runs that are told to stop are in test_checkpoint.py; killed ones in test_loop_sync.py.
 """
@@ -37,7 +37,7 @@ def test_a_child_outlives_a_signal_that_comes_while_it_starts(number):
 def test_a_process_ends_although_its_judge_ignores_sigterm():
     code = """
 import os, signal, time
-from math_judge import call_in_worker
+from data.math_judge import call_in_worker
 before = call_in_worker(os.getpid)
 os.kill(before, signal.SIGTERM)
 os.kill(before, signal.SIGHUP)
@@ -56,24 +56,24 @@ hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-import run
+from harness import exits
 codes = []
 def told(*numbers):
     for number in numbers:
         os.kill(os.getpid(), number)
         time.sleep(0.01)
 def ended_by(*numbers):
-    run.told_to_stop.clear()
+    exits.told_to_stop.clear()
     try:
-        run.run_main(lambda: told(*numbers))
+        exits.run_main(lambda: told(*numbers))
         codes.append(0)
     except SystemExit as end:
         codes.append(end.code)
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     ended_by(number)
-run.is_training.set()
+exits.is_training.set()
 ended_by(signal.SIGTERM, signal.SIGHUP, signal.SIGTERM)
-heard_all = len(run.told_to_stop) == 3
+heard_all = len(exits.told_to_stop) == 3
 ended_by(signal.SIGINT)
 soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 print(json.dumps([codes, heard_all, soft == min(hard, 2**16)]))
@@ -87,8 +87,9 @@ print(json.dumps([codes, heard_all, soft == min(hard, 2**16)]))
 
 def test_a_run_under_nohup_does_not_end_with_its_terminal():
     code = """
-import os, signal, run
-run.run_main(lambda: os.kill(os.getpid(), signal.SIGHUP))
+import os, signal
+from harness import exits
+exits.run_main(lambda: os.kill(os.getpid(), signal.SIGHUP))
 print("went on")
 """
     ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731

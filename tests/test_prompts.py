@@ -427,7 +427,7 @@ def test_files_of_other_kinds_are_named(tokenizer, tmp_path):
     assert read(str(tmp_path / "bom.jsonl"), tokenizer)[0].label == 1
     for name, content, message in [
         ("p.jsonl.gz", gzip.compress(row), "is compressed by gzip: unpack it first"),
-        ("p.json", b" \n[" + row + b"]", "is one JSON array: write one object a line"),
+        ("p.json", b" \n[" + row + b"]", "is one JSON array: write one object per line"),
         ("p.csv", b"prompt,label\n1=,1\n", "is a table of text: convert it"),
         ("p.jsonl", row.decode().encode("utf-16"), "cannot be read as UTF-8 text"),
     ]:
@@ -744,7 +744,7 @@ def test_fields_that_parquet_adds_are_no_fields(tokenizer, tmp_path):
     ([{"role": "user", "content": None}], {}, 'needs a "role" and a text "content"'),
     ([{"role": ["user"], "content": "1"}], {}, 'needs a "role"'),
     (["1"], {}, 'needs a "role"'),
-    ([USER, {"role": "assistant", "content": "3"}], {}, "the last message is the assistant's, and a prompt ends before the answer"),
+    ([USER, {"role": "assistant", "content": "3"}], {}, "the last message is the assistant's, but a prompt ends before the answer"),
 ])  # fmt: skip
 def test_what_a_template_would_leave_out_is_refused(tokenizer, tmp_path, prompt, settings, message):
     with pytest.raises(BadInput, match=message):
@@ -833,7 +833,19 @@ def test_the_token_that_ends_a_response_is_not_in_its_text(tokenizer):
 
 
 def dump_line(**changes) -> dict:
-    sample = Sample([1, 5], "3", "7", 4, 0, [6, 2], "4", [-0.5, -1.0], [1, 1], [3, 3], "stop", 0.5)
+    sample = Sample(
+        prompt_ids=[1, 5],
+        prompt="3",
+        label="7",
+        group=4,
+        response_ids=[6, 2],
+        response="4",
+        rollout_logprobs=[-0.5, -1.0],
+        loss_mask=[1, 1],
+        weight_versions=[3, 3],
+        finish_reason="stop",
+        reward=0.5,
+    )
     return {**asdict(sample), **changes}
 
 
@@ -861,7 +873,7 @@ def test_a_dump_comes_back_as_it_was_written(tmp_path):
     (dump_line(response_ids=[6, 32]), "response_ids holds 32; a token id must be at least 0 and below the model's vocabulary, 32"),
     (dump_line(prompt_ids=[-1]), "prompt_ids holds -1"),
     (dump_line(prompt_ids=[]), "prompt_ids is empty"),
-    (dump_line(loss_mask=[1, 2]), "loss_mask holds another value than 0 and 1"),
+    (dump_line(loss_mask=[1, 2]), "loss_mask holds a value other than 0 and 1"),
     (dump_line(old_logprobs=[-1.0]), "old_logprobs has 1 values for 2 response tokens"),
     (dump_line(reward="1"), "reward is a str"),
     (dump_line(group=None), "group is a NoneType"),
@@ -1003,7 +1015,7 @@ def test_sources_that_cannot_be(settings, message):
 
 @pytest.mark.parametrize("settings, message", [
     (dict(chat=True), "toy: chat messages need a chat template"),
-    (dict(max_response_tokens=505), "a prompt of toy has 9 tokens, more than 5"),
+    (dict(max_response_tokens=505), "a prompt of toy has 9 tokens; at most 5 fit"),
 ])  # fmt: skip
 def test_sources_that_cannot_work(settings, message):
     with pytest.raises(BadInput, match=message):
