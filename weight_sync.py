@@ -281,7 +281,7 @@ def shards_in_model_order(weights: WeightPath, *, quantize: bool) -> Iterator[Sh
 
 
 def gather_buckets(weights: WeightPath, *, quantize: bool) -> Iterator[list[Named]]:
-    """Yield this pipeline stage's buckets. Collective over its tensor- and expert-parallel ranks."""
+    """Yield a pipeline stage's buckets. Collective over its tensor- and expert-parallel ranks."""
     bucket, size = [], 0
     for shard in shards_in_model_order(weights, quantize=quantize):
         bucket.append(shard)

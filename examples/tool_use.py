@@ -30,7 +30,7 @@ What it gives to the loop:
 
 For a chat model, CALL_END is the token that ends its tool calls (</tool_call>), and calculator()
 reads what stands before it. say_result() appends what the chat template puts between two turns of
-the assistant: end of the call's turn, the result's turn, begin of the next. No warm start is needed.
+the assistant: end of the call's turn, the result's turn, begin of the next. It needs no warm start.
 """
 
 import math
@@ -258,7 +258,7 @@ def conversation(max_turns: int) -> rollout.Answer:
 
 
 def right_answer(sample: Sample) -> float:
-    """Return reward.exact_match of what the policy said last: after the last result, if it called."""
+    """Return reward.exact_match of what the policy said last, behind the last result."""
     return reward.exact_match(replace(sample, response=sample.answer))
 
 

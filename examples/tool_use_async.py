@@ -1,4 +1,4 @@
-"""examples/tool_use.py under the asynchronous loop: the same conversation, one function, both loops.
+"""examples/tool_use.py under the asynchronous loop: the same function makes the conversations.
 
 torchrun --nproc-per-node 2 examples/tool_use_async.py
 """

@@ -1,8 +1,10 @@
 """Training state -> disk -> training state: a run that was stopped goes on as if it had not been.
 
     runs/NAME/checkpoints/step-000040/
-        model/          weights, FP32 main weights, Adam state and schedule, by megatron-core's dist_checkpointing: any layout of ranks can read them
-        state.json      the step, where the record's files stood, and of every rank: random generators, prompts taken, groups in flight
+        model/          weights, FP32 main weights, Adam state and schedule, by megatron-core's
+                        dist_checkpointing: any layout of ranks can read them
+        state.json      the step, where the record's files stood, and of every rank: random
+                        generators, prompts taken, groups in flight
         files.json      size and CRC-32 of every file
 
 A checkpoint is written as step-000040.part and renamed when it is whole; only then older ones go.

@@ -28,7 +28,7 @@ from rollout import split_discarded
 
 @all_problems
 def check_held_out(settings: RunSettings, held_out: list | None) -> None:
-    """Refuse --eval-only without held-out prompts. held_out: None where they could not be loaded."""
+    """Refuse --eval-only without held-out prompts; held_out is None if they were not loaded."""
     if settings.eval_only and held_out == []:
         fix = "give --eval-prompts FILE, or raise --eval-samples"
         yield f"--eval-only has no held-out prompts to evaluate on: {fix}"

@@ -138,7 +138,7 @@ class Record:
             self.say(f"going on from {resumed.folder}{f'{rest} again' if dropped else ''}")
 
     def _cut_off(self, resumed) -> int:
-        """Remove what was written after the checkpoint; return how many rows of metrics that was."""
+        """Remove what was written after the checkpoint; return how many rows of metrics."""
         at = resumed.state["record"]
         self.started -= at["elapsed_s"]
         metrics = self.folder / FILES["metrics"]

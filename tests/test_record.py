@@ -127,7 +127,8 @@ def test_rollouts_that_are_not_there_are_named_before_the_start(tmp_path):
 
 def test_chosen_steps_are_profiled(one_rank, monkeypatch, tmp_path):
     record = record_of(monkeypatch, tmp_path, profile=(2,))
-    for step in range(4):
+    for step in range(1, 4):
+        record.start_step(step)
         if step == 2:
             torch.ones(3).cumsum(0)
         record.log({"step": step})

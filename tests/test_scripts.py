@@ -79,7 +79,8 @@ def test_what_is_imported_is_required():
     }
     of = importlib.metadata.packages_distributions()
     own = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in SOURCES}
-    own |= {path.stem for path in SOURCES if path.relative_to(ROOT).parts[0] in BESIDE_ITSELF}
+    beside = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in BESIDE_ITSELF]
+    own |= {path.stem for path in beside} | {path.parent.name for path in beside}
     known = own | BESIDE | set(sys.stdlib_module_names)
     missing = {
         f"{path.relative_to(ROOT)}: {name}"

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from backends.huggingface.config import read_config
-from backends.megatron.batches import collate, microbatch_plan, plan_microbatches
+from backends.megatron.batches import Batch, collate, microbatch_plan, plan_microbatches
 from common.errors import BadInput
 from common.settings import TrainSettings
 from data.sample import Sample
@@ -46,9 +46,11 @@ def test_collate_by_hand():
         0,
         0,
     ]  # token 6 predicts 7, the first answer token; the second sample is masked
-    assert batch.rollout_logprobs_T.tolist() == [0, -0.5, -0.25, 0, -1, 0, 0, 0]
-    assert batch.advantages_T.tolist() == [0, 2, 3, 0, -1, 0, 0, 0]
-    assert batch.old_logprobs_T.tolist() == [0] * 8  # not there yet
+    Batch(samples, [], [batch]).read_samples()
+    per_token = {name: values_T.tolist() for name, values_T in batch.per_token.items()}
+    assert per_token["rollout_logprobs"] == [0, -0.5, -0.25, 0, -1, 0, 0, 0]
+    assert per_token["advantages"] == [0, 2, 3, 0, -1, 0, 0, 0]
+    assert per_token["old_logprobs"] == [0] * 8  # not there yet
     assert batch.response_index_T.tolist() == [
         -1,
         0,
