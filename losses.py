@@ -21,16 +21,13 @@ difference logprobs - old measures how far the policy has moved.
 Shape letters: T packed tokens of a micro-batch, N its samples.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
 import tyro
-
-from common.errors import all_problems
 
 # --- policy losses ------------------------------------------------------------------------------
 
@@ -413,57 +410,6 @@ class LossSettings:
         """Return (low, high): as set by flags, else the correction's own."""
         own, low, high = CORRECTIONS[self.correction], self.correction_low, self.correction_high
         return own.low if low is None else low, own.high if high is None else high
-
-
-@all_problems
-def check_loss_settings(settings: LossSettings) -> None:
-    """What cannot work, before anything is started."""
-    yield from _misfits("policy_loss", POLICY_LOSSES, settings)
-    if settings.kl_coef:
-        yield from _misfits("kl_estimator", KL_ESTIMATORS, settings)
-    yield from _bounds_without_effect(
-        "policy_loss", POLICY_LOSSES, ("clip_low", "clip_high"), settings
-    )
-    bounds = ("correction_low", "correction_high")
-    yield from _bounds_without_effect("correction", CORRECTIONS, bounds, settings)
-    low, high = settings.clips
-    if not (0 < (1 if low is None else low) <= 1 and (1 if high is None else high) > 0):
-        yield f"--clip-low {low} must lie in (0, 1], --clip-high {high} must be positive"
-    if settings.dual_clip and not settings.dual_clip > 1:
-        yield f"--dual-clip {settings.dual_clip} must be above 1, or 0 for none"
-    low, high = settings.correction_bounds
-    if not (0 if low is None else low) <= 1 <= (1 if high is None else high) or (low or 0) < 0:
-        found = f"--correction-low {low} and --correction-high {high}"
-        yield f"{found} must satisfy 0 <= low <= 1 <= high"
-    if not (0 <= settings.kl_coef < math.inf and 0 <= settings.entropy_coef < math.inf):
-        found = f"--kl-coef {settings.kl_coef} and --entropy-coef {settings.entropy_coef}"
-        yield f"{found} must be finite and must not be negative"
-    unset = (LossSettings.kl_estimator, LossSettings.kl_in)
-    if not settings.kl_coef and (settings.kl_estimator, settings.kl_in) != unset:
-        found = f"--kl-estimator {settings.kl_estimator} --kl-in {settings.kl_in}"
-        yield f"{found} has no effect without --kl-coef: set one, or leave it out"
-
-
-def _misfits(kind: str, table: dict[str, Any], settings: LossSettings) -> Iterator[str]:
-    """Yield the settings that the choice from this table does not take."""
-    name = getattr(settings, kind)
-    for other, values in table[name].only.items():
-        if (given := getattr(settings, other)) not in values:
-            flags = kind.replace("_", "-"), other.replace("_", "-")
-            found = f"--{flags[0]} {name} and --{flags[1]} {given} do not fit"
-            others = [n for n, one in table.items() if given in one.only.get(other, (given,))]
-            instead = f", or --{flags[0]} {' or '.join(others)}" if others else ""
-            yield f"{found}: use --{flags[1]} {' or '.join(map(str, values))}{instead}"
-
-
-def _bounds_without_effect(kind: str, table: dict[str, Any], bounds, settings) -> Iterator[str]:
-    """Yield the bounds that are set where the choice from this table has none."""
-    name = getattr(settings, kind)
-    for bound in bounds:
-        value, flags = getattr(settings, bound), (bound.replace("_", "-"), kind.replace("_", "-"))
-        if value is not None and getattr(table[name], bound.removeprefix(f"{kind}_")) is None:
-            found = f"--{flags[0]} {value} has no effect"
-            yield f"{found}: --{flags[1]} {name} has no such bound; leave it out"
 
 
 def mismatch(

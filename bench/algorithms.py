@@ -1,14 +1,16 @@
 """Whether each algorithm learns, and what FP8 rollouts cost: runs of the toy, three seeds each.
 
-    python bench/algorithms.py table [NAME …]       held-out reward before and after 40 steps, mean and standard deviation; about 30 seconds a run
-    python bench/algorithms.py figure OUT.png       mismatch and accuracy over 80 steps of BF16 rollouts, FP8 rollouts, FP8 rollouts with TIS
-                              … [--steps N] [--seeds 3]
+    python bench/algorithms.py table [NAME …]
+        held-out reward before and after 40 steps, mean and standard deviation; about 30 s a run
+    python bench/algorithms.py figure OUT.png
+        mismatch and accuracy over 80 steps: BF16 rollouts, FP8 rollouts, FP8 rollouts with TIS
+    both take [--steps N] [--seeds 3]
 
-Runs are on one rank, two at a time, which two cores have room for: trainer and engine of a
-synchronous run take turns. What is compared is accuracy, which does not depend on speed. Accuracy
-is over 1,024 held-out prompts, one answer each at temperature 1, so that a run's has a standard
-error of 0.01. Every row has the loop's defaults but for the flags shown: no tuning, so that this
-says that an algorithm works, not which is best.
+Each run has one rank. Two runs share two cores, since trainer and engine of a synchronous run take
+turns. The runs are compared by accuracy, which does not depend on speed. It is measured on 1,024
+held-out prompts with one answer each at temperature 1, so its standard error is 0.01. Every row has
+the loop's defaults except the flags shown. Nothing is tuned: a row says that an algorithm works
+here, not that it is the best.
 """
 
 import argparse
@@ -52,51 +54,29 @@ ROLLOUTS = {
 
 
 def measure(flags: str, seed: int, *, steps: int, every: int) -> list[dict]:
-    """The rows of metrics.jsonl of one run. flags may begin with another script than loop_sync.py."""
-    script, *flags = (
-        flags.split() if flags.startswith("examples/") else ["loop_sync.py", *flags.split()]
-    )
-    flags += [
-        "--steps",
-        str(steps),
-        "--seed",
-        str(seed),
-        "--eval-samples",
-        "1024",
-        "--eval-every",
-        str(every),
-        "--export",
-        "--name",
-        "run",
-    ]
+    """Run once. Return the rows of metrics.jsonl.
+
+    flags: of loop_sync.py, or the path of another script and its flags.
+    """
+    script, *words = f"loop_sync.py {flags}".split()
+    if flags.startswith("examples/"):
+        script, *words = words
+    words += ["--steps", str(steps), "--seed", str(seed), "--eval-every", str(every)]
+    words += ["--eval-samples", "1024", "--export", "--name", "run"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "1", str(ROOT / script), *words]
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "1",
-            str(ROOT / script),
-            *flags,
-        ]
-        done = subprocess.run(
-            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
+        quiet = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, **quiet)
         if done.returncode:
-            raise RuntimeError(
-                f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-5000:]}"
-            )
-        return [
-            json.loads(line)
-            for line in (
-                (Path(folder) / "runs/run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            )
-        ]
+            what = f"{' '.join(command)} ended with {done.returncode}"
+            raise RuntimeError(f"{what}:\n{done.stderr[-5000:]}")
+        lines = (Path(folder) / "runs/run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
 
 
 def all_runs(variants: dict[str, str], *, seeds: int, steps: int, every: int):
-    """(name, rows of each seed) of every variant, in order, as they are finished."""
+    """Yield (name, rows of each seed) of every variant, in order, as they are finished."""
     with ThreadPoolExecutor(2) as pool:
         futures = {
             name: [
@@ -110,28 +90,19 @@ def all_runs(variants: dict[str, str], *, seeds: int, steps: int, every: int):
 
 
 def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f}" + (
-        f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    )
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
 
 
 def table(names: list[str], *, seeds: int, steps: int) -> None:
-    print(
-        f"| algorithm | flags | held-out reward after {steps} steps | best and worst seed"
-        " |\n|---|---|---|---|"
-    )
-    for name, runs in all_runs(
-        {name: ALGORITHMS[name] for name in names or ALGORITHMS},
-        seeds=seeds,
-        steps=steps,
-        every=steps,
-    ):
+    print(f"| algorithm | flags | held-out reward after {steps} steps | best and worst seed |")
+    print("|---|---|---|---|")
+    variants = {name: ALGORITHMS[name] for name in names or ALGORITHMS}
+    for name, runs in all_runs(variants, seeds=seeds, steps=steps, every=steps):
         start, end = ([rows[place]["held_out"] for rows in runs] for place in (0, -1))
-        print(
-            f"| {name} | `{ALGORITHMS[name]}` | {spread(start)} → {spread(end)} | {max(end):.3f},"
-            f" {min(end):.3f} |".replace("``", "none"),
-            flush=True,
-        )
+        flags = f"`{ALGORITHMS[name]}`" if ALGORITHMS[name] else "none"
+        rewards = f"{spread(start)} → {spread(end)}"
+        print(f"| {name} | {flags} | {rewards} | {max(end):.3f}, {min(end):.3f} |", flush=True)
 
 
 def figure(path: str, *, seeds: int, steps: int) -> None:
@@ -145,18 +116,12 @@ def figure(path: str, *, seeds: int, steps: int) -> None:
         ("C0", "C1", "C2"), all_runs(ROLLOUTS, seeds=seeds, steps=steps, every=10)
     ):
         for axis, key in ((mean_abs, "mismatch_abs"), (k3, "mismatch_k3"), (accuracy, "held_out")):
-            series = [[(row["step"], row[key]) for row in rows if key in row] for rows in runs]
-            places, *values = zip(
-                *[(points[0][0], *(value for _, value in points)) for points in zip(*series)]
-            )
-            middle = [statistics.mean(column) for column in zip(*values)]
-            axis.plot(places, middle, color=color, label=name)
-            axis.fill_between(
-                places,
-                *([f(column) for column in zip(*values)] for f in (min, max)),
-                color=color,
-                alpha=0.2,
-            )
+            steps_of = [row["step"] for row in runs[0] if key in row]
+            columns = list(zip(*([row[key] for row in rows if key in row] for rows in runs)))
+            middle = [statistics.mean(column) for column in columns]
+            lowest, highest = list(map(min, columns)), list(map(max, columns))
+            axis.plot(steps_of, middle, color=color, label=name)
+            axis.fill_between(steps_of, lowest, highest, color=color, alpha=0.2)
             print(f"{name:18} {key:12}  first {middle[0]:.5f}  last {middle[-1]:.5f}", flush=True)
     mean_abs.set(title="mean |log-prob of trainer - of engine|", xlabel="step", yscale="log")
     k3.set(title="k3 between trainer and engine", xlabel="step", yscale="log")

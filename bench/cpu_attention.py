@@ -1,12 +1,12 @@
-"""How much faster an engine generates on a CPU with cpu.py's batched attention than with SGLang's
-own loop over requests.
+"""How much faster an engine generates on a CPU with batched attention than with SGLang's own.
 
     python bench/cpu_attention.py [--rounds 2] [--requests 64 256]
 
-Starts two engines a round, one after the other, stock and batched in turn (timings on a shared
-machine are only comparable side by side), and prints tokens a second of each and their ratio, for
-64 and 256 requests of 32 tokens on the toy model in fp32; and the largest difference of the
-log-probs that both give to the tokens of a greedy continuation.
+SGLang's attention for CPUs loops over the requests; backends/cpu/sglang.py replaces it with a
+batched one. Each round starts two engines, one after the other, stock and batched in turn, since
+timings on a shared machine are only comparable side by side. Printed are tokens a second of each
+and their ratio, for 64 and 256 requests of 32 tokens on the toy model in FP32. The last line is the
+largest difference of the log-probs that both give to the tokens of a greedy continuation.
 """
 
 import argparse
@@ -18,16 +18,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-from backends.cpu import (
-    sglang as cpu_sglang,
-)  # at the top: the engine's child imports this file first, and needs it before sglang
+
+# The engine's child process imports this file first, and needs these patches before sglang.
+from backends.cpu import sglang as cpu_sglang
 
 TOKENS, BEST_OF = 32, 3
 
 
 def run_scheduler_with_stock_attention(*args, **kwargs) -> None:
-    """engine.run_scheduler with the two attention functions put back."""
-    from backends.sglang import engine
+    """Run process.run_scheduler with SGLang's two attention functions put back."""
+    from backends.sglang import process
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend as Backend
 
     stock = Backend._run_sdpa_forward_decode, Backend._run_sdpa_forward_extend
@@ -38,19 +38,20 @@ def run_scheduler_with_stock_attention(*args, **kwargs) -> None:
         Backend._run_sdpa_forward_decode, Backend._run_sdpa_forward_extend = stock
 
     cpu_sglang.patch_sglang = patch_all_but_attention
-    engine.run_scheduler(*args, **kwargs)
+    process.run_scheduler(*args, **kwargs)
 
 
 def measure(attention: str, requests: list[int]) -> None:
-    """In a process of its own: one engine, its tokens a second at each number of requests (best of
-    BEST_OF), and log-probs of fixed prompts.
+    """Print tokens a second at each number of requests and log-probs of fixed prompts, as JSON.
+
+    Runs in a process of its own, with one engine. A speed is the best of BEST_OF.
     """
     import cpu_attention
-    import rollout
+    from backends.sglang.engine import Engine
     import torch
 
     if attention == "stock":
-        rollout.Engine.run_scheduler_process_func = staticmethod(
+        Engine.run_scheduler_process_func = staticmethod(
             cpu_attention.run_scheduler_with_stock_attention
         )
     arguments = dict(
@@ -61,29 +62,20 @@ def measure(attention: str, requests: list[int]) -> None:
         log_level="error",
         **cpu_sglang.SERVER_ARGS,
     )
-    with rollout.Engine(**arguments) as engine:
+    with Engine(**arguments) as engine:
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(3, 15, (max(64, *requests), 16), generator=generator).tolist()
-        speed = {}
+        length, speed = {"max_new_tokens": TOKENS, "ignore_eos": True}, {}
         for n in requests:
             seconds = []
             for _ in range(BEST_OF):
                 engine.call(engine.tokenizer_manager.flush_cache())
                 started = time.perf_counter()
-                engine.call(
-                    engine.generate(
-                        prompts[:n],
-                        {"temperature": 1.0, "max_new_tokens": TOKENS, "ignore_eos": True},
-                    )
-                )
+                engine.call(engine.generate(prompts[:n], {"temperature": 1.0, **length}))
                 seconds.append(time.perf_counter() - started)
             speed[n] = n * TOKENS / min(seconds)
 
-        greedy = engine.call(
-            engine.generate(
-                prompts[:64], {"temperature": 0.0, "max_new_tokens": TOKENS, "ignore_eos": True}
-            )
-        )
+        greedy = engine.call(engine.generate(prompts[:64], {"temperature": 0.0, **length}))
         tokens = [
             (token, logprob)
             for output in greedy
@@ -101,32 +93,23 @@ def main() -> None:
     flags = parser.parse_args()
     results = []
     for attention in ("stock", "batched") * flags.rounds:
-        done = subprocess.run(
-            [sys.executable, __file__, "worker", attention, *map(str, flags.requests)],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
+        command = [sys.executable, __file__, "worker", attention, *map(str, flags.requests)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results.append(json.loads(done.stdout.splitlines()[-1]))
-        print(
-            attention,
-            {n: f"{speed:,.0f} tokens/s" for n, speed in results[-1]["speed"].items()},
-            flush=True,
-        )
+        speeds = {n: f"{speed:,.0f} tokens/s" for n, speed in results[-1]["speed"].items()}
+        print(attention, speeds, flush=True)
     for n in map(str, flags.requests):
-        best = {
-            kind: max(r["speed"][n] for r in results if r["attention"] == kind)
+        stock, batched = (
+            max(result["speed"][n] for result in results if result["attention"] == kind)
             for kind in ("stock", "batched")
-        }
-        print(f"{n} requests: batched / stock = {best['batched'] / best['stock']:.2f}")
-    pairs = list(zip(results[0]["tokens"], results[1]["tokens"]))
-    assert all(stock[0] == batched[0] for stock, batched in pairs), (
-        "the two attentions chose different tokens"
-    )
-    print(
-        f"{len(pairs)} greedy tokens are the same; largest difference of their log-probs:"
-        f" {max(abs(a[1] - b[1]) for a, b in pairs):.1e}"
-    )
+        )
+        print(f"{n} requests: batched / stock = {batched / stock:.2f}")
+    stock, batched = (result["tokens"] for result in results[:2])  # [(token, log-prob), …]
+    same = [token for token, _ in stock] == [token for token, _ in batched]
+    assert same, "the two attentions chose different tokens"
+    difference = max(abs(a - b) for (_, a), (_, b) in zip(stock, batched))
+    what = f"{len(stock)} greedy tokens are the same"
+    print(f"{what}; largest difference of their log-probs: {difference:.1e}")
 
 
 if __name__ == "__main__":

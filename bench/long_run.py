@@ -2,10 +2,10 @@
 
     python bench/long_run.py [sync|async] [--steps 500] [flags of the loop …]
 
-Runs the loop on two ranks and looks at every process of it each second. A run that grows says so
-and ends with 1: from the second fifth of the steps to the last, resident memory of a process may
-grow by 3 % and 16 MiB (allocators keep what they once needed), open files and threads by 2, and the
-median step by 15 %.
+Runs the loop on two ranks and measures each of its processes once a second. Compares the second
+fifth of the steps with the last. Resident memory of a process may grow by 3 % and 16 MiB, since
+allocators keep what they once needed. Open files and threads may grow by 2, and the median step by
+15 %. A run that grows more says so and ends with 1.
 """
 
 import json
@@ -25,55 +25,36 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def name_of(process: psutil.Process) -> str:
     title, environment = " ".join(process.cmdline()), process.environ()
-    return (
-        "engine"
-        if title.startswith("sglang::scheduler")
-        else f"rank {environment['RANK']}"
-        if "RANK" in environment
-        else "torchrun"
-    )
+    if title.startswith("sglang::scheduler"):
+        return "engine"
+    return f"rank {environment['RANK']}" if "RANK" in environment else "torchrun"
 
 
 def run(loop: str, steps: int, flags: list[str], folder: Path) -> tuple[dict, list[dict]]:
-    """({process: [(steps done, resident bytes, open files, threads), …]}, rows of metrics) of a run
-    that ended well.
+    """Run the loop to its end. Return ({process: measurements}, rows of metrics).
+
+    A measurement is (steps done, resident bytes, open files, threads).
     """
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(ROOT / f"loop_{loop}.py"),
-        "--name",
-        "run",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(ROOT / f"loop_{loop}.py"), "--name", "run"]
     command += ["--steps", str(steps), "--eval-every", "50", "--export", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     seen, metrics = defaultdict(list), folder / "runs" / "run" / "metrics.jsonl"
     with open(folder / "output", "w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=output,
-        )
+        printed = dict(stdout=output, stderr=output)
+        process = subprocess.Popen(command, cwd=folder, env=environment, **printed)
         while process.poll() is None:
             time.sleep(1)
             done = metrics.read_bytes().count(b"\n") - 1 if metrics.exists() else 0
-            for one in [
-                process.pid,
-                *(child.pid for child in psutil.Process(process.pid).children(recursive=True)),
-            ]:
+            root = psutil.Process(process.pid)
+            for one in [root, *root.children(recursive=True)]:
                 try:
-                    p = psutil.Process(one)
-                    if name_of(p) != "torchrun" or one == process.pid:
-                        seen[f"{name_of(p)}, process {one}"].append(
-                            (done, p.memory_info().rss, p.num_fds(), p.num_threads())
-                        )
+                    name, now = name_of(one), (one.memory_info().rss, one.num_fds())
+                    if name != "torchrun" or one == root:
+                        measured = (done, *now, one.num_threads())
+                        seen[f"{name}, process {one.pid}"].append(measured)
                 except psutil.Error:
-                    continue  # it has just ended
+                    continue  # the process has just ended
     assert process.returncode == 0, (folder / "output").read_text(encoding="utf-8")[-3000:]
     return seen, [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()][1:]
 
@@ -98,21 +79,17 @@ def main() -> None:
             for low, high in ((0.2, 0.4), (0.8, 1.0))
         )
         if len(early) < 3 or len(late) < 3:
-            continue  # one that came and went
+            continue  # the process did not live long enough
         kinds = (
             ("resident memory", "MiB", 2**20, 1.03, 16),
             ("open files", "", 1, 1, 2),
             ("threads", "", 1, 1, 2),
         )
         for i, (what, unit, scale, ratio, more) in enumerate(kinds, start=1):
-            a, b = (
-                statistics.median(sample[i] for sample in part) / scale for part in (early, late)
-            )
+            a, b = (statistics.median(s[i] for s in part) / scale for part in (early, late))
             compare(f"{process}: {what}", a, b, a * ratio + more, unit)
     a, b = (
-        statistics.median(
-            row["step_s"] for row in rows if low * steps < row["step"] <= high * steps
-        )
+        statistics.median(r["step_s"] for r in rows if low * steps < r["step"] <= high * steps)
         for low, high in ((0.2, 0.4), (0.8, 1.0))
     )
     compare("step", a * 1000, b * 1000, a * 1150, "ms")

@@ -2,10 +2,10 @@
 
     python bench/no_bf16.py [--rounds 2] [--steps 12]
 
-Runs the start line with --train-dtype bf16 and fp32 in turn, and prints the median seconds of
-training per step of each and their ratio. A processor that has the instructions is made to hide
-them: oneDNN by ONEDNN_MAX_CPU_ISA, torch by answering no. What is left of it there is what
-cpu.py sees, and computes with, on a processor that has AVX512 alone.
+Runs the toy with --train-dtype bf16 and fp32 in turn. Prints the median seconds of training a step
+of each, and their ratio. A processor that has the instructions hides them here: from oneDNN by
+ONEDNN_MAX_CPU_ISA, from torch by a function that answers no. So backends/cpu/ sees what a processor
+with AVX512 alone shows, and computes with the same instructions.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 
 def run_without_bf16(arguments: list[str]) -> None:
-    """In a process of its own: the loop, on a processor that says it has no BF16 instructions."""
+    """Run the loop in this process, with a torch that finds no BF16 instructions."""
     import torch
 
     torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
@@ -32,14 +32,13 @@ def run_without_bf16(arguments: list[str]) -> None:
 
 
 def train_seconds(dtype: str, steps: int) -> float:
-    """The median of a run's train_s, without its first two steps."""
+    """Run once. Return the median of train_s, without the first two steps."""
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "OMP_NUM_THREADS": "1"}
     flags = ["--train-dtype", dtype, "--steps", str(steps), "--export", "--name", "run"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", __file__, "--loop"]
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [*command, *flags], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL
-        )
+        where = dict(cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+        subprocess.run([*command, *flags], check=True, **where)
         lines = (Path(folder) / "runs/run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return statistics.median([row["train_s"] for row in rows if "train_s" in row][2:])

@@ -1,17 +1,18 @@
-"""TRL's side of bench/peers.py: GRPOTrainer on the toy, in TRL's own virtual environment, with what
-our run wrote in its settings.json.
+"""TRL's side of bench/peers.py: GRPOTrainer on the toy, with the settings.json of our run.
 
     torchrun --nproc-per-node 2 bench/trl_side.py '{"settings": …, "workload": "toy", "dtype":
     "bf16", "microbatches": 1}' OUT.jsonl
 
-Only what both sides of the ragged workload share, answer_length and parity, is imported from here
-by the other side.
+It runs in TRL's own virtual environment. Our side imports answer_length and parity from here, which
+both sides of the ragged workload share.
 
-Where TRL has our setting it is given it. What it does otherwise: weights, optimizer and log-probs
-are of one copy in fp32 (with bf16: autocast to BF16), where ours are FP8 in the engine and BF16
-with fp32 main weights in the trainer; advantages divide by the standard deviation plus 1e-4 instead
-of 1e-6; the old log-probs are those of the training pass, so that there is no scoring pass and no
-correction; a batch is padded, and transformers' generate goes on until its last answer has ended.
+TRL gets our value of each setting that it has. It does otherwise:
+
+    weights       one copy in FP32, with bf16: autocast to BF16; ours are FP8 in the engine and BF16
+                  with FP32 main weights in the trainer
+    advantages    divide by the standard deviation plus 1e-4 instead of 1e-6
+    old log-probs those of the training pass, so there is no scoring pass and no correction
+    batches       padded; transformers' generate goes on until its last answer has ended
 """
 
 import json
@@ -28,16 +29,18 @@ LONGEST = 256
 
 
 def answer_length(prompt_ids: list[int], index: int) -> int:
-    """Tokens of a ragged answer: exponential with mean 64 where it is cut at LONGEST, which one in
-    fifty is. The index-th answer to a prompt has the same length on every side.
+    """Return the tokens of a ragged answer: exponential, cut at LONGEST, with mean 64.
+
+    One in fifty is cut. The index-th answer to a prompt has the same length on every side.
     """
     u = (zlib.crc32(bytes([*prompt_ids, index])) + 1) / 2**32
     return min(LONGEST, math.ceil(-65 * math.log(u)))
 
 
 def parity(response_ids: list[int]) -> float:
-    """The reward of ragged answers: no such answer is right, and any rule that tells them apart
-    will do.
+    """Return the reward of a ragged answer.
+
+    No such answer is right. Any rule that gives different rewards will do.
     """
     return float(sum(response_ids) % 2)
 
@@ -52,14 +55,10 @@ def main(work: dict, out: Path) -> None:
     from toy.task import problems
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    run, rollout, train, loss = (
-        work["settings"][part] for part in ("run", "rollout", "train", "loss")
-    )
-    ragged, ranks, group = (
-        work["workload"] == "ragged",
-        int(os.environ.get("WORLD_SIZE", "1")),
-        rollout["samples_per_prompt"],
-    )
+    settings = work["settings"]
+    run, rollout, train, loss = (settings[part] for part in ("run", "rollout", "train", "loss"))
+    ragged, ranks = work["workload"] == "ragged", int(os.environ.get("WORLD_SIZE", "1"))
+    group = rollout["samples_per_prompt"]
     samples = rollout["prompts_per_step"] * group
     arguments = GRPOConfig(
         output_dir=str(out.parent / "trl"),
@@ -98,23 +97,22 @@ def main(work: dict, out: Path) -> None:
     rewards = []
 
     def exact_match(prompts, completions, completion_ids, label, **more) -> list[float]:
-        """reward.exact_match: 1 if the answer is the label and ended by itself."""
+        """Reward as reward.exact_match: 1 if the answer is the label and ended by itself."""
         return [
             float(ids[-1] == end and text.strip() == right)
             for ids, text, right in zip(completion_ids, completions, label)
         ]
 
     def reward(completion_ids, **more) -> list[float]:
-        scores = (
-            [parity(ids) for ids in completion_ids]
-            if ragged
-            else exact_match(completion_ids=completion_ids, **more)
-        )
+        if ragged:
+            scores = [parity(ids) for ids in completion_ids]
+        else:
+            scores = exact_match(completion_ids=completion_ids, **more)
         rewards.append((sum(scores), sum(map(len, completion_ids)), len(scores)))
         return scores
 
     class Lengths(LogitsProcessor):
-        """Every answer ends at its own length, neither before nor after."""
+        """Make every answer end at its own length, neither before nor after."""
 
         def __init__(self, prompts_NL):
             self.start = prompts_NL.shape[1]
@@ -130,8 +128,9 @@ def main(work: dict, out: Path) -> None:
             return logits_NV
 
     class Clock(TrainerCallback):
-        """Seconds of each step, from the end of the one before, evaluation apart; what our loops
-        call step_s.
+        """Write a row for each step, as our loops do.
+
+        step_s counts from the end of the step before, without evaluation.
         """
 
         def on_train_begin(self, *args, **more):
@@ -139,9 +138,8 @@ def main(work: dict, out: Path) -> None:
 
         def on_step_end(self, args, state, control, **more):
             step_s = time.perf_counter() - self.last
-            score, tokens, count = trainer.accelerator.reduce(
-                torch.tensor([*map(sum, zip(*rewards))], dtype=torch.float64)
-            ).tolist()
+            sums = torch.tensor([*map(sum, zip(*rewards))], dtype=torch.float64)
+            score, tokens, count = trainer.accelerator.reduce(sums).tolist()
             rewards.clear()
             row = {
                 "step": state.global_step,
@@ -161,12 +159,12 @@ def main(work: dict, out: Path) -> None:
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
-        """reward.evaluate: one answer to every held-out prompt, sampled as in training; each rank
-        answers its share.
+        """Evaluate as reward.evaluate: one answer to every held-out prompt, sampled as in training.
+
+        Each rank answers its share.
         """
-        rows = list(islice(problems(seed=0, held_out=True), rollout["eval_samples"]))[
-            trainer.accelerator.process_index :: ranks
-        ]
+        rows = list(islice(problems(seed=0, held_out=True), rollout["eval_samples"]))
+        rows = rows[trainer.accelerator.process_index :: ranks]
         ids_NL = torch.tensor([tokenizer(row["prompt"]).input_ids for row in rows])
         trainer.model.eval()
         lengths = dict(
@@ -175,38 +173,32 @@ def main(work: dict, out: Path) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
         sampling = dict(do_sample=True, temperature=rollout["temperature"], top_k=0, top_p=1.0)
-        ids_NM = stock_generate(
-            input_ids=ids_NL, attention_mask=torch.ones_like(ids_NL), **sampling, **lengths
-        )[:, ids_NL.shape[1] :]
+        prompts = dict(input_ids=ids_NL, attention_mask=torch.ones_like(ids_NL))
+        ids_NM = stock_generate(**prompts, **sampling, **lengths)[:, ids_NL.shape[1] :]
         trainer.model.train()
         ids_NM = [ids[: ids.index(end) + 1] if end in ids else ids for ids in ids_NM.tolist()]
         texts = tokenizer.batch_decode(ids_NM, skip_special_tokens=True)
         scores = exact_match(None, texts, ids_NM, [row["label"] for row in rows])
-        total, count = trainer.accelerator.reduce(
-            torch.tensor([sum(scores), len(scores)], dtype=torch.float64)
-        ).tolist()
+        sums = torch.tensor([sum(scores), len(scores)], dtype=torch.float64)
+        total, count = trainer.accelerator.reduce(sums).tolist()
         return {"held_out": total / count}
 
-    dataset = Dataset.from_list(
-        list(
-            islice(
-                problems(seed=run["seed"], held_out=False),
-                run["steps"] * rollout["prompts_per_step"],
-            )
-        )
-    )
-    trainer = GRPOTrainer(
-        run["model"], reward, arguments, train_dataset=dataset, callbacks=[Clock()]
-    )
+    prompts = run["steps"] * rollout["prompts_per_step"]
+    rows = list(islice(problems(seed=run["seed"], held_out=False), prompts))
+    more = dict(train_dataset=Dataset.from_list(rows), callbacks=[Clock()])
+    trainer = GRPOTrainer(run["model"], reward, arguments, **more)
     tokenizer, model = trainer.processing_class, trainer.model
     end, stock_generate = tokenizer.eos_token_id, model.generate
     if ragged:
-        model.generate = lambda input_ids, **more: stock_generate(
-            input_ids, logits_processor=LogitsProcessorList([Lengths(input_ids)]), **more
-        )
+
+        def generate(input_ids, **more):
+            lengths = LogitsProcessorList([Lengths(input_ids)])
+            return stock_generate(input_ids, logits_processor=lengths, **more)
+
+        model.generate = generate
     trainer.train()
     if ranks > 1:
-        # Else gloo's threads may still run when the interpreter ends, and abort it
+        # Otherwise gloo's threads may still run when the interpreter ends, and abort it.
         torch.distributed.destroy_process_group()
 
 

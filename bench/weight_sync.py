@@ -1,16 +1,20 @@
-"""What the path of the weights costs: gather BF16, quantize, one message per tensor, as the usual
-design does, against this project's path.
+"""What a weight update costs: this project's path against the usual one.
 
-    python bench/weight_sync.py               three model sizes at tensor parallelism 1, 2 and 4; about ten minutes
-    python bench/weight_sync.py estimate      on paper, GLM-4.5 355B on 64 GPUs: bytes from the formulas, seconds from stated bandwidths
+    python bench/weight_sync.py
+        three model sizes at tensor parallelism 1, 2 and 4; about ten minutes
+    python bench/weight_sync.py estimate
+        GLM-4.5 355B on 64 GPUs on paper: bytes from formulas, seconds from stated bandwidths
 
-Each measurement is one run of tp trainers and one rank that receives, over gloo, and alternates
-between the two paths. The usual path all-gathers each BF16 parameter, quantizes on the first
-trainer, and sends tensor by tensor. Neither has an engine at its end. Printed for each: bytes that
-the tensor-parallel ranks gather and that are sent, seconds (median), growth of the resident
-memory's peak on the first trainer and on the receiver; and the floor: the seconds that one copy of
-the delivered bytes takes in memory. The vocabulary is small, so that embeddings, which stay BF16,
-have no larger share of the weights than they have in large models.
+The usual path all-gathers each BF16 parameter, quantizes on the first trainer, and sends tensor by
+tensor. Ours quantizes before it gathers, and sends buckets. Each measurement is one run of tp
+trainers and one rank that receives, over gloo. It alternates between the two paths. Neither path
+has an engine at its end.
+
+Printed for each path are the bytes that the tensor-parallel ranks gather, the bytes sent, and the
+median seconds. Printed too is how far the peak of resident memory grows on the first trainer and on
+the receiver.
+The floor is the seconds that one copy of the sent bytes takes in memory. The vocabulary is small:
+embeddings stay BF16, and should have no larger share of the weights than in large models.
 """
 
 import ctypes
@@ -38,65 +42,49 @@ ROUNDS = 5
 
 
 def usual(weights) -> Iterator[list]:
-    """The usual path, in this project's terms: whole parameters gathered in BF16, quantized by rank
-    0 alone, a bucket for every tensor.
+    """Yield the buckets of the usual path, in this project's terms.
+
+    It gathers whole parameters in BF16, rank 0 alone quantizes, and every tensor is a bucket.
     """
     import torch
     import torch.distributed as dist
     from backends.huggingface.names import parameters_of, rule_of, split_stacked
     from weight_sync import quantize_named
 
-    group, config = weights.trainer.layout.tp_group, weights.config
-    for name, parameter in parameters_of(weights.trainer.gpt):
+    group, config = weights.layout.tp_group, weights.config
+    for name, parameter in parameters_of(weights.gpt):
         rule, shards = rule_of(name), [parameter.detach()]
         if rule.tp_dim is not None and group.size() > 1:
             shards = [torch.empty_like(parameter) for _ in range(group.size())]
             dist.all_gather(shards, parameter.detach(), group=group)
         groups = config["num_key_value_heads"] // group.size()
-        parts = zip(
-            *(
-                split_stacked(shard, len(rule.hf), head_dim=config["head_dim"], groups=groups)
-                for shard in shards
-            )
-        )
+        heads = dict(head_dim=config["head_dim"], groups=groups)
+        parts = zip(*(split_stacked(shard, len(rule.hf), **heads) for shard in shards))
         for hf_name, slices in zip(rule.hf, parts):
-            tensor = torch.cat(slices, dim=rule.tp_dim or 0)
-            pairs = (
-                quantize_named(hf_name, tensor)
-                if hf_name in weights.fp8 and group.rank() == 0
-                else [(hf_name, tensor)]
-            )
-            pairs += (
-                [pairs[0]] if hf_name in weights.fp8 and group.rank() > 0 else []
-            )  # as many messages on every trainer; only rank 0's are sent
+            pairs = [(hf_name, torch.cat(slices, dim=rule.tp_dim or 0))]
+            if hf_name in weights.fp8 and group.rank() == 0:
+                pairs = quantize_named(*pairs[0])
+            elif hf_name in weights.fp8:
+                pairs *= 2  # as many messages as rank 0 has; only rank 0's are sent
             yield from ([pair] for pair in pairs)
 
 
 def reset_peak() -> None:
-    """Give freed memory back to the system, and let the peak of the resident set start from there
-    (Linux: proc(5), clear_refs).
+    """Give freed memory back to the system, and start the peak of the resident set from there.
+
+    Source: proc(5), clear_refs.
     """
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_bytes() -> int:
-    """Largest resident set since it was last reset."""
+    """Return the largest resident set since the last reset_peak."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
-    """One rank of tp trainers and a receiver; rank 0 prints the measurements as JSON."""
-    import numpy as np
-    from common import distributed
-    import torch.distributed as dist
-    from backends.megatron import model as megatron_model
-    from common.settings import TrainSettings
-    import weight_sync
-    from megatron.core import parallel_state as mpu
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
+def config_of(size: str) -> dict:
     hidden, layers, intermediate = SIZES[size]
     heads = dict(num_attention_heads=hidden // 128, num_key_value_heads=4, head_dim=128)
     shape = dict(
@@ -106,25 +94,47 @@ def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
         vocab_size=1024,
         max_position_embeddings=1024,
     )
-    config = dict(
-        model_type="qwen3",
-        tie_word_embeddings=True,
-        num_experts=0,
-        rms_norm_eps=1e-6,
-        **heads,
-        **shape,
-    )
-    everyone = distributed.init_distributed(rollout_ranks=1)
-    trainer, receives = None, everyone.rank() == tp
-    if not receives:
+    config = dict(model_type="qwen3", tie_word_embeddings=True, num_experts=0, rms_norm_eps=1e-6)
+    return config | heads | shape
+
+
+def build_path(size: str, tp: int, bucket_bytes: int, everyone):
+    """Return this rank's weight_sync.WeightPath. The last rank receives and has no trainer."""
+    from backends.megatron import model as megatron_model
+    from common.settings import TrainSettings
+    import weight_sync
+    from megatron.core import parallel_state as mpu
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    config, gpt, layout = config_of(size), None, None
+    if everyone.rank() < tp:
         mpu.initialize_model_parallel(tp)
         model_parallel_cuda_manual_seed(1)
         gpt, layout = megatron_model.build_gpt(TrainSettings(tp=tp), config)
-        trainer = type("Trainer", (), {"gpt": gpt, "layout": layout})
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
-    weights = weight_sync.WeightPath(
-        trainer.gpt, trainer.layout, config, fp8, bucket_bytes, broadcast_group=everyone
-    )
+    return weight_sync.WeightPath(gpt, layout, config, fp8, bucket_bytes, broadcast_group=everyone)
+
+
+def copy_seconds(nbytes: int, rounds: int) -> float:
+    """Return the shortest time in which so many bytes are copied in memory."""
+    import numpy as np
+
+    source, target, seconds = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8), []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
+    """Run one rank of tp trainers and a receiver. Rank 0 prints the measurements as JSON."""
+    from common import distributed
+    import torch.distributed as dist
+    import weight_sync
+
+    everyone = distributed.init_distributed(rollout_ranks=1)
+    weights = build_path(size, tp, bucket_bytes, everyone)
     gathered, stock = [0], dist.all_gather
 
     def counted(tensors, tensor, group=None):
@@ -132,14 +142,17 @@ def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
         return stock(tensors, tensor, group=group)
 
     dist.all_gather = counted
+
+    def usual_buckets():
+        mine = None if weights.gpt is None else usual(weights)
+        return weight_sync.broadcast_buckets(mine, everyone)
+
     paths = {
-        "usual": lambda: weight_sync.broadcast_buckets(
-            None if receives else usual(weights), everyone
-        ),
+        "usual": usual_buckets,
         "ours": lambda: weight_sync.buckets_of(weights, quantize=True),
     }
     runs = {path: {"seconds": [], "peak": []} for path in paths}
-    for i in range(rounds + 1):  # the first warms up
+    for i in range(rounds + 1):  # the first round warms up
         for path, buckets in paths.items():
             gathered[0] = sent = messages = 0
             dist.barrier(everyone)
@@ -154,50 +167,32 @@ def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
                 runs[path]["seconds"].append(time.perf_counter() - started)
                 runs[path]["peak"].append(peak_bytes() - before)
             runs[path] |= {"gathered": gathered[0], "sent": sent, "messages": messages}
-    floor = []
-    source, target = (
-        np.ones(runs["ours"]["sent"], np.uint8),
-        np.zeros(runs["ours"]["sent"], np.uint8),
-    )
-    for _ in range(rounds):
-        started = time.perf_counter()
-        np.copyto(target, source)
-        floor.append(time.perf_counter() - started)
+    floor = copy_seconds(runs["ours"]["sent"], rounds)
     mine = {
         path: {**run, "seconds": statistics.median(run["seconds"]), "peak": max(run["peak"])}
         for path, run in runs.items()
     }
-    ranks = [
-        json.loads(line)
-        for line in distributed.all_gather_bytes(json.dumps(mine).encode(), everyone)
-    ]
+    lines = distributed.all_gather_bytes(json.dumps(mine).encode(), everyone)
     if everyone.rank() == 0:
-        receiver_peaks = {path: ranks[tp][path]["peak"] for path in paths}
-        sent = {path: ranks[tp][path]["sent"] for path in paths}
+        received = json.loads(lines[tp])  # what the receiver measured
         report = {
-            path: {**mine[path], "sent": sent[path], "receiver_peak": receiver_peaks[path]}
-            for path in paths
+            path: {**mine[path], "sent": run["sent"], "receiver_peak": run["peak"]}
+            for path, run in received.items()
         }
-        print("\n" + json.dumps(report | {"floor": min(floor)}), flush=True)
+        print("\n" + json.dumps(report | {"floor": floor}), flush=True)
     dist.barrier(everyone)
 
 
 def measure(size: str, tp: int, *, bucket_bytes: int = BUCKET_BYTES, rounds: int = ROUNDS) -> dict:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(tp + 1),
-    ]
-    command += [__file__, "worker", size, str(tp), str(bucket_bytes), str(rounds)]
+    """Run one size at one tensor parallelism. Return the report of the two paths."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(tp + 1), __file__]
+    command += ["worker", size, str(tp), str(bucket_bytes), str(rounds)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{size} at tp {tp} ended with {done.returncode}:\n{done.stderr[-5000:]}")
-    return json.loads(
-        next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
-    )
+    printed = reversed(done.stdout.splitlines())
+    return json.loads(next(line for line in printed if line.startswith("{")))
 
 
 def main() -> None:
@@ -206,60 +201,43 @@ def main() -> None:
         for tp in (1, 2, 4):
             report = measure(size, tp)
             for path in ("usual", "ours"):
-                row = report[path]
-                moved = (
-                    f"gathers {row['gathered'] / 1e6:6.1f} MB, sends {row['sent'] / 1e6:6.1f} MB in"
-                    f" {row['messages']:3} messages"
-                )
-                peaks = (
-                    f"peak memory +{row['peak'] / 2**20:4.0f} MiB on trainer 0,"
-                    f" +{row['receiver_peak'] / 2**20:4.0f} MiB on the receiver"
-                )
-                print(f"{size:>5} tp {tp}  {path:5}  {row['seconds']:6.3f} s   {moved}   {peaks}")
+                print(f"{size:>5} tp {tp}  {path:5}  {line_of(report[path])}")
             usual, ours = report["usual"], report["ours"]
-            gathered = (
-                f"bytes gathered {ours['gathered'] / usual['gathered']:.3f}, " if tp > 1 else ""
-            )
-            ratio = f"ours / usual: {gathered}seconds {ours['seconds'] / usual['seconds']:.2f}"
-            print(
-                f"{size:>5} tp {tp}  {ratio};  memcpy of what is sent {report['floor']:.3f} s",
-                flush=True,
-            )
+            ratio = f"seconds {ours['seconds'] / usual['seconds']:.2f}"
+            if tp > 1:
+                ratio = f"bytes gathered {ours['gathered'] / usual['gathered']:.3f}, {ratio}"
+            floor = f"memcpy of what is sent {report['floor']:.3f} s"
+            print(f"{size:>5} tp {tp}  ours / usual: {ratio};  {floor}", flush=True)
+
+
+def line_of(row: dict) -> str:
+    sent = f"sends {row['sent'] / 1e6:6.1f} MB in {row['messages']:3} messages"
+    moved = f"gathers {row['gathered'] / 1e6:6.1f} MB, {sent}"
+    peaks = f"peak memory +{row['peak'] / 2**20:4.0f} MiB on trainer 0,"
+    peaks += f" +{row['receiver_peak'] / 2**20:4.0f} MiB on the receiver"
+    return f"{row['seconds']:6.3f} s   {moved}   {peaks}"
 
 
 # --- on paper -----------------------------------------------------------------------------------
 
 
 def estimate() -> None:
-    """Seconds of one hand-off in the synchronous loop, from plan.py's bytes and stated bandwidths.
+    """Print seconds of one weight update in the synchronous loop, from bytes and bandwidths.
 
-    No latency, no imbalance, nothing overlapped.
+    The bytes are those of harness/memory.py. There is no latency, imbalance or overlap.
     """
     from backends.huggingface.config import read_config
     from harness import memory, plan
 
-    config, tp, pp, engine_tp, gpus = (
-        read_config(ROOT / "docs" / "configs" / "GLM-4.5"),
-        8,
-        4,
-        8,
-        64,
-    )
-    bandwidths = dict(
-        memory_bytes_s=2.0e12, nvlink_bytes_s=300e9, network_bytes_s=40e9
-    )  # HBM3, NVLink 4, one 400 Gb/s adapter: 60 to 80 % of their ratings
+    config = read_config(ROOT / "docs" / "configs" / "GLM-4.5")
+    tp, pp, engine_tp, gpus = 8, 4, 8, 64
+    # HBM3, NVLink 4 and one 400 Gb/s adapter, at 60 to 80 % of their ratings.
+    bandwidths = dict(memory_bytes_s=2.0e12, nvlink_bytes_s=300e9, network_bytes_s=40e9)
     parameters = f"{memory.parameters(config)[0] / 1e9:.0f}e9 parameters"
-    print(
-        f"GLM-4.5, {parameters}, {gpus} GPUs: trainers tp {tp} (experts over the same {tp}), pp"
-        f" {pp}; engines tp {engine_tp}"
-    )
-    print(
-        "assumed: "
-        + ", ".join(
-            f"{name.split('_')[0]} {value / 1e9:,.0f} GB/s" for name, value in bandwidths.items()
-        )
-        + ", per GPU and direction"
-    )
+    trainers = f"trainers tp {tp} (experts over the same {tp}), pp {pp}"
+    print(f"GLM-4.5, {parameters}, {gpus} GPUs: {trainers}; engines tp {engine_tp}")
+    speeds = [f"{name.split('_')[0]} {b / 1e9:,.0f} GB/s" for name, b in bandwidths.items()]
+    print(f"assumed: {', '.join(speeds)}, per GPU and direction")
     totals = {}
     for dtype in ("bf16", "fp8"):
         sent = memory.hand_off_bytes(config, dtype=dtype, engine_tp=engine_tp, engine_ep=engine_tp)
@@ -273,10 +251,8 @@ def estimate() -> None:
         "slime 0.1.0 publishes 48 s BF16 and 100 s with FP8 quantization for this model. Those were"
         " measured and these were not: comparable is only that"
     )
-    print(
-        f"FP8, quantized before it moves, should take {totals['fp8'] / totals['bf16']:.2f} of"
-        " BF16's time, and not twice as long."
-    )
+    share = f"{totals['fp8'] / totals['bf16']:.2f} of BF16's time"
+    print(f"FP8, quantized before it moves, should take {share}, and not twice as long.")
 
 
 if __name__ == "__main__":

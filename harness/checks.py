@@ -1,8 +1,8 @@
-"""What of the flags cannot work, whatever the model, the data and the machine are.
+"""Refuse flags that cannot work, whatever the model, the data and the machine are.
 
-flags.py calls these checks right after the command line is read, before the imports of the stages,
-which take half a minute. What needs config.json, prompts or the engine is checked by the stages
-themselves, afterwards. problems.py says what a check is.
+flags.py calls these checks right after it has read the command line. The stages' imports, which
+take half a minute, come later. Rules that need config.json, prompts or the engine are checked by
+the stages themselves, after their imports. common/errors.py says what a check is.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import fields
+from typing import Any
 
 from common import process_groups
 from common.errors import BadInput, ProblemList, all_problems, file_problem, model_problem
@@ -28,36 +29,37 @@ from common.settings import (
     parse_weights,
 )
 from harness.run_folder import name_problems, rollouts_file
-from losses import LossSettings, check_loss_settings
+from losses import CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings
 from reward import RewardSettings
 
-# Numpy takes seeds below 2**32. Engine and trainer add a number to --seed on each rank.
+# NumPy takes seeds below 2**32. Engine and trainer add a number to --seed on each rank.
 SEEDS = 2**31
-NOT_IN_PROJECTS = "/\\#?%:"  # W&B refuses them only when the run has begun
+NOT_IN_PROJECTS = "/\\#?%:"  # W&B itself refuses them only after the run has begun
 EXTRAS = {"tensorboard": "tensorboard==2.21.0", "wandb": "wandb==0.31.0"}  # not in requirements.txt
-# Below 1e-6 SGLang samples greedily and reports log-probs of temperature 1 (SamplingParams).
-# Above it, errors of BF16 logits are divided by the temperature: below 0.01 they exceed what the
-# engine's and the trainer's log-probs have to say.
+# Below 1e-6 SGLang samples greedily and reports log-probs of temperature 1 (SamplingParams). Above
+# it, the temperature divides the rounding errors of BF16 logits. Below 0.01 these errors are larger
+# than the differences of log-probs that matter.
 TEMPERATURES = 0.01, 100.0
-MOST_EVAL_SAMPLES = 100_000  # generated held-out prompts never end
+MOST_EVAL_SAMPLES = 100_000  # a generated held-out set has no end
 
 
 @all_problems
 def check_flags(settings) -> None:
-    """Refuse what cannot work. settings: a loop's."""
+    """Check all flags of a loop. Raises one BadInput with everything that cannot work."""
     found, ranks = ProblemList(), world_size(settings)
-    trainer_ranks = rollout_ranks = ranks
     found.collect(check_run_flags, settings.run)
     if hasattr(settings, "plan"):
         found.collect(check_plan_flags, settings.plan)
-    if hasattr(settings, "in_flight"):
+    trainer_ranks = rollout_ranks = ranks
+    if hasattr(settings, "in_flight"):  # the asynchronous loop
         found.collect(check_in_flight_flags, settings.in_flight, settings.rollout, world_size=ranks)
         rollout_ranks = settings.in_flight.rollout_ranks
         trainer_ranks = ranks - rollout_ranks
-    if min(trainer_ranks, rollout_ranks) < 1:  # a problem of its own, not one of the layout
+    if min(trainer_ranks, rollout_ranks) < 1:
+        # The checks above report it. What follows from it must not be reported too.
         trainer_ranks = rollout_ranks = None
     found.collect(check_rollout_flags, settings.rollout, ranks=rollout_ranks)
-    if not is_plan(settings):  # which reads no prompts
+    if not is_plan(settings):  # a plan reads no prompts
         found.collect(check_prompt_files, settings.rollout)
     found.collect(check_reward_flags, settings.reward, settings.rollout)
     steps = settings.run.steps
@@ -67,14 +69,14 @@ def check_flags(settings) -> None:
     found.collect(check_loss_settings, settings.loss)
     found.collect(check_sync_flags, settings.sync)
     found.collect(check_modes, settings)
-    if not settings.run.load_rollouts:  # model_checks.longest_of_dumps looks at what is loaded
+    if not settings.run.load_rollouts:  # model_checks.longest_of_dumps checks the loaded ones
         answers = settings.rollout.prompts_per_step * settings.rollout.samples_per_prompt
         found.collect(check_minibatches, settings.train.minibatches, answers=answers)
     yield from found.texts
 
 
 def world_size(settings) -> int:
-    """Return how many ranks the run has, or the planned one. settings: a loop's."""
+    """Return the number of ranks of the run, or of the planned run. settings: a loop's."""
     return settings.plan.plan_gpus if is_plan(settings) else int(os.environ["WORLD_SIZE"])
 
 
@@ -86,26 +88,30 @@ def is_plan(settings) -> bool:
 @all_problems
 def check_modes(settings) -> None:
     """Refuse flags that would do nothing in a run of this kind. settings: a loop's."""
-    run, idle = settings.run, []
+    run, rollout = settings.run, settings.rollout
+    kind, idle = "", []
     if run.eval_only or run.debug_rollout_only:
         kind = "--eval-only" if run.eval_only else "--debug-rollout-only"
         idle = [(settings.loss, "kl_coef"), (settings.train, "minibatches")]
-        idle += [(settings.reward, "dynamic_sampling")] if run.eval_only else []
+        if run.eval_only:
+            idle += [(settings.reward, "dynamic_sampling")]
     elif run.load_rollouts:
-        kind, idle = "--load-rollouts", [(run, "check_sync"), (settings.reward, "dynamic_sampling")]
-        idle += [(settings.rollout, "sglang"), (settings.rollout, "eval_prompts")]
+        kind = "--load-rollouts"
+        idle = [(run, "check_sync"), (settings.reward, "dynamic_sampling")]
+        idle += [(rollout, "sglang"), (rollout, "eval_prompts")]
     for stage, name in idle:
-        if (given := getattr(stage, name)) != getattr(type(stage)(), name):
-            given = " ".join(map(str, given)) if isinstance(given, tuple) else given
-            yield f"{_flag(name)} {given} has no effect with {kind}: leave one out"
+        given, default = getattr(stage, name), getattr(type(stage)(), name)
+        if given != default:
+            shown = " ".join(map(str, given)) if isinstance(given, tuple) else given
+            yield f"{_flag(name)} {shown} has no effect with {kind}: leave one out"
 
 
-# --- the run ----------------------------------------------------------------------------------
+# --- the run ------------------------------------------------------------------------------------
 
 
 @all_problems
 def check_run_flags(settings: RunSettings) -> None:
-    """Refuse what cannot work, names that are taken, and folders that are not there."""
+    """Refuse values that cannot work, names that are taken, and folders that are not there."""
     if problem := model_problem(settings.model):
         yield problem
     if problem := process_groups.interface_problem():
@@ -125,50 +131,71 @@ def check_run_flags(settings: RunSettings) -> None:
     for name, line in EXTRAS.items():
         if getattr(settings, name) and importlib.util.find_spec(name) is None:
             yield f"--{name} needs a package that is not installed: pip install {line}"
-    if settings.load_rollouts and (settings.save_rollouts or settings.debug_rollout_only):
+    yield from _load_rollouts_problems(settings)
+    yield from _eval_only_problems(settings)
+    for step in settings.profile:
+        if not 1 <= step <= settings.steps:
+            has = f"which has steps 1 to {settings.steps} (--steps)"
+            yield f"--profile {step} is no step of the run, {has}"
+            break
+    yield from name_problems(settings)
+
+
+def _load_rollouts_problems(settings: RunSettings) -> Iterator[str]:
+    """Yield what keeps --load-rollouts from working."""
+    if not settings.load_rollouts:
+        return
+    if settings.save_rollouts or settings.debug_rollout_only:
         fix = "leave out --save-rollouts and --debug-rollout-only, which are about its answers"
         yield f"--load-rollouts starts no engine: {fix}"
-    dumps = (rollouts_file(settings.load_rollouts, step) for step in range(1, settings.steps + 1))
-    if settings.load_rollouts and (file := next((f for f in dumps if not os.path.isfile(f)), None)):
-        fix = "give a folder that --save-rollouts wrote, or fewer --steps"
-        yield f"--load-rollouts {settings.load_rollouts} has no {file.name}: {fix}"
+    for step in range(1, settings.steps + 1):
+        file = rollouts_file(settings.load_rollouts, step)
+        if not os.path.isfile(file):
+            fix = "give a folder that --save-rollouts wrote, or fewer --steps"
+            yield f"--load-rollouts {settings.load_rollouts} has no {file.name}: {fix}"
+            return
+
+
+def _eval_only_problems(settings: RunSettings) -> Iterator[str]:
+    """Yield the flags that would do nothing beside --eval-only."""
+    if not settings.eval_only:
+        return
     idle = ("load_rollouts", "save_rollouts", "debug_rollout_only", "profile", "save_every")
-    if settings.eval_only and (given := [name for name in idle if getattr(settings, name)]):
-        given = ", ".join(map(_flag, given))
-        yield f"--eval-only makes no training step, and {given} would do nothing: leave it out"
-    if settings.eval_only and settings.export not in ((), RunSettings().export):
+    if given := [_flag(name) for name in idle if getattr(settings, name)]:
+        flags = ", ".join(given)
+        yield f"--eval-only makes no training step, and {flags} would do nothing: leave it out"
+    if settings.export not in ((), RunSettings().export):
         yield f"--eval-only exports nothing: leave out --export {' '.join(settings.export)}"
-    if late := [step for step in settings.profile if not 1 <= step <= settings.steps]:
-        has = f"which has steps 1 to {settings.steps} (--steps)"
-        yield f"--profile {late[0]} is no step of the run, {has}"
-    yield from name_problems(settings)
 
 
 @all_problems
 def check_plan_flags(settings: PlanSettings) -> None:
-    """Refuse sizes and bandwidths that cannot be, or are those of no plan."""
+    """Refuse sizes and bandwidths that cannot be, and any of them without --plan."""
     changed = [f.name for f in fields(PlanSettings) if getattr(settings, f.name) != f.default]
     if changed and not settings.plan:
         yield f"{_flag(changed[0])} has no effect without --plan: add that, or leave it out"
-    names = ("gpus", "node_gpus", "prompt_tokens", "gpu_gb", "memory_gb_s", "nvlink_gb_s")
-    for name in (*names, "network_gb_s"):
-        if not 0 < (value := getattr(settings, f"plan_{name}")) < 1e9:
-            yield f"{_flag(f'plan_{name}')} {value} must be positive, and below a billion"
+    for field in fields(PlanSettings):
+        value = getattr(settings, field.name)
+        if field.name != "plan" and not 0 < value < 1e9:
+            yield f"{_flag(field.name)} {value} must be positive, and below a billion"
 
 
-# --- prompts, rollout, reward -----------------------------------------------------------------
+# --- prompts, rollout, reward -------------------------------------------------------------------
 
 
 @all_problems
 def check_rollout_flags(settings: RolloutSettings, *, ranks: int | None) -> None:
-    """Refuse what cannot work. ranks: those that generate; None where that is a problem itself."""
+    """Refuse settings of the rollout that cannot work, whatever the model is.
+
+    ranks: those that generate; None where their number is itself a reported problem.
+    """
     found = ProblemList()
     if settings.temperature <= 0:
         why = "a greedy rollout has no log-probs to learn from"
         yield f"--temperature {settings.temperature} must be above 0: {why}"
     elif not TEMPERATURES[0] <= settings.temperature <= TEMPERATURES[1]:  # also nan
         rule = f"must lie between {TEMPERATURES[0]} and {TEMPERATURES[1]:g}"
-        low = "below, the engine's log-probs mean nothing, and from 1e-6 on SGLang is greedy"
+        low = "below, the engine's log-probs mean nothing, and below 1e-6 SGLang is greedy"
         yield f"--temperature {settings.temperature} {rule}: {low}; above, all answers are noise"
     if settings.samples_per_prompt < 2:
         given = f"--samples-per-prompt {settings.samples_per_prompt}"
@@ -192,7 +219,7 @@ def check_rollout_flags(settings: RolloutSettings, *, ranks: int | None) -> None
 
 
 def _engine_problems(settings: RolloutSettings, ranks: int | None) -> Iterator[str]:
-    """Yield how the engines do not fit the ranks."""
+    """Yield where the sizes of the engines do not divide the ranks and the prompts."""
     tp, prompts = settings.engine_tp, settings.prompts_per_step
     if prompts < 1:
         yield f"--prompts-per-step {prompts} must be at least 1"
@@ -210,7 +237,7 @@ def _engine_problems(settings: RolloutSettings, ranks: int | None) -> Iterator[s
 
 
 def _source_problems(settings: RolloutSettings) -> Iterator[str]:
-    """Yield what is wrong with the sources of prompts, but for their files."""
+    """Yield what is wrong with the sources of prompts. check_prompt_files looks at their files."""
     found = ProblemList()
     found.collect(parse_weights, settings.prompts)
     for given in settings.eval_prompts:
@@ -229,16 +256,16 @@ def check_prompt_files(settings: RolloutSettings) -> None:
     """Refuse files of prompts that are not there."""
     sources = []
     for given in (settings.prompts, *((source,) for source in settings.eval_prompts)):
-        with contextlib.suppress(BadInput):  # another check says so
+        with contextlib.suppress(BadInput):  # check_rollout_flags reports it
             sources += parse_weights(given)
-    for source in dict.fromkeys(sources):
+    for source in dict.fromkeys(sources):  # each once
         if not is_generated(source) and (problem := file_problem(source)):
             yield problem
 
 
 @all_problems
 def check_reward_flags(settings: RewardSettings, rollout: RolloutSettings) -> None:
-    """Refuse what cannot work."""
+    """Refuse settings of the reward that cannot work with these prompts and answers."""
     if settings.judges < 1:
         yield f"--judges {settings.judges} must be at least 1"
     if not settings.judge_timeout_s > 0:
@@ -259,7 +286,7 @@ def check_reward_flags(settings: RewardSettings, rollout: RolloutSettings) -> No
 def check_in_flight_flags(
     settings: InFlightSettings, rollout: RolloutSettings, *, world_size: int
 ) -> None:
-    """Refuse what cannot work."""
+    """Refuse settings of the asynchronous loop that do not fit its ranks and engines."""
     if world_size < 2:
         fix = "use `torchrun --nproc-per-node 2 loop_async.py`"
         needs = "needs a rank that trains and one that generates"
@@ -275,14 +302,17 @@ def check_in_flight_flags(
         yield f"--oversample {settings.oversample} {rule}"
 
 
-# --- training and the hand-off ----------------------------------------------------------------
+# --- training and weight updates ----------------------------------------------------------------
 
 
 @all_problems
 def check_train_flags(
     settings: TrainSettings, loss: LossSettings, *, steps: int, ranks: int | None
 ) -> None:
-    """Refuse what cannot work. ranks: those that train; None where that is a problem itself."""
+    """Refuse settings of the trainer that cannot work, whatever the model is.
+
+    ranks: those that train; None where their number is itself a reported problem.
+    """
     found = ProblemList()
     for name in ("minibatches", "microbatch_tokens"):
         if getattr(settings, name) < 1:
@@ -318,7 +348,7 @@ def check_train_flags(
 
 @all_problems
 def check_minibatches(n: int, *, answers: int) -> None:
-    """Refuse --minibatches n where a step has fewer answers: some updates would have none."""
+    """Refuse --minibatches n if a step has fewer answers: some optimizer steps would have none."""
     if 1 <= answers < n:
         most = f"a step has {answers} answers, --prompts-per-step times --samples-per-prompt"
         yield f"--minibatches {n}: {most}: use at most {answers}"
@@ -326,11 +356,84 @@ def check_minibatches(n: int, *, answers: int) -> None:
 
 @all_problems
 def check_sync_flags(settings: SyncSettings) -> None:
-    """Refuse what cannot work."""
+    """Refuse a bucket size that cannot work."""
     if settings.bucket_bytes < 1:
         given = f"--bucket-bytes {settings.bucket_bytes}"
         yield f"{given} must be at least 1; leave it out for 256 MiB"
 
 
+# --- the loss -----------------------------------------------------------------------------------
+
+
+@all_problems
+def check_loss_settings(settings: LossSettings) -> None:
+    """Refuse a choice from the tables of losses.py whose parts do not fit, and values out of range.
+
+    Most rules are entries of the tables: `only` and the bounds of PolicyLoss, Correction and
+    KLEstimator. A new algorithm gets its checks from its entry.
+    """
+    yield from _unsupported_values("policy_loss", POLICY_LOSSES, settings)
+    if settings.kl_coef:
+        yield from _unsupported_values("kl_estimator", KL_ESTIMATORS, settings)
+    yield from _bounds_without_effect(
+        "policy_loss", POLICY_LOSSES, {"clip_low": "clip_low", "clip_high": "clip_high"}, settings
+    )
+    yield from _bounds_without_effect(
+        "correction", CORRECTIONS, {"correction_low": "low", "correction_high": "high"}, settings
+    )
+
+    # In the comparisons below nan is false, so that it is refused. None is no bound.
+    low, high = settings.clips
+    if not ((low is None or 0 < low <= 1) and (high is None or high > 0)):
+        yield f"--clip-low {low} must lie in (0, 1], --clip-high {high} must be positive"
+    if settings.dual_clip and not settings.dual_clip > 1:
+        yield f"--dual-clip {settings.dual_clip} must be above 1, or 0 for none"
+    low, high = settings.correction_bounds
+    if not ((low is None or 0 <= low <= 1) and (high is None or high >= 1)):
+        given = f"--correction-low {low} and --correction-high {high}"
+        yield f"{given} must satisfy 0 <= low <= 1 <= high"
+    if not (0 <= settings.kl_coef < math.inf and 0 <= settings.entropy_coef < math.inf):
+        given = f"--kl-coef {settings.kl_coef} and --entropy-coef {settings.entropy_coef}"
+        yield f"{given} must be finite and must not be negative"
+    unset = (LossSettings.kl_estimator, LossSettings.kl_in)
+    if not settings.kl_coef and (settings.kl_estimator, settings.kl_in) != unset:
+        given = f"--kl-estimator {settings.kl_estimator} --kl-in {settings.kl_in}"
+        yield f"{given} has no effect without --kl-coef: set one, or leave it out"
+
+
+def _unsupported_values(name: str, table: dict[str, Any], settings: LossSettings) -> Iterator[str]:
+    """Yield the settings whose values the choice from this table does not support.
+
+    name: the setting that chooses from the table.
+    """
+    choice = getattr(settings, name)
+    for other, supported in table[choice].only.items():
+        given = getattr(settings, other)
+        if given in supported:
+            continue
+        fix = f"use {_flag(other)} {' or '.join(map(str, supported))}"
+        # Choices that would support the given value.
+        instead = [key for key, entry in table.items() if given in entry.only.get(other, (given,))]
+        if instead:
+            fix += f", or {_flag(name)} {' or '.join(instead)}"
+        yield f"{_flag(name)} {choice} and {_flag(other)} {given} do not fit: {fix}"
+
+
+def _bounds_without_effect(
+    name: str, table: dict[str, Any], bounds: dict[str, str], settings: LossSettings
+) -> Iterator[str]:
+    """Yield the bounds that are set although the choice from this table has none.
+
+    name: the setting that chooses from the table. bounds: {setting: its field in the table}.
+    """
+    choice = getattr(settings, name)
+    for bound, field in bounds.items():
+        value = getattr(settings, bound)
+        if value is not None and getattr(table[choice], field) is None:
+            why = f"{_flag(name)} {choice} has no such bound"
+            yield f"{_flag(bound)} {value} has no effect: {why}; leave it out"
+
+
 def _flag(name: str) -> str:
+    """Return the flag of a setting."""
     return "--" + name.replace("_", "-")

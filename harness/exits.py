@@ -1,4 +1,4 @@
-"""How a run ends: signals, exit codes, and what is printed."""
+"""How a run ends: what a signal does, which exit code follows, and what is printed."""
 
 import multiprocessing
 import os
@@ -15,86 +15,99 @@ from common import process_groups
 from common.errors import RANK_0_SPEAKS_WITHIN_S, BadInput, EngineDied, ExportError, engine_died
 from common.processes import signal_when_parent_ends
 
-# The signals that asked this rank to stop. No Event: a second signal, while the handler of the
-# first holds its lock, would wait for that lock for ever.
+# The signals that have asked this rank to stop. This is a list and no Event. A second signal may
+# come while the handler of the first holds an Event's lock, and would wait for it for ever.
 told_to_stop: list[int] = []
-# Set when the first step begins. Until then nothing is lost by an end in the middle.
+# Set when the first step begins. Until then an end in the middle loses nothing.
 is_training = threading.Event()
-MOST_OPEN_FILES = 2**16  # as SGLang sets it
+MOST_OPEN_FILES = 2**16  # the limit that SGLang sets
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call main and turn how it ends into an exit code.
+    """Call main and end the process with an exit code that says how main ended.
 
-    0 is done, or stopped with a checkpoint; 1 failed; 2 bad input. 128 + n is ended by signal n:
-    130 by Ctrl-C, 143 by SIGTERM and 129 by SIGHUP before the first step. From the first step on
-    SIGTERM and SIGHUP let the step end and a checkpoint be written; a second one changes nothing.
-    torchrun kills what is left after 30 s, or after its --shutdown-timeout.
+        0        done, or stopped after a checkpoint
+        1        failed
+        2        bad input
+        128 + n  ended by signal n: 130 by Ctrl-C; 143 by SIGTERM and 129 by SIGHUP before the
+                 first step
 
-    main's own `with` ends the engine's children. Should this process be killed, they end
+    From the first step on, SIGTERM and SIGHUP let the step finish and a checkpoint be written. A
+    second signal changes nothing. torchrun kills what is left after 30 s, or after its
+    --shutdown-timeout.
+
+    main's own `with` statement ends the engine's processes. If this process is killed they end by
     themselves.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(
-            errors="backslashreplace"
-            # An answer may hold what the console's encoding has not; to print it must not end the run
-        )
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        # A response may hold characters that the console's encoding lacks. Printing it must not
+        # end the run.
+        stream.reconfigure(errors="backslashreplace")
+    _raise_open_file_limit()
     signal.signal(signal.SIGQUIT, _engine_child_died)
     signal.signal(signal.SIGTERM, _stop)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it stays ignored
         signal.signal(signal.SIGHUP, _stop)
-    if dist.is_torchelastic_launched():  # not under a shell, which a run may outlive (nohup)
-        # Should torchrun be killed, nobody else would end this rank.
+    if dist.is_torchelastic_launched():
+        # If torchrun is killed, nobody else ends this rank. Without torchrun the parent is a shell,
+        # which a run may outlive (nohup).
         signal_when_parent_ends(signal.SIGTERM)
     try:
         _call(main)
     except KeyboardInterrupt as error:
         number = signal.Signals(*error.args or [signal.SIGINT])
         who = f"rank {os.environ.get('RANK', '0')}"
-        said = f"interrupted by {number.name}: {who} has ended its engine"
-        print(said, file=sys.stderr, flush=True)
+        _print_error(f"interrupted by {number.name}: {who} has ended its engine")
         sys.exit(128 + number)
     finally:
         for child in multiprocessing.active_children():
             child.kill()  # multiprocessing would send SIGTERM, and wait for those that ignore it
 
 
+def _raise_open_file_limit() -> None:
+    """Raise this process's limit of open files to MOST_OPEN_FILES, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def _call(main: Callable[[], None]) -> None:
+    """Call main. Print the errors that need no traceback and exit; raise the others."""
     try:
         main()
         if dist.is_initialized():  # not after --plan
             dist.destroy_process_group()
     except BadInput as error:
-        # All ranks usually see the same mistake. Rank 0 says it at once; torchrun then ends the
-        # others while they wait.
-        if os.environ.get("RANK", "0") == "0" or not _told_within(RANK_0_SPEAKS_WITHIN_S):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # Usually all ranks find the same mistake. Rank 0 prints it at once and ends. torchrun then
+        # ends the other ranks while they wait here.
+        if os.environ.get("RANK", "0") == "0" or not _stopped_within(RANK_0_SPEAKS_WITHIN_S):
+            _print_error(f"error: {error}")
         sys.exit(2)
     except (EngineDied, ExportError) as error:
-        print(
-            "\n".join([f"error: {error}", *getattr(error, "__notes__", [])]),
-            file=sys.stderr,
-            flush=True,
-        )
+        _print_error("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
         sys.exit(1)
     except RuntimeError as error:
         if not (explained := process_groups.explain(error)):
             raise
-        print(f"error: {explained}", file=sys.stderr, flush=True)
-        # A rank that is gone is the cause, and torchrun must see it first: it then ends this rank
-        # while it waits.
-        if "by peer" in str(error) and _told_within(2 if told_to_stop else 20):
+        _print_error(f"error: {explained}")
+        # The cause is another rank, which is gone. torchrun must see that one first, so this rank
+        # waits until torchrun ends it.
+        if "by peer" in str(error) and _stopped_within(2 if told_to_stop else 20):
             sys.exit(1)
         raise
 
 
-def _told_within(seconds: float) -> bool:
-    """Wait for torchrun's SIGTERM, which ends the ranks that are left when one has failed."""
-    is_training.set()  # the signal is waited for: it must not interrupt
+def _print_error(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _stopped_within(seconds: float) -> bool:
+    """Wait for SIGTERM, which torchrun sends to all other ranks when one has failed.
+
+    Return whether it came within so many seconds.
+    """
+    is_training.set()  # so that the handler only notes the signal
     before, end = len(told_to_stop), time.monotonic() + seconds
     while len(told_to_stop) == before and time.monotonic() < end:
         time.sleep(0.05)
@@ -102,15 +115,19 @@ def _told_within(seconds: float) -> bool:
 
 
 def _stop(signum, frame) -> None:
+    """Note a signal that asks this rank to stop. Before the first step, interrupt main at once.
+
+    Only the first signal interrupts: a second one would disturb the engine's shutdown.
+    """
     told_to_stop.append(signum)
-    if not is_training.is_set() and len(told_to_stop) == 1:  # a second one would disturb the end
+    if not is_training.is_set() and len(told_to_stop) == 1:
         raise KeyboardInterrupt(signum)
 
 
 def _engine_child_died(signum, frame) -> None:
-    """Raise what SIGQUIT of SGLang tells: a child has failed, or its watchdog found it dead.
+    """Raise EngineDied: SGLang sends SIGQUIT when a child has failed or hangs (its watchdog).
 
-    Where the main thread is in a finalizer, Python drops what is raised here. Engine.call notices
-    the death too.
+    Python drops an exception that is raised here while the main thread is in a finalizer.
+    Engine.call notices the death too.
     """
     raise engine_died()

@@ -1,6 +1,6 @@
-"""Trained weights -> Hugging Face folders.
+"""Write the trained weights as Hugging Face folders.
 
-Writing gathers as the hand-off does, bucket by bucket; the first rank writes.
+All ranks gather the weights bucket by bucket, as in a weight update. The first rank writes them.
 """
 
 import contextlib
@@ -19,12 +19,11 @@ from backends.huggingface.names import fp8_config
 from common.errors import BadInput, ExportError, read_json
 from weight_sync import WeightPath, fp8_weights, quantize_named, trainer_buckets
 
-
-MAX_FILE_BYTES = 4 * 2**30
+MAX_FILE_BYTES = 4 * 2**30  # a file is closed when it has grown beyond this
 
 
 def check_export_target(target: Path, source: str | Path) -> None:
-    """Raise BadInput if an export would overwrite the model that it is made from."""
+    """Raise BadInput if an export would overwrite its source, the model that was trained."""
     if os.path.realpath(target) == os.path.realpath(source):
         raise BadInput(f"the export would overwrite its own model, {source}: choose another folder")
 
@@ -35,9 +34,10 @@ def write_folders(run, weights: WeightPath) -> None:
 
 
 def export_all(weights: WeightPath, targets: dict[str, Path], *, source: str | Path) -> None:
-    """Call export_hf for each {dtype: folder}. Collective.
+    """Call export_hf for each {dtype: folder} of targets. Collective.
 
-    A failure in one leaves the others whole; raises one ExportError at the end, on the first rank.
+    A failure of one export does not stop the others. At the end the first rank raises one
+    ExportError for all of them.
     """
     failures = []
     for dtype, target in targets.items():
@@ -50,33 +50,34 @@ def export_all(weights: WeightPath, targets: dict[str, Path], *, source: str | P
 
 
 def export_hf(weights: WeightPath, target: Path, *, source: str | Path, dtype: str) -> None:
-    """Write the weights as a Hugging Face folder that transformers (bf16) or SGLang (bf16, fp8)
-    loads. Collective; the first rank writes.
+    """Write the weights as a Hugging Face folder. Collective; the first rank writes.
 
-    dtype: "bf16", or "fp8" for block-scaled e4m3 with quantization_config in config.json. Config,
-    tokenizer and templates are copied from source. The weights stand in files named *.part until
-    all are there. Until then an older export in target stays whole. config.json comes last and
-    marks a whole one. A file that cannot be copied does not keep the others from being written.
-    Raises ExportError at the end, on the first rank.
+    dtype: "bf16", which transformers and SGLang load, or "fp8", block-scaled e4m3 with a
+    quantization_config in config.json, which SGLang loads. Config, tokenizer and templates are
+    copied from source.
+
+    Weights are written to files named *.part. These replace an older export in target only when all
+    of them are complete. config.json is written last: a folder that has one is complete. If another
+    file cannot be copied, the rest is written all the same. The first rank raises ExportError at
+    the end if anything failed.
     """
     check_export_target(target, source)
     fp8 = fp8_weights(weights.config, rollout_dtype=dtype, engine_tp=1)
     writer = _Writer(Path(target)) if dist.get_rank() == 0 else None
-    for name, tensor in (
-        pair for bucket in trainer_buckets(weights, quantize=False) for pair in bucket
-    ):
+    for bucket in trainer_buckets(weights, quantize=False):  # collective: all ranks go to its end
         if writer is None:
-            continue  # the walk is collective: every rank goes to its end
-        tensor = (
-            tensor if name.endswith("e_score_correction_bias") else tensor.to(torch.bfloat16)
-        )  # the router's choice is made in fp32
-        for named, value in quantize_named(name, tensor) if name in fp8 else [(name, tensor)]:
-            writer.add(named, value)
+            continue
+        for name, tensor in bucket:
+            if not name.endswith("e_score_correction_bias"):  # the router chooses in fp32
+                tensor = tensor.to(torch.bfloat16)
+            pairs = quantize_named(name, tensor) if name in fp8 else [(name, tensor)]
+            for written_name, value in pairs:
+                writer.add(written_name, value)
     if writer is None:
         return
     config = read_json(Path(source) / "config.json")
-    for field in ("torch_dtype", "quantization_config"):  # an older name of dtype; may be null
-        config.pop(field, None)
+    config.pop("torch_dtype", None)  # the older name of dtype
+    config.pop("quantization_config", None)  # may be there, as null
     config["dtype"] = "bfloat16"
     if dtype == "fp8":
         config["quantization_config"] = fp8_config(weights.config, engine_tp=1)
@@ -86,26 +87,30 @@ def export_hf(weights: WeightPath, target: Path, *, source: str | Path, dtype: s
 class _Writer:
     """The folder of one export.
 
-    After a failure to write it takes no more weights, so that the other ranks' walk can end.
+    After a failure it takes no more weights, so that the collective gathering can go on to its end.
     finish() raises the failure.
     """
 
     def __init__(self, target: Path):
-        self.target, self.files, self.failure = target, [], None
-        self.pending, self.pending_bytes = {}, 0
-        with self._failing():
+        self.target = target
+        self.files = []  # (path, names of its tensors, their bytes) of each file that is written
+        self.pending, self.pending_bytes = {}, 0  # tensors of the next file
+        self.failure: ExportError | None = None
+        with self._note_failure():
             target.mkdir(parents=True, exist_ok=True)
-            for part in target.glob("*.part"):  # of an export that was killed
+            for part in target.glob("*.part"):  # left by an export that was killed
                 part.unlink()
 
     @contextlib.contextmanager
-    def _failing(self):
+    def _note_failure(self):
+        """Keep an error of writing in self.failure instead of raising it."""
         try:
             yield
         except (OSError, SafetensorError) as error:
             self.failure = ExportError(f"the export {self.target} could not be written: {error}")
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Add a tensor to the next file; write the file when it is full."""
         if self.failure is None:
             self.pending[name] = tensor.cpu().contiguous()
             self.pending_bytes += tensor.nbytes
@@ -113,23 +118,24 @@ class _Writer:
                 self._flush()
 
     def _flush(self) -> None:
+        """Write the pending tensors to a file named *.part."""
         path = self.target / f"{len(self.files) + 1:05d}.part"
-        with self._failing():
+        with self._note_failure():
             save_file(self.pending, path, metadata={"format": "pt"})
         self.files.append((path, list(self.pending), self.pending_bytes))
         self.pending, self.pending_bytes = {}, 0
 
     def finish(self, config: dict, source: Path) -> None:
-        """Put the new files in place of an older export's. Raises ExportError."""
+        """Replace an older export by the new files. Raises ExportError."""
         if self.pending:
             self._flush()
         if self.failure is None:
-            with self._failing():
+            with self._note_failure():
                 self._place_weights()
         if self.failure is not None:
             raise self.failure
         uncopied = self._copy_files(source)
-        with self._failing():
+        with self._note_failure():
             _write_json(self.target / "config.json", config)
         if self.failure is not None:
             raise self.failure
@@ -138,38 +144,40 @@ class _Writer:
             raise ExportError(f"the export {self.target} has its weights, but {rest}")
 
     def _place_weights(self) -> None:
-        """Remove what an older export left, its config.json first; name the new files."""
+        """Remove an older export, its config.json first, and give the new files their names."""
         stale = [self.target / "config.json", self.target / INDEX]
         stale += [*self.target.glob("model*.safetensors"), *files_to_export(self.target)]
         for path in stale:
             path.unlink(missing_ok=True)
-        index = {"metadata": {"total_size": sum(size for *_, size in self.files)}, "weight_map": {}}
-        for i, (path, names, _) in enumerate(self.files):
-            final = (
-                f"model-{i + 1:05d}-of-{len(self.files):05d}.safetensors"
-                if len(self.files) > 1
-                else "model.safetensors"
-            )
+        if len(self.files) == 1:
+            path, _, _ = self.files[0]
+            path.rename(self.target / "model.safetensors")
+            return
+        weight_map, total = {}, len(self.files)
+        for i, (path, names, _) in enumerate(self.files, start=1):
+            final = f"model-{i:05d}-of-{total:05d}.safetensors"
             path.rename(self.target / final)
-            index["weight_map"].update(dict.fromkeys(names, final))
-        if len(self.files) > 1:
-            _write_json(self.target / INDEX, index)
+            weight_map |= dict.fromkeys(names, final)
+        total_bytes = sum(nbytes for _, _, nbytes in self.files)
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        _write_json(self.target / INDEX, index)
 
     def _copy_files(self, source: Path) -> list[str]:
-        """Copy what belongs to every export; return what could not be copied, and why."""
+        """Copy the files that belong to every export. Return those that could not be, and why."""
         uncopied = []
         for file in files_to_export(source):
             copy = self.target / file.relative_to(source)
             try:
                 copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)  # without permissions: the next export overwrites it
+                # Without permissions: the next export must be able to overwrite a read-only file.
+                shutil.copyfile(file, copy)
             except OSError as error:
                 uncopied.append(f"{file.relative_to(source)} ({error})")
         return uncopied
 
 
 def _write_json(path: Path, content: dict) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a JSON file so that it exists complete or not at all."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     part.rename(path)

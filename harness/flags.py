@@ -1,7 +1,8 @@
-"""The command line -> settings: all mistakes are said at once, before anything heavy is imported.
+"""Read the command line into settings, and report all mistakes together before heavy imports.
 
-tyro reads the flags. It stops at the first value that it cannot read, so after a failure each flag
-is read alone, and what is wrong with each is said here, beside what the checks say of the others.
+tyro reads the flags. It stops at the first value that it cannot read. After such a failure this
+file reads each flag alone, reports every one that cannot be read, and lets the checks judge the
+others.
 """
 
 import ast
@@ -26,40 +27,50 @@ import tyro
 from common import process_groups
 from common.errors import BadInput, ProblemList, end_refused
 
+# Settings that --help lists first.
 MOST_USED = (
-    "model", "prompts", "reward", "steps", "prompts_per_step", "samples_per_prompt",
-    "max_response_tokens", "lr", "tp", "name",
-)  # fmt: skip
-# What torchrun sets. A lone rank has port 0: its store takes a free one, and nobody else needs it.
+    "model",
+    "prompts",
+    "reward",
+    "steps",
+    "prompts_per_step",
+    "samples_per_prompt",
+    "max_response_tokens",
+    "lr",
+    "tp",
+    "name",
+)
+# The variables that torchrun sets, with their values for a lone rank. Port 0 lets its store take
+# any free port; no other process has to know it.
 ALONE = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-# How other launchers say that they have started several processes.
+# Variables in which other launchers tell how many processes they have started.
 OTHER_LAUNCHERS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A field of the settings, as the command line has it."""
+    """One field of the settings, as it appears on the command line."""
 
     name: str
-    """--samples-per-prompt"""
+    """For instance --samples-per-prompt."""
     type: typing.Any
     default: typing.Any
     text: str
-    """What it does."""
+    """Its help: what the flag does."""
     stage: str
     """The heading of its stage in the help."""
 
     @property
     def words(self) -> list[str]:
-        """--name, and for a switch --no-name too."""
+        """Return how it may be written: --name, and for a switch also --no-name."""
         return [self.name, "--no-" + self.name[2:]] if self.type is bool else [self.name]
 
 
 def parse_or_exit(settings_class: type, *checks: Callable):
-    """Return the settings of this program's command line; end it, exit code 2, if they cannot work.
+    """Return the settings of this program's command line. End it, exit code 2, if they cannot work.
 
-    With --help print all flags instead. Without torchrun the process becomes the only rank.
-    checks: called with the settings, each raises BadInput.
+    With --help print all flags and end. Without torchrun this process becomes the only rank.
+    checks: functions of the settings that raise BadInput.
     """
     if {"-h", "--help"} & set(sys.argv[1:]):
         if os.environ.get("RANK", "0") == "0":
@@ -73,7 +84,10 @@ def parse_or_exit(settings_class: type, *checks: Callable):
 
 
 def be_the_only_rank() -> None:
-    """Set what torchrun would set for one rank, unless it has. Raises BadInput for half of it."""
+    """Set the variables that torchrun would set for one rank, unless it has set them.
+
+    Raises BadInput if only some of them are set, or if another launcher started several processes.
+    """
     script = Path(sys.argv[0]).name
     command = f"`torchrun --nproc-per-node N {script}` for N ranks, `python {script}` for one"
     if "RANK" in os.environ:
@@ -96,66 +110,83 @@ def parse_settings(settings_class: type, *checks: Callable):
     """Return the settings that sys.argv gives. Raises BadInput with all that is wrong with them."""
     words, flags = sys.argv[1:], flags_of(settings_class)
     found, unread = ProblemList(), []
-    found.texts += _odd_groups(words, flags)
+    found.texts += _misleading_groups(words, flags)
     settings, complaint = _read(settings_class, words)
     if settings is None:
-        kept = []
+        readable = []
         for group in _groups(words):
             if _read(settings_class, group)[0] is not None:
-                kept += group
+                readable += group
                 continue
-            problem, about = _problem(group, flags)
+            problem, flag = _explain(group, flags)
             found.texts.append(problem)
-            unread += about.words if about else []
-            if about and about.type is bool and group[0] in about.words:
-                kept.append(group[0])  # the switch alone is what was meant
+            if flag is not None:
+                unread += flag.words
+                if flag.type is bool and group[0] in flag.words:
+                    readable.append(group[0])  # the switch was meant, without its value
         if not found.texts:
             raise BadInput(complaint)
-        settings, _ = _read(settings_class, kept)
+        settings, _ = _read(settings_class, readable)
     if settings is not None:
         settings = process_groups.after_restart(settings)
-    by_rules = ProblemList()
-    for check in checks if settings is not None else ():
-        by_rules.collect(check, settings)
-    # A rule about a flag that could not be read has judged its default.
-    told = re.compile("|".join(rf"{re.escape(word)}(?![\w-])" for word in unread) or r"(?!)")
-    found.texts += [problem for problem in by_rules.texts if not told.search(problem)]
+        found.texts += _judge(settings, checks, unread)
     found.raise_if_any()
     return settings
 
 
-# --- reading ----------------------------------------------------------------------------------
+def _judge(settings, checks: tuple[Callable, ...], unread: list[str]) -> list[str]:
+    """Return what the checks report, but for texts about flags that could not be read.
+
+    Such a flag has its default here, which the user did not choose.
+    """
+    found = ProblemList()
+    for check in checks:
+        found.collect(check, settings)
+    if not unread:
+        return found.texts
+    about_unread = re.compile("|".join(rf"{re.escape(word)}(?![\w-])" for word in unread))
+    return [problem for problem in found.texts if not about_unread.search(problem)]
+
+
+# --- reading ------------------------------------------------------------------------------------
 
 
 @functools.cache
 def flags_of(settings_class: type) -> list[Flag]:
-    """Return all flags of a settings class, whose fields may be the settings of stages."""
+    """Return all flags of a settings class. Its fields may be the settings of stages."""
     types_of = typing.get_type_hints(settings_class)
     stages = {name: kind for name, kind in types_of.items() if is_dataclass(kind)}
     if not stages:
         return _flags_of_stage(settings_class, None)
-    own = settings_class()
-    own_stages = [_flags_of_stage(stage, getattr(own, name)) for name, stage in stages.items()]
-    return [flag for flags in own_stages for flag in flags]
+    defaults, flags = settings_class(), []
+    for name, stage in stages.items():
+        flags += _flags_of_stage(stage, getattr(defaults, name))
+    return flags
 
 
 def _flags_of_stage(stage: type, values) -> list[Flag]:
-    """values: an instance, with this program's defaults; None: those of the class."""
+    """Return the flags of one stage, those of its base classes first.
+
+    values: an instance with this program's defaults; None: the defaults of the class hold.
+    """
     types_of, flags = typing.get_type_hints(stage), []
     annotated = typing.get_type_hints(stage, include_extras=True)
-    for base in reversed([base for base in stage.__mro__ if is_dataclass(base)]):
-        texts = _texts(base)
-        for field in (field for field in fields(base) if field.name in base.__annotations__):
+    for base in reversed(stage.__mro__):
+        if not is_dataclass(base):
+            continue
+        texts, heading = _texts(base), (base.__doc__ or "").strip()
+        for field in fields(base):
+            if field.name not in base.__annotations__:
+                continue  # inherited
             default = field.default if values is None else getattr(values, field.name)
             text = texts.get(field.name) or _text_of_type(annotated[field.name])
-            stage_text = (base.__doc__ or "").strip()
             name = "--" + field.name.replace("_", "-")
-            flags.append(Flag(name, types_of[field.name], default, text, stage_text))
+            flags.append(Flag(name, types_of[field.name], default, text, heading))
     return flags
 
 
 def _texts(stage: type) -> dict[str, str]:
-    """Return the text below each field of a dataclass."""
+    """Return {field: the text below it} of a dataclass."""
     body = ast.parse(textwrap.dedent(inspect.getsource(stage))).body[0].body
     return {
         field.target.id: " ".join(below.value.value.split())
@@ -165,29 +196,29 @@ def _texts(stage: type) -> dict[str, str]:
 
 
 def _text_of_type(kind) -> str:
-    """Return the text that a type brings, by tyro.conf.arg: one that follows from a table."""
+    """Return the help that a type has by tyro.conf.arg, as the types made from tables do."""
     metadata = getattr(kind, "__metadata__", ())
     return next((about.help for about in metadata if getattr(about, "help", None)), "")
 
 
 def _read(settings_class: type, words: list[str]) -> tuple[typing.Any, str]:
-    """Return (settings, ""), or (None, what tyro says) where it cannot read the words."""
-    said = io.StringIO()
+    """Return (settings, ""), or (None, tyro's message) if it cannot read the words."""
+    message, config = io.StringIO(), (tyro.conf.OmitArgPrefixes,)
     try:
-        with contextlib.redirect_stderr(said):
-            config = (tyro.conf.OmitArgPrefixes,)
+        with contextlib.redirect_stderr(message):
             return tyro.cli(settings_class, args=words, config=config), ""
     except SystemExit as end:
         if end.code == 0:  # --tyro-print-completion
             raise
-        return None, said.getvalue()
+        return None, message.getvalue()
 
 
 def _groups(words: list[str]) -> Iterator[list[str]]:
-    """Yield each flag with its values; first, what stands before all flags."""
+    """Yield each flag with its values. Words before the first flag are a group too."""
     group = []
     for word in words:
-        if word.startswith("-") and not _is_number(word) and group:
+        is_flag = word.startswith("-") and not _is_number(word)
+        if is_flag and group:
             yield group
             group = []
         group.append(word)
@@ -196,16 +227,16 @@ def _groups(words: list[str]) -> Iterator[list[str]]:
 
 
 def _split(group: list[str]) -> tuple[str, list[str]]:
-    """Return a flag as it was written, and its values, of which the first may follow a =."""
+    """Return (the flag as it was written, its values). The first value may follow a =."""
     name, separator, value = group[0].partition("=")
     return name, [value, *group[1:]] if separator else group[1:]
 
 
-def _odd_groups(words: list[str], flags: list[Flag]) -> Iterator[str]:
-    """Yield what tyro reads otherwise than meant.
+def _misleading_groups(words: list[str], flags: list[Flag]) -> Iterator[str]:
+    """Yield the flags that tyro would read differently from what is probably meant.
 
-    Of a list given twice it keeps the last, 1_000 is 1000 to Python, and no run has a size of more
-    than 15 digits.
+    Of a list that is given twice tyro keeps only the last. Python reads 1_000 as 1000. No run has a
+    size of more than 15 digits.
     """
     known, given = {word: flag for flag in flags for word in flag.words}, {}
     for group in _groups(words):
@@ -214,9 +245,10 @@ def _odd_groups(words: list[str], flags: list[Flag]) -> Iterator[str]:
         if (flag := known.get(name)) is None:
             continue
         numbers = {int, float} & {flag.type, *typing.get_args(flag.type)}
-        for value in values if numbers else ():
-            if "_" in value or (value.lstrip("+-").isdigit() and len(value) > 15):
-                yield f"{name} {value}: write at most 15 digits, and no _"
+        if numbers:
+            for value in values:
+                if "_" in value or (value.lstrip("+-").isdigit() and len(value) > 15):
+                    yield f"{name} {value}: write at most 15 digits, and no _"
         if typing.get_origin(flag.type) is tuple and values:
             if name in given:
                 both = f"{_shown(given[name])} and {_shown(values)}"
@@ -232,8 +264,8 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _problem(group: list[str], flags: list[Flag]) -> tuple[str, Flag | None]:
-    """Return what is wrong with a flag and its values, and which flag was meant."""
+def _explain(group: list[str], flags: list[Flag]) -> tuple[str, Flag | None]:
+    """Return (what is wrong with a flag and its values, the flag that was meant or None)."""
     name, values = _split(group)
     known = {word: flag for flag in flags for word in flag.words}
     given = name.replace("_", "-")
@@ -260,11 +292,12 @@ def _problem(group: list[str], flags: list[Flag]) -> tuple[str, Flag | None]:
 
 
 def _shown(values: list[str]) -> str:
+    """Join words for a message, with quotes around those that a reader could not tell apart."""
     return " ".join(v if v.isprintable() and v and " " not in v else repr(v) for v in values)
 
 
 def _kind(kind) -> str:
-    """Return in words what a flag of a type takes."""
+    """Return in words which values a flag of this type takes."""
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {', '.join(arguments)}"
@@ -275,45 +308,63 @@ def _kind(kind) -> str:
     return {int: "a whole number", float: "a number", str: "a text"}[kind]
 
 
-# --- help -------------------------------------------------------------------------------------
+# --- help ---------------------------------------------------------------------------------------
 
 
 def help_text(flags: list[Flag], about: str) -> str:
-    """Return what --help prints: the most used flags, then the others by stage."""
+    """Return what --help prints: the most used flags, then the others by stage.
+
+    about: the docstring of the program, of which the first paragraph is printed.
+    """
     script, width = Path(sys.argv[0]).name, min(shutil.get_terminal_size().columns, 100)
-    used = [flag for name in MOST_USED for flag in flags if flag.name[2:] == name.replace("_", "-")]
+    by_name = {flag.name[2:].replace("-", "_"): flag for flag in flags}
+    used = [by_name[name] for name in MOST_USED if name in by_name]
     stages = {"Most used": used} if used else {}
     for flag in flags:
         if flag not in used:
             stages.setdefault(flag.stage, []).append(flag)
     first = textwrap.fill(about.strip().split("\n\n")[0], width)
     lines = [f"usage: {script} [--flag value ...]", "", first] if first else []
-    for stage, mine in stages.items():
-        lines += ["", stage, *(line for flag in mine for line in _help_of(flag, width))]
+    for stage, its_flags in stages.items():
+        lines += ["", stage]
+        for flag in its_flags:
+            lines += _help_of(flag, width)
     end = "A switch that is on is turned off by --no-NAME. Lists are divided by blanks."
     return "\n".join([*lines, "", end])
 
 
 def _help_of(flag: Flag, width: int) -> list[str]:
-    arguments, default = typing.get_args(flag.type), flag.default
-    takes = {int: "N", float: "X", str: "TEXT", bool: ""}.get(flag.type, "")
-    if typing.get_origin(flag.type) is typing.Literal:
-        takes = "{" + ",".join(arguments) + "}"
-    elif typing.get_origin(flag.type) is tuple:
-        takes = {int: "[N ...]", str: "[TEXT ...]"}[arguments[0]]
-    elif arguments:
-        takes = "X"
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    if flag.type is not bool and default not in (None, "", ()):
-        shown = f" (default: {shown})"
-    else:
-        shown = ""
+    """Return the lines of one flag in the help."""
     indent = " " * 26
     text = textwrap.wrap(
-        flag.text + shown, width, initial_indent=indent, subsequent_indent=indent,
-        break_on_hyphens=False, break_long_words=False,
-    )  # fmt: skip
-    head = f"  {flag.name} {takes}".rstrip()
+        flag.text + _default_of(flag),
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    head = f"  {flag.name} {_placeholder(flag.type)}".rstrip()
     if len(head) < len(indent) - 1 and text:
         return [head.ljust(len(indent)) + text[0].lstrip(), *text[1:]]
     return [head, *text]
+
+
+def _placeholder(kind) -> str:
+    """Return what stands for the value of a flag in the help."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return "{" + ",".join(arguments) + "}"
+    if typing.get_origin(kind) is tuple:
+        return {int: "[N ...]", str: "[TEXT ...]"}[arguments[0]]
+    if arguments:  # float | None
+        return "X"
+    return {int: "N", float: "X", str: "TEXT", bool: ""}[kind]
+
+
+def _default_of(flag: Flag) -> str:
+    """Return the default in brackets; "" for a switch and for a flag without one."""
+    if flag.type is bool or flag.default in (None, "", ()):
+        return ""
+    is_list = isinstance(flag.default, tuple)
+    return f" (default: {' '.join(map(str, flag.default)) if is_list else flag.default})"

@@ -1,95 +1,127 @@
-"""Bytes on paper: what one rank of a layout holds, what a hand-off moves, what a checkpoint takes;
-from config.json alone.
+"""Bytes on a rank, in a weight update and in a checkpoint, computed from config.json alone.
 
-A trainer's rank, of the pipeline stage that needs most:
+A rank of the trainer holds what follows. P is the number of parameters on the rank. D is the number
+of ranks that hold the same parameters: DP times CP, fewer for experts. The pipeline stage that
+needs most counts.
 
-    weights        2 a parameter (FP32: 4)     Megatron's model, counted from config.json; divided by TP, experts by EP or else by TP
-    gradients      4 a parameter               DDP's buffer (grad_reduce_in_fp32)
-    optimizer      12 / D a parameter          FP32 main weights and Adam's two moments: the distributed optimizer splits them over the D ranks that hold the
-                                               same parameters, DP times CP, for experts fewer.
-                                               FP32: 8 / D, the model's weights are the main weights
-    activations    see activation_bytes
-    logits         2 or 4 each, twice          the last stage's, and their gradient; logprobs.py makes FP32 copies of so many rows at a time only
+                   BF16       FP32
+    weights        2 P        4 P        Megatron's model, divided by TP; experts by EP, if it is on
+    gradients      4 P        4 P        DDP's buffer is FP32 (grad_reduce_in_fp32)
+    optimizer      12 P / D   8 P / D    Adam's two moments in FP32, split over D ranks by the
+                                         distributed optimizer. BF16 weights have FP32 main weights
+                                         too; FP32 weights are the main weights
+    reference      2 P        4 P        a frozen model, if there is one
+    activations    see activation_bytes and stage_activation_bytes
+    logits         see logit_bytes
 
-An engine's rank: the weights as they are handed over, and keys and values. plan.py says what must
-be there at the same time.
+A rank of an engine holds the weights as they are sent, and a cache of keys and values. layouts.py
+says which of all this is in memory at the same time.
 """
 
 import math
 
 from backends.huggingface.config import is_sparse, layers_in_last_stage, megatron_arguments
 from backends.huggingface.names import LAYER_RULES, layer_shapes, unquantized_linears
+from fp8_quant import BLOCK
 
-LOGIT_ROWS = 1024  # logprobs.logprobs_and_entropy: chunk
+LOGIT_ROWS = 1024  # tokens in a chunk of backends/megatron/logprobs.py: logprobs_and_entropy
+ROUTER_BIAS = "e_score_correction_bias"  # a buffer of the router, FP32 in every dtype
 
 # --- parameters ---------------------------------------------------------------------------------
 
+# {name of a tensor in a layer: the dimension that tensor parallelism splits; None: whole}
 TP_DIMS = {name: rule.tp_dim for rule in LAYER_RULES.values() for name in rule.hf}
 
 
 def layer_kinds(config: dict) -> dict[bool, list[int]]:
-    """Numbers of the layers without experts, False, and with, True: all layers of a kind have the
-    same shapes.
+    """Return {False: numbers of the dense layers, True: numbers of the layers with experts}.
+
+    All layers of a kind have the same shapes.
     """
-    layers = range(config["num_hidden_layers"])
-    return {
-        sparse: [layer for layer in layers if is_sparse(config, layer) == sparse]
-        for sparse in (False, True)
-    }
+    kinds = {False: [], True: []}
+    for layer in range(config["num_hidden_layers"]):
+        kinds[is_sparse(config, layer)].append(layer)
+    return kinds
 
 
 def layer_parameters(
     config: dict, *, sparse: bool, tp: int, ep: int, count: str = "held"
 ) -> tuple[float, float]:
-    """Parameters of a layer on one rank: (experts', all others). count: "held", or "used", those of
-    the experts that a token goes through.
+    """Return the parameters of one layer on one rank: (of experts, all others).
+
+    count: "held" counts all experts of the rank, "used" only those that one token is routed to.
+    Both numbers are 0 where the model has no layer of the kind.
     """
     layers = layer_kinds(config)[sparse]
+    if not layers:
+        return 0.0, 0.0
+    expert_tp = 1 if ep > 1 else tp  # with expert parallelism an expert is not split
+    held = config["num_experts"] / ep
     experts, others = 0.0, 0.0
-    for name, shape in layer_shapes(config, layers[0]).items() if layers else ():
-        if "{}" in name:
-            n = config["num_experts"] / ep if count == "held" else config["num_experts_per_tok"]
-            experts += n * math.prod(shape) / (1 if ep > 1 else tp)
-        elif not name.endswith("e_score_correction_bias"):  # a buffer
+    for name, shape in layer_shapes(config, layers[0]).items():
+        if "{}" in name:  # stands for the number of an expert
+            number = held if count == "held" else config["num_experts_per_tok"]
+            experts += number * math.prod(shape) / expert_tp
+        elif not name.endswith(ROUTER_BIAS):
             others += math.prod(shape) / (1 if TP_DIMS[name] is None else tp)
     return experts, others
 
 
 def embedding_parameters(config: dict, *, tp: int = 1) -> int:
-    """Of the embedding, or of the output layer, on one rank, with the rows that pad the vocabulary."""
-    return -(-config["vocab_size"] // tp) * config["hidden_size"]
+    """Return the parameters of the embedding, or of the output layer, on one rank.
+
+    Rows that pad the vocabulary to a multiple of tp count.
+    """
+    return _vocabulary_rows(config, tp=tp) * config["hidden_size"]
+
+
+def _vocabulary_rows(config: dict, *, tp: int) -> int:
+    return -(-config["vocab_size"] // tp)
 
 
 def parameters(config: dict) -> tuple[int, int]:
-    """Of the whole model, and those of them that a token goes through, embedding and output layer
-    included.
+    """Return the parameters of the model: (all, those that one token uses).
+
+    Both include the embedding and the output layer.
     """
-    ends = (
-        embedding_parameters(config) * (1 if config["tie_word_embeddings"] else 2)
-        + config["hidden_size"]
-    )
-    kinds = layer_kinds(config).items()
-    both = [
-        sum(
-            len(layers) * sum(layer_parameters(config, sparse=sparse, tp=1, ep=1, count=count))
-            for sparse, layers in kinds
-        )
-        for count in ("held", "used")
-    ]
-    return int(both[0] + ends), int(both[1] + ends)
+    tables = 1 if config["tie_word_embeddings"] else 2
+    ends = tables * embedding_parameters(config) + config["hidden_size"]  # and the last norm
+    counts = []
+    for count in ("held", "used"):
+        total = 0.0
+        for sparse, layers in layer_kinds(config).items():
+            one = layer_parameters(config, sparse=sparse, tp=1, ep=1, count=count)
+            total += len(layers) * sum(one)
+        counts.append(int(total + ends))
+    return counts[0], counts[1]
 
 
 def stage_layers(config: dict, *, pp: int, stage: int) -> range:
-    """Numbers of the layers of a pipeline stage."""
-    last = layers_in_last_stage(config, pp)
-    each = (
-        config["num_hidden_layers"] // pp
-        if last is None
-        else (config["num_hidden_layers"] - last) // (pp - 1)
-    )
-    return range(
-        stage * each, config["num_hidden_layers"] if stage == pp - 1 else (stage + 1) * each
-    )
+    """Return the numbers of the layers of one pipeline stage. The last may have fewer."""
+    layers, last = config["num_hidden_layers"], layers_in_last_stage(config, pp)
+    each = layers // pp if last is None else (layers - last) // (pp - 1)
+    return range(stage * each, layers if stage == pp - 1 else (stage + 1) * each)
+
+
+def stage_parameters(
+    config: dict, held: dict[bool, tuple[float, float]], *, tp: int, pp: int, stage: int
+) -> tuple[float, float]:
+    """Return the parameters of one pipeline stage on one rank: (of experts, all others).
+
+    The first stage has the embedding, the last one the output layer and the last norm. Where these
+    two tables are tied, the last of several stages has a copy of the embedding.
+    held: {sparse: layer_parameters}.
+    """
+    layers = [is_sparse(config, layer) for layer in stage_layers(config, pp=pp, stage=stage)]
+    experts = sum(held[sparse][0] for sparse in layers)
+    others = sum(held[sparse][1] for sparse in layers)
+    table = embedding_parameters(config, tp=tp)
+    if stage == 0:
+        others += table
+    if stage == pp - 1:
+        has_table = pp > 1 or not config["tie_word_embeddings"]
+        others += (table if has_table else 0) + config["hidden_size"]
+    return experts, others
 
 
 # --- the trainer --------------------------------------------------------------------------------
@@ -98,53 +130,83 @@ def stage_layers(config: dict, *, pp: int, stage: int) -> range:
 def activation_bytes(
     config: dict, *, sparse: bool, tokens: int, tp: int, ep: int, element_bytes: int
 ) -> float:
-    """What one layer keeps of `tokens` tokens for its backward pass, on one rank: Megatron's local
-    layers, as this trainer has them without Transformer Engine.
+    """Return the bytes that one layer keeps of `tokens` tokens for its backward pass, on one rank.
 
-    Counted as Korthikanti et al. 2022 (arXiv 2205.05198, section 4) count GPT's layer: 34 bytes a
-    token and hidden unit in 16 bits, all of it divided by TP where sequence parallelism is on, as
-    here; attention scores are never stored (flash attention). A token keeps
-        of each norm           its input in FP32, and what it is before and after the weight
-        of attention           queries, keys and values; the output twice; where they are normalised, queries and keys in FP32 and normalised; on every rank
-                               sine and cosine of its position, for queries and for keys
-        of a gated MLP         gate and up twice, of which silu(gate) is one; their product
-        of a routed expert     the same, and the token as it goes in and comes out
-    Transformer Engine's fused layers keep about two thirds of it.
+    The layers are Megatron's local ones. Transformer Engine's fused layers would keep about two
+    thirds of it. The count follows Korthikanti et al. 2022 (arXiv 2205.05198, section 4), who find
+    34 bytes a token and hidden unit for a GPT layer in 16 bits. Sequence parallelism is on, so TP
+    divides all of it but rope. Attention scores are never stored (flash attention).
+
+    With e = element_bytes, h = hidden size, q and kv = width of all query or key heads, one token
+    keeps:
+
+        each of two norms   (4 + 2 e) h        the input in FP32; before and after the weight
+        query, key norms    (4 + e) (q + kv)   if any: both in FP32, and both normalised
+        attention           e (3 q + 2 kv)     queries, keys and values; the output twice
+        rope                4 e head_dim       sine and cosine, for queries and for keys
+        gated MLP           5 e intermediate   gate and up twice, of which silu(gate) is one; their
+                                               product
+        a routed expert     5 e intermediate   the same, and
+                            + 2 e h            the token as it goes in and as it comes out
+        router              16 num_experts     four FP32 numbers an expert
     """
-    hidden, kv, q = (
-        config["hidden_size"],
-        *(
-            config[name] * config["head_dim"]
-            for name in ("num_key_value_heads", "num_attention_heads")
-        ),
-    )
-    norms = 2 * hidden * (4 + 2 * element_bytes) + (
-        (q + kv) * (4 + element_bytes) if megatron_arguments(config, tp=1)[0]["qk_layernorm"] else 0
-    )
-    attention, rope = (
-        element_bytes * (3 * q + 2 * kv),
-        element_bytes * 4 * config["head_dim"] * tokens,
-    )
-    if not sparse:
-        return rope + tokens / tp * (
-            norms + attention + element_bytes * 5 * config["intermediate_size"]
-        )
-    shared = (
-        element_bytes * 5 * config["moe_intermediate_size"] * (config.get("n_shared_experts") or 0)
-    )
-    seen = (
-        1 if ep > 1 else tp
-        # Experts that are split over TP see the tokens of all its ranks, whole experts as many as one
-        # rank has
-    )
-    routed = (
-        element_bytes
-        * config["num_experts_per_tok"]
-        * (2 * hidden * seen + 5 * config["moe_intermediate_size"])
-    )
-    return rope + tokens / tp * (
-        norms + attention + shared + routed + 4 * 4 * config["num_experts"]
-    )
+    e, hidden = element_bytes, config["hidden_size"]
+    q = config["num_attention_heads"] * config["head_dim"]
+    kv = config["num_key_value_heads"] * config["head_dim"]
+
+    per_token = 2 * (4 + 2 * e) * hidden
+    if megatron_arguments(config, tp=1)[0]["qk_layernorm"]:
+        per_token += (4 + e) * (q + kv)
+    per_token += e * (3 * q + 2 * kv)
+    if sparse:
+        width = config["moe_intermediate_size"]
+        shared_experts = config.get("n_shared_experts") or 0
+        # Experts that are split over TP see the tokens of all its ranks. Whole experts see as many
+        # tokens as one rank has.
+        token_copies = 1 if ep > 1 else tp
+        expert = 5 * e * width + 2 * e * hidden * token_copies
+        per_token += config["num_experts_per_tok"] * expert
+        per_token += shared_experts * 5 * e * width
+        per_token += 4 * 4 * config["num_experts"]
+    else:
+        per_token += 5 * e * config["intermediate_size"]
+
+    rope = 4 * e * config["head_dim"] * tokens
+    return rope + tokens / tp * per_token
+
+
+def stage_activation_bytes(
+    config: dict,
+    kept: dict[bool, float],
+    *,
+    pp: int,
+    stage: int,
+    input_bytes: float,
+    microbatches: int,
+    recompute: bool,
+) -> float:
+    """Return the bytes that one pipeline stage keeps for its backward passes, on one rank.
+
+    Stage s starts pp - s micro-batches, or as many as there are, before the first one comes back.
+    It keeps the activations of its layers for each of them. With full recomputation it keeps only
+    the layers' inputs, and the activations of the one layer that is being recomputed.
+    kept: {sparse: activation_bytes}. input_bytes: a layer's input for one micro-batch.
+    """
+    layers = [is_sparse(config, layer) for layer in stage_layers(config, pp=pp, stage=stage)]
+    in_flight = min(pp - stage, microbatches)
+    if recompute:
+        return in_flight * (input_bytes * len(layers)) + max(kept[sparse] for sparse in layers)
+    return in_flight * sum(kept[sparse] for sparse in layers)
+
+
+def logit_bytes(config: dict, *, tokens: int, tp: int, element_bytes: int) -> int:
+    """Return the bytes of logits and their gradient on a rank of the last pipeline stage.
+
+    The log-probs are computed in FP32 for at most LOGIT_ROWS tokens at a time; each of these has
+    four FP32 numbers for each token of the vocabulary.
+    """
+    per_logit = 2 * element_bytes * tokens + 4 * 4 * min(tokens, LOGIT_ROWS)
+    return _vocabulary_rows(config, tp=tp) * per_logit
 
 
 def trainer_bytes(
@@ -160,104 +222,110 @@ def trainer_bytes(
     recompute: bool,
     reference: bool,
 ) -> dict[str, float]:
-    """Bytes on a rank of the pipeline stage that needs most. tokens: of a micro-batch on one rank.
-    reference: whether a frozen model stays on the GPU too.
+    """Return {what: bytes} on a rank of the pipeline stage that needs most.
+
+    ranks: all that train. tokens: of a micro-batch on one rank. reference: a frozen model stays on
+    the GPU too. The module's docstring has the formulas.
     """
-    expert_tp, stages = 1 if ep > 1 else tp, []
-    held = {
-        sparse: layer_parameters(config, sparse=sparse, tp=tp, ep=ep) for sparse in (False, True)
-    }
-    kept = {
-        sparse: (
-            activation_bytes(
-                config, sparse=sparse, tokens=tokens, tp=tp, ep=ep, element_bytes=element_bytes
-            )
-            if layers
-            else 0
-        )
-        for sparse, layers in layer_kinds(config).items()
-    }
+    kinds = [sparse for sparse, layers in layer_kinds(config).items() if layers]
+    load = dict(tokens=tokens, tp=tp, element_bytes=element_bytes)
+    held = {sparse: layer_parameters(config, sparse=sparse, tp=tp, ep=ep) for sparse in kinds}
+    kept = {sparse: activation_bytes(config, sparse=sparse, ep=ep, **load) for sparse in kinds}
+    input_bytes = element_bytes * tokens * config["hidden_size"] / tp
+    expert_tp = 1 if ep > 1 else tp
+    stages = []
     for stage in range(pp):
-        layers = [is_sparse(config, layer) for layer in stage_layers(config, pp=pp, stage=stage)]
-        experts, others = (sum(held[sparse][i] for sparse in layers) for i in (0, 1))
-        is_last, head = stage == pp - 1, embedding_parameters(config, tp=tp)
-        others += (
-            head * ((stage == 0) + (is_last and (pp > 1 or not config["tie_word_embeddings"])))
-            + is_last * config["hidden_size"]
+        experts, others = stage_parameters(config, held, tp=tp, pp=pp, stage=stage)
+        # P / D of the module's docstring, for experts and for the others.
+        split = experts / (ranks / (pp * ep * expert_tp)) + others / (ranks / (pp * tp))
+        activations = stage_activation_bytes(
+            config,
+            kept,
+            pp=pp,
+            stage=stage,
+            input_bytes=input_bytes,
+            microbatches=microbatches,
+            recompute=recompute,
         )
-        masters = experts / (ranks / (pp * ep * expert_tp)) + others / (
-            ranks / (pp * tp)
-        )  # parameters whose FP32 state is this rank's
-        inputs = element_bytes * tokens * config["hidden_size"] / tp * len(layers)
-        in_flight = min(pp - stage, microbatches)
-        stages.append({
-            "weights": element_bytes * (experts + others),
+        weights = element_bytes * (experts + others)
+        sizes = {
+            "weights": weights,
             "gradients": 4 * (experts + others),
-            "optimizer": (12 if element_bytes == 2 else 8) * masters,
-            "reference": element_bytes * (experts + others) if reference else 0,
-            "activations": in_flight * inputs + max(kept[sparse] for sparse in layers) if recompute else in_flight * sum(kept[sparse] for sparse in layers),
-            "logits": is_last * head / config["hidden_size"] * (2 * element_bytes * tokens + 4 * 4 * min(tokens, LOGIT_ROWS)),
-        })  # fmt: skip
-    return max(stages, key=lambda stage: sum(stage.values()))
+            "optimizer": (12 if element_bytes == 2 else 8) * split,
+            "reference": weights if reference else 0,
+            "activations": activations,
+            "logits": logit_bytes(config, **load) if stage == pp - 1 else 0,
+        }
+        stages.append(sizes)
+    return max(stages, key=lambda sizes: sum(sizes.values()))
 
 
 def state_bytes(trainer: dict[str, float]) -> float:
-    """What of trainer_bytes is there all the time."""
+    """Return the part of trainer_bytes that is held all the time, not only during a step."""
     return sum(trainer[name] for name in ("weights", "gradients", "optimizer", "reference"))
 
 
-# --- hand-off and engine ------------------------------------------------------------------------
+# --- weight update and engine -------------------------------------------------------------------
 
 
 def hand_off_bytes(
     config: dict, *, dtype: str, engine_tp: int = 1, engine_ep: int = 1
 ) -> dict[str, int]:
-    """Bytes handed over, as sync_bytes counts them: of experts, of other split tensors, and of
-    those that every engine rank holds whole.
+    """Return the bytes that one weight update sends, which metrics.jsonl logs as sync_bytes.
+
+    {"experts": ..., "split": other tensors that engine tensor parallelism splits, "whole": tensors
+    that every rank of an engine holds whole}. dtype: --rollout-dtype; "fp8" quantizes what SGLang's
+    rule allows at this engine_tp and engine_ep.
     """
     kinds = [layers for layers in layer_kinds(config).values() if layers]
-    kept = set(
-        unquantized_linears(
-            config, engine_tp=engine_tp, engine_ep=engine_ep, layers=[layers[0] for layers in kinds]
-        )
+    one_of_each = [layers[0] for layers in kinds]
+    unquantized = set(
+        unquantized_linears(config, engine_tp=engine_tp, engine_ep=engine_ep, layers=one_of_each)
     )
     element_bytes = 4 if dtype == "fp32" else 2
-    ends = (
-        element_bytes * embedding_parameters(config) * (1 if config["tie_word_embeddings"] else 2)
-    )
-    total = {"experts": 0, "split": ends, "whole": element_bytes * config["hidden_size"]}
+    tables = 1 if config["tie_word_embeddings"] else 2
+    total = {
+        "experts": 0,
+        "split": element_bytes * embedding_parameters(config) * tables,
+        "whole": element_bytes * config["hidden_size"],  # the last norm
+    }
     for layers in kinds:
         for name, shape in layer_shapes(config, layers[0]).items():
             module = f"model.layers.{layers[0]}.{name.format(0).removesuffix('.weight')}"
-            nbytes = math.prod(shape) * (
-                4 if name.endswith("e_score_correction_bias") else element_bytes
-            )
-            if dtype == "fp8" and name.endswith("_proj.weight") and module not in kept:
-                nbytes = math.prod(shape) + 4 * math.prod(-(-size // 128) for size in shape)
-            part = "experts" if "{}" in name else "whole" if TP_DIMS[name] is None else "split"
-            total[part] += (
-                len(layers) * nbytes * (config["num_experts"] if part == "experts" else 1)
-            )
+            if name.endswith(ROUTER_BIAS):
+                nbytes = 4 * math.prod(shape)
+            elif dtype == "fp8" and name.endswith("_proj.weight") and module not in unquantized:
+                nbytes = _fp8_bytes(shape)
+            else:
+                nbytes = element_bytes * math.prod(shape)
+            if "{}" in name:
+                total["experts"] += len(layers) * config["num_experts"] * nbytes
+            else:
+                total["whole" if TP_DIMS[name] is None else "split"] += len(layers) * nbytes
     return total
+
+
+def _fp8_bytes(shape: tuple[int, ...]) -> int:
+    """Return the bytes of a block-quantized matrix: one an element, and an FP32 scale a block."""
+    return math.prod(shape) + 4 * math.prod(-(-size // BLOCK) for size in shape)
 
 
 def engine_bytes(
     config: dict, sent: dict[str, int], *, dtype: str, engine_tp: int
 ) -> dict[str, float]:
-    """Bytes on an engine's rank: its weights, and the keys and values of one token."""
-    kv_bytes = (
-        2
-        * config["num_hidden_layers"]
-        * config["num_key_value_heads"]
-        * config["head_dim"]
-        * (4 if dtype == "fp32" else 2)
-    )
+    """Return the bytes on a rank of an engine: {"engine": weights, "token": cache of one token}.
+
+    sent: what hand_off_bytes returns. FP8 engines keep keys and values in BF16.
+    """
+    kv_width = config["num_key_value_heads"] * config["head_dim"]
+    element_bytes = 4 if dtype == "fp32" else 2
+    token_bytes = 2 * config["num_hidden_layers"] * kv_width * element_bytes
     return {
         "engine": (sent["experts"] + sent["split"]) / engine_tp + sent["whole"],
-        "token": kv_bytes / engine_tp,
+        "token": token_bytes / engine_tp,
     }
 
 
 def checkpoint_bytes(parameters: int, *, train_dtype: str) -> int:
-    """Of the model's weights, FP32 main weights, and Adam's two moments."""
+    """Return the bytes of a checkpoint: weights, FP32 main weights, and Adam's two FP32 moments."""
     return parameters * ((2 if train_dtype == "bf16" else 4) + 12)

@@ -1,4 +1,4 @@
-"""The folder of a run: made once, locked by the run that writes it, and seen by all of its ranks."""
+"""The folder of a run: one run creates it, locks it while it writes, and all its ranks see it."""
 
 import contextlib
 import fcntl
@@ -22,13 +22,14 @@ from common.errors import BadInput
 from common.settings import RunSettings
 
 FILES = {"metrics": "metrics.jsonl", "samples": "samples.jsonl", "trace": "trace.json"}
-SHARED_S = 60.0  # a network file system may show a new file late
+SHARED_S = 60.0  # how late a network file system may show a new file to other machines
 
 
 def name_problems(settings: RunSettings) -> Iterator[str]:
-    """Yield what keeps a run from having its --name.
+    """Yield why a run cannot have its --name.
 
-    It names a folder, a command of --resume and a run of W&B: it may hold what is plain in all.
+    The name becomes a folder, a word on a command line and the name of a W&B run. It may hold only
+    characters that have no special meaning in any of them.
     """
     name, part = settings.name, "[A-Za-z0-9_][A-Za-z0-9_.-]*"
     if settings.resume and not name:
@@ -49,38 +50,43 @@ def name_problems(settings: RunSettings) -> Iterator[str]:
 
 
 def new_run_folder(name: str, loop: str) -> Path:
-    """Create the folder of a new run, and no other run's. Raises BadInput.
+    """Create the folder of a new run, runs/NAME, and return it. Raises BadInput if that fails.
 
-    It is runs/NAME; without a name, the loop's name, the time and, if need be, a number.
+    Without a name it is called by the loop's name and the time, and by a number if that is taken.
     """
-    stem = f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for candidate in [name] if name else chain([stem], (f"{stem}-{i}" for i in count(2))):
-        folder = Path("runs") / candidate
-        try:
-            os.makedirs(folder.parent, exist_ok=True)
-            if _made(folder):
-                break
-        except OSError as error:
-            fix = "run where you may write, or choose --name"
-            about = f"a folder below runs/ cannot be created ({error.strerror})"
-            raise BadInput(f"{about}: {fix}") from error
-        if name:
+    if name:
+        folder = Path("runs") / name
+        if not _create(folder):
             raise BadInput(f"{folder} already exists: choose another --name, or remove it")
-    return folder
+        return folder
+    stem = f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for candidate in chain([stem], (f"{stem}-{i}" for i in count(2))):
+        folder = Path("runs") / candidate
+        if _create(folder):
+            return folder
 
 
-def _made(folder: Path) -> bool:
-    """Make a folder, or tell that it is there: two runs that start together do not share it."""
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)  # prompts and answers are the user's
-        return True
+def _create(folder: Path) -> bool:
+    """Create a folder; return False if it exists already. Raises BadInput if it cannot be created.
+
+    Of two runs that start at the same time, only one gets True.
+    """
+    try:
+        os.makedirs(folder.parent, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)  # prompts and answers are the user's own
+            return True
+    except OSError as error:
+        fix = "run where you may write, or choose --name"
+        about = f"a folder below runs/ cannot be created ({error.strerror})"
+        raise BadInput(f"{about}: {fix}") from error
     return False
 
 
 def lock_run_folder(folder: Path) -> TextIO:
-    """Lock a run folder for the life of this process; the kernel frees it however the process ends.
+    """Lock a run folder and return the lock's file, which the caller must keep open.
 
-    Keep what is returned. Raises BadInput where another run holds the lock.
+    The kernel frees the lock, however this process ends. Raises BadInput if another run holds it.
     """
     try:
         file = open(folder / "lock", "a+", encoding="utf-8")
@@ -90,14 +96,13 @@ def lock_run_folder(folder: Path) -> TextIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
-        raise BadInput(
-            f"{folder} is being written by another run, {file.read().strip() or 'just started'}: "
-            "wait for its end, stop it, or choose another --name"
-        ) from error
+        owner = file.read().strip() or "just started"
+        fix = "wait for its end, stop it, or choose another --name"
+        raise BadInput(f"{folder} is being written by another run, {owner}: {fix}") from error
     except OSError as error:
         # NFS without its lock service, and Lustre mounted without flock, have no such locks.
-        fix = f"the file system of {folder} has no locks ({error.strerror})"
-        print(f"{fix}: start no second run of this name", file=sys.stderr, flush=True)
+        what = f"the file system of {folder} has no locks ({error.strerror})"
+        print(f"{what}: start no second run of this name", file=sys.stderr, flush=True)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -105,45 +110,46 @@ def lock_run_folder(folder: Path) -> TextIO:
 
 
 def rollouts_file(folder: str | Path, step: int) -> Path:
-    """Where the samples of a step are: a Sample a line."""
+    """Return the file of --save-rollouts that holds the samples of a step, one a line."""
     return Path(folder) / f"step-{step:06d}.jsonl"
 
 
 def checkpoints_of(run_folder: Path) -> list[Path]:
-    """Return a run's finished checkpoints, oldest first: folders named step- and a number."""
-    found = (run_folder / "checkpoints").glob("step-*")
-    whole = [path for path in found if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
-    return sorted(whole, key=step_of)
+    """Return a run's finished checkpoints, oldest first: the folders named step- and a number."""
+    paths = (run_folder / "checkpoints").glob("step-*")
+    finished = [path for path in paths if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(finished, key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """Return the number in a checkpoint's name.
+    """Return the step in a checkpoint's name.
 
-    As text, step 1,000,000 would come before step 999,999.
+    Compare steps as numbers: as texts, step 1,000,000 would come before step 999,999.
     """
     return int(folder.name.removeprefix("step-"))
 
 
 def remove_parts(run_folder: Path) -> None:
-    """Remove what killed ranks have left of checkpoints. The caller holds the run folder's lock."""
+    """Remove unfinished checkpoints of ranks that were killed.
+
+    The caller must hold the run folder's lock, or the checkpoint of a living run would be removed.
+    """
     for path in (run_folder / "checkpoints").glob("step-*.part"):
         if re.fullmatch(r"step-\d+\.part", path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def unwritable(folder: Path, error: OSError) -> BadInput:
-    """Return what to raise when a run folder cannot be written."""
-    return BadInput(
-        f"the run folder {folder} cannot be written ({error.strerror}): run where you may write, "
-        "or choose --name"
-    )
+    """Return the error of a run folder that cannot be written."""
+    fix = "run where you may write, or choose --name"
+    return BadInput(f"the run folder {folder} cannot be written ({error.strerror}): {fix}")
 
 
 def check_shared(folder: Path, group: dist.ProcessGroup, *, is_new: bool) -> None:
-    """Refuse a run folder that is not the same for all ranks: raise BadInput. Collective.
+    """Raise BadInput on all ranks unless all of them see the same run folder. Collective.
 
-    Each rank would write its part of a checkpoint to another place. is_new: whether the folder has
-    been made just now, and goes again if it is refused.
+    Otherwise each machine would keep its ranks' part of a checkpoint to itself.
+    is_new: this run has just created the folder; if it is refused it is removed.
     """
     file, token, is_writer = folder / ".shared", uuid.uuid4().hex.encode(), group.rank() == 0
     if is_writer:
@@ -154,13 +160,14 @@ def check_shared(folder: Path, group: dist.ProcessGroup, *, is_new: bool) -> Non
     token, deadline = broadcast_bytes(token, group), time.time() + SHARED_S
     while not (seen := _holds(file, token)) and time.time() < deadline:
         time.sleep(0.2)
+    # Each rank says where it is if it does not see rank 0's file, and nothing otherwise.
     mine = b"" if seen else f"on {socket.gethostname()} in {Path.cwd()}".encode()
     where = [text.decode() for text in all_gather_bytes(mine, group)]
+    blind = [f"rank {rank} {text}" for rank, text in enumerate(where) if text]
     if is_writer:
         file.unlink()
-        if any(where) and is_new:
+        if blind and is_new:
             shutil.rmtree(folder)
-    blind = [f"rank {rank} {text}" for rank, text in enumerate(where) if text]
     if blind:
         ranks = f"{len(blind)} of {len(where)} ranks do not see what rank 0 has written to"
         fix = "start all ranks in one folder, on a file system that all machines share"
@@ -168,20 +175,21 @@ def check_shared(folder: Path, group: dist.ProcessGroup, *, is_new: bool) -> Non
 
 
 def _holds(file: Path, content: bytes) -> bool:
+    """Tell whether a file can be read and holds these bytes."""
     try:
         return file.read_bytes() == content
-    except OSError:  # a network file system has more errors than that it is not there
+    except OSError:  # not there yet; a network file system also raises other errors meanwhile
         return False
 
 
 def has_whole_rows(folder: Path, *, size: int) -> bool:
-    """Tell whether the first `size` bytes of metrics.jsonl are whole rows, as a run wrote them."""
+    """Tell whether the first `size` bytes of metrics.jsonl are whole rows, as a run writes them."""
     if size == 0:
         return True
-    rows = (folder / FILES["metrics"]).read_bytes()[:size]
+    written = (folder / FILES["metrics"]).read_bytes()[:size]
+    if not written.endswith(b"\n"):
+        return False
     try:
-        return rows.endswith(b"\n") and all(
-            type(json.loads(row)) is dict for row in rows.split(b"\n")[:-1]
-        )
-    except (ValueError, RecursionError):
+        return all(type(json.loads(row)) is dict for row in written.split(b"\n")[:-1])
+    except (ValueError, RecursionError):  # not JSON; or too many brackets within one another
         return False

@@ -1,13 +1,15 @@
-"""Shared by all tests: import paths, small models, and engines that are started once.
+"""Shared by all tests: --complete, import paths, small models, and how a run is started.
 
-Starting an engine costs about twenty seconds of imports, so the tests of one file share theirs
-(module-scoped fixtures) and so do all ranks of a torchrun worker script in tests/workers/.
+A run costs 10 to 20 seconds of imports before its first step. So the tests of one file share an
+engine (module-scoped fixtures), and a worker script in tests/workers/ measures many cases in one
+start of its ranks.
 """
 
 import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -102,6 +104,67 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return {family: write_model(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
 
 
+# --- quick and complete -------------------------------------------------------------------------
+
+
+# Minutes each. They come first, so that no process is left alone with one of them at the end.
+LONGEST = [
+    "test_readme_commands.py",
+    "test_checkpoint.py",
+    "test_loop_async.py",
+    "test_fuzz.py",
+    "test_layouts.py",
+    "test_loop_sync.py",
+    "test_process_groups.py",
+    "test_checkpoint_signals.py",
+    "test_nodes.py",
+    "test_engine_families.py",
+    "test_engine.py",
+]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--complete",
+        action="store_true",
+        help="run the tests marked complete too; of all files, two at a time",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Let pytest-xdist run two files at a time when every test of the project is run.
+
+    A test spends much of its time waiting: for imports, for a process to end. Two at a time keep
+    two cores busy.
+    """
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    chosen = config.getoption("numprocesses", None) is not None or config.option.collectonly
+    if config.getoption("--complete") and whole and not (is_worker or chosen):
+        config.option.numprocesses, config.option.dist = 2, "loadfile"
+        config.option.loadscopereorder = False  # the order is that of LONGEST
+
+
+def pytest_report_header(config):
+    if config.getoption("--complete"):
+        return "every test"
+    return "the quick tests; all of them: python -m pytest --complete"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect what is marked complete; in a complete run begin with the longest files."""
+    if config.getoption("--complete"):
+        first = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: first.get(item.path.name, len(first)))
+        return
+    is_long = [item.get_closest_marker("complete") is not None for item in items]
+    config.hook.pytest_deselected(items=[item for item, long in zip(items, is_long) if long])
+    items[:] = [item for item, long in zip(items, is_long) if not long]
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
 LOOKS_LIKE_AN_ERROR = re.compile(
     "traceback|error|exception|warning|leaked|destroyed|never awaited|terminate"
     " called|dumped|segmentation|crashed|fatal|killed",
@@ -162,7 +225,10 @@ def torchrun(
 
 
 def start_main(loop, *checks) -> None:
-    """Call the main() of a loop as its script does, with sys.argv. checks: more than a loop's own."""
+    """Call the main() of a loop as its script does, with sys.argv.
+
+    checks: those of its flags that are not a loop's own.
+    """
     from harness.checks import check_flags
     from harness.flags import parse_settings
 
@@ -271,6 +337,50 @@ def start_loop(tmp_path):
     for process in (process for run in runs for process in [*run.family, run.process]):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+# --- a run to go on from ------------------------------------------------------------------------
+
+# What every run of test_checkpoint*.py has. Half of its prompts come from a file.
+SMALL_RUN = ["--eval-every", "3", "--eval-samples", "32", "--eval-samples-per-prompt", "2"]
+SMALL_RUN += ["--prompts-per-step", "4", "--samples-per-prompt", "8", "--lr-schedule", "cosine"]
+SMALL_RUN += ["--prompts", "toy:3", "more.jsonl", "--export"]
+
+
+def write_more(folder: Path) -> None:
+    rows = [{"prompt": f"{i:03d}+111=", "label": str(i + 111)[::-1]} for i in range(7)]
+    (folder / "more.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def more(tmp_path):
+    write_more(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """Nine steps on one rank: runs/run with checkpoints of 3, 6 and 9, and every sample.
+
+    The weights are exported at the end.
+    """
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_more(folder)
+    flags = ["--export", "bf16", "fp8", "--steps", "9", "--save-every", "3", "--keep", "3"]
+    flags += ["--save-rollouts", "--name", "run"]
+    torchrun(ROOT / "loop_sync.py", *SMALL_RUN, *flags, ranks=1, cwd=folder)
+    return folder / "runs" / "run"
+
+
+@pytest.fixture
+def stopped(undisturbed, tmp_path):
+    """Return the undisturbed run as a kill in the middle of its last checkpoint leaves it."""
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(undisturbed, run)
+    (run / "checkpoints" / "step-000009").rename(run / "checkpoints" / "step-000009.part")
+    return run
+
+
+# --- Megatron in the test process ---------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

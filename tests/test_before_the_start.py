@@ -1,7 +1,8 @@
 """Flags, dumps and folders that would fail, or do something else, only after the start.
 
-All of it goes through a loop's own main() up to its first process group. test_fuzz.py generates
-more of it, without looking at the messages.
+Why: hours of a cluster can pass before such a mistake shows. Each case runs a loop's own main() up
+to its first process group. test_fuzz.py generates more cases without looking at the messages. Not
+covered: mistakes that only a started engine can find.
 """
 
 import json
@@ -20,7 +21,7 @@ from harness.record import Record
 
 
 class Started(Exception):
-    """The run would have begun."""
+    """Raised where the run would have begun."""
 
 
 @pytest.fixture
@@ -45,7 +46,8 @@ def start(monkeypatch, tmp_path):
     (["--judge-timeout-s", "nan"], "--judge-timeout-s nan must be positive"),
     (["--minibatches", "257"], "a step has 256 answers, .* use at most 256"),
     (["--wandb", "a:b"], "--wandb 'a:b' holds ':'"),
-    (["--megatron", "recompute_num_layers=x"], "'x' is of the wrong type: the field is int or null"),
+    (["--megatron", "recompute_num_layers=x"],
+     "'x' is of the wrong type: the field is int or null"),
     (["--megatron", "recompute_num_layers=1.0"], "=1.0 is of the wrong type"),
     (["--megatron", "adam_eps=NaN"], "--megatron adam_eps=nan must be finite"),
     (["--megatron", "adam_eps=1e-9", "adam_eps=1e-8"], "--megatron adam_eps is given twice"),
@@ -60,7 +62,8 @@ def test_flags_that_are_refused(start, flags, message):
 @pytest.mark.parametrize("flags", [
     ["--seed", str(2**31 - 1)], ["--seed", "0"], ["--minibatches", "256"],
     ["--megatron", "adam_eps=1e-9", "adam_beta1=0.8"],
-    ["--megatron", "recompute_granularity=full", "recompute_method=uniform", "recompute_num_layers=1"],
+    ["--megatron", "recompute_granularity=full", "recompute_method=uniform",
+     "recompute_num_layers=1"],
 ])  # fmt: skip
 def test_flags_that_hold(start, flags):
     with pytest.raises(Started):
@@ -68,7 +71,7 @@ def test_flags_that_hold(start, flags):
 
 
 def write_dumps(folder, *versions: int, answers: int = 4) -> None:
-    """One step a version: that of the weights which sampled it."""
+    """Write one dump a version, sampled by the weights of that version."""
     folder.mkdir()
     for step, version in enumerate(versions, start=1):
         fields = dict(response_ids=[5], rollout_logprobs=[-1.0], loss_mask=[1])
@@ -76,17 +79,15 @@ def write_dumps(folder, *versions: int, answers: int = 4) -> None:
             Sample([4], weight_versions=[version], reward=1.0, **fields) for _ in range(answers)
         ]
         lines = b"\n".join(sample.to_json() for sample in samples)
-        (folder / f"step-{step:06d}.jsonl").write_bytes(
-            lines + b"\n\n"
-        )  # a blank line is no sample
+        # The blank line at the end is no sample.
+        (folder / f"step-{step:06d}.jsonl").write_bytes(lines + b"\n\n")
 
 
 def test_dumps_older_than_the_bound_are_refused(start, tmp_path):
     write_dumps(tmp_path / "dumps", 0, 1, 0)
     flags = ["--load-rollouts", tmp_path / "dumps", "--steps", "3"]
-    with pytest.raises(
-        BadInput, match="step-000003.jsonl has tokens 2 versions old, --max-staleness is 1"
-    ):
+    rule = "step-000003.jsonl has tokens 2 versions old, --max-staleness is 1"
+    with pytest.raises(BadInput, match=rule):
         start(*flags, loop=loop_async, ranks=2)
     with pytest.raises(Started):
         start(*flags, "--max-staleness", "2", loop=loop_async, ranks=2)
@@ -115,7 +116,7 @@ def toy(tmp_path):
 
 
 def test_a_token_beyond_the_model_s_vocabulary_is_refused(start, toy):
-    """A tokenizer with gaps among its ids has fewer tokens than its largest id says."""
+    """A tokenizer with gaps among its ids has fewer tokens than its largest id suggests."""
     file = toy / "tokenizer.json"
     tokenizer = json.loads(file.read_text(encoding="utf-8"))
     tokenizer["model"]["vocab"]["+"] = 5000

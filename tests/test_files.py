@@ -1,10 +1,9 @@
-"""What a user names as a file and is none, or holds no JSON that can be read: refused by name, at
-once.
+"""A path that is no file, or holds no JSON that can be read, is refused by name and at once.
 
-Why: a pipe in place of config.json is waited for without end on every rank, a device is read
-without end, and 100,000 brackets end json in a RecursionError that names no file. Each place that
-reads a user's file is tried. A call that hangs fails after WAIT_S. Not covered: files that change
-while they are read, and network file systems that hang.
+Why: every rank would wait for a pipe in place of config.json without end, and read a device without
+end. 100,000 brackets end json in a RecursionError that names no file. The tests try each place that
+reads a user's file. A call that hangs fails after WAIT_S. Not covered: files that change while they
+are read, and network file systems that hang.
 """
 
 import os
@@ -33,15 +32,16 @@ BRACKETS = "[" * 100_000
 
 
 def refused(call, *arguments) -> str:
-    """Return the problems that a call raises as BadInput; fail if it hangs, returns, or raises
-    else.
+    """Return the problems that a call raises as BadInput.
+
+    Fail if it hangs, returns, or raises anything else.
     """
     told = []
 
     def run() -> None:
         try:
             told.append(call(*arguments))
-        except BaseException as error:  # of a thread of its own: shown below
+        except BaseException as error:  # the assertion below shows it
             told.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -86,7 +86,7 @@ def read_toy_prompts(path: Path) -> list:
 
 
 def find_checkpoint(path: Path):
-    """Resume the run in whose folder the path is."""
+    """Resume the run in whose folder the path lies."""
     (path.parent / "checkpoints" / "step-000001").mkdir(parents=True)
     os.chdir(path.parent.parent.parent)
     return checkpoint.find_latest_checkpoint(
@@ -94,7 +94,7 @@ def find_checkpoint(path: Path):
     )
 
 
-# name of the file below a model folder, and what reads it
+# Each file of a model folder, and what reads it.
 MODEL_FILES = {
     "config.json": read_config,
     "generation_config.json": generation_eos,
@@ -169,9 +169,7 @@ def test_json_that_cannot_be_read_is_refused_by_name(monkeypatch, tmp_path, name
 @pytest.mark.parametrize("depth", [200, 300, 900, 2000])
 @pytest.mark.parametrize("field", ["prompt", "label", "metadata", "tools"])
 def test_a_row_of_any_depth_is_read_or_refused_by_line(tmp_path, field, depth):
-    """orjson reads 1,024 lists within one another and writes 254, json about as many as it may
-    call.
-    """
+    """orjson reads 1,024 nested lists and writes 254. json's limit is Python's depth of calls."""
     values = dict(prompt='"1+1="', label="2", metadata="{}", tools="[]")
     values[field] = '{"a": ' + "[" * depth + "]" * depth + "}"
     row = ", ".join(f'"{name}": {value}' for name, value in values.items())
@@ -192,9 +190,8 @@ def test_a_config_of_any_depth_is_refused_by_name(model, depth):
 
 @pytest.mark.parametrize("text", [BRACKETS, "1" * 5000])
 def test_a_value_of_a_flag_that_json_cannot_read_is_refused(text):
-    assert "--sglang a cannot be read as JSON" in refused(
-        lambda: parse_overrides((f"a={text}",), flag="--sglang", fields=None)
-    )
+    problem = refused(lambda: parse_overrides((f"a={text}",), flag="--sglang", fields=None))
+    assert "--sglang a cannot be read as JSON" in problem
 
 
 def test_a_file_that_may_not_be_read_is_refused(monkeypatch, tmp_path):
@@ -210,7 +207,7 @@ def test_a_file_that_is_too_large_to_be_of_its_kind_is_refused(tmp_path):
 
 
 def test_a_regular_file_is_read_through_a_link(tmp_path):
-    """As in the caches of model hubs."""
+    """The caches of model hubs hold such links."""
     (tmp_path / "blob").write_text('{"a": 1}', encoding="utf-8")
     (tmp_path / "config.json").symlink_to(tmp_path / "blob")
     assert read_json(tmp_path / "config.json") == {"a": 1}

@@ -1,10 +1,11 @@
-"""flags.py and checks.py: what is said of a mistake in the flags, and how soon; --help; one rank.
+"""Flags: what the program says of a mistake, and how soon; --help; one rank without torchrun.
 
-How soon is not measured by a clock, which a busy machine would turn: a refused flag must end the
-program before sglang, transformers or megatron are imported. Single rules of flags are tested in
-the files of their stages. Not covered: what tyro accepts.
+Why: a mistake should cost a second, not the start of an engine. A refused flag must end the program
+before sglang, transformers or megatron are imported; a clock would measure how busy the machine is.
+Rules of single flags are tested in the files of their stages. Not covered: what tyro accepts.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -35,7 +36,7 @@ LOOPS = ["loop_sync.py", "loop_async.py", "examples/ppo_critic.py", "examples/to
 
 
 def script(name: str, *words: str, options=(), cwd=ROOT, timeout=300, **environment):
-    """Run a script of the repository as a user without torchrun does."""
+    """Run a script of the repository without torchrun, as a user does."""
     kept = {key: value for key, value in os.environ.items() if key not in TORCHRUN}
     command = [sys.executable, *options, str(ROOT / name), *words]
     everything = dict(cwd=cwd, env=kept | environment, capture_output=True, text=True)
@@ -45,24 +46,46 @@ def script(name: str, *words: str, options=(), cwd=ROOT, timeout=300, **environm
 # --- when -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, words, message", [
-    ("loop_sync.py", ["--stps", "3"], "--stps is no flag of this program; the nearest is --steps"),
-    ("loop_sync.py", ["--steps", "3.5"], "--steps 3.5 must be a whole number"),
-    ("loop_sync.py", ["--prompts", "absent.jsonl"], "absent.jsonl does not exist"),
-    ("loop_sync.py", ["--kl-coef", "1", "--reference", "no"], "--reference no has no config.json"),
-    ("loop_sync.py", ["--tp", "2"], "--tp 2 does not divide the 1 ranks: use a --tp that"),
-    ("loop_async.py", ["--max-staleness", "-1"], "--max-staleness -1 must not be negative"),
-    ("loop_async.py", [], "a rank that trains and one that generates: use `torchrun --nproc-per-"),
-    ("examples/ppo_critic.py", ["--lam", "2"], "--lam 2.0 must lie in [0, 1]"),
-    ("examples/tool_use.py", ["--warm-calls", "2"], "--warm-calls 2.0 must lie between 0 and 1"),
-    ("tools/export.py", ["--checkpoint", "nothing"], "--checkpoint 'nothing' is not a folder"),
+MISTAKES = {  # of one start of each script
+    "loop_sync.py": "--stps 3 --steps 3.5 --prompts absent.jsonl --kl-coef 1 --reference no --tp 2",
+    "loop_async.py": "--max-staleness -1",
+    "examples/ppo_critic.py": "--lam 2",
+    "examples/tool_use.py": "--warm-calls 2",
+    "tools/export.py": "--checkpoint nothing",
+}
+
+
+@pytest.fixture(scope="module")
+def start_with_mistakes(tmp_path_factory):
+    """Give a function that starts a script once. It returns the ended process and its folder."""
+
+    @functools.cache
+    def start(name: str):
+        folder = tmp_path_factory.mktemp("mistakes")
+        words = MISTAKES[name].split()
+        return script(name, *words, options=["-X", "importtime"], cwd=folder), folder
+
+    return start
+
+
+@pytest.mark.parametrize("name, message", [
+    ("loop_sync.py", "--stps is no flag of this program; the nearest is --steps"),
+    ("loop_sync.py", "--steps 3.5 must be a whole number"),
+    ("loop_sync.py", "absent.jsonl does not exist"),
+    ("loop_sync.py", "--reference no has no config.json"),
+    ("loop_sync.py", "--tp 2 does not divide the 1 ranks: use a --tp that"),
+    ("loop_async.py", "--max-staleness -1 must not be negative"),
+    ("loop_async.py", "a rank that trains and one that generates: use `torchrun --nproc-per-"),
+    ("examples/ppo_critic.py", "--lam 2.0 must lie in [0, 1]"),
+    ("examples/tool_use.py", "--warm-calls 2.0 must lie between 0 and 1"),
+    ("tools/export.py", "--checkpoint 'nothing' is not a folder"),
 ])  # fmt: skip
-def test_a_mistake_is_said_before_the_heavy_imports(tmp_path, name, words, message):
-    done = script(name, *words, options=["-X", "importtime"], cwd=tmp_path)
+def test_a_mistake_is_said_before_the_heavy_imports(start_with_mistakes, name, message):
+    done, folder = start_with_mistakes(name)
     assert done.returncode == 2
     assert message in done.stderr
     assert re.search(HEAVY, done.stderr) is None
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", [*LOOPS, "tools/export.py"])
@@ -74,12 +97,13 @@ def test_help_needs_no_torchrun_and_no_heavy_import(name):
 
 def test_help_is_given_where_no_run_could_start():
     done = script("loop_sync.py", "--stps", "3", "-h", WORLD_SIZE="8")
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 0
+    assert done.stderr == ""
     assert "Most used" in done.stdout
 
 
 def test_packages_that_are_missing_are_named_after_the_flags_are_read(tmp_path):
-    """A finder in front of all others hides sglang: its absence must not hide a mistake."""
+    """An import finder hides sglang. Its absence must not hide a mistake in the flags."""
     hide = "import sys\nclass F:\n    def find_spec(self, name, *_):\n"
     hide += "        if name.partition('.')[0] == 'sglang': raise ModuleNotFoundError(name)\n"
     hide += "sys.meta_path.insert(0, F())\n"
@@ -88,7 +112,8 @@ def test_packages_that_are_missing_are_named_after_the_flags_are_read(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(hide, encoding="utf-8")
     path = dict(PYTHONPATH=str(tmp_path))
     good = script("loop_sync.py", "--steps", "1", **path)
-    assert good.returncode == 2 and "is not installed" in good.stderr
+    assert good.returncode == 2
+    assert "is not installed" in good.stderr
     assert "pip install -r requirements" in good.stderr
     assert "--steps 0 must be" in script("loop_sync.py", "--steps", "0", **path).stderr
 
@@ -126,7 +151,8 @@ def refused(monkeypatch, *words: str, loop=loop_sync, ranks=1) -> tuple[str, ...
     (["--steps", "1_000"], "--steps 1_000: write at most 15 digits, and no _"),
     (["--lr=1_0.5"], "--lr 1_0.5: write at most 15 digits, and no _"),
     (["--bucket-bytes", "9" * 400], "write at most 15 digits"),
-    (["--prompts", "toy:2", "--steps", "3", "--prompts=toy:1"], "--prompts is given twice, toy:2 and toy:1"),
+    (["--prompts", "toy:2", "--steps", "3", "--prompts=toy:1"],
+     "--prompts is given twice, toy:2 and toy:1"),
 ])  # fmt: skip
 def test_words_that_cannot_be_read(monkeypatch, words, message):
     assert message in refused(monkeypatch, *words)[0]
@@ -148,9 +174,9 @@ def test_two_bad_values_on_a_command_line_are_both_said(tmp_path):
 
 
 @pytest.mark.parametrize("words", [
-    ["--max-response-tokens", "many", "--overlong-buffer", "20"],  # more than the default, 8
-    ["--stepss", "90", "--lr-warmup-steps", "85"],  # more than the default of what was meant
-    ["--plan", "yes", "--tp", "8"],  # of the planned ranks; here is one
+    ["--max-response-tokens", "many", "--overlong-buffer", "20"],  # above the default, 8
+    ["--stepss", "90", "--lr-warmup-steps", "85"],  # above the default of the flag that was meant
+    ["--plan", "yes", "--tp", "8"],  # divides the planned ranks; this process is one
 ])  # fmt: skip
 def test_no_rule_judges_the_default_of_a_flag_that_could_not_be_read(monkeypatch, words):
     assert len(refused(monkeypatch, *words)) == 1
@@ -243,7 +269,7 @@ def test_a_run_on_one_rank_needs_no_torchrun(tmp_path):
 
 
 def test_bad_data_on_one_rank_is_not_buried(tmp_path):
-    """Found by the stages, after their imports; without torchrun nothing follows the message."""
+    """The stages find it after their imports. Without torchrun the message is the last line."""
     (tmp_path / "p.jsonl").write_text("no json\n", encoding="utf-8")
     done = script("loop_sync.py", "--prompts", "p.jsonl", cwd=tmp_path)
     assert done.returncode == 2
@@ -271,7 +297,7 @@ def test_what_torchrun_has_set_stays(monkeypatch):
 
 @pytest.mark.parametrize("launched", [True, False])
 def test_only_under_torchrun_a_rank_ends_with_its_parent(monkeypatch, launched):
-    """A shell may end before the run that it has started (nohup)."""
+    """Without torchrun the parent is a shell, which may end before its run (nohup)."""
     bound = []
     monkeypatch.setattr(exits.signal, "signal", lambda *_: None)
     monkeypatch.setattr(exits, "signal_when_parent_ends", bound.append)
@@ -294,7 +320,7 @@ def test_a_flag_that_would_do_nothing_in_such_a_run_is_refused(monkeypatch, word
 
 
 def test_an_empty_list_may_be_given_before_a_full_one(monkeypatch):
-    """As scripts do that add flags to a common line."""
+    """Scripts do so when they add flags to a common line."""
     monkeypatch.setattr(sys, "argv", ["loop.py", "--export", "--steps", "2", "--export", "fp8"])
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert flags.parse_settings(loop_sync.Settings, check_flags).run.export == ("fp8",)

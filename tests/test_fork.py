@@ -1,8 +1,10 @@
-"""A fork of a policy loss: a function and one line in the table of losses.py, one in the oracle's.
+"""A new policy loss is one function and one line in losses.py, and its formula in the oracle.
 
-Why: whoever tries an idea should not have to find the places that know the names of losses. The
-files are copied and the lines inserted; flag, bounds, refusals and the oracle's tests must follow.
-That such a loss trains is in test_whole_loss.py, that it is run on every layout in test_splits.py.
+Why: whoever tries an idea should not have to find every place that knows the names of losses. The
+test copies the files and inserts the lines. Flag, bounds, refusals and the oracle's tests must
+follow. The refusals come from harness/checks.py, loaded unchanged on top of the copy of losses.py.
+test_whole_loss.py shows that such a loss trains, test_splits.py that it runs on every layout. Not
+covered: forks of an advantage, a correction or a KL estimator.
 """
 
 import importlib.util
@@ -34,7 +36,8 @@ FORMULA = """
 def tanh(logprobs_T, frozen_T, old_T, advantages_T, packed, *, clip_low, clip_high, dual_clip):
     log_ratios = [new - old for new, old in zip(logprobs_T, old_T)]
     loss_T = [-np.tanh(min(x, clip_high)) * a for x, a in zip(log_ratios, advantages_T)]
-    return np.array(loss_T), np.array([ratio(x) for x in log_ratios]), np.array(log_ratios) > clip_high
+    ratio_T = np.array([ratio(x) for x in log_ratios])
+    return np.array(loss_T), ratio_T, np.array(log_ratios) > clip_high
 
 
 POLICY_LOSSES["tanh"] = tanh
@@ -45,24 +48,38 @@ def write_forked_losses(folder) -> None:
     text = (ROOT / "losses.py").read_text(encoding="utf-8")
     table = "POLICY_LOSSES = {\n"
     before, rest = text.split(table)
-    head, tail = before.rsplit("@dataclass(frozen=True)\nclass PolicyLoss", 1)
-    text = (
-        f"{head}{FUNCTION.lstrip()}@dataclass(frozen=True)\nclass"
-        f" PolicyLoss{tail}{table}{ENTRY}{rest}"
-    )
+    decorated = "@dataclass(frozen=True)\nclass PolicyLoss"
+    head, tail = before.rsplit(decorated, 1)
+    text = f"{head}{FUNCTION.lstrip()}{decorated}{tail}{table}{ENTRY}{rest}"
     (folder / "losses.py").write_text(text, encoding="utf-8")
+
+
+def load(name: str, path):
+    """Execute a Python file as a new module and return it."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def forked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fork")
     write_forked_losses(folder)
-    spec = importlib.util.spec_from_file_location("forked_losses", folder / "losses.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["forked_losses"] = module  # where its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    yield module
+    yield load("forked_losses", folder / "losses.py")
     del sys.modules["forked_losses"]
+
+
+@pytest.fixture(scope="module")
+def check_loss_settings(forked):
+    """The shipped check, from a second copy of harness/checks.py that imports the fork."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "losses", forked)
+        module = load("checks_of_fork", ROOT / "harness" / "checks.py")
+    assert module.POLICY_LOSSES is forked.POLICY_LOSSES
+    yield module.check_loss_settings
+    del sys.modules["checks_of_fork"]
 
 
 def parse(forked, *flags: str):
@@ -85,24 +102,24 @@ def test_its_bounds_are_in_the_help(forked, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--dual-clip", "3"], "--policy-loss tanh and --dual-clip 3.0 do not fit: use --dual-clip 0.0"),
+    (["--dual-clip", "3"],
+     "--policy-loss tanh and --dual-clip 3.0 do not fit: use --dual-clip 0.0"),
     (["--kl-coef", "0.1", "--kl-in", "reward"], "--kl-in reward do not fit: use --kl-in loss"),
     (["--clip-low", "0.2"], "--clip-low 0.2 has no effect: --policy-loss tanh has no such bound"),
 ])  # fmt: skip
-def test_what_it_does_not_take_is_refused(forked, flags, message):
+def test_what_it_does_not_take_is_refused(forked, check_loss_settings, flags, message):
     with pytest.raises(BadInput, match=message):
-        forked.check_loss_settings(parse(forked, *flags))
+        check_loss_settings(parse(forked, *flags))
 
 
-def test_what_it_takes_is_not_refused(forked):
-    forked.check_loss_settings(parse(forked, "--clip-high", "0.5", "--kl-coef", "0.1"))
+def test_what_it_takes_is_not_refused(forked, check_loss_settings):
+    check_loss_settings(parse(forked, "--clip-high", "0.5", "--kl-coef", "0.1"))
 
 
 def oracle_tests(folder) -> str:
-    """Run the oracle's tests of the fork in a folder of their own; return what pytest prints."""
+    """Run the oracle's tests of the fork in a folder of its own. Return what pytest prints."""
     write_forked_losses(folder)
-    for name in ("advantages.py", "problems.py"):
-        shutil.copy(ROOT / name, folder)
+    shutil.copy(ROOT / "advantages.py", folder)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "oracle"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     chosen = ["-k", "tanh or test_every_algorithm_has_an_oracle", "-rA"]
@@ -131,7 +148,5 @@ def test_the_oracles_tests_take_it_from_its_entry(tmp_path):
 def test_without_an_oracle_it_is_refused(tmp_path):
     shutil.copytree(ROOT / "tests" / "oracle", tmp_path / "oracle")
     printed = oracle_tests(tmp_path)
-    assert (
-        "FAILED oracle/test_algorithms.py::test_every_algorithm_has_an_oracle[policy losses]"
-        in printed
-    )
+    refusal = "test_every_algorithm_has_an_oracle[policy losses]"
+    assert f"FAILED oracle/test_algorithms.py::{refusal}" in printed

@@ -1,8 +1,9 @@
-"""fp8_quant.py: the arithmetic that the hand-off's byte-exactness is defined by.
+"""FP8 quantization: the arithmetic that defines which bytes a weight update delivers.
 
-Checked by hand-computable cases, by an independent scalar implementation of e4m3 rounding in
-float64, and by properties. The GPU kernel is compared with it bit for bit, without a GPU in
-Triton's interpreter.
+Why: engine and trainer must agree on every byte, so one wrong rounding breaks the verification of
+weights. The tests have cases to compute by hand, an independent scalar implementation of e4m3
+rounding in float64, and properties. The GPU kernel must give the same bits; without a GPU it runs
+in Triton's interpreter. Not covered: how fast it is.
 """
 
 import math
@@ -20,49 +21,46 @@ from fp8_quant import BLOCK, dequantize_blockwise, quantize_blockwise
 
 
 def round_e4m3(x: float) -> float:
-    """Nearest e4m3 value, ties to even: 3 mantissa bits, exponents from -6, subnormal step 2^-9,
-    largest 448. Written from the format's definition.
+    """Return the nearest e4m3 value, ties to even, written from the format's definition.
+
+    3 mantissa bits, exponents from -6, subnormal step 2^-9, largest value 448.
     """
     if x == 0:
         return 0.0
     exponent = max(math.floor(math.log2(abs(x))), -6)
     step = 2.0 ** (exponent - 3)
-    return math.copysign(
-        min(round(abs(x) / step) * step, 448.0), x
-    )  # Python's round is half to even
+    # Python's round takes ties to even.
+    return math.copysign(min(round(abs(x) / step) * step, 448.0), x)
 
 
 def assert_same(got, expected) -> None:
-    """Codes and scales to the last bit."""
+    """Assert that codes and scales are equal to the last bit."""
     assert torch.equal(got[0].view(torch.uint8), expected[0].view(torch.uint8))
     assert torch.equal(got[1], expected[1])
 
 
 def test_a_block_by_hand():
-    # amax 896 -> scale 2. 896/2 = 448; 1/2 = 0.5; 3.1/2 = 1.55 -> between 1.5 and 1.625, nearer to
-    # 1.5.
+    # The largest value 896 gives the scale 2. 896/2 = 448 and 1/2 = 0.5 are codes. 3.1/2 = 1.55
+    # lies between 1.5 and 1.625, nearer to 1.5.
     weight = torch.zeros(BLOCK, BLOCK)
     weight[0, :3] = torch.tensor([896.0, 1.0, 3.1])
     codes, scale_inv = quantize_blockwise(weight)
     assert scale_inv.tolist() == [[2.0]]
     assert codes[0, :4].float().tolist() == [448.0, 0.5, 1.5, 0.0]
-    assert dequantize_blockwise(codes, scale_inv, dtype=torch.float32)[0, :3].tolist() == [
-        896.0,
-        1.0,
-        3.0,
-    ]
+    again = dequantize_blockwise(codes, scale_inv, dtype=torch.float32)
+    assert again[0, :3].tolist() == [896.0, 1.0, 3.0]
 
 
-# The last three are cut into slabs: of several rows of blocks, with ragged edges, and with one row
-# of blocks that is larger than a slab.
+# The last three need several slabs: slabs of several rows of blocks, ragged edges, and a row of
+# blocks that is larger than a slab.
 SHAPES = [(128, 128), (256, 384), (100, 50), (129, 257), (1, 1), (576, 192)]
 SHAPES += [(1024, 768), (900, 530), (130, 4100)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_agrees_with_a_scalar_implementation(shape):
-    # Ragged shapes have smaller blocks at the lower and right edge; the scale there sees only real
-    # elements.
+    # Ragged shapes have smaller blocks at the lower and right edge. Only real elements set their
+    # scale.
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.05
     codes, scale_inv = quantize_blockwise(weight)
     w = weight.numpy()
@@ -80,7 +78,7 @@ def test_agrees_with_a_scalar_implementation(shape):
 
 
 def test_every_code_is_that_of_the_quotient():
-    """Times the reciprocal of the scale, about one code in ten thousand would be another."""
+    """Multiplying by the scale's reciprocal would change about one code in ten thousand."""
     weight = torch.randn(1024, 768, generator=torch.Generator().manual_seed(9)).bfloat16()
     codes, scale_inv = quantize_blockwise(weight)
     scale_NK = np.kron(scale_inv.numpy(), np.ones((BLOCK, BLOCK), np.float32))
@@ -89,7 +87,7 @@ def test_every_code_is_that_of_the_quotient():
 
 
 def test_dequantizing_rounds_once():
-    """The scale is not a BF16 number: the product is rounded, not the scale."""
+    """The scale is no BF16 number. The product is rounded, and the scale is not."""
     weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(10))
     codes, scale_inv = quantize_blockwise(weight)
     exact = dequantize_blockwise(codes, scale_inv, dtype=torch.float32)
@@ -103,7 +101,7 @@ def test_zero_block_gives_zeros_not_nan():
 
 
 def test_rms_error_is_that_of_three_mantissa_bits():
-    # Judge blocks, not elements: a small element beside a large one may vanish.
+    # The error is that of a whole matrix: a small element beside a large one may vanish.
     weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(1))
     for scale in (1.0, 1e-4, 1e4):
         codes, scale_inv = quantize_blockwise(weight * scale)
@@ -118,14 +116,13 @@ def test_quantizing_what_was_quantized_changes_nothing():
     again, scale_again = quantize_blockwise(
         dequantize_blockwise(codes, scale_inv, dtype=torch.float32)
     )
-    assert torch.equal(codes.view(torch.uint8), again.view(torch.uint8)) and torch.allclose(
-        scale_inv, scale_again, rtol=1e-6
-    )
+    assert torch.equal(codes.view(torch.uint8), again.view(torch.uint8))
+    assert torch.allclose(scale_inv, scale_again, rtol=1e-6)
 
 
 def test_shards_cut_at_blocks_quantize_alone():
-    # The reason the hand-off may quantize before it gathers: cut at a multiple of 128, no block
-    # sees another shard.
+    # A shard cut at a multiple of 128 holds whole blocks. So a weight update may quantize before it
+    # gathers.
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(3))
     whole, whole_scale = quantize_blockwise(weight)
     for dim in (0, 1):
@@ -137,12 +134,12 @@ def test_shards_cut_at_blocks_quantize_alone():
     cut = torch.cat(
         [quantize_blockwise(part)[0].view(torch.uint8) for part in weight.split([64, 192])]
     )
-    assert not torch.equal(cut, whole.view(torch.uint8))  # cut inside a block, the bytes differ
+    assert not torch.equal(cut, whole.view(torch.uint8))  # a cut inside a block changes bytes
 
 
 @pytest.mark.parametrize("slab", [1, 2**15, 2**17, 2**40])
 def test_the_size_of_a_slab_does_not_show(slab, monkeypatch):
-    # Slabs bound the temporaries, nothing else: whatever their size, they are whole rows of blocks.
+    # Slabs bound the temporaries. Whatever their size, they hold whole rows of blocks.
     weight = torch.randn(700, 400, generator=torch.Generator().manual_seed(6))
     expected = quantize_blockwise(weight)
     monkeypatch.setattr(fp8_quant, "SLAB", slab)
@@ -151,7 +148,7 @@ def test_the_size_of_a_slab_does_not_show(slab, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_weight_is_taken_at_its_own_value(dtype):
-    # bf16 and fp16 are quantized as the fp32 numbers that they are: no step is computed in 16 bits.
+    # BF16 and FP16 values are exact FP32 numbers. No step is computed in 16 bits.
     weight = torch.randn(300, 200, generator=torch.Generator().manual_seed(7)).to(dtype)
     scale = weight.float()[:128, :128].abs().max() / 448
     codes, scale_inv = quantize_blockwise(weight)
@@ -180,7 +177,7 @@ def test_the_largest_value_of_a_block_may_be_negative():
     (1e-11, np.float32(1e-11) / np.float32(448)), (1e-13, np.float32(1e-12) / np.float32(448)),
 ])  # fmt: skip
 def test_only_a_block_below_the_floor_is_rounded_to_zero_scale(amax, scale):
-    # 1e-12 is far below any weight, so that small weights keep their 3 bits.
+    # The floor 1e-12 is far below any weight, so small weights keep their 3 bits.
     codes, scale_inv = quantize_blockwise(torch.tensor([[amax]]))
     assert scale_inv.item() == scale
     assert codes.float().item() == round_e4m3(float(np.float32(amax) / scale))
@@ -197,7 +194,7 @@ def test_a_scale_that_is_a_power_of_two_is_exact(exponent):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [(0, 0), (699, 399), (699, 0), (0, 399), (300, 200)])
 def test_a_value_that_is_not_finite_is_found_wherever_it_is(value, place, monkeypatch):
-    monkeypatch.setattr(fp8_quant, "SLAB", 2**16)  # several slabs
+    monkeypatch.setattr(fp8_quant, "SLAB", 2**16)  # the weight needs several slabs
     weight = torch.ones(700, 400)
     weight[place] = value
     with pytest.raises(ValueError, match=r"shape \(700, 400\) holds NaN or infinity"):
@@ -229,7 +226,7 @@ def test_rounding_without_conversion_is_the_formats_own():
 
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     exact = codes[codes.isfinite()].sort().values
-    halfway = (exact[1:] + exact[:-1]) / 2  # ties, and what lies just beside them
+    halfway = (exact[1:] + exact[:-1]) / 2  # ties; below come their neighbours
     up, down = (torch.nextafter(halfway, torch.tensor(float(sign))) for sign in (1000, -1000))
     noise = (
         torch.randn(100_000, generator=torch.Generator().manual_seed(1)).mul(100).clamp(-448, 448)
@@ -239,8 +236,9 @@ def test_rounding_without_conversion_is_the_formats_own():
 
 
 def test_the_gpu_kernel_has_the_same_bits():
-    """On a GPU where there is one; else in Triton's interpreter, which has to be asked for before
-    the first import of Triton: in a process of its own.
+    """Without a GPU the kernel runs in Triton's interpreter.
+
+    The interpreter must be chosen before Triton's first import, so the kernel has its own process.
     """
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     command = [sys.executable, ROOT / "tests" / "workers" / "kernel_bits.py"]

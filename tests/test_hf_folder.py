@@ -1,7 +1,8 @@
 """Model folders: which of their weight files count, and what an export leaves behind.
 
-What an export holds is compared with the trainer in test_engine.py and test_layouts.py. Here it is
-made of a folder's own tensors, without a trainer.
+Why: a stale shard or a half-written export loads without an error and is another model. Here an
+export is made of a folder's own tensors, without a trainer. test_engine.py and test_layouts.py
+compare exports with the trainer. Not covered: file systems that lose what was written.
 """
 
 import json
@@ -28,7 +29,7 @@ from harness.export import export_all, export_hf
 
 @pytest.fixture
 def split(tmp_path, models):
-    """A model in two shards with an index."""
+    """Make a model in two shards with an index."""
     folder = tmp_path / "split"
     shutil.copytree(models["qwen3"], folder)
     weights = load_file(folder / "model.safetensors")
@@ -67,9 +68,8 @@ def test_shards_of_an_older_save_beside_the_indexed_ones_do_not_count(split, mod
     for stale in ("model.safetensors", "model-00003-of-00003.safetensors", "zzz.safetensors"):
         save_file(zeros, split / stale, metadata={"format": "pt"})
     read = tensors_of(split)
-    assert read.keys() == right.keys() and all(
-        torch.equal(read[name], right[name]) for name in right
-    )
+    assert read.keys() == right.keys()
+    assert all(torch.equal(read[name], right[name]) for name in right)
 
 
 def test_a_file_that_the_index_does_not_name_is_not_opened(split):
@@ -86,25 +86,17 @@ def test_a_tensor_that_the_index_does_not_name_is_not_there(split):
         check_shapes(HFWeights(split), read_config(split))
 
 
-@pytest.mark.parametrize(
-    "shard",
-    [
-        "../model.safetensors",
-        "/model.safetensors",
-        "..",
-        ".",
-        "",
-        "sub/model.safetensors",
-        "sub\\model.safetensors",
-        "a\0b",
-    ],
-)
+@pytest.mark.parametrize("shard", [
+    "../model.safetensors", "/model.safetensors", "..", ".", "", "sub/model.safetensors",
+    "sub\\model.safetensors", "a\0b",
+])  # fmt: skip
 def test_a_shard_name_that_leaves_the_folder_is_refused(split, shard):
     shutil.copy(split / "model-00001-of-00002.safetensors", split.parent / "model.safetensors")
     write_index(split, weight_map_of(split) | {"model.norm.weight": shard})
     with pytest.raises(BadInput, match="plain name of a file") as refused:
         HFWeights(split)
-    assert repr(shard) in str(refused.value) and "model.norm.weight" in str(refused.value)
+    assert repr(shard) in str(refused.value)
+    assert "model.norm.weight" in str(refused.value)
 
 
 def test_a_missing_shard_is_refused_by_name(split):
@@ -115,33 +107,16 @@ def test_a_missing_shard_is_refused_by_name(split):
 
 def test_a_tensor_that_its_shard_does_not_hold_is_refused_by_name(split):
     weight_map = weight_map_of(split)
-    write_index(
-        split,
-        weight_map
-        | {
-            "model.norm.weight": next(
-                s for s in weight_map.values() if s != weight_map["model.norm.weight"]
-            )
-        },
-    )
+    other = next(s for s in weight_map.values() if s != weight_map["model.norm.weight"])
+    write_index(split, weight_map | {"model.norm.weight": other})
     with pytest.raises(BadInput, match="holds model.norm.weight, but it does not"):
         HFWeights(split)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "no json",
-        "[]",
-        "{}",
-        '{"weight_map": []}',
-        '{"weight_map": {}}',
-        '{"weight_map": {"a": 1}}',
-        "[" * 100_000,
-        "\xff",
-    ],
-)
+@pytest.mark.parametrize("text", [
+    "", "no json", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}',
+    '{"weight_map": {"a": 1}}', "[" * 100_000, "\xff",
+])  # fmt: skip
 def test_an_index_that_is_none_is_refused(split, text):
     (split / INDEX).write_bytes(text.encode("latin-1"))
     with pytest.raises(BadInput, match=INDEX):
@@ -162,21 +137,19 @@ def test_without_an_index_a_tensor_in_two_files_is_refused_naming_both(tmp_path,
         tmp_path / "old.safetensors",
         metadata={"format": "pt"},
     )
-    with pytest.raises(
-        BadInput,
-        match=(
-            "old.safetensors and model.safetensors both hold 1 tensors, such as model.norm.weight"
-        ),
-    ):
+    both = "old.safetensors and model.safetensors both hold 1 tensors, such as model.norm.weight"
+    with pytest.raises(BadInput, match=both):
         HFWeights(tmp_path)
 
 
 @pytest.mark.parametrize("name, tensor, message", [
-    # More layers
-    ("model.layers.2.mlp.up_proj.weight", torch.zeros(512, 128), "model.layers.2.mlp.up_proj.weight is not of the model"),
+    # Of a layer that the model does not have.
+    ("model.layers.2.mlp.up_proj.weight", torch.zeros(512, 128),
+     "model.layers.2.mlp.up_proj.weight is not of the model"),
     ("model.layers.0.self_attn.q_proj.bias", torch.zeros(256), "q_proj.bias is not of the model"),
     ("model.norm.weight", torch.zeros(128, dtype=torch.int8), "model.norm.weight is I8"),
-    ("model.layers.0.mlp.up_proj.weight", torch.zeros(512, 128).to(torch.float8_e4m3fn), "up_proj.weight is F8_E4M3"),
+    ("model.layers.0.mlp.up_proj.weight", torch.zeros(512, 128).to(torch.float8_e4m3fn),
+     "up_proj.weight is F8_E4M3"),
 ])  # fmt: skip
 def test_weights_that_would_be_lost_or_misread_are_refused(tmp_path, models, name, tensor, message):
     shutil.copytree(models["qwen3"], tmp_path, dirs_exist_ok=True)
@@ -227,18 +200,19 @@ def test_a_file_that_no_export_could_copy_is_refused_before_the_start(tmp_path, 
 
 @pytest.fixture
 def export(monkeypatch, tmp_path, models):
-    """A function that exports a model folder's own weights; source: a copy of the model that tests
-    may change.
+    """Give a function that exports a model folder's own weights.
+
+    Its attribute `source` is a copy of the model that a test may change.
     """
     source = tmp_path / "source"
     shutil.copytree(models["qwen3"], source)
     weights = SimpleNamespace(config=read_config(source))
+
+    def buckets(*_, **__):
+        return ([pair] for pair in load_file(source / "model.safetensors").items())
+
     monkeypatch.setattr(hf_export.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(
-        hf_export,
-        "trainer_buckets",
-        lambda *_, **__: ([pair] for pair in load_file(source / "model.safetensors").items()),
-    )
+    monkeypatch.setattr(hf_export, "trainer_buckets", buckets)
 
     def call(target, *, max_file_bytes=2**30, dtype="bf16"):
         monkeypatch.setattr(hf_export, "MAX_FILE_BYTES", max_file_bytes)
@@ -251,9 +225,8 @@ def export(monkeypatch, tmp_path, models):
 def assert_whole(folder, source) -> None:
     right = load_file(source / "model.safetensors")
     read = tensors_of(folder)
-    assert read.keys() == right.keys() and all(
-        torch.equal(read[name], right[name].bfloat16()) for name in right
-    )
+    assert read.keys() == right.keys()
+    assert all(torch.equal(read[name], right[name].bfloat16()) for name in right)
     check_model_folder(folder, read_config(folder), None, stop=())
 
 
@@ -263,8 +236,8 @@ def test_an_export_over_one_that_was_split_otherwise_leaves_nothing_of_it(
 ):
     target = tmp_path / "out"
     export(target, max_file_bytes=before)
-    (target / "vocab.json").write_text("{}", encoding="utf-8")  # of another tokenizer
-    for file in target.glob("*.safetensors"):  # other weights
+    (target / "vocab.json").write_text("{}", encoding="utf-8")  # belongs to another tokenizer
+    for file in target.glob("*.safetensors"):  # holds other weights
         with safe_open(file, "pt") as opened:
             zeros = {name: torch.zeros_like(opened.get_tensor(name)) for name in opened.keys()}
         save_file(zeros, file, metadata={"format": "pt"})
@@ -283,23 +256,15 @@ def test_folders_named_like_tokenizer_files_do_not_end_an_export(export, tmp_pat
         (export.source / name).mkdir()
         (export.source / name / "file").write_text("x", encoding="utf-8")
     (export.source / "additional_chat_templates" / "deeper").mkdir(parents=True)
-    (export.source / "additional_chat_templates" / "tool_use.jinja").write_text(
-        "{{ é }}", encoding="utf-8"
-    )
-    export(tmp_path / "out")
-    assert_whole(tmp_path / "out", export.source)
-    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text(
-        encoding="utf-8"
-    ) == "{{ é }}"
-    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == [
-        "additional_chat_templates"
-    ]
-    copied = {file.name for file in (tmp_path / "out").glob("tokenizer*")}
-    assert (
-        copied
-        == {file.name for file in export.source.glob("tokenizer*") if file.is_file()}
-        != set()
-    )
+    template = "additional_chat_templates/tool_use.jinja"
+    (export.source / template).write_text("{{ é }}", encoding="utf-8")
+    out = tmp_path / "out"
+    export(out)
+    assert_whole(out, export.source)
+    assert (out / template).read_text(encoding="utf-8") == "{{ é }}"
+    assert [path.name for path in out.iterdir() if path.is_dir()] == ["additional_chat_templates"]
+    files = {file.name for file in export.source.glob("tokenizer*") if file.is_file()}
+    assert {file.name for file in out.glob("tokenizer*")} == files != set()
 
 
 def test_a_file_that_cannot_be_copied_is_named_and_the_rest_is_whole(export, tmp_path):
@@ -330,11 +295,9 @@ def test_an_export_says_its_dtype_once(export, tmp_path, given):
     )
     export(tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
-    assert (
-        written["dtype"] == "bfloat16"
-        and "torch_dtype" not in written
-        and "quantization_config" not in written
-    )
+    assert written["dtype"] == "bfloat16"
+    assert "torch_dtype" not in written
+    assert "quantization_config" not in written
 
 
 @pytest.mark.parametrize("cut", ["_place_weights", "_copy_files"])
@@ -374,9 +337,10 @@ def test_a_failure_in_one_export_leaves_the_others_whole(export, tmp_path):
             source=export.source,
         )
     assert "fp8/" not in str(failed.value)
-    assert read_quantization(tmp_path / "fp8") == "fp8" and len(
-        HFWeights(tmp_path / "fp8").file_of
-    ) > len(load_file(export.source / "model.safetensors"))
+    assert read_quantization(tmp_path / "fp8") == "fp8"
+    assert len(HFWeights(tmp_path / "fp8").file_of) > len(
+        load_file(export.source / "model.safetensors")
+    )
 
 
 def read_quantization(folder) -> str:

@@ -1,8 +1,8 @@
-"""backends/huggingface: config fields and tensor names between Hugging Face and Megatron.
+"""Config fields and tensor names between Hugging Face and Megatron.
 
-Why it matters: a wrong mapping trains a different model in silence. Whether the mapped model
-computes the same logits is tested in test_train_step.py; here: every field is either mapped or
-refused, stacking is exactly undone, and the FP8 exemptions are SGLang's.
+Why: a wrong mapping trains a different model in silence. Every field is either mapped or refused,
+stacking is exactly undone, and the tensors that stay BF16 are SGLang's. test_layouts.py shows that
+the mapped model computes the same logits. Not covered: models of other families.
 """
 
 import json
@@ -21,13 +21,10 @@ from common.errors import BadInput
 
 
 def test_qkv_stacking_by_hand():
-    # 2 groups, 2 query heads each, head_dim 1: Megatron stacks per group its query heads, its key,
-    # its value.
-    q, k, v = (
-        torch.tensor([[0.0], [1], [2], [3]]),
-        torch.tensor([[10.0], [11]]),
-        torch.tensor([[20.0], [21]]),
-    )
+    # 2 groups with 2 query heads each, head_dim 1. Megatron stacks group by group: its query heads,
+    # its key, its value.
+    q = torch.tensor([[0.0], [1], [2], [3]])
+    k, v = torch.tensor([[10.0], [11]]), torch.tensor([[20.0], [21]])
     stacked = stack_parts([q, k, v], groups=2)
     assert stacked.flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
     for part, original in zip(split_stacked(stacked, 3, head_dim=1, groups=2), (q, k, v)):
@@ -36,8 +33,8 @@ def test_qkv_stacking_by_hand():
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_stacking_commutes_with_sharding(tp):
-    # The reason no full tensor is needed to convert: stack each rank's slices = the rank's slice of
-    # the stack.
+    # A rank's slices, stacked, are the rank's slice of the stack. So the conversion needs no full
+    # tensor.
     q, k, v = torch.randn(8 * 16, 4), torch.randn(4 * 16, 4), torch.randn(4 * 16, 4)
     whole = stack_parts([q, k, v], groups=4)
     for rank in range(tp):
@@ -66,8 +63,9 @@ def test_a_config_that_is_not_covered_is_refused_by_field(models, tmp_path, fiel
 
 
 def test_llama3_rope_and_older_spelling():
-    old = {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                               "original_max_position_embeddings": 8192}}  # fmt: skip
+    scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0}
+    scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    old = {"rope_theta": 5e5, "rope_scaling": scaling}
     assert rope_of(old) == {"rotary_base": 5e5, "rope_scaling": True, "rope_scaling_factor": 32.0}
     assert rope_of({"rope_theta": 1e6}) == {"rotary_base": 1e6, "rotary_percent": 1.0}
 
@@ -83,8 +81,8 @@ SHAPE = dict(
 
 @pytest.mark.parametrize("changes, engine_tp, kept", [
     ({}, 1, []),
-    (dict(num_key_value_heads=1), 1, ["qkv"]),  # 64 rows of k: half a block
-    # SmolLM2: 576 and 192 rows. o_proj alone may be ragged
+    (dict(num_key_value_heads=1), 1, ["qkv"]),  # 64 rows of k are half a block
+    # SmolLM2 has 576 and 192 rows. Only o_proj may have a block that is not full.
     (dict(num_attention_heads=9, num_key_value_heads=3), 1, ["qkv"]),
     (dict(intermediate_size=500), 1, ["gate_up"]),
     ({}, 2, ["qkv"]),  # 64 rows of k per engine rank

@@ -1,11 +1,9 @@
-"""The asynchronous loop's GroupQueue without SGLang: which groups a step gets, when it waits, what is dropped.
+"""The asynchronous loop's queue without SGLang: what a step gets, when it waits, what it drops.
 
-A stand-in engine answers after random times.
-
-These are the promises of the asynchronous loop that do not depend on the engine: no token older
-than the bound, every group trained once or counted as dropped, no group left waiting while newer
-ones train, never more than (K + 1) steps' worth on its way. test_loop_async.py shows them on the
-real stack.
+Why: the loop's promises are kept here. No token is older than the bound K = --max-staleness. Each
+group is trained once or counted as dropped. No due group waits while newer ones train. At most
+(K + 1) steps' worth is in flight. A stand-in engine answers after seeded random times. Resuming is
+in test_in_flight_resume.py, the real stack in test_loop_async.py. Not covered: several engines.
 """
 
 import asyncio
@@ -14,8 +12,9 @@ import random
 import time
 from types import SimpleNamespace
 
-import loop_async
 import pytest
+
+import loop_async
 
 from backends.huggingface.config import read_config
 from common.errors import BadInput, EngineDied
@@ -33,9 +32,9 @@ PER_STEP, STEPS = 3, 25
 
 
 class StandIn:
-    """Answers each group after a time of its own, and after hold(engine, group) has become false.
+    """Answer each group after seconds(group), and not before hold(engine, group) is false.
 
-    The first token is of the version it was started with, the last of the one it ended with.
+    An answer's first token has the version at its start, its last token the version at its end.
     """
 
     def __init__(self, seconds, hold=lambda engine, group: False):
@@ -72,7 +71,10 @@ def data(one_rank):
 def run_of(
     data, *, dynamic_sampling=0, per_step=PER_STEP, steps=STEPS, ranks=None, **settings
 ) -> SimpleNamespace:
-    """What a queue needs to know of a run whose only rollout rank this is."""
+    """Return what a queue needs of a run with one rollout rank.
+
+    ranks: the states of a checkpoint, which are JSON.
+    """
     checkpoint = SimpleNamespace(ranks=json.loads(json.dumps(ranks))) if ranks else None
     return SimpleNamespace(
         settings=loop_async.Settings(
@@ -99,7 +101,10 @@ def run_steps(
     engine=None,
     **settings,
 ) -> tuple[list[list[Sample]], StandIn]:
-    """The loop's body with a trainer that only takes time. Returns what each step was given."""
+    """Run the loop's body with a trainer that only takes time.
+
+    Returns the samples that each step was given, and the engine.
+    """
     engine = engine or StandIn(seconds)
     run = run_of(data, dynamic_sampling=dynamic_sampling, steps=steps, **settings)
     groups = GroupQueue(run, engine, Judge(judge, 4))
@@ -123,29 +128,10 @@ def new_queue(
     steps=STEPS,
     **settings,
 ) -> GroupQueue:
-    """A queue of its own prompts; ranks: as in a checkpoint, which holds JSON."""
+    """Build a queue with prompts of its own. ranks: the states of a checkpoint, which are JSON."""
     data = load_data(TOY, RolloutSettings(), read_config(TOY), seed=1)
     asked = dict(dynamic_sampling=dynamic_sampling, per_step=per_step, steps=steps)
     return GroupQueue(run_of(data, ranks=ranks, **asked, **settings), engine, Judge(judge, 4))
-
-
-def stopped_after(steps: int, seconds, *, wait_s: float = 0.1, **settings) -> list[dict]:
-    """The states of a trainer and of this rank, in a checkpoint after so many steps of wait_s."""
-    engine = StandIn(seconds)
-    groups = new_queue(engine, **settings)
-    for version in range(steps):
-        groups.take_step(version)
-        engine.call(asyncio.sleep(wait_s))
-        engine.version = version + 1
-    return [{}, groups.state()]
-
-
-def in_flight(ranks: list[dict]) -> list[tuple[int, int, bool]]:
-    """(prompt's number, version, whether finished) of each group of the checkpoint."""
-    return [
-        (group["prompt"]["group"], group["version"], bool(group["answers"]))
-        for group in ranks[-1]["in_flight"]
-    ]
 
 
 def groups_of(samples: list[Sample], *, dropped: bool) -> list[int]:
@@ -160,22 +146,20 @@ def test_without_oversampling_the_steps_are_those_of_the_synchronous_loop(data, 
         data, lambda group: rng.choice([0, 0, 0, 0.05]), train_s=train_s, max_staleness=bound
     )
     for version, samples in enumerate(given):
-        assert groups_of(samples, dropped=False) == list(
-            range(version * PER_STEP, (version + 1) * PER_STEP)
-        )
+        first = version * PER_STEP
+        assert groups_of(samples, dropped=False) == list(range(first, first + PER_STEP))
         assert all(sample.reward == sample.group % 2 for sample in samples)
         kept, set_aside = split_discarded(samples)
         check_staleness(kept, version=version, max_staleness=bound)
-        assert len(kept) == 2 * PER_STEP and set_aside == {DROPPED: 0, REPLACED: 0}
-    assert (
-        engine.started == list(range(STEPS * PER_STEP)) and engine.aborted == []
-    )  # nothing is started that cannot be trained
+        assert len(kept) == 2 * PER_STEP
+        assert set_aside == {DROPPED: 0, REPLACED: 0}
+    # The queue starts nothing that the run cannot train.
+    assert engine.started == list(range(STEPS * PER_STEP))
+    assert engine.aborted == []
 
 
 def test_the_bound_is_used_not_only_kept(data):
-    """With a slow trainer the queue is full: every token is exactly K old, once the first K steps
-    are over.
-    """
+    """With a slow trainer the queue is full: after K steps every token is exactly K old."""
     given, _ = run_steps(data, lambda group: 0, train_s=0.01, max_staleness=2)
     ages = [
         {version - sample.weight_versions[0] for sample in samples}
@@ -197,21 +181,20 @@ def test_oversampling_leaves_stragglers_and_loses_count_of_none(data, bound, ove
         [group for samples in given for group in groups_of(samples, dropped=kind)]
         for kind in (False, True)
     )
-    assert (
-        sorted(trained + dropped) == engine.started and len(trained) == STEPS * PER_STEP
-    )  # each group once, and every step is full
+    # Each group is trained or dropped, once. Every step is full.
+    assert sorted(trained + dropped) == engine.started
+    assert len(trained) == STEPS * PER_STEP
     assert dropped and set(engine.aborted) == set(dropped)
     for version, samples in enumerate(given):
         assert len(groups_of(samples, dropped=True)) <= oversample or version == STEPS - 1
-        check_staleness(
-            split_discarded(samples)[0], version=version, max_staleness=bound
-        )  # raises if a token is too old
+        check_staleness(split_discarded(samples)[0], version=version, max_staleness=bound)
 
 
 @pytest.mark.parametrize("bound", [0, 1, 3])
 def test_groups_that_teach_nothing_are_replaced_within_the_bound(data, bound):
-    """Every third group has rewards that differ; the others are replaced, and every group is
-    trained or counted, once, and none is too old.
+    """Only every third group has rewards that differ. The queue replaces the others.
+
+    Every group is trained or counted as replaced, once, and none is too old.
     """
     rng, judged = random.Random(3), []
 
@@ -227,11 +210,10 @@ def test_groups_that_teach_nothing_are_replaced_within_the_bound(data, bound):
         dynamic_sampling=20,
     )
     kept = [split_discarded(samples)[0] for samples in given]
-    trained, replaced = (
-        sorted({s.group for samples in kept for s in samples}),
-        [s.group for samples in given for s in samples if s.discarded == REPLACED],
-    )
-    assert all(group % 3 == 0 for group in trained) and len(trained) == STEPS * PER_STEP
+    trained = sorted({s.group for samples in kept for s in samples})
+    replaced = [s.group for samples in given for s in samples if s.discarded == REPLACED]
+    assert all(group % 3 == 0 for group in trained)
+    assert len(trained) == STEPS * PER_STEP
     assert sorted(trained + replaced[::2]) == sorted(engine.started)
     for version, samples in enumerate(kept):
         check_staleness(samples, version=version, max_staleness=bound)
@@ -241,19 +223,20 @@ def test_groups_that_teach_nothing_are_replaced_within_the_bound(data, bound):
 def test_a_dropped_group_is_neither_trained_nor_replaced(data, slow):
     """Every fifth group is late, in its answers or in its judging, and its rewards are all equal.
 
-    It is dropped, and counted as dropped, and not as replaced as well.
+    The queue drops it and counts it as dropped only, not as replaced too.
     """
     judged = []
 
     def is_late(group):
         return group % 5 == 0
 
-    def holds(engine, group):  # until it has been dropped: no machine is too slow for this test
+    def holds(engine, group):  # until the group is dropped, so that no machine is too slow
         return is_late(group) and group not in engine.aborted
 
-    engine = StandIn(
-        lambda group: 0.001, holds if slow == "answer" else lambda engine, group: False
-    )
+    if slow == "answer":
+        engine = StandIn(lambda group: 0.001, holds)
+    else:
+        engine = StandIn(lambda group: 0.001)
 
     def judge(sample):
         judged.append(sample.group)
@@ -267,10 +250,11 @@ def test_a_dropped_group_is_neither_trained_nor_replaced(data, slow):
         reason: [s.group for samples in given for s in samples if s.discarded == reason]
         for reason in (DROPPED, REPLACED, "")
     }
-    assert set(names[DROPPED]) == set(engine.aborted) and names[DROPPED]
+    assert names[DROPPED]
+    assert set(names[DROPPED]) == set(engine.aborted)
     assert names[REPLACED] == []
     assert not set(names[DROPPED]) & set(names[""])
-    if slow == "answer":  # one that comes too late is not judged
+    if slow == "answer":  # an answer that comes too late is not judged
         assert not set(judged) & set(names[DROPPED])
 
 
@@ -285,12 +269,13 @@ def test_replacing_has_a_cap(data):
     )
     for samples in given:
         kept, set_aside = split_discarded(samples)
-        assert len(kept) == 2 * PER_STEP and set_aside == {DROPPED: 0, REPLACED: 2 * 2 * PER_STEP}
+        assert len(kept) == 2 * PER_STEP
+        assert set_aside == {DROPPED: 0, REPLACED: 2 * 2 * PER_STEP}
 
 
 def test_a_straggler_is_carried_over_while_the_bound_allows(data):
-    # K = 2: group 0 takes longer than a step; steps go on with newer groups, and it is trained,
-    # late, not dropped.
+    # K = 2 and group 0 takes longer than a step. Steps go on with newer groups. Group 0 is trained
+    # late and not dropped.
     engine = StandIn(lambda group: 0.001, lambda engine, group: group == 0 and engine.version < 1)
     given, _ = run_steps(
         data, None, engine=engine, train_s=0.3, max_staleness=2, oversample=1, steps=6
@@ -301,7 +286,7 @@ def test_a_straggler_is_carried_over_while_the_bound_allows(data):
 
 
 def test_nothing_newer_is_trained_while_a_due_group_is_missing(data):
-    """No oversampling: a slow group holds its step, however many newer ones are ready."""
+    """Without oversampling a step waits for its slow group, however many newer ones are ready."""
     given, _ = run_steps(data, lambda group: 0.1 if group == 4 else 0, max_staleness=4, steps=4)
     assert groups_of(given[1], dropped=False) == [3, 4, 5]
 
@@ -317,7 +302,7 @@ def test_what_fails_in_the_background_is_raised_in_the_loop(data):
 
 
 def test_an_answer_that_the_engine_aborted_ends_the_run(one_rank):
-    """Nobody asked for it: the engine gave up, and says why."""
+    """The queue did not ask for the abort: the engine gave up, and the error says why."""
 
     class Aborting(StandIn):
         async def generate(self, prompts_ids, sampling, *, request_ids, cache=""):
@@ -338,141 +323,21 @@ def test_a_failing_judge_masks_its_samples(data, capsys):
     assert capsys.readouterr().out.count("ZeroDivisionError") == 1  # shown once
 
 
-def test_a_resumed_run_trains_finished_groups_at_their_true_age(one_rank):
-    """K = 1. The checkpoint of version 2 holds groups 6, 7 and 8 of version 1.
-
-    Group 7 was not finished: it is asked again, and is new.
-    """
-    ranks = stopped_after(2, lambda group: 60 if group == 7 else 0, max_staleness=1)
-    assert in_flight(ranks) == [(6, 1, True), (7, 1, False), (8, 1, True)]
-    engine = StandIn(lambda group: 0)
-    engine.version = 2
-    groups = new_queue(engine, ranks=ranks, max_staleness=1)
-    samples = groups.take_step(2)
-    assert {sample.group: sample.weight_versions[0] for sample in samples} == {6: 1, 7: 2, 8: 1}
-    assert engine.started == [7, 9, 10, 11]  # no finished group is asked again, no prompt left out
-    check_staleness(samples, version=2, max_staleness=1)
-    assert {group.prompt.group: group.version for group in groups.queue} == {9: 2, 10: 2, 11: 2}
-
-
-def test_a_group_that_failed_is_not_finished(one_rank):
-    """The step that would have raised it never came: the checkpoint holds no answers."""
-
-    def seconds(group):
-        if group == 7:
-            raise EngineDied("the engine gave up")
-        return 0
-
-    ranks = stopped_after(2, seconds, max_staleness=1)
-    assert in_flight(ranks) == [(6, 1, True), (7, 1, False), (8, 1, True)]
-
-
-def test_finished_groups_that_a_resumed_run_cannot_train_in_time_are_dropped(one_rank):
-    """K = 1, and --prompts-per-step is 1 after the resume: version 2 trains one of three groups of
-    version 1, and the others may not wait for version 3."""
-    ranks = stopped_after(2, lambda group: 0, max_staleness=1)
-    assert in_flight(ranks) == [(6, 1, True), (7, 1, True), (8, 1, True)]
-    engine = StandIn(lambda group: 0)
-    engine.version = 2
-    groups = new_queue(engine, ranks=ranks, max_staleness=1, per_step=1)
-    samples = groups.take_step(2)
-    assert (groups_of(samples, dropped=False), groups_of(samples, dropped=True)) == ([6], [7, 8])
-    engine.version = 3
-    later = groups.take_step(3)
-    assert groups_of(later, dropped=False) == [9]
-    check_staleness(split_discarded(later)[0], version=3, max_staleness=1)
-
-
-def test_a_group_keeps_its_age_over_two_checkpoints(one_rank):
-    """K = 2. What the first checkpoint held of version 1 is of version 1 in the second one too."""
-    ranks = stopped_after(2, lambda group: 0, max_staleness=2)
-    engine = StandIn(lambda group: 0)
-    engine.version = 2
-    groups = new_queue(engine, ranks=ranks, max_staleness=2)
-    groups.take_step(2)
-    assert in_flight([groups.state()])[:PER_STEP] == [(group, 1, True) for group in (9, 10, 11)]
-
-
-def test_a_checkpoint_keeps_answers_as_they_were_judged(one_rank):
-    """An empty response is an answer, and so is one whose judge failed. Both come back equal in
-    every field."""
-
-    def judge(sample):
-        return 1 / sample.index  # the first sample of each group fails
-
-    class Empty(StandIn):
-        async def generate(self, prompts_ids, sampling, *, request_ids, cache=""):
-            outputs = await super().generate(prompts_ids, sampling, request_ids=request_ids)
-            meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": []}
-            return [{"output_ids": [], "meta_info": meta, "weight_versions": []}, *outputs[1:]]
-
-    engine = Empty(lambda group: 0)
-    groups = new_queue(engine, judge=judge, max_staleness=1)
-    groups.take_step(0)
-    engine.call(asyncio.sleep(0.1))
-    kept = [sample for group in groups.queue for sample in group.samples]
-    resumed = new_queue(
-        StandIn(lambda group: 0), ranks=[groups.state()], max_staleness=1, judge=judge, steps=2
-    )
-    resumed.engine.version = 1
-    samples = resumed.take_step(1)
-    assert samples == kept
-    empty, full = samples[:2]
-    assert (empty.response_ids, empty.reward) == ([], None)
-    assert (full.response_ids, full.reward) == ([5, 2], 1.0)
-    assert "ZeroDivisionError" in empty.error
-    assert resumed.engine.started == []
-
-
-def test_replaced_groups_are_counted_once_over_a_resume(one_rank):
-    """Group 4 is replaced after the last step before the checkpoint: the resumed run's first step
-    counts it, and the second does not."""
-    engine = StandIn(lambda group: 0.05 if group >= PER_STEP else 0)
-    groups = new_queue(
-        engine,
-        judge=lambda sample: float(sample.index if sample.group != 4 else 0),
-        dynamic_sampling=1,
-        max_staleness=1,
-    )
-    assert split_discarded(groups.take_step(0))[1] == {DROPPED: 0, REPLACED: 0}
-    engine.call(asyncio.sleep(0.2))
-    ranks = [groups.state()]
-    assert [group for group, *_ in in_flight(ranks)] == [3, 5, 6]  # 4 was replaced by 6
-    resumed = new_queue(
-        StandIn(lambda group: 0),
-        ranks=ranks,
-        max_staleness=1,
-        judge=lambda sample: float(sample.index),
-        dynamic_sampling=1,
-    )
-    resumed.engine.version = 1
-    kept, set_aside = split_discarded(resumed.take_step(1))
-    assert set_aside == {DROPPED: 0, REPLACED: 2}
-    assert sorted({sample.group for sample in kept}) == [3, 5, 6]
-    resumed.engine.version = 2
-    assert split_discarded(resumed.take_step(2))[1] == {DROPPED: 0, REPLACED: 0}
-
-
 def test_a_token_older_than_the_bound_stops_the_run():
     sample = Sample([1], group=9, response_ids=[5, 2], weight_versions=[3, 4])
     check_staleness([sample], version=5, max_staleness=2)
-    with pytest.raises(
-        RuntimeError,
-        match=(
-            "group 9 has tokens of the weight versions .3, 4.; training version 5 .* none older"
-            " than 4"
-        ),
-    ):
+    rule = "has tokens of the weight versions .3, 4.; training version 5 .* none older than 4"
+    with pytest.raises(RuntimeError, match=f"group 9 {rule}"):
         check_staleness([sample], version=5, max_staleness=1)
+    # A token from a later version means that the trainer has missed an update.
     with pytest.raises(RuntimeError, match="group 9"):
-        check_staleness(
-            [sample], version=3, max_staleness=1
-        )  # from the future: the trainer missed an update
+        check_staleness([sample], version=3, max_staleness=1)
 
 
 @pytest.mark.parametrize("changes, world_size, message", [
     ({}, 1, "torchrun --nproc-per-node 2 loop_async.py"),
-    (dict(rollout_ranks=2), 2, "--rollout-ranks 2 must leave at least one of the 2 ranks to each side: use 1 to 1"),
+    (dict(rollout_ranks=2), 2,
+     "--rollout-ranks 2 must leave at least one of the 2 ranks to each side: use 1 to 1"),
     (dict(rollout_ranks=0), 2, "--rollout-ranks 0"),
     (dict(max_staleness=-1), 2, "--max-staleness -1"),
     (dict(rollout_ranks=2, oversample=3), 4, "--oversample 3 must be a multiple of the 2 engines"),

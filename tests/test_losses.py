@@ -1,9 +1,9 @@
-"""logprobs.py against an independent float64 oracle and finite differences; settings of losses.py.
+"""Log-probs and entropy from logits, the mismatch metrics, and which loss settings are refused.
 
-The parts of a policy loss are in tests/oracle, and the whole is in test_whole_loss.py.
-
-The oracle is written from the formulas in the docstrings, one token at a time. Vocabulary-parallel
-results are compared with unsplit ones over two real processes. Not covered: CUDA.
+Why: every loss starts from these log-probs, and a wrong one trains in silence. They are compared
+with a float64 oracle, written one token at a time from the formulas, and with finite differences.
+Vocabulary-parallel results are compared with unsplit ones over two real processes. The parts of a
+policy loss are in tests/oracle, the whole is in test_whole_loss.py. Not covered: CUDA.
 """
 
 import math
@@ -16,7 +16,8 @@ import torch.multiprocessing as mp
 
 from backends.megatron.logprobs import logprobs_and_entropy
 from common.errors import BadInput
-from losses import CORRECTIONS, LossSettings, check_loss_settings, mismatch, ratio
+from harness.checks import check_loss_settings
+from losses import CORRECTIONS, LossSettings, mismatch, ratio
 
 T, V, TEMPERATURE = 7, 12, 0.7
 
@@ -40,7 +41,7 @@ def oracle(logits: np.ndarray, labels: np.ndarray, vocab_size: int):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [1, 3, 1024])
 def test_logprobs_and_entropy(one_rank, chunk, dtype):
-    """Of BF16 logits too: they are exact numbers, and what is computed from them is in fp32."""
+    """BF16 logits are exact numbers too: the function computes in FP32."""
     logits, labels = inputs(dtype)
     got = logprobs_and_entropy(
         logits, labels, temperature=TEMPERATURE, vocab_size=V, group=dist.group.WORLD, chunk=chunk
@@ -83,7 +84,7 @@ def test_gradient_is_that_of_finite_differences(one_rank):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_of_minus_infinity_are_tokens_of_probability_0(one_rank, dtype):
-    """Value and gradient are those of the vocabulary without them: 0 times -inf would be NaN."""
+    """Value and gradient equal those of the vocabulary without them. 0 times -inf would be NaN."""
     logits, labels = inputs(dtype)
     excluded = [0, 5, V - 1]
     kept = [v for v in range(V) if v not in excluded]
@@ -126,12 +127,11 @@ def _vocab_parallel(rank, store_port, results):
     store = dist.TCPStore("127.0.0.1", store_port, 2, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     logits, labels = inputs()
-    logits[
-        2, [0, V // 2, V - 2]
-    ] = -math.inf  # also where a rank that does not hold the label looks for it
+    # Also where a rank that does not hold the label looks for it.
+    logits[2, [0, V // 2, V - 2]] = -math.inf
     labels[2] = 1
     mine = logits.chunk(2, dim=1)[rank].clone().requires_grad_()
-    # All but four tokens are padding: the second rank holds nothing else.
+    # With vocab_size 4 the second rank holds nothing but padding.
     few, _ = logprobs_and_entropy(
         mine.detach(), labels % 4, temperature=TEMPERATURE, vocab_size=4, group=dist.group.WORLD
     )
@@ -146,7 +146,7 @@ def _vocab_parallel(rank, store_port, results):
 
 
 def test_two_vocabulary_shards_equal_one(one_rank):
-    # V - 1 real tokens: the second rank also holds a padding column, whose gradient must be 0.
+    # With V - 1 real tokens the second rank also holds a padding column. Its gradient must be 0.
     store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     results = mp.get_context("spawn").Queue()
     workers = mp.spawn(_vocab_parallel, args=(store.port, results), nprocs=2, join=False)
@@ -165,9 +165,8 @@ def test_two_vocabulary_shards_equal_one(one_rank):
     (logprobs.sum() + 0.5 * entropy.sum()).backward()
     for _, rank_logprobs, rank_entropy, _, rank_few in got:
         assert np.allclose(rank_few, few.numpy(), atol=1e-6)
-        assert np.allclose(rank_logprobs, logprobs.detach().numpy(), atol=1e-6) and np.allclose(
-            rank_entropy, entropy.detach().numpy(), atol=1e-6
-        )
+        assert np.allclose(rank_logprobs, logprobs.detach().numpy(), atol=1e-6)
+        assert np.allclose(rank_entropy, entropy.detach().numpy(), atol=1e-6)
     gradient = np.concatenate([item[3] for item in got], axis=1)
     assert np.allclose(gradient, x.grad.numpy(), atol=1e-6) and not gradient[:, V - 1].any()
 
@@ -180,12 +179,11 @@ def test_mismatch_is_zero_only_on_agreement():
 
 
 def test_mismatch_k3_by_hand():
-    """Of d = trainer - rollout: e^d - 1 - d, which is not the same for -d."""
+    """With d = trainer - rollout it is e^d - 1 - d, which differs for -d."""
     apart = mismatch(torch.tensor([0.0, 0.0]), torch.tensor([-math.log(2), math.log(2)]))
     twice, half = apart["mismatch_k3"].tolist()
-    assert twice == pytest.approx(2 - 1 - math.log(2)) and half == pytest.approx(
-        0.5 - 1 + math.log(2)
-    )
+    assert twice == pytest.approx(2 - 1 - math.log(2))
+    assert half == pytest.approx(0.5 - 1 + math.log(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -207,12 +205,17 @@ INFINITE, UNDEFINED = math.inf, math.nan
     (dict(clip_high=0.0), "--clip-high 0.0"),
     (dict(clip_high=UNDEFINED), "--clip-high nan"),
     (dict(dual_clip=UNDEFINED), "--dual-clip nan"),
-    (dict(policy_loss="gspo"), "--policy-loss gspo and --aggregation token .*use --aggregation sequence"),
+    (dict(policy_loss="gspo"),
+     "--policy-loss gspo and --aggregation token .*use --aggregation sequence"),
     (dict(policy_loss="gspo", aggregation="constant"), "--aggregation constant do not fit"),
-    (dict(correction="none", correction_low=0.5), "--correction-low 0.5 has no effect: --correction none"),
-    (dict(correction="none", correction_high=2.0), "--correction-high 2.0 has no effect: --correction none"),
-    (dict(correction="tis", correction_low=0.5), "--correction-low 0.5 has no effect: --correction tis"),
-    (dict(correction="decoupled", correction_low=0.5), "--correction-low 0.5 has no effect: --correction decoupled"),
+    (dict(correction="none", correction_low=0.5),
+     "--correction-low 0.5 has no effect: --correction none"),
+    (dict(correction="none", correction_high=2.0),
+     "--correction-high 2.0 has no effect: --correction none"),
+    (dict(correction="tis", correction_low=0.5),
+     "--correction-low 0.5 has no effect: --correction tis"),
+    (dict(correction="decoupled", correction_low=0.5),
+     "--correction-low 0.5 has no effect: --correction decoupled"),
     (dict(correction="icepop", correction_low=-0.1), "0 <= low <= 1"),
     (dict(correction="icepop", correction_low=UNDEFINED), "0 <= low <= 1"),
     (dict(correction="sequence_mask", correction_high=0.99), "low <= 1 <= high"),
@@ -224,10 +227,13 @@ INFINITE, UNDEFINED = math.inf, math.nan
     (dict(kl_estimator="k2"), "--kl-estimator k2 .*no effect without --kl-coef"),
     (dict(kl_in="reward"), "--kl-in reward has no effect without --kl-coef"),
     (dict(dual_clip=0.5), "--dual-clip 0.5 must be above 1"),
-    (dict(policy_loss="cispo", dual_clip=3.0), "--policy-loss cispo and --dual-clip 3.0 do not fit: use --dual-clip 0.0, or --policy-loss ppo or gspo"),
+    (dict(policy_loss="cispo", dual_clip=3.0),
+     "--policy-loss cispo and --dual-clip 3.0 do not fit: use --dual-clip 0.0, or --policy-loss "
+     "ppo or gspo"),
     (dict(correction="icepop", correction_low=2.0), "low <= 1 <= high"),
     (dict(kl_coef=-1.0), "--kl-coef -1.0"),
-    (dict(kl_coef=0.1, kl_estimator="k1"), "--kl-estimator k1 and --kl-in loss do not fit: use --kl-in reward, or --kl-estimator k2"),
+    (dict(kl_coef=0.1, kl_estimator="k1"),
+     "--kl-estimator k1 and --kl-in loss do not fit: use --kl-in reward, or --kl-estimator k2"),
 ])  # fmt: skip
 def test_settings_that_cannot_work(changes, message):
     with pytest.raises(BadInput, match=message):
@@ -235,16 +241,15 @@ def test_settings_that_cannot_work(changes, message):
 
 
 def test_each_policy_loss_has_bounds_of_its_own():
-    assert LossSettings().clips == (0.2, 0.28) and LossSettings(policy_loss="gspo").clips == (
-        3e-4,
-        4e-4,
-    )
+    assert LossSettings().clips == (0.2, 0.28)
+    assert LossSettings(policy_loss="gspo").clips == (3e-4, 4e-4)
     assert LossSettings(policy_loss="cispo", clip_high=1.5).clips == (1.0, 1.5)
     assert LossSettings(clip_low=0.1).clips == (0.1, 0.28)
 
 
 @pytest.mark.parametrize("correction, bounds", [
-    ("none", (None, None)), ("tis", (None, 2.0)), ("icepop", (0.5, 5.0)), ("decoupled", (None, 5.0)), ("sequence_mask", (0.9, 1.1)),
+    ("none", (None, None)), ("tis", (None, 2.0)), ("icepop", (0.5, 5.0)),
+    ("decoupled", (None, 5.0)), ("sequence_mask", (0.9, 1.1)),
 ])  # fmt: skip
 def test_each_correction_has_bounds_of_its_own(correction, bounds):
     settings = LossSettings(correction=correction)

@@ -1,9 +1,12 @@
-r"""math_rules and math_judge.py: which answers are right, and that a hard answer costs nobody but
-itself.
+r"""The mathematical reward: which answers are right, and that a hard answer delays no other one.
 
-The pairs are in math_pairs.py. Not covered: how long SymPy takes for what people write.
+Why: a wrong verdict teaches the wrong thing, and SymPy can be sent to compute without end. The
+pairs of response and label are in math_pairs_places.py (where an answer stands),
+math_pairs_notation.py and math_pairs_expressions.py. Not covered: how long SymPy takes for what
+people write.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -14,19 +17,22 @@ import time
 import psutil
 import pytest
 
-from data import math_judge, math_rules
+import math_pairs_expressions
+import math_pairs_notation
+import math_pairs_places
 from conftest import ROOT
+from data import math_judge, math_rules
 from data.math_judge import TooHard, call_in_worker, judged_in_worker
-from math_pairs import PAIRS
 from data.sample import Sample
 from reward import Judge, RewardSettings, compute_rewards, label_problems, math_reward
 
 CASES = [
     pytest.param(*pair, id=f"{kind}: {pair[0]} | {pair[1]}")
-    for kind, pairs in PAIRS.items()
+    for module in (math_pairs_places, math_pairs_notation, math_pairs_expressions)
+    for kind, pairs in module.PAIRS.items()
     for pair in pairs
 ]
-HARD = r"\boxed{9^{9^{9}}}"  # SymPy computes all of its 369,693,100 digits.
+HARD = r"\boxed{9^{9^{9}}}"  # SymPy would compute all of its 369,693,100 digits
 
 
 def answer(response: str, label: object) -> Sample:
@@ -65,12 +71,8 @@ def test_a_response_without_a_box_is_read_at_its_end_only():
 
 
 def test_the_reward_says_what_it_took_for_the_answer():
-    responses = (
-        r"\boxed{3}, no: \boxed{0.50}",
-        "half of 4 is 2",
-        "I have no idea at all",
-        r"\boxed{",
-    )
+    responses = [r"\boxed{3}, no: \boxed{0.50}", "half of 4 is 2", "I have no idea at all"]
+    responses += [r"\boxed{"]
     samples = [answer(response, "1/2") for response in responses]
     assert [math_reward(sample) for sample in samples] == [1, 0, 0, 0]
     assert [sample.answer for sample in samples] == ["0.50", "2", "", ""]
@@ -95,8 +97,10 @@ def test_a_label_may_be_a_number_of_json(response, label, expected):
     ({"a": 1}, "is a dict"),
     ([], "is a list"),
     ({}, "is a dict"),
-    ("<p>The answer follows from what was said before: 5</p>", "is not a number, an expression or a short text"),
-    ("First add 2 and 3.\nThen the total is known to be five.", "is not a number, an expression or a short text"),
+    ("<p>The answer follows from what was said before: 5</p>",
+     "is not a number, an expression or a short text"),
+    ("First add 2 and 3.\nThen the total is known to be five.",
+     "is not a number, an expression or a short text"),
     (True, "is a bool"),
     ("", "is blank"),
     ("It is 5, I think, since 2 and 3 make that", "is not a number, an expression or a short text"),
@@ -105,56 +109,29 @@ def test_a_label_may_be_a_number_of_json(response, label, expected):
     (r"\frac{1}{", "is not a number, an expression or a short text"),
 ])  # fmt: skip
 def test_labels_that_cannot_be_judged_against_are_found_before_the_start(label, problem):
-    good = [
-        42,
-        1e-05,
-        "42",
-        "-3.5",
-        "1,234",
-        r"\frac{1}{2}",
-        "x^2 + 1",
-        "Evelyn",
-        "(1, 2)",
-        r"x \in [0, 7)",
-        "50%",
-        "A, C",
-        "Area = 5",
-        "5 apples, 3 pears",
-    ]
-    good += [
-        10**40,
-        -0.0,
-        "nan",
-        "None",
-        "3:30 p.m.",
-        r"\begin{pmatrix} 1 & 0 & 0 \\ 0 & 1 & 0 \\ 0 & 0 & 1 \end{pmatrix}",
-        r"\{x | x > 1\}",
-    ]
+    good = [42, 1e-05, 10**40, -0.0, "42", "-3.5", "1,234", r"\frac{1}{2}", "x^2 + 1", "50%"]
+    good += ["Evelyn", "(1, 2)", r"x \in [0, 7)", "A, C", "Area = 5", "5 apples, 3 pears"]
+    good += ["nan", "None", "3:30 p.m.", r"\{x | x > 1\}"]
+    good += [r"\begin{pmatrix} 1 & 0 & 0 \\ 0 & 1 & 0 \\ 0 & 0 & 1 \end{pmatrix}"]
     problems = label_problems(RewardSettings(reward="math"))([*good, label])
-    assert problems[:-1] == [""] * len(good) and problems[-1].startswith(problem)
+    assert problems[:-1] == [""] * len(good)
+    assert problems[-1].startswith(problem)
 
 
 def test_exact_takes_any_text_as_a_label():
     problems = label_problems(RewardSettings(reward="exact"))(["3x +", 42, None, "a\n#### 5"])
-    assert [bool(problem) for problem in problems] == [
-        False,
-        False,
-        True,
-        True,
-    ] and "--reward exact needs" in problems[2]
+    assert [bool(problem) for problem in problems] == [False, False, True, True]
+    assert "--reward exact needs" in problems[2]
 
 
 def test_a_label_that_takes_for_ever_to_parse_is_found_before_the_start(short_limit, monkeypatch):
+    def never_ending(function, label):
+        return call_in_worker(function, "while True: pass")
+
     monkeypatch.setattr(math_rules, "is_judgeable", exec)
-    monkeypatch.setattr(
-        math_judge,
-        "call_in_worker",
-        lambda function, label: call_in_worker(function, "while True: pass"),
-    )
-    assert label_problems(RewardSettings(reward="math"))(["x + 1", "7"]) == [
-        "takes longer than 0.3 s to parse",
-        "",
-    ]
+    monkeypatch.setattr(math_judge, "call_in_worker", never_ending)
+    problems = label_problems(RewardSettings(reward="math"))(["x + 1", "7"])
+    assert problems == ["takes longer than 0.3 s to parse", ""]
 
 
 # --- the workers --------------------------------------------------------------------------------
@@ -163,13 +140,12 @@ def test_a_label_that_takes_for_ever_to_parse_is_found_before_the_start(short_li
 def test_hard_answers_are_wrong_and_delay_the_right_ones_behind_them_by_their_limit_only(
     short_limit,
 ):
-    samples = [answer(HARD, "5") for _ in range(16)] + [
-        answer(r"\boxed{5}", "5") for _ in range(16)
-    ]
+    samples = [answer(response, "5") for response in (HARD, r"\boxed{5}") for _ in range(16)]
     compute_rewards(samples, Judge(math_reward, 32, timeout_s=30))
     assert [sample.reward for sample in samples] == [0.0] * 16 + [1.0] * 16
     assert ["too_hard" in sample.notes for sample in samples] == [True] * 16 + [False] * 16
-    assert samples[0].answer == "9^{9^{9}}" and not any(sample.error for sample in samples)
+    assert samples[0].answer == "9^{9^{9}}"
+    assert not any(sample.error for sample in samples)
 
 
 def test_a_computation_in_python_is_ended_and_its_worker_kept(short_limit):
@@ -182,8 +158,9 @@ def test_a_computation_in_python_is_ended_and_its_worker_kept(short_limit):
 def test_a_computation_in_c_is_killed_and_its_worker_replaced(short_limit):
     before = call_in_worker(os.getpid)
     with pytest.raises(TooHard):
-        call_in_worker(sum, range(10**12))  # one call of C, which looks at no signals
-    assert call_in_worker(os.getpid) != before and not psutil.pid_exists(before)
+        call_in_worker(sum, range(10**12))  # one call into C, which handles no signal
+    assert call_in_worker(os.getpid) != before
+    assert not psutil.pid_exists(before)
     assert judged_in_worker(r"so \boxed{42}", "42") == (True, "42", False)
 
 
@@ -218,41 +195,46 @@ def test_a_worker_that_was_killed_while_it_waited_costs_no_answer():
 
 
 def test_there_are_workers_for_the_processors_that_this_process_may_use():
-    code = (
-        "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); from data import"
-        " math_judge; print(math_judge.WORKERS)"
-    )
+    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+    code += "from data import math_judge; print(math_judge.WORKERS)"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert found.stdout == "1\n", found.stderr
     assert math_judge.WORKERS == max(1, len(os.sched_getaffinity(0)) // 4)
 
 
-@pytest.mark.parametrize("ranks, workers", [("1", "8"), ("2", "4"), ("64", "1")])
-def test_the_ranks_of_a_machine_share_its_processors(ranks, workers):
-    code = (
-        "import os; os.sched_getaffinity = lambda _: range(32); from data import math_judge;"
-        " print(math_judge.WORKERS)"
-    )
-    command, environment = [sys.executable, "-c", code], {**os.environ, "LOCAL_WORLD_SIZE": ranks}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == workers
+@pytest.fixture(scope="module")
+def workers_of_ranks() -> dict[str, int]:
+    """Return {ranks of a machine with 32 processors: workers of each rank}."""
+    code = """
+import importlib, json, os
+os.sched_getaffinity = lambda _: range(32)
+from data import math_judge
+workers = {}
+for ranks in ("1", "2", "64"):
+    os.environ["LOCAL_WORLD_SIZE"] = ranks
+    workers[ranks] = importlib.reload(math_judge).WORKERS
+print(json.dumps(workers))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("ranks, workers", [("1", 8), ("2", 4), ("64", 1)])
+def test_the_ranks_of_a_machine_share_its_processors(workers_of_ranks, ranks, workers):
+    assert workers_of_ranks[ranks] == workers
 
 
 def test_no_worker_outlives_its_parent():
-    code = (
-        "import os; from data import math_judge; print(math_judge.call_in_worker(os.getpid),"
-        " flush=True); os.kill(os.getpid(), 9)"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    code = "import os; from data import math_judge\n"
+    code += "print(math_judge.call_in_worker(os.getpid), flush=True)\n"
+    code += "os.kill(os.getpid(), 9)"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pid = int(found.stdout)
     for _ in range(200):
-        if (
-            not psutil.pid_exists(pid := int(found.stdout))
-            or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-        ):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
             return
         time.sleep(0.1)
     raise AssertionError(f"process {pid} is alive")
@@ -262,7 +244,8 @@ def test_an_answer_whose_worker_sleeps_is_judged_by_another(monkeypatch):
     worker = call_in_worker(os.getpid)
     monkeypatch.setattr(math_judge, "STUCK_S", 1)
     os.kill(worker, signal.SIGSTOP)
-    assert call_in_worker(abs, -5) == 5 and call_in_worker(os.getpid) != worker
+    assert call_in_worker(abs, -5) == 5
+    assert call_in_worker(os.getpid) != worker
 
 
 def test_what_a_worker_raises_arrives_short():

@@ -99,6 +99,7 @@ def is_running(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.complete
 def test_ranks_and_engines_listen_on_the_loopback_whatever_the_machine_s_name_is(begin):
     """torchrun's own store, which listens on every interface, is not ours."""
     node = begin(ONE_NODE, f"exec {TORCHRUN} --standalone --nproc-per-node 2 {LOOP}")
@@ -109,6 +110,7 @@ def test_ranks_and_engines_listen_on_the_loopback_whatever_the_machine_s_name_is
     assert len(family) >= 4 and listens == {"0100007F"}, node.text()  # 127.0.0.1
 
 
+@pytest.mark.complete
 def test_two_nodes_train_until_the_cable_is_pulled(begin, tmp_path):
     """Ranks and engines end. The second node's torchrun, whose store is gone, takes TCP's time."""
 

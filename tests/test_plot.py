@@ -1,7 +1,7 @@
-"""plot.py: a picture of what a run has measured so far, or one line that says what is wrong.
+"""tools/plot.py: a picture of what a run has measured so far, or one line that says what is wrong.
 
-What is drawn is looked at in matplotlib's own objects: which panels, lines, limits and labels. What
-the picture looks like is not tested.
+Why: people watch a run by this picture, while its files are still being written. The tests look at
+matplotlib's objects: panels, lines, limits and labels. Not covered: what the picture looks like.
 """
 
 import json
@@ -18,11 +18,12 @@ NAN_AT = "mismatch_abs"
 
 
 def row(step: int, **changes) -> dict:
-    """A step's metrics, as many as plot.py draws."""
+    """Return a step's metrics, all that plot.py draws."""
     return {
-        "step": step, "reward": 0.5, "mismatch_abs": 0.01, "mismatch_k3": 1e-4, "rollout_s": 0.3, "train_s": 0.2, "sync_s": 0.1, "step_s": 0.6,
-        "staleness": [8, 2], "staleness_max": 1, "response_tokens": 4.0, "truncated": 0.0, "tokens": 10,
-        "reward_s": 0.05, "entropy": 0.7, "grad_norm": 2.0, "clipfrac": 0.1, "tis_clipfrac": 0.0,
+        "step": step, "reward": 0.5, "mismatch_abs": 0.01, "mismatch_k3": 1e-4, "tokens": 10,
+        "rollout_s": 0.3, "reward_s": 0.05, "train_s": 0.2, "sync_s": 0.1, "step_s": 0.6,
+        "staleness": [8, 2], "staleness_max": 1, "response_tokens": 4.0, "truncated": 0.0,
+        "entropy": 0.7, "grad_norm": 2.0, "clipfrac": 0.1, "tis_clipfrac": 0.0,
         "kl": 0.0, "approx_kl": 0.0, "zero_std_groups": 0.25,
     } | changes  # fmt: skip
 
@@ -95,15 +96,8 @@ def test_rows_without_some_measures_are_drawn(monkeypatch, tmp_path, rows):
     ids=["cut", "no end", "running", "empty"],
 )
 def test_a_trace_that_is_still_written_is_drawn(monkeypatch, tmp_path, text):
-    draw(
-        monkeypatch,
-        tmp_path,
-        write_run(tmp_path / "run", [row(1)], text),
-        "--out",
-        tmp_path / "p.png",
-        "--timeline-steps",
-        9,
-    )
+    folder = write_run(tmp_path / "run", [row(1)], text)
+    draw(monkeypatch, tmp_path, folder, "--out", tmp_path / "p.png", "--timeline-steps", 9)
 
 
 def test_a_last_line_cut_in_the_middle_is_left_out(tmp_path):
@@ -113,24 +107,24 @@ def test_a_last_line_cut_in_the_middle_is_left_out(tmp_path):
 
 
 def test_what_was_not_measured_is_a_gap():
-    assert (
-        plot.number({}, NAN_AT) != plot.number({}, NAN_AT)
-        and plot.mean_staleness({"staleness": [0]}) != 0
-    )
-    assert plot.number(row(1), NAN_AT) == 0.01 and plot.mean_staleness(row(1)) == pytest.approx(0.2)
+    assert plot.number({}, NAN_AT) != plot.number({}, NAN_AT)
+    assert plot.mean_staleness({"staleness": [0]}) != 0
+    assert plot.number(row(1), NAN_AT) == 0.01
+    assert plot.mean_staleness(row(1)) == pytest.approx(0.2)
 
 
 def test_a_line_that_is_cut_in_the_middle_of_the_file_is_refused(monkeypatch, tmp_path):
     folder = write_run(tmp_path / "run", [row(1), row(2)])
-    (folder / "metrics.jsonl").write_text(
-        '{"step": 1, "rew\n' + json.dumps(row(2)) + "\n", encoding="utf-8"
-    )
+    text = '{"step": 1, "rew\n' + json.dumps(row(2)) + "\n"
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
     assert "line 1 is not JSON" in refused(monkeypatch, folder, "--out", tmp_path / "p.png")
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "has no training step yet"), ("[1, 2]\n", "line 1 is not the row of a step"), ('{"reward": 1}\n', "line 1 is no row of a step"),
-    ('{"step": 0, "held_out": 0.1}\n', "has no training step yet"), ("\xff\n", "is not a run that can be read"), ("\n\n", "line 1 is not JSON"),
+    ("", "has no training step yet"), ("[1, 2]\n", "line 1 is not the row of a step"),
+    ('{"reward": 1}\n', "line 1 is not the row of a step"),
+    ('{"step": 0, "held_out": 0.1}\n', "has no training step yet"),
+    ("\xff\n", "is not a run that can be read"), ("\n\n", "line 1 is not JSON"),
 ])  # fmt: skip
 def test_metrics_that_are_none_are_refused(monkeypatch, tmp_path, text, message):
     folder = write_run(tmp_path / "run", [])
@@ -138,20 +132,13 @@ def test_metrics_that_are_none_are_refused(monkeypatch, tmp_path, text, message)
     assert message in refused(monkeypatch, folder, "--out", tmp_path / "p.png")
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("", "cannot be read"),
-        ("\n", "has no trace of its stages"),
-        ("{", "is not JSON"),
-        ('[{"a": 1}]', "is not the trace"),
-        ("[1]", "is not the trace"),
-    ],
-)
+@pytest.mark.parametrize("text, message", [
+    ("", "cannot be read"), ("\n", "has no trace of its stages"), ("{", "is not JSON"),
+    ('[{"a": 1}]', "is not the trace"), ("[1]", "is not the trace"),
+])  # fmt: skip
 def test_a_trace_that_is_none_is_refused(monkeypatch, tmp_path, text, message):
-    assert message in refused(
-        monkeypatch, write_run(tmp_path / "run", [row(1)], text), "--out", tmp_path / "p.png"
-    )
+    folder = write_run(tmp_path / "run", [row(1)], text)
+    assert message in refused(monkeypatch, folder, "--out", tmp_path / "p.png")
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -172,23 +159,17 @@ def test_what_cannot_be_drawn_or_written_is_refused(monkeypatch, tmp_path, argum
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_console_that_is_not_utf_8_shows_the_help(tmp_path, encoding):
     environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "plot.py", "--help"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-    )
-    assert done.returncode == 0 and b"timeline-steps" in done.stdout, done.stderr[-2000:]
+    command = [sys.executable, ROOT / "tools" / "plot.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert b"timeline-steps" in done.stdout
 
 
 def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "plot.py", "--timeline-steps", "0"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stdout == ""
+    command = [sys.executable, ROOT / "tools" / "plot.py", "--timeline-steps", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: no run is given") and "--timeline-steps 0" in line
 
@@ -234,9 +215,8 @@ def test_every_axis_says_what_it_measures(tmp_path):
 
 
 def test_what_a_synchronous_run_has_not_is_no_empty_panel(tmp_path):
-    titles = picture(
-        tmp_path, [row(1, staleness=[10], staleness_max=0), row(2, staleness=[], staleness_max=0)]
-    )
+    rows = [row(1, staleness=[10], staleness_max=0), row(2, staleness=[], staleness_max=0)]
+    titles = picture(tmp_path, rows)
     assert not {"age of trained tokens", "KL"} & titles.keys()
 
 
@@ -260,8 +240,9 @@ TRAINER, ENGINE = "rank 0 trainer", "rank 0 engine"
 
 
 def bars_of_steps(steps: int, *, evaluated_before: int) -> list[tuple[str, str, float, float]]:
-    """Return bars of steps of 2 s, an evaluation of 10 s before one of them; each begins with its
-    rollout.
+    """Return the bars of steps of 2 s, with an evaluation of 10 s before one of them.
+
+    Each step begins with its rollout.
     """
     bars, now = [], 0.0
     for step in range(1, steps + 1):
@@ -276,7 +257,7 @@ def bars_of_steps(steps: int, *, evaluated_before: int) -> list[tuple[str, str, 
 
 @pytest.mark.parametrize("shown, begins", [(1, 18.0), (2, 16.0), (3, 4.0), (99, 0.0)])
 def test_the_last_steps_are_as_many_as_asked_for(shown, begins):
-    """Of five steps the fourth has an evaluation before it, which is no part of any step's seconds."""
+    """Of five steps the fourth has an evaluation before it. No step counts its seconds."""
     bars = bars_of_steps(5, evaluated_before=4)
     assert plot.last_steps(bars, shown) == (min(shown, 5), begins, 20.0)
 
@@ -294,9 +275,8 @@ def test_an_evaluation_has_a_color_of_its_own(tmp_path):
 def test_runs_of_one_name_are_told_apart(tmp_path):
     runs = [tmp_path / "lr1" / "seed1", tmp_path / "lr2" / "seed1"]
     assert plot.short_names(runs) == ["lr1/seed1", "lr2/seed1"]
-    assert (
-        plot.short_names(runs[:1]) == ["seed1"] and plot.short_names(runs[:1] * 2) == ["seed1"] * 2
-    )
+    assert plot.short_names(runs[:1]) == ["seed1"]
+    assert plot.short_names(runs[:1] * 2) == ["seed1"] * 2
 
 
 @pytest.mark.parametrize("staleness", [5, "abc", [None], None, [], {"0": 1}])

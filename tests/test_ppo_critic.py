@@ -176,6 +176,7 @@ def test_bad_flags_stop_before_anything_starts(monkeypatch, tmp_path, arguments,
         start_main(ppo_critic, ppo_critic.check_critic_flags)
 
 
+@pytest.mark.complete
 def test_a_run_on_two_ranks(tmp_path):
     """From another folder, tensor parallel, one warm-up step and two of both models."""
     flags = [

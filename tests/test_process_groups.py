@@ -106,6 +106,7 @@ def test_a_connection_whose_other_end_is_gone_ends():
             assert len(os.listdir("/proc/self/fd")) == fds
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("where, exchange", [("stopped", 2), ("stopped_inside", 1)])
 def test_a_rank_that_stands_still_is_named_within_the_limit(tmp_path, where, exchange):
     done = torchrun(WORKERS / "two_ranks.py", where, tmp_path, ranks=2, check=False)
@@ -126,6 +127,7 @@ def test_what_an_error_of_a_collective_means(text, meaning):
     assert meaning in explained if meaning else explained == ""
 
 
+@pytest.mark.complete
 def test_a_hanging_engine_is_named_by_its_own_rank(start_loop):
     """The other ranks wait for it meanwhile, with 2 s for what no flag limits."""
     limits = ["--answer-timeout-s", "5", "--judge-timeout-s", "1"]
@@ -141,6 +143,7 @@ def test_a_hanging_engine_is_named_by_its_own_rank(start_loop):
 # --- restarts ---------------------------------------------------------------------------------
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("rollout_ranks", [0, 1])
 def test_restarted_ranks_meet_anew(tmp_path, monkeypatch, rollout_ranks):
     monkeypatch.setenv("ROLLOUT_RANKS", str(rollout_ranks))
@@ -149,6 +152,7 @@ def test_restarted_ranks_meet_anew(tmp_path, monkeypatch, rollout_ranks):
     assert json.loads((tmp_path / "seen.json").read_text(encoding="utf-8")) == ["1", "1"]
 
 
+@pytest.mark.complete
 def test_ranks_of_two_nodes_meet_anew_though_each_node_counts_its_own_restarts(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
@@ -170,6 +174,7 @@ def test_ranks_of_two_nodes_meet_anew_though_each_node_counts_its_own_restarts(t
     assert sorted(seen) == ["0", "1"]
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("script, victim", [("loop_sync.py", "rank"), ("loop_async.py", "engine")])
 def test_a_restarted_run_goes_on_from_its_checkpoint(tmp_path, script, victim):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
@@ -238,6 +243,7 @@ def test_without_restarts_nothing_is_looked_at(restarted, monkeypatch):
 # --- file systems -----------------------------------------------------------------------------
 
 
+@pytest.mark.complete
 def test_ranks_on_file_systems_of_their_own_are_refused(tmp_path):
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()

@@ -90,6 +90,7 @@ def test_no_command_within_a_sentence_is_left_out():
     assert inline == {LESSON, EXPORT, ANSWER, CURVE, *TESTED_ELSEWHERE}
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("line", HERE)
 def test_what_fits_this_machine_runs(line, tmp_path):
     words, ranks = shlex.split(line)[1:], 1
@@ -169,6 +170,7 @@ def python(line: str, *, cwd) -> subprocess.CompletedProcess:
     return done
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize(
     "line", [line for line in ELSEWHERE if "nnodes" in line and "FOLDER" in line]
 )
@@ -182,6 +184,7 @@ def test_what_needs_several_nodes_can_be_planned(line):
     assert python(plan, cwd=ROOT / "docs" / "configs").stdout.rstrip().endswith("fits")
 
 
+@pytest.mark.complete
 def test_the_lesson_its_export_and_an_answer(tmp_path):
     """The README's worked step as it stands, but that a checkpoint is written too."""
     script, *words = shlex.split(LESSON)[1:]
@@ -197,11 +200,13 @@ def test_the_lesson_its_export_and_an_answer(tmp_path):
     assert re.fullmatch(r"\d+\n", answer)
 
 
+@pytest.mark.complete
 def test_the_plan_needs_no_torchrun():
     (line,) = [line for line in LINES if line.startswith("python loop_sync.py --plan")]
     assert python(line, cwd=ROOT).stdout.rstrip().endswith("fits")
 
 
+@pytest.mark.complete
 def test_one_picture_of_two_runs(tmp_path):
     for name in ("A", "B"):
         folder = tmp_path / "runs" / name
@@ -269,6 +274,7 @@ BENCHMARKS = {  # the command in docs/: what makes it short
 }
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("command", BENCHMARKS)
 def test_benchmarks_run(command, tmp_path):
     (tmp_path / "docs").mkdir()

@@ -1,12 +1,11 @@
-"""record.py: what a run writes, where that goes beside metrics.jsonl, and its profile.
+"""A run's folder and record: its name, its lock, its boards, its profile, and how it goes on.
 
-A whole run's files are looked at in test_loop_sync.py.
-
-TensorBoard and Weights & Biases are no requirements of this repository; stand-ins take their place,
-with the calls that record.py makes of them.
+Why: two runs in one folder, or rows behind a checkpoint, mix the figures of two runs. What a run
+shows to people is in test_record_shown.py, a whole run's files in test_loop_sync.py. TensorBoard
+and Weights & Biases are no requirements of this repository: stand-ins take the calls that the
+record makes. Not covered: the two packages themselves.
 """
 
-import dataclasses
 import errno
 import json
 import os
@@ -20,13 +19,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from harness import exits, record as record_module
-from harness.checkpoint import Checkpoint
-from conftest import ROOT
 from common.errors import BadInput
 from common.settings import RunSettings
-from common.timeline import mark_evaluation
+from conftest import ROOT
 from data.sample import Sample
+from harness import exits
+from harness import record as record_module
+from harness.checkpoint import Checkpoint
 from harness.checks import check_run_flags
 from harness.evaluate import eval_metrics
 from harness.record import Record
@@ -36,7 +35,7 @@ from loop_sync import Settings
 
 @pytest.fixture
 def boards(monkeypatch):
-    """What the stand-ins were told."""
+    """Put stand-ins in place of both boards. Return the list of calls that they get."""
     told = []
     tensorboard, wandb = ModuleType("torch.utils.tensorboard"), ModuleType("wandb")
 
@@ -55,31 +54,29 @@ def boards(monkeypatch):
             told.append(("wandb", metrics, step))
 
     tensorboard.SummaryWriter = SummaryWriter
-    wandb.init = lambda **about: (
-        told.append(("init", about["project"], about["name"], about["id"])) or WandbRun()
-    )
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+
+    def init(**about):
+        told.append(("init", about["project"], about["name"], about["id"]))
+        return WandbRun()
+
+    wandb.init = init
     wandb.teardown = lambda exit_code: told.append(("end", exit_code))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     return told
 
 
 def record_of(monkeypatch, tmp_path, name="a", resumed=None, **changes) -> Record:
     monkeypatch.chdir(tmp_path)
-    return Record(
-        Settings(run=RunSettings(name=name, steps=3, **changes)),
-        "sync",
-        dist.group.WORLD,
-        resumed=resumed,
-    )
+    settings = Settings(run=RunSettings(name=name, steps=3, **changes))
+    return Record(settings, "sync", dist.group.WORLD, resumed=resumed)
 
 
 def resumed_at(record: Record, step: int) -> Checkpoint:
-    """The checkpoint that would be written now, by a run that then ends."""
+    """Return the checkpoint that the run would write now, before it ends."""
     record.lock.close()
-    return Checkpoint(
-        record.folder / "checkpoints" / f"step-{step:06d}", step, {"record": record.positions()}
-    )
+    folder = record.folder / "checkpoints" / f"step-{step:06d}"
+    return Checkpoint(folder, step, {"record": record.positions()})
 
 
 def test_metrics_reach_the_boards(one_rank, monkeypatch, tmp_path, boards):
@@ -88,19 +85,18 @@ def test_metrics_reach_the_boards(one_rank, monkeypatch, tmp_path, boards):
     assert boards.pop(1)[:3] == ("init", "project", "a")
     assert boards == [
         ("open", "runs/a/tensorboard", None),
-        ("scalar", "step", 1, 1), ("scalar", "loss", 0.5, 1), ("flush",), ("wandb", {"step": 1, "loss": 0.5}, 1), ("end", 0),
+        ("scalar", "step", 1, 1), ("scalar", "loss", 0.5, 1), ("flush",),
+        ("wandb", {"step": 1, "loss": 0.5}, 1), ("end", 0),
     ]  # fmt: skip
-    assert json.loads((tmp_path / "runs/a/metrics.jsonl").read_text(encoding="utf-8")) == {
-        "step": 1,
-        "loss": 0.5,
-        "staleness": [3, 1],
-    }
+    row = json.loads((tmp_path / "runs/a/metrics.jsonl").read_text(encoding="utf-8"))
+    assert row == {"step": 1, "loss": 0.5, "staleness": [3, 1]}
 
 
 def test_wandb_is_told_that_a_run_failed(one_rank, monkeypatch, tmp_path, boards):
     with pytest.raises(KeyboardInterrupt), record_of(monkeypatch, tmp_path, wandb="project"):
         raise KeyboardInterrupt
-    assert [told[0] for told in boards] == ["init", "end"] and boards[-1] == ("end", 1)
+    assert [told[0] for told in boards] == ["init", "end"]
+    assert boards[-1] == ("end", 1)
 
 
 @pytest.mark.parametrize(
@@ -134,10 +130,8 @@ def test_chosen_steps_are_profiled(one_rank, monkeypatch, tmp_path):
         record.log({"step": step})
     (profile,) = (tmp_path / "runs/a/profile").iterdir()
     assert profile.name == "step-2-rank-0.json"
-    assert any(
-        event.get("name") == "aten::cumsum"
-        for event in json.loads(profile.read_text(encoding="utf-8"))["traceEvents"]
-    )
+    events = json.loads(profile.read_text(encoding="utf-8"))["traceEvents"]
+    assert "aten::cumsum" in [event.get("name") for event in events]
 
 
 # --- a run's name -------------------------------------------------------------------------------
@@ -151,8 +145,8 @@ def test_plain_names_are_taken(monkeypatch, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [
-    "/tmp/runs/a", "../a", "a/../b", "a/..", ".", "./a", "a/", "a//b", "-a", "a/-b", ".hidden", "a:b", "a#1", "a?", "a%20", "a b", "a\\b",
-    "a\n", "é", "x" * 129,
+    "/tmp/runs/a", "../a", "a/../b", "a/..", ".", "./a", "a/", "a//b", "-a", "a/-b", ".hidden",
+    "a:b", "a#1", "a?", "a%20", "a b", "a\\b", "a\n", "é", "x" * 129,
 ])  # fmt: skip
 def test_other_names_are_refused(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
@@ -172,9 +166,7 @@ def test_a_name_that_is_taken_is_refused(monkeypatch, tmp_path):
 
 
 def test_two_runs_of_one_name_do_not_share_a_folder(monkeypatch, tmp_path):
-    """Both may have passed the check before one of them begins: the second to create the folder is
-    refused.
-    """
+    """Both may pass the check before one of them begins. The second to create the folder fails."""
     monkeypatch.chdir(tmp_path)
     new_run_folder("a", "sync")
     with pytest.raises(BadInput, match="runs/a already exists"):
@@ -198,8 +190,9 @@ def test_runs_of_one_last_name_are_two_runs_to_wandb(one_rank, monkeypatch, tmp_
     for name in ("lr1/seed1", "lr2/seed1"):
         record_of(monkeypatch, tmp_path, name=name, wandb="project")
     (_, _, first, first_id), (_, _, second, second_id) = boards
-    assert (first, second) == ("lr1/seed1", "lr2/seed1") and first_id != second_id
-    assert not {*first_id, *second_id} & set("/\\#?%:")  # what W&B refuses in an id
+    assert (first, second) == ("lr1/seed1", "lr2/seed1")
+    assert first_id != second_id
+    assert not {*first_id, *second_id} & set("/\\#?%:")  # W&B refuses these in an id
 
 
 def test_a_resumed_run_is_the_same_run_to_wandb(one_rank, monkeypatch, tmp_path, boards):
@@ -212,7 +205,9 @@ def test_a_name_that_comes_again_is_a_new_run_to_wandb(one_rank, monkeypatch, tm
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         record_of(monkeypatch, tmp_path / folder, wandb="project")
-    assert boards[0][2] == boards[1][2] and boards[0][3] != boards[1][3]
+    (_, _, first, first_id), (_, _, second, second_id) = boards
+    assert first == second
+    assert first_id != second_id
 
 
 def test_a_stopped_run_says_the_whole_name_to_go_on_with(one_rank, monkeypatch, tmp_path, capsys):
@@ -225,7 +220,7 @@ def test_a_stopped_run_says_the_whole_name_to_go_on_with(one_rank, monkeypatch, 
 
 
 def test_a_second_run_of_one_name_is_refused_while_the_first_lives(one_rank, monkeypatch, tmp_path):
-    """Nothing of the first is cut: not by --resume of a checkpoint that it has written either."""
+    """The first run keeps its rows, even if the second resumes a checkpoint of the first."""
     record = record_of(monkeypatch, tmp_path)
     saved = Checkpoint(tmp_path, 0, {"record": record.positions()})
     record.log({"step": 1})
@@ -239,11 +234,13 @@ def test_a_second_run_of_one_name_is_refused_while_the_first_lives(one_rank, mon
 
 def test_a_killed_run_frees_its_folder(monkeypatch, tmp_path):
     code = """
-import os, pathlib, sys, run_folder
+import os, pathlib, sys
+from harness import run_folder
 lock = run_folder.lock_run_folder(pathlib.Path(sys.argv[1]))
 os.kill(os.getpid(), 9)
 """
-    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT)
+    assert done.returncode == -9
     lock_run_folder(tmp_path).close()
     assert (tmp_path / "lock").read_text(encoding="utf-8").startswith(f"process {os.getpid()} on ")
 
@@ -290,10 +287,9 @@ def test_rows_behind_the_checkpoint_are_dropped_and_announced(
     record.log({"step": 3})
     record_of(monkeypatch, tmp_path, resumed=saved)
     assert (tmp_path / "runs/a/metrics.jsonl").read_text(encoding="utf-8") == '{"step": 1}\n'
-    assert (
-        "going on from runs/a/checkpoints/step-000001; the 2 rows of metrics.jsonl that followed it"
-        " are dropped" in capfd.readouterr().err
-    )
+    said = capfd.readouterr().err
+    assert "going on from runs/a/checkpoints/step-000001" in said
+    assert "; the 2 rows of metrics.jsonl that followed it are dropped" in said
 
 
 @pytest.mark.parametrize(
@@ -325,7 +321,7 @@ def test_a_run_that_is_told_to_stop_writes_a_checkpoint_now(
 def test_a_run_that_is_told_to_stop_in_its_last_step_saves_and_finishes(
     one_rank, monkeypatch, tmp_path
 ):
-    """There is nothing to go on with: its weights are exported."""
+    """No step is left to go on with, so the run exports its weights."""
     record = record_of(monkeypatch, tmp_path)
     monkeypatch.setattr(exits, "told_to_stop", [signal.SIGTERM])
     record.log({"step": 3})
@@ -370,10 +366,8 @@ def test_an_evaluation_in_which_answers_could_not_be_judged_says_so(
     samples[0].error = "" if reward else "ValueError('the label')"
     with record_of(monkeypatch, tmp_path) as record:
         row = record.log_eval(1, samples, eval_metrics(samples))
-    assert (
-        said in (text := capfd.readouterr().err)
-        and "could not be judged, the first: ValueError('the label')" in text
-    )
+    assert said in (text := capfd.readouterr().err)
+    assert "could not be judged, the first: ValueError('the label')" in text
     assert ("held_out" in row) == bool(reward) and row["held_out_errors"] == 2 - bool(reward)
 
 
@@ -384,139 +378,3 @@ def test_a_first_step_in_which_nothing_was_judged_is_recorded(
         {"step": 1, "reward_errors": 4, "zero_std_groups": 1.0, "truncated": 0.5}
     )
     assert "nothing was learned" not in capfd.readouterr().err
-
-
-# --- samples, the bar and the last line ---------------------------------------------------------
-
-
-def answers(prompts: int, per_prompt: int, *, source: str = "mine") -> list[Sample]:
-    return [
-        Sample([1], prompt=f"{source} {group}", group=group, index=index, reward=0.5, source=source)
-        for group in range(prompts)
-        for index in range(per_prompt)
-    ]
-
-
-def samples_of(tmp_path) -> list[dict]:
-    lines = (tmp_path / "runs/a/samples.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def test_a_run_without_held_out_prompts_shows_answers(one_rank, monkeypatch, tmp_path):
-    record = record_of(monkeypatch, tmp_path, eval_every=4)
-    record.settings = dataclasses.replace(record.settings, steps=10)
-    for step in range(1, 11):
-        record.log_eval(step, [], {})
-        record.log_samples(step, answers(3, 2))
-    rows = samples_of(tmp_path)
-    assert {row["split"] for row in rows} == {"train"}
-    assert list(dict.fromkeys(row["step"] for row in rows)) == [1, 4, 8, 10]
-
-
-def test_a_few_answers_to_several_prompts_of_each_source_are_shown(one_rank, monkeypatch, tmp_path):
-    record_of(monkeypatch, tmp_path).log_samples(1, answers(9, 16) + answers(2, 2, source="other"))
-    prompts = [row["prompt"] for row in samples_of(tmp_path)]
-    assert sorted(prompts) == [
-        *(f"mine {group}" for group in range(8)), "other 0", "other 0", "other 1", "other 1",
-    ]  # fmt: skip
-
-
-def test_answers_of_an_evaluation_are_told_apart(one_rank, monkeypatch, tmp_path):
-    record = record_of(monkeypatch, tmp_path)
-    record.log_eval(0, answers(1, 1), {"held_out": 0.5})
-    record.log_samples(1, answers(1, 1))
-    assert [(row["step"], row["split"]) for row in samples_of(tmp_path)] == [
-        (0, "held-out"),
-        (1, "train"),
-    ]
-
-
-def test_an_answer_without_a_reward_says_why(one_rank, monkeypatch, tmp_path):
-    record_of(monkeypatch, tmp_path).log_samples(
-        1, [Sample([1], error="ValueError('no')"), Sample([1])]
-    )
-    assert [row.get("error") for row in samples_of(tmp_path)] == ["ValueError('no')", None]
-
-
-def test_the_bars_clock_runs_from_the_first_step(one_rank, monkeypatch, tmp_path):
-    record, now = record_of(monkeypatch, tmp_path), [0.0]
-    started = record.bar.start_t
-    record.bar._time = lambda: started + now[0]
-    now[0] = 40.0  # the engine's start, and the evaluation before the first step
-    record.log({"step": 0, "held_out": 0.5})
-    record.start_step(1)
-    now[0] = 42.0
-    assert record.bar.format_dict["elapsed"] == pytest.approx(2)
-    record.log({"step": 1, "reward": 0.5})
-    assert record.bar.format_dict["elapsed"] == pytest.approx(2)
-
-
-def test_the_bars_clock_of_a_resumed_run_runs_from_its_first_step(one_rank, monkeypatch, tmp_path):
-    record = record_of(monkeypatch, tmp_path)
-    record = record_of(monkeypatch, tmp_path, resumed=resumed_at(record, 2))
-    started = record.bar.start_t
-    record.bar._time = lambda: started + 40.0
-    record.start_step(3)
-    assert record.bar.format_dict["elapsed"] == pytest.approx(0)
-
-
-def test_an_evaluation_is_no_rollout_of_the_timeline():
-    """It was from 5 to 8, in front of it the first weights; a step's rollout followed at once."""
-    spans = [("sync", 5.0, 5.5), ("wait", 5.5, 6.0), ("rollout", 6.0, 9.0), ("wait", 9.0, 10.0)]
-    assert mark_evaluation(spans, 5.0, 8.0) == [
-        ("sync", 5.0, 5.5), ("wait", 5.5, 6.0), ("evaluation", 6.0, 8.0), ("rollout", 8.0, 9.0),
-        ("wait", 9.0, 10.0),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("reward_s, shown", [(0.5, True), (0.11, True), (0.05, False)])
-def test_the_bar_shows_a_judge_that_takes_long(one_rank, monkeypatch, tmp_path, reward_s, shown):
-    record = record_of(monkeypatch, tmp_path)
-    seconds = {
-        "rollout_s": 0.3,
-        "reward_s": reward_s,
-        "train_s": 0.15,
-        "sync_s": 0.05,
-        "step_s": 1.0,
-    }
-    record.log({"step": 1, "reward": 0.5, **seconds})
-    reward = f"  reward {reward_s:.2f} s" if shown else ""
-    assert record.bar.postfix == f"reward 0.50  rollout 0.30 s{reward}  train 0.15 s  sync 0.05 s"
-
-
-def last_line(record: Record, capsys) -> str:
-    record.finish()
-    return capsys.readouterr().out.splitlines()[-1]
-
-
-def test_the_last_line_names_only_what_is_there(one_rank, monkeypatch, tmp_path, capsys):
-    record = record_of(monkeypatch, tmp_path, export=())
-    assert last_line(record, capsys).endswith("; metrics are in runs/a")
-
-
-def test_the_last_line_names_samples_and_weights(one_rank, monkeypatch, tmp_path, capsys):
-    record = record_of(monkeypatch, tmp_path, export=("fp8",))
-    record.log_samples(1, answers(1, 1))
-    (tmp_path / "runs/a/model-fp8").mkdir()
-    (tmp_path / "runs/a/model-fp8/config.json").write_text("{}", encoding="utf-8")
-    assert last_line(record, capsys).endswith("; metrics, samples and weights are in runs/a")
-
-
-@pytest.mark.parametrize("rows, said", [
-    ([{"held_out": 0.25, "reward": 0.1}, {"held_out": 0.5, "reward": 0.2}], "held-out reward 0.250 -> 0.500 in 3 steps"),
-    ([{"reward": 0.1}, {}, {"reward": 0.2}], "no held-out prompts; reward of the training steps 0.100 -> 0.200 in 3 steps"),
-    ([{}], "no reward in 3 steps"),
-])  # fmt: skip
-def test_the_last_line_says_what_was_learned(one_rank, monkeypatch, tmp_path, capsys, rows, said):
-    record = record_of(monkeypatch, tmp_path)
-    for step, row in enumerate(rows, start=1):
-        record.log({"step": step, **row})
-    assert last_line(record, capsys).startswith(said)
-
-
-def test_the_last_line_of_a_resumed_run_tells_of_all_of_it(one_rank, monkeypatch, tmp_path, capsys):
-    record = record_of(monkeypatch, tmp_path)
-    record.log({"step": 1, "reward": 0.1})
-    record = record_of(monkeypatch, tmp_path, resumed=resumed_at(record, 1))
-    record.log({"step": 2, "reward": 0.3})
-    assert "0.100 -> 0.300" in last_line(record, capsys)

@@ -1,8 +1,8 @@
-"""reward.py: judging answers, dynamic sampling, evaluation, and how a batch gets its advantages.
+"""Judging answers, dynamic sampling, evaluation, and how a batch gets its advantages.
 
-The estimators themselves are in tests/oracle.
-
-The mathematical reward has its own file, test_math_judge.py. Not covered: judges that are services.
+Why: a judge's error must not look like a reward of 0, and a judge that hangs must not stop a run.
+The estimators of advantages are in tests/oracle, the mathematical reward is in test_math_judge.py.
+Not covered: judges that are services.
 """
 
 import asyncio
@@ -19,21 +19,21 @@ import pytest
 
 import reward
 import rollout
-from conftest import ROOT
 from common.settings import RolloutSettings
+from conftest import ROOT
 from data.sample import Sample
+from harness.evaluate import eval_metrics, majority_is_right, pass_at_k
 from losses import LossSettings
-from reward import RewardSettings
 from reward import (
     Judge,
-    batch_metrics,
+    RewardSettings,
     add_advantages,
+    batch_metrics,
     compute_rewards,
     exact_match,
     is_uninformative,
     math_reward,
 )
-from harness.evaluate import eval_metrics, majority_is_right, pass_at_k
 from rollout import replace_uninformative, split_discarded
 
 
@@ -51,9 +51,8 @@ def answer(response="", label="", *, group=0, reward=None, finish="stop") -> Sam
 def test_exact_match_wants_an_ended_answer():
     assert exact_match(answer("538", "538")) == 1
     assert exact_match(answer("5380", "538")) == 0
-    assert (
-        exact_match(answer("538", "538", finish="length")) == 0
-    )  # cut off: whether it would have gone on is unknown
+    # This answer was cut off. It might have gone on.
+    assert exact_match(answer("538", "538", finish="length")) == 0
 
 
 @pytest.mark.parametrize("label", ["42 ", "42\n", " 42", 42])
@@ -74,24 +73,20 @@ def test_a_whole_number_that_parquet_made_a_float_is_matched(label, response, ri
 def test_a_label_that_nothing_can_equal_is_an_error_and_no_zero(reward_function, label):
     sample = answer(str(label), label)
     compute_rewards([sample], Judge(reward_function))
-    assert (
-        sample.reward is None
-        and sample.loss_mask == [0, 0]
-        and sample.error.startswith("ValueError")
-    )
+    assert sample.reward is None
+    assert sample.loss_mask == [0, 0]
+    assert sample.error.startswith("ValueError")
 
 
 # --- evaluation ---------------------------------------------------------------------------------
 
 
 def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_answer():
-    # 4 answers, 1 right. Of the 6 pairs 3 hold it; of the 4 triples 3 do.
+    # One of 4 answers is right. 3 of the 6 pairs hold it, and 3 of the 4 triples.
     assert [pass_at_k(4, 1, k) for k in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
-    assert (
-        pass_at_k(4, 0, 2) == 0
-        and pass_at_k(4, 3, 2) == 1
-        and pass_at_k(10**4, 1, 10**3) == pytest.approx(0.1)
-    )
+    assert pass_at_k(4, 0, 2) == 0
+    assert pass_at_k(4, 3, 2) == 1
+    assert pass_at_k(10**4, 1, 10**3) == pytest.approx(0.1)
     for n, right, k in ((5, 2, 3), (6, 1, 2), (7, 4, 2), (6, 6, 1)):
         draws = list(combinations([True] * right + [False] * (n - right), k))
         assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
@@ -102,8 +97,8 @@ def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_answer():
     (["7", "8", "8"], [1, 0, 0], False),
     (["0.5", "8", "1/2", "8", "9/18"], [1, 0, 1, 0, 1], True),  # one value, written in three ways
     (["7", "8"], [1, 0], True),
-    (["8", "7"], [0, 1], False),  # as many: the first
-    (["", "", "7"], [0, 0, 1], True),  # who says nothing has no vote
+    (["8", "7"], [0, 1], False),  # a tie: the first
+    (["", "", "7"], [0, 0, 1], True),  # an empty answer has no vote
     (["", ""], [0, 0], False),
     ([], [], False),
 ])  # fmt: skip
@@ -113,15 +108,13 @@ def test_majority(answers, is_right, expected):
 
 def test_one_answer_to_each_prompt_of_one_set_is_one_number():
     samples = [answer(group=group, reward=r) for group, r in enumerate([1.0, 0.0, None, 0.5])]
-    assert eval_metrics(samples) == {
-        "held_out": 0.5,
-        "held_out_errors": 1,
-    }  # a reward of 0.5 counts as that
+    # A reward of 0.5 counts as 0.5.
+    assert eval_metrics(samples) == {"held_out": 0.5, "held_out_errors": 1}
     assert eval_metrics(samples[:2]) == {"held_out": 0.5} and eval_metrics([]) == {}
 
 
 def test_several_sets_and_answers_by_hand():
-    """Set a has two prompts with 1 and 2 right answers of 3, set b one prompt with none."""
+    """Set a has two prompts with 1 and 2 right answers of 3. Set b has one prompt with none."""
     rewards = {0: ["a", 1.0, 0.0, 0.0], 1: ["a", 1.0, 0.0, 1.0], 2: ["b", 0.0, 0.5, None]}
     samples = [
         answer("no" if r != 1 else f"yes {i}", group=g, reward=r)
@@ -137,35 +130,26 @@ def test_several_sets_and_answers_by_hand():
         "pass@3": 1,
         "majority@3": 1 / 2,
     }
-    of_b = {
-        "held_out": 0.5 / 2,
-        "pass@1": 0,
-        "pass@2": 0,
-        "majority@3": 0,
-    }  # one of its answers could not be judged
+    # One answer of set b could not be judged.
+    of_b = {"held_out": 0.5 / 2, "pass@1": 0, "pass@2": 0, "majority@3": 0}
     metrics = eval_metrics(samples)
-    both = {
-        key: (of_a[key] + of_b.get(key, of_a[key])) / (2 if key in of_b else 1) for key in of_a
-    } | {"pass@3": 1}
+    both = {key: (of_a[key] + of_b.get(key, of_a[key])) / 2 for key in of_a}
     assert metrics.pop("held_out_errors") == 1
-    assert metrics == pytest.approx({**both, **{f"{key}/a": value for key, value in of_a.items()},
-                                     **{f"{key}/b": value for key, value in of_b.items()}})  # fmt: skip
+    both |= {f"{key}/a": value for key, value in of_a.items()}
+    both |= {f"{key}/b": value for key, value in of_b.items()}
+    assert metrics == pytest.approx(both)
     assert eval_metrics([sample for sample in samples if sample.group < 2]) == pytest.approx(of_a)
     metrics |= batch_metrics(samples, version=3)
-    assert (
-        metrics["reward/a"] == 0.5 and metrics["reward/b"] == 0.25
-    )  # without the one that could not be judged
+    # The answer that could not be judged does not count.
+    assert metrics["reward/a"] == 0.5
+    assert metrics["reward/b"] == 0.25
     assert not [key for key in batch_metrics(samples[:6], version=3) if "/" in key]
-    names = {
-        re.sub(
-            r"/[ab]$",
-            "/NAME",
-            re.sub(r"pass@\d", "pass@k", re.sub(r"majority@\d", "majority@N", key)),
-        )
-        for key in metrics
-    }
+    in_glossary = {r"/[ab]$": "/NAME", r"pass@\d": "pass@k", r"majority@\d": "majority@N"}
+    names = set(metrics)
+    for pattern, name in in_glossary.items():
+        names = {re.sub(pattern, name, key) for key in names}
     glossary = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    assert sorted(name for name in names if f"`{name}`" not in glossary) == []
+    assert [name for name in sorted(names) if f"`{name}`" not in glossary] == []
 
 
 @pytest.mark.parametrize("samples, expected", [
@@ -193,10 +177,8 @@ def test_a_step_of_empty_responses_has_metrics():
 
 
 def test_a_step_in_which_nothing_was_scored_or_sampled_has_metrics():
-    assert (
-        "reward" not in (metrics := batch_metrics([answer(), answer()], version=3))
-        and metrics["reward_errors"] == 2
-    )
+    assert "reward" not in (metrics := batch_metrics([answer(), answer()], version=3))
+    assert metrics["reward_errors"] == 2
     assert batch_metrics([], version=3) == {"reward_errors": 0}
 
 
@@ -209,8 +191,8 @@ def advantages(samples, **settings) -> list[float]:
 
 
 def test_grpo_by_hand():
-    # rewards 1 0 0 1: mean 0.5, unbiased variance 4 * 0.25 / 3. A second group, all equal, has
-    # nothing to compare.
+    # Rewards 1 0 0 1 have the mean 0.5 and the unbiased variance 4 * 0.25 / 3. The second group's
+    # rewards are equal, so its advantages are 0.
     samples = [
         answer(reward=r, group=g)
         for g, r in [(0, 1.0), (0, 0.0), (1, 1.0), (0, 0.0), (1, 1.0), (0, 1.0)]
@@ -218,19 +200,15 @@ def test_grpo_by_hand():
     unit = 0.5 / (math.sqrt(1 / 3) + 1e-6)
     assert advantages(samples) == pytest.approx([unit, -unit, 0, -unit, 0, unit])
     metrics = batch_metrics(samples, version=4)
-    assert (
-        metrics["reward"] == pytest.approx(4 / 6)
-        and metrics["zero_std_groups"] == 0.5
-        and metrics["staleness_max"] == 1
-    )
+    assert metrics["reward"] == pytest.approx(4 / 6)
+    assert metrics["zero_std_groups"] == 0.5
+    assert metrics["staleness_max"] == 1
 
 
 def test_overlong_responses_lose_reward_but_the_metric_shows_what_the_judge_said():
     samples = [answer(reward=1.0), answer(reward=1.0)]
-    samples[1].response_ids, samples[1].loss_mask = (
-        [5] * 7,
-        [1] * 7,
-    )  # of 8, with a buffer of 4: loses 3/4
+    # 7 of at most 8 tokens, with a buffer of 4, lose 3/4.
+    samples[1].response_ids, samples[1].loss_mask = [5] * 7, [1] * 7
     assert advantages(samples, advantage="dr_grpo", overlong_buffer=4) == pytest.approx(
         [0.375, -0.375]
     )
@@ -240,20 +218,17 @@ def test_overlong_responses_lose_reward_but_the_metric_shows_what_the_judge_said
 def test_kl_in_the_reward_is_taken_where_it_arises():
     samples = [answer(reward=1.0), answer(reward=0.0)]
     for sample in samples:
-        sample.old_logprobs, sample.ref_logprobs = (
-            np.float32([-1.0, -1.0]),
-            np.float32([-1.0, -3.0]),
-        )  # k1: 0, then 2
+        # The estimator k1 gives 0, then 2.
+        sample.old_logprobs = np.float32([-1.0, -1.0])
+        sample.ref_logprobs = np.float32([-1.0, -3.0])
     add_advantages(
         samples,
         RewardSettings(advantage="dr_grpo"),
         LossSettings(kl_coef=0.1, kl_estimator="k1", kl_in="reward"),
         max_response_tokens=8,
     )
-    assert [list(sample.advantages) for sample in samples] == [
-        [0.5, 0.5],
-        [-0.5, -0.5],
-    ]  # both lose 0.2
+    # With --kl-coef 0.1 both samples lose 0.2, so only the rewards differ.
+    assert [list(sample.advantages) for sample in samples] == [[0.5, 0.5], [-0.5, -0.5]]
     samples[1].ref_logprobs = samples[1].old_logprobs
     add_advantages(
         samples,
@@ -265,8 +240,9 @@ def test_kl_in_the_reward_is_taken_where_it_arises():
 
 
 def test_groups_that_teach_nothing_are_refilled(monkeypatch):
-    """Prompts 0 to 3 are all right or all wrong, 4 is mixed, 5 is not, 6 is mixed: two rounds make
-    both places of the step good.
+    """Prompts 4 and 6 have mixed rewards, all others equal ones.
+
+    The step has two prompts, so two rounds fill both places with mixed ones.
     """
     rounds = []
 
@@ -289,23 +265,23 @@ def test_groups_that_teach_nothing_are_refilled(monkeypatch):
     coming = iter(Sample([1], group=group) for group in range(4, 20))
     prompts = SimpleNamespace(take=lambda n: list(islice(coming, n)))
 
-    def replaced(judge, rounds: int):
+    def replaced(judge, most_rounds: int):
         settings = SimpleNamespace(
             rollout=RolloutSettings(samples_per_prompt=2),
-            reward=RewardSettings(dynamic_sampling=rounds),
+            reward=RewardSettings(dynamic_sampling=most_rounds),
         )
         samples = replace_uninformative(first, None, prompts, Judge(judge), None, settings)
         return split_discarded(samples)
 
     samples, set_aside = replaced(judge, 3)
-    assert rounds == [[4, 5], [6]] and [sample.group for sample in samples] == [4, 4, 6, 6]
-    assert set_aside == {"dropped": 0, "replaced": 6} and not any(
-        is_uninformative(group) for group in reward.by_group(samples)
-    )
+    assert rounds == [[4, 5], [6]]
+    assert [sample.group for sample in samples] == [4, 4, 6, 6]
+    assert set_aside == {"dropped": 0, "replaced": 6}
+    assert not any(is_uninformative(group) for group in reward.by_group(samples))
     capped, set_aside = replaced(lambda sample: 0.0, 1)
-    assert (
-        len(capped) == 4 and set_aside["replaced"] == 4
-    )  # after the last round, what teaches nothing is trained all the same
+    # After the last round the step trains on groups of equal rewards all the same.
+    assert len(capped) == 4
+    assert set_aside["replaced"] == 4
 
 
 def test_coroutine_judges_wait_together():
@@ -335,21 +311,19 @@ def test_a_failing_judge_is_counted_not_scored_zero(capsys):
     compute_rewards(samples, Judge(judge))
     advantages(samples)
     assert [sample.reward for sample in samples] == [1.0, None, None, 0.0]
-    assert (
-        samples[1].loss_mask == [0, 0]
-        and list(samples[1].advantages) == [0, 0]
-        and "judge is broken" in samples[1].error
-    )
-    assert (
-        samples[0].advantages[0] == -samples[3].advantages[0] > 0
-    )  # the mean is over the two that were scored
+    assert samples[1].loss_mask == [0, 0]
+    assert list(samples[1].advantages) == [0, 0]
+    assert "judge is broken" in samples[1].error
+    # The mean is over the two samples that have a reward.
+    assert samples[0].advantages[0] == -samples[3].advantages[0] > 0
     assert batch_metrics(samples, version=3)["reward_errors"] == 2
     assert "judge is broken" in capsys.readouterr().out
 
 
 def test_a_judge_that_hangs_fails_on_that_answer_only():
-    """Its thread is left behind; the places for judging are free again, and nothing waits for it,
-    not even the end of the process.
+    """Its thread is left behind, and its place is free again.
+
+    Nothing waits for that thread, not even the end of the process.
     """
     release = threading.Event()
     samples = [answer(label=label) for label in "hhab"]
@@ -357,20 +331,18 @@ def test_a_judge_that_hangs_fails_on_that_answer_only():
         samples,
         Judge(lambda sample: release.wait(60) if sample.label == "h" else 1.0, 2, timeout_s=0.2),
     )
-    assert [sample.reward for sample in samples] == [None, None, 1.0, 1.0] and samples[
-        0
-    ].loss_mask == [0, 0]
+    assert [sample.reward for sample in samples] == [None, None, 1.0, 1.0]
+    assert samples[0].loss_mask == [0, 0]
     assert "has not returned within --judge-timeout-s 0.2" in samples[0].error
     release.set()
 
 
 def test_a_judge_that_fails_on_everything_masks_all_samples():
-    """The run goes on: a step may hold one prompt only, whose label is at fault."""
+    """The run goes on: the only prompt of a step may have a bad label."""
     samples = [answer(), answer()]
     compute_rewards(samples, Judge(lambda sample: 1 / 0))
-    assert [sample.reward for sample in samples] == [None, None] and [
-        sample.loss_mask for sample in samples
-    ] == [[0, 0]] * 2
+    assert [sample.reward for sample in samples] == [None, None]
+    assert [sample.loss_mask for sample in samples] == [[0, 0]] * 2
 
 
 def test_a_long_response_is_not_printed_or_kept_whole(capsys):
@@ -379,11 +351,9 @@ def test_a_long_response_is_not_printed_or_kept_whole(capsys):
 
     compute_rewards([sample := answer("9" * 100_000)], Judge(quotes_it))
     printed = capsys.readouterr().out
-    assert (
-        len(printed) < 10_000
-        and "ValueError: no verdict on 999" in printed
-        and "100002 characters" in printed
-    )
+    assert len(printed) < 10_000
+    assert "ValueError: no verdict on 999" in printed
+    assert "100002 characters" in printed
     assert len(sample.error) < 2000
 
 
@@ -396,9 +366,7 @@ def test_an_answer_on_which_the_judge_hangs_is_not_printed_whole(capsys):
 
 
 def test_waiting_for_a_place_does_not_count_towards_the_timeout():
-    """A function that judges one answer at a time takes longer for all of them than the timeout of
-    one.
-    """
+    """A function that judges one answer at a time needs more time for all than one may take."""
     lock = threading.Lock()
 
     def one_at_a_time(sample):

@@ -1,8 +1,8 @@
-"""rollout.py and backends/sglang/checks.py without an engine: settings that cannot work, and
-machines on which no engine could start.
+"""Rollout settings that cannot work, and machines on which no engine could start.
 
-Prompt data is tested in test_prompts.py, generation in test_engine.py. Not covered: settings that
-need a GPU.
+Why: an engine needs a minute to start on a GPU, and a setting that it takes for another one changes
+the samples in silence. No test here starts an engine. Prompts are in test_prompts.py, generation in
+test_engine.py. Not covered: settings that need a GPU.
 """
 
 import os
@@ -44,7 +44,8 @@ TOY = ROOT / "toy"
     (dict(samples_per_prompt=1), "at least 2"),
     (dict(max_response_tokens=0), "--max-response-tokens 0 must be at least 1"),
     (dict(eval_samples=0), "--eval-samples 0"),
-    (dict(eval_samples=10**20), "--eval-samples 100000000000000000000 must lie between 1 and 100,000"),
+    (dict(eval_samples=10**20),
+     "--eval-samples 100000000000000000000 must lie between 1 and 100,000"),
     (dict(eval_samples_per_prompt=0), "--eval-samples-per-prompt 0"),
     (dict(sglang=("log_level",)), "--sglang 'log_level' is not of the form key=value"),
 ])  # fmt: skip
@@ -94,10 +95,14 @@ def test_what_something_else_decides_is_refused_by_its_name(pair, decided_by):
 
 
 @pytest.mark.parametrize("name", [
-    "allow_auto_truncate", "speculative_algorithm", "speculative_num_steps", "enable_lora", "lora_paths", "enable_custom_logit_processor", "forward_hooks",
-    "dist_init_addr", "pp_size", "dp_size", "enable_dp_attention", "model_impl", "trust_remote_code", "is_embedding", "revision", "quantization_param_path",
-    "cpu_offload_gb", "disaggregation_mode", "dllm_algorithm", "rl_on_policy_target", "tokenizer_mode", "stream_interval", "enable_eplb", "max_queued_requests",
-    "ep_num_redundant_experts", "debug_tensor_dump_input_file", "enable_tf32_matmul", "reasoning_parser", "host", "port", "enable_hierarchical_cache",
+    "allow_auto_truncate", "speculative_algorithm", "speculative_num_steps", "enable_lora",
+    "lora_paths", "enable_custom_logit_processor", "forward_hooks",
+    "dist_init_addr", "pp_size", "dp_size", "enable_dp_attention", "model_impl",
+    "trust_remote_code", "is_embedding", "revision", "quantization_param_path",
+    "cpu_offload_gb", "disaggregation_mode", "dllm_algorithm", "rl_on_policy_target",
+    "tokenizer_mode", "stream_interval", "enable_eplb", "max_queued_requests",
+    "ep_num_redundant_experts", "debug_tensor_dump_input_file", "enable_tf32_matmul",
+    "reasoning_parser", "host", "port", "enable_hierarchical_cache",
 ])  # fmt: skip
 def test_what_could_change_samples_in_silence_is_refused(name):
     with pytest.raises(BadInput, match=f"--sglang {name} cannot be set"):
@@ -105,35 +110,31 @@ def test_what_could_change_samples_in_silence_is_refused(name):
 
 
 @pytest.mark.parametrize("pair", [
-    "max_total_tokens=many", "max_total_tokens=5.5", "max_total_tokens=true", "max_total_tokens=-5", "max_total_tokens=0", "mem_fraction_static=2",
-    "mem_fraction_static=0", "mem_fraction_static=null", "mem_fraction_static=NaN", "mem_fraction_static=half", "log_level=7", "log_level=loud",
-    "schedule_policy=best", "disable_radix_cache=1", "disable_radix_cache=True", "chunked_prefill_size=-2", "watchdog_timeout=Infinity", "numa_node=0",
+    "max_total_tokens=many", "max_total_tokens=5.5", "max_total_tokens=true", "max_total_tokens=-5",
+    "max_total_tokens=0", "mem_fraction_static=2",
+    "mem_fraction_static=0", "mem_fraction_static=null", "mem_fraction_static=NaN",
+    "mem_fraction_static=half", "log_level=7", "log_level=loud",
+    "schedule_policy=best", "disable_radix_cache=1", "disable_radix_cache=True",
+    "chunked_prefill_size=-2", "watchdog_timeout=Infinity", "numa_node=0",
     "cuda_graph_bs_decode=[1, -2]",
 ])  # fmt: skip
 def test_a_value_of_another_type_or_size_is_refused(pair):
     with pytest.raises(BadInput) as refused:
         server_overrides((pair,), on_gpu=True)
-    assert len(refused.value.problems) == 1 and str(refused.value).startswith(
-        f"--sglang {pair.partition('=')[0]}="
-    )
+    assert len(refused.value.problems) == 1
+    assert str(refused.value).startswith(f"--sglang {pair.partition('=')[0]}=")
 
 
 def test_good_values_are_taken_as_they_are():
-    pairs = (
-        "mem_fraction_static=0.8",
-        "enable_deterministic_inference=true",
-        "attention_backend=fa3",
-        "numa_node=[0]",
-        "chunked_prefill_size=-1",
-    )
-    expected = dict(
-        mem_fraction_static=0.8,
-        enable_deterministic_inference=True,
-        attention_backend="fa3",
-        numa_node=[0],
-        chunked_prefill_size=-1,
-    )
-    assert server_overrides(pairs, on_gpu=True) == expected
+    values = {
+        "mem_fraction_static=0.8": 0.8,
+        "enable_deterministic_inference=true": True,
+        "attention_backend=fa3": "fa3",
+        "numa_node=[0]": [0],
+        "chunked_prefill_size=-1": -1,
+    }
+    expected = {pair.partition("=")[0]: value for pair, value in values.items()}
+    assert server_overrides(tuple(values), on_gpu=True) == expected
 
 
 def test_a_field_given_twice_is_refused():
@@ -153,8 +154,10 @@ def test_all_bad_fields_are_said_at_once():
 
 
 @pytest.mark.parametrize("fields, longest, is_cut", [
-    ((), 65534, False), ((), 65535, True), (("max_total_tokens=100",), 98, False), (("max_total_tokens=100",), 99, True),
-    (("max_total_tokens=100", "page_size=16"), 64, False), (("max_total_tokens=100", "page_size=16"), 65, True),
+    ((), 65534, False), ((), 65535, True), (("max_total_tokens=100",), 98, False),
+    (("max_total_tokens=100",), 99, True),
+    (("max_total_tokens=100", "page_size=16"), 64, False),
+    (("max_total_tokens=100", "page_size=16"), 65, True),
 ])  # fmt: skip
 def test_a_cache_that_would_cut_the_longest_answer_is_refused(fields, longest, is_cut):
     config = read_config(TOY) | {"max_position_embeddings": 10**6}
@@ -166,28 +169,21 @@ def test_a_cache_that_would_cut_the_longest_answer_is_refused(fields, longest, i
 
 
 def test_a_cache_smaller_than_an_answer_is_refused_before_prompts_are_known():
-    with pytest.raises(
-        BadInput, match="an answer alone, by --max-response-tokens, can have 41 tokens"
-    ):
-        check_rollout_settings(
-            RolloutSettings(max_response_tokens=40, sglang=("max_total_tokens=42",)),
-            None,
-            on_gpu=False,
-        )
+    settings = RolloutSettings(max_response_tokens=40, sglang=("max_total_tokens=42",))
+    rule = "an answer alone, by --max-response-tokens, can have 41 tokens"
+    with pytest.raises(BadInput, match=rule):
+        check_rollout_settings(settings, None, on_gpu=False)
 
 
 def test_a_plan_for_gpus_has_not_the_cpu_engine_s_cache():
     config = read_config(TOY) | {"max_position_embeddings": 10**6}
     check_rollout_settings(
-        RolloutSettings(max_response_tokens=100_000),
-        config,
-        longest=200_000,
-        on_gpu=True,
+        RolloutSettings(max_response_tokens=100_000), config, longest=200_000, on_gpu=True
     )
 
 
 def test_a_prompt_that_the_engine_would_refuse_is_refused_before():
-    """SGLang takes prompts of less than the context less 6, however short the answer."""
+    """SGLang takes prompts shorter than the context minus 6, however short the answer is."""
     settings = RolloutSettings(max_response_tokens=2)
     check_rollout_settings(settings, read_config(TOY), longest=512 - 7 + 2)
     with pytest.raises(
@@ -222,7 +218,7 @@ def test_an_engine_that_found_too_little_memory_is_ended(monkeypatch, longest, i
 
 @pytest.fixture(autouse=True)
 def own_temporary_folder():
-    """tempfile remembers the folder that it has found."""
+    """Make tempfile forget the folder that it has found."""
     yield
     tempfile.tempdir = None
 
@@ -247,7 +243,7 @@ def test_this_machine_is_not_refused(monkeypatch):
 
 @pytest.fixture
 def folder_of_length():
-    """A function that makes a temporary folder whose path has so many bytes."""
+    """Give a function that makes a temporary folder whose path has so many bytes."""
     base = tempfile.mkdtemp(dir="/tmp")
 
     def make(length: int) -> str:
@@ -295,8 +291,9 @@ def with_shared_memory(monkeypatch, free: int) -> None:
 
 
 def test_shared_memory_must_hold_two_buckets_of_every_engine(monkeypatch):
-    """A bucket is at most --bucket-bytes and the largest tensor: of the toy, up_proj of 512 x 128
-    in BF16.
+    """A bucket holds at most --bucket-bytes and the largest tensor.
+
+    The toy's largest is up_proj, 512 x 128 in BF16.
     """
     needed = 2 * (100_000 + 512 * 128 * 2) * 3
     with_shared_memory(monkeypatch, needed)
@@ -310,9 +307,8 @@ def test_shared_memory_must_hold_two_buckets_of_every_engine(monkeypatch):
 
 
 def test_a_bucket_is_never_more_than_the_model(monkeypatch):
-    with_shared_memory(
-        monkeypatch, 5_000_000
-    )  # twice the toy's 1.2 million parameters in BF16, and some more
+    # The toy has 1.2 million parameters. Two buckets hold all of them twice in BF16.
+    with_shared_memory(monkeypatch, 5_000_000)
     check(bucket_bytes=2**40)
 
 
@@ -353,7 +349,7 @@ def test_a_run_without_an_engine_needs_none_of_it(monkeypatch, tmp_path):
 
 
 def test_each_response_has_a_seed_of_its_own():
-    """It depends on the run's seed and the response's place, and not on what else is sampled."""
+    """The seed depends on the run's seed and the response's place, not on what else is sampled."""
     settings = RolloutSettings()
 
     def seeds(run_seed, samples):

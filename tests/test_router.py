@@ -1,9 +1,9 @@
-"""read_config on the router of a mixture of experts: what is accepted routes as transformers does.
+"""Routers of a mixture of experts: each one that is accepted routes as in transformers.
 
-Why: a trainer that chooses other experts than the engine still trains, on samples of another
-model. Every GLM-4.5 router of eight experts is looked at: an accepted one gives each token the same
-experts and weights in Megatron and transformers, a refused one does not. Not covered: SGLang's own
-kernels, which tests/test_engine.py compares as whole models.
+Why: a trainer that chooses other experts than the engine still trains, on samples of another model.
+The tests try every GLM-4.5 router of eight experts. An accepted one gives each token the same
+experts and weights in Megatron and transformers. A refused one does not. Not covered: SGLang's own
+kernels, which test_engine.py compares as whole models.
 """
 
 import types
@@ -28,8 +28,9 @@ ROUTERS = [
 
 
 def scores() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits [4096 tokens, 8 experts] and a correction bias, which makes some scores
-    negative.
+    """Return logits [4096 tokens, 8 experts] and a correction bias.
+
+    The bias makes some scores negative.
     """
     random = torch.Generator().manual_seed(0)
     return torch.randn(4096, EXPERTS, generator=random), torch.randn(EXPERTS, generator=random) / 4
@@ -65,7 +66,7 @@ def by_megatron(arguments: dict, *, bias: torch.Tensor | None) -> torch.Tensor:
 
 
 def refused_arguments(groups: int, of_groups: int, chosen: int) -> dict:
-    """Return what the mapping would be without the refusal."""
+    """Return the arguments that the mapping would give without the refusal."""
     return dict(
         moe_router_topk=chosen, moe_router_num_groups=groups, moe_router_group_topk=of_groups,
         moe_router_topk_scaling_factor=1.7, moe_router_score_function="sigmoid",
@@ -86,7 +87,7 @@ def test_a_glm_router_is_accepted_exactly_where_it_routes_alike(
     fields = glm_fields(groups, of_groups, chosen)
     arguments = accepted(changed_config(tmp_path, "glm4_moe", **fields))
     impossible = chosen > of_groups * (EXPERTS // groups) or EXPERTS // groups < 2
-    if impossible:  # transformers raises, or chooses experts of groups that are not chosen
+    if impossible:  # transformers raises, or takes experts of groups that it has not chosen
         assert arguments is None
         return
     if arguments is not None:
@@ -94,7 +95,7 @@ def test_a_glm_router_is_accepted_exactly_where_it_routes_alike(
         return
     try:
         theirs = by_megatron(refused_arguments(groups, of_groups, chosen), bias=scores()[1])
-    except RuntimeError:  # more experts of a group than it has
+    except RuntimeError:  # a group has fewer experts than are to be chosen from it
         return
     assert not torch.allclose(theirs, by_glm(fields), atol=1e-3)
 
@@ -130,7 +131,8 @@ def test_a_qwen_router_that_is_accepted_routes_alike(tmp_path, chosen):
     ("glm4_moe", dict(n_group=4, topk_group=2, n_routed_experts=8, num_local_experts=8),
      "num_experts_per_tok // topk_group is 2; here it is 2 // 2 = 1"),
     ("glm4_moe", dict(n_group=4, topk_group=4), "groups of 1 expert"),
-    ("glm4_moe", dict(n_group=2, topk_group=1, num_experts_per_tok=4), "must be at most 2, the experts"),
+    ("glm4_moe", dict(n_group=2, topk_group=1, num_experts_per_tok=4),
+     "must be at most 2, the experts"),
     ("glm4_moe", dict(num_experts_per_tok=1), "num_experts_per_tok is 1"),
     ("qwen3_moe", dict(num_experts_per_tok=1), "num_experts_per_tok is 1"),
     ("glm4_moe", dict(norm_topk_prob=False), "norm_topk_prob is False"),
@@ -165,7 +167,7 @@ def test_scoring_functions_that_say_what_is_computed_are_accepted(tmp_path):
 
 
 def test_the_number_of_experts_is_the_one_that_the_engine_reads(tmp_path):
-    """GLM's own field is n_routed_experts; where it is left out, the engine has GLM-4.5's 128."""
+    """GLM's own field is n_routed_experts. Without it the engine takes GLM-4.5's 128."""
     folder = changed_config(tmp_path, "glm4_moe", without=["n_routed_experts"], num_experts=4)
     with pytest.raises(BadInput, match="experts"):
         read_config(folder)

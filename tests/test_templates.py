@@ -1,7 +1,7 @@
-"""chat.py: a chat template that does not end, or makes a giant text, is refused at the first row.
+"""A chat template that does not end, or makes a giant text, is refused at the first row.
 
-Why: a chat template is a program that comes with a model, and it runs before the start, on every
-row, on every rank. Not covered: templates in other threads than the main one, which have no bound.
+Why: a chat template is a program that comes with a model. Every rank runs it on every row, before
+the start. Not covered: templates outside the main thread, which have no bound.
 """
 
 import json
@@ -25,16 +25,17 @@ def tokenizer(monkeypatch):
 
 
 SLOW = {
-    "loops in loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "loops in loops":
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "a large number": "{{ 3 ** (10 ** 9) % 7 }}",
     "a giant string": "{{ 'a' * 10 ** 11 }}",
     "a long string": "{{ 'a' * 10 ** 8 }}",
-    "a string that doubles": "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+    "a string that doubles":
+        "{% set n = namespace(x='a') %}"
+        "{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
     "a wide number": "{{ '%02000000000d' % 1 }}",
 }  # fmt: skip
-
-
-# Refused by jinja itself, at once: other rows are looked at.
+# Jinja refuses these itself and at once, so the check goes on with other rows.
 WRONG = {
     "a range": "{% for i in range(10**12) %}{% endfor %}",
     "brackets": "{{ " + "(" * 100_000 + " }}",
@@ -55,13 +56,16 @@ def write_rows(path, count: int) -> None:
 def test_a_template_that_does_not_end_is_refused_at_the_first_row(
     monkeypatch, tokenizer, tmp_path, template, is_endless
 ):
-    """Other rows would take as long."""
+    """The check does not try other rows, which would take as long."""
     tokenizer.chat_template = template
     write_rows(tmp_path / "p.jsonl", 3)
     rendered = []
-    monkeypatch.setattr(
-        chat, "_message", lambda message, *, where: rendered.append(where) or message
-    )
+
+    def message_of(message, *, where):
+        rendered.append(where)
+        return message
+
+    monkeypatch.setattr(chat, "_message", message_of)
     with pytest.raises(BadInput, match="p.jsonl line 1: the tokenizer's chat template"):
         read(tmp_path / "p.jsonl", tokenizer)
     assert len(rendered) == (1 if is_endless else 3)
@@ -81,15 +85,14 @@ def test_the_limits_of_a_template_end_with_it(tokenizer, tmp_path, template):
 
 
 def test_a_part_on_which_only_the_comparison_does_not_end_is_refused(tokenizer, tmp_path):
-    """Whether a template leaves a message out is seen by rendering another one in its place."""
+    """The check for left-out messages renders a second text with another message in its place."""
     loop = SLOW["loops in loops"]
     tokenizer.chat_template = (
         "{{ messages[0].content }}{% if messages[0].content != '1+1=' %}" + loop + "{% endif %}"
     )
     write_rows(tmp_path / "p.jsonl", 2)
-    with pytest.raises(
-        BadInput, match="line 1: the tokenizer's chat template needs more than 0.2 s"
-    ):
+    rule = "line 1: the tokenizer's chat template needs more than 0.2 s"
+    with pytest.raises(BadInput, match=rule):
         read(tmp_path / "p.jsonl", tokenizer)
 
 

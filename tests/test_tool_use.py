@@ -239,9 +239,10 @@ def test_sums(call, result):
 
 
 @pytest.mark.parametrize("call", [
-    "", "=", "+1=", "046+789=", "+1+2", "+1+2==", "+1+2=\n", " +1+2=", "+1 +2=", "++1+2=", "+1+-2=", "+1-2=", "+1*2=", "+1.5+2=", "+1e9+2=", "+0x1+2=", 
-    "+1_0+2=", "+9**9**9=", "+1+2;+3=", "+1+a=", "+१+२=", "__import__('os').system('ls')=", "+1+open('/etc/passwd').read()=", "+1+{0.__class__}=",
-    "+1234567890+1=", "+1" * 5 + "=",
+    "", "=", "+1=", "046+789=", "+1+2", "+1+2==", "+1+2=\n", " +1+2=", "+1 +2=", "++1+2=",
+    "+1+-2=", "+1-2=", "+1*2=", "+1.5+2=", "+1e9+2=", "+0x1+2=", "+1_0+2=", "+9**9**9=",
+    "+1+2;+3=", "+1+a=", "+१+२=", "__import__('os').system('ls')=",
+    "+1+open('/etc/passwd').read()=", "+1+{0.__class__}=", "+1234567890+1=", "+1" * 5 + "=",
 ])  # fmt: skip
 def test_all_else_is_refused(call):
     assert calculator(call) is None
@@ -321,6 +322,7 @@ def test_flags_that_cannot_work(monkeypatch, tmp_path, flags, message):
         start_main(tool_use, tool_use.check_tool_flags)
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("script, ranks", [("tool_use.py", 1), ("tool_use_async.py", 2)])
 def test_a_run_of_each_loop(tmp_path, script, ranks):
     """Two steps after a warm start so short that turns are half noise: results, errors and answers

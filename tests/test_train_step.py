@@ -1,9 +1,10 @@
-"""batches.py of backends/megatron, and train_step.py's settings and refusals.
+"""Training steps on one rank: settings, refusals, mini-batches, learning rate, log-probs.
 
-What the packed model computes is tested in test_layouts.py and test_splits.py.
+Why: a step that trains on a NaN, or counts an empty answer, spoils the weights for all that follow.
+Packing is in test_batches.py, what the packed model computes on several ranks in test_layouts.py
+and test_splits.py, the loss in test_whole_loss.py. Not covered: GPUs.
 """
 
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -11,135 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train_step
 from backends.huggingface.config import read_config
-from backends.megatron.batches import Batch, collate, microbatch_plan, plan_microbatches
+from backends.megatron.batches import plan_microbatches
 from common.errors import BadInput
 from common.settings import TrainSettings
 from data.sample import Sample
 from harness.checks import check_train_flags
 from harness.model_checks import check_train_settings
 from losses import LossSettings
-import train_step
-
-
-def test_collate_by_hand():
-    samples = [
-        Sample(
-            [5, 6],
-            response_ids=[7, 8],
-            rollout_logprobs=[-0.5, -0.25],
-            loss_mask=[1, 1],
-            advantages=[2.0, 3.0],
-        ),
-        Sample([9], response_ids=[3], rollout_logprobs=[-1.0], loss_mask=[0], advantages=[-1.0]),
-    ]
-    batch = collate(samples, [0, 2], tp=4, device=torch.device("cpu"))
-    assert batch.tokens_T.tolist() == [5, 6, 7, 8, 9, 3, 0, 0]  # two filler tokens make 8
-    assert batch.labels_T.tolist() == [6, 7, 8, 8, 3, 3, 0, 0]
-    assert batch.mask_T.tolist() == [
-        0,
-        1,
-        1,
-        0,
-        0,
-        0,
-        0,
-        0,
-    ]  # token 6 predicts 7, the first answer token; the second sample is masked
-    Batch(samples, [], [batch]).read_samples()
-    per_token = {name: values_T.tolist() for name, values_T in batch.per_token.items()}
-    assert per_token["rollout_logprobs"] == [0, -0.5, -0.25, 0, -1, 0, 0, 0]
-    assert per_token["advantages"] == [0, 2, 3, 0, -1, 0, 0, 0]
-    assert per_token["old_logprobs"] == [0] * 8  # not there yet
-    assert batch.response_index_T.tolist() == [
-        -1,
-        0,
-        1,
-        -1,
-        2,
-        -1,
-        -1,
-        -1,
-    ]  # among the three response tokens
-    assert batch.sample_T.tolist() == [0, 0, 0, 0, 1, 1, 2, 2] and batch.counts_N.tolist() == [
-        2,
-        0,
-        0,
-    ]  # filler is a third sample that has none
-    assert batch.packed.cu_seqlens_q.tolist() == [0, 4, 6, 8]
-
-
-def test_an_empty_micro_batch_is_filler_only():
-    batch = collate([], [], tp=2, device=torch.device("cpu"))
-    assert len(batch.tokens_T) == 2 and batch.mask_T.sum() == 0
-
-
-def test_context_parallel_ranks_share_each_sequence():
-    # A sequence of 5 tokens is padded to 8, four chunks of 2. Rank 0 holds the first and the last,
-    # rank 1 the two between; 3 tokens are padded to 4.
-    samples = [
-        Sample([5, 6, 7], response_ids=[8, 9], rollout_logprobs=[-1.0, -2.0], loss_mask=[1, 1]),
-        Sample([4], response_ids=[3, 3], rollout_logprobs=[0.0, 0.0], loss_mask=[1, 1]),
-    ]
-    first, second = (
-        collate(samples, [0, 2], cp=2, cp_rank=rank, device=torch.device("cpu"))
-        for rank in range(2)
-    )
-    assert first.tokens_T.tolist() == [5, 6, 0, 0, 4, 0] and second.tokens_T.tolist() == [
-        7,
-        8,
-        9,
-        0,
-        3,
-        3,
-    ]
-    assert first.labels_T.tolist() == [6, 7, 0, 0, 3, 0] and second.labels_T.tolist() == [
-        8,
-        9,
-        9,
-        0,
-        3,
-        3,
-    ]
-    assert second.mask_T.tolist() == [1, 1, 0, 0, 1, 0] and first.mask_T.tolist() == [
-        0,
-        0,
-        0,
-        0,
-        1,
-        0,
-    ]
-    assert first.packed.cu_seqlens_q.tolist() == second.packed.cu_seqlens_q.tolist() == [0, 8, 12]
-
-
-@pytest.mark.parametrize("dp", [1, 2, 4])
-def test_the_plan_covers_everything_once_within_budget_and_balanced(dp):
-    lengths = np.random.default_rng(0).integers(1, 400, 97).tolist()
-    plan = plan_microbatches(lengths, microbatch_tokens=1000, dp=dp)
-    assert sorted(i for rank in plan for bin in rank for i in bin) == list(range(97))
-    assert len({len(rank) for rank in plan}) == 1  # collectives inside the model pair up
-    loads = [[sum(lengths[i] for i in bin) for bin in rank] for rank in plan]
-    assert max(load for rank in loads for load in rank) <= 1000
-    per_rank = [sum(rank) for rank in loads]
-    assert max(per_rank) - min(per_rank) < max(lengths)
-
-
-@pytest.mark.parametrize(
-    "lengths, dp",
-    [([100], 1), ([60, 40], 1), ([100, 100], 2), ([50, 50, 50, 50], 2), ([100, 60, 40], 1)],
-)
-def test_a_micro_batch_may_be_exactly_full(lengths, dp):
-    plan = plan_microbatches(lengths, microbatch_tokens=100, dp=dp)
-    assert sum(len(rank) for rank in plan) == sum(lengths) // 100  # no bin more than that
-    assert {sum(lengths[i] for i in bin) for rank in plan for bin in rank} == {100}
-
-
-def test_no_samples_are_a_plan_of_empty_bins():
-    assert plan_microbatches([], microbatch_tokens=100, dp=2) == [[[]], [[]]]
 
 
 def test_a_sample_longer_than_a_micro_batch_is_refused_by_name(trainer):
-    """No number of bins would ever be enough."""
+    """No number of micro-batches would ever be enough."""
     with pytest.raises(
         ValueError, match="a sample has 101 tokens, .* at most 100.* raise --microbatch-tokens"
     ):
@@ -157,30 +42,6 @@ def test_a_sample_longer_than_a_micro_batch_is_refused_by_name(trainer):
         step(trainer, [sample(0), long])
 
 
-def test_a_plan_has_as_few_bins_as_fit():
-    """60 + 40 and 50 + 50. Shortest first, 40 and 50 would share a bin, and a third were needed."""
-    assert plan_microbatches([40, 50, 50, 60], microbatch_tokens=100, dp=1) == [[[3, 0], [1, 2]]]
-
-
-def test_context_parallel_ranks_share_the_budget_of_a_micro_batch():
-    """With cp 2 a micro-batch has twice the tokens. A sequence of 9 counts as 12, see zigzag."""
-    dp = SimpleNamespace(size=lambda: 1)
-    settings = TrainSettings(cp=2, microbatch_tokens=12)
-    trainer = SimpleNamespace(settings=settings, dp_group=dp)
-    samples = [Sample([5], response_ids=[7] * 8) for _ in range(4)]
-    assert microbatch_plan(trainer, samples) == [[[0, 2], [1, 3]]]
-
-
-def test_bins_of_a_rank_are_not_neighbours_by_load():
-    """Of loads 9, 8, 7, 6 the ranks get 9 and 7, 8 and 6. With 9 and 8, 7 and 6 one would wait."""
-    plan = plan_microbatches([9, 8, 7, 6], microbatch_tokens=9, dp=2)
-    assert plan == [[[0], [2]], [[1], [3]]]
-
-
-def test_fewer_samples_than_ranks_leaves_an_empty_bin():
-    assert plan_microbatches([10], microbatch_tokens=100, dp=2) == [[[0]], [[]]]
-
-
 @pytest.mark.parametrize("changes, message", [
     (dict(tp=3), "--tp 3 does not divide the 4 ranks"),
     (dict(cp=3), "--cp 3 does not divide the 4 ranks"),
@@ -188,7 +49,8 @@ def test_fewer_samples_than_ranks_leaves_an_empty_bin():
     (dict(lr=-1.0), "--lr -1.0"),
     (dict(lr=float("nan")), "--lr nan"),
     (dict(lr=float("inf")), "--lr inf"),
-    (dict(min_lr=1e-5, lr_schedule="constant"), "--min-lr 1e-05 has no effect with --lr-schedule constant"),
+    (dict(min_lr=1e-5, lr_schedule="constant"),
+     "--min-lr 1e-05 has no effect with --lr-schedule constant"),
     (dict(offload_reference=True), "--offload-reference has no effect without --kl-coef"),
     (dict(reference="toy"), "--reference toy is not used without --kl-coef"),
     (dict(adam_beta2=1.0), "--adam-beta2 1.0"),
@@ -199,7 +61,8 @@ def test_fewer_samples_than_ranks_leaves_an_empty_bin():
     (dict(lr_warmup_steps=10), "--lr-warmup-steps 10"),
     (dict(minibatches=0), "--minibatches 0"),
     (dict(clip_grad=0.0), "--clip-grad 0.0"),
-    (dict(megatron=("recompute_granularity",)), "--megatron 'recompute_granularity' is not of the form key=value"),
+    (dict(megatron=("recompute_granularity",)),
+     "--megatron 'recompute_granularity' is not of the form key=value"),
 ])  # fmt: skip
 def test_flags_that_cannot_work(changes, message):
     with pytest.raises(BadInput, match=message):
@@ -218,7 +81,8 @@ def test_flags_that_cannot_work(changes, message):
     (dict(megatron=("window_size=4",)), "is not a field that can be set there"),
     (dict(megatron=("optimizer=sgd",)), "optimizer is not a field that can be set there"),
     (dict(megatron=("calculate_per_token_loss=false",)), "is not a field"),
-    (dict(megatron=("adam_eps=small",)), "--megatron adam_eps='small' is of the wrong type: the field is float or int"),
+    (dict(megatron=("adam_eps=small",)),
+     "--megatron adam_eps='small' is of the wrong type: the field is float or int"),
     (dict(megatron=("fp32_residual_connection=1",)), "wrong type: the field is bool"),
     (dict(megatron=("recompute_granularity=full",)), "megatron-core refuses it"),
 ])  # fmt: skip
@@ -272,7 +136,7 @@ EMPTY = dict(response_ids=[], rollout_logprobs=[], loss_mask=[], advantages=[])
 
 
 def state_of(trainer) -> list[torch.Tensor]:
-    """Weights, FP32 main weights and Adam's moments."""
+    """Return copies of weights, FP32 main weights and Adam's moments."""
     groups = trainer.optimizer.param_groups
     main = [parameter for group in groups for parameter in group["params"]]
     moments = [
@@ -294,7 +158,7 @@ def state_of(trainer) -> list[torch.Tensor]:
 def test_a_batch_without_a_token_that_counts_is_no_update(
     fresh_megatron, models, batch, minibatches
 ):
-    """A judge that fails on a whole step must not end the run. The schedule follows the step."""
+    """A judge that fails on a whole step must not end the run. The schedule counts the step."""
     settings = TrainSettings(train_dtype="fp32", minibatches=minibatches)
     trainer = train_step.build_trainer(
         str(models["llama"]),
@@ -304,7 +168,7 @@ def test_a_batch_without_a_token_that_counts_is_no_update(
         seed=1,
         with_reference=True,
     )
-    step(trainer, [sample(0), sample(1)])  # Adam has moments
+    step(trainer, [sample(0), sample(1)])  # gives Adam its moments
     before, lr = state_of(trainer), trainer.optimizer.param_groups[0]["lr"]
     assert step(trainer, batch(), kl_coef=0.1) == {"tokens": 0, "lr": lr}
     assert len(before) > 20 and all(map(torch.equal, state_of(trainer), before))
@@ -313,14 +177,13 @@ def test_a_batch_without_a_token_that_counts_is_no_update(
 
 
 @pytest.mark.parametrize("minibatches, loss, old, ref", [
-    (1, {}, 0, 0), (2, {}, 2, 0), (1, dict(kl_coef=0.1), 0, 2), (1, dict(kl_coef=0.1, kl_in="reward"), 2, 2),
+    (1, {}, 0, 0), (2, {}, 2, 0), (1, dict(kl_coef=0.1), 0, 2),
+    (1, dict(kl_coef=0.1, kl_in="reward"), 2, 2),
 ])  # fmt: skip
 def test_what_is_scored_is_what_is_needed(fresh_megatron, models, minibatches, loss, old, ref):
-    """Old log-probs serve a second update, and a KL that is taken from the reward."""
-    settings, config = (
-        TrainSettings(train_dtype="fp32", minibatches=minibatches),
-        read_config(models["llama"]),
-    )
+    """A second update needs old log-probs, and so does a KL that is taken from the reward."""
+    settings = TrainSettings(train_dtype="fp32", minibatches=minibatches)
+    config = read_config(models["llama"])
     trainer = train_step.build_trainer(
         str(models["llama"]), settings, config, steps=9, seed=1, with_reference=bool(loss)
     )
@@ -353,7 +216,7 @@ def test_scoring_gives_every_sample_its_own_length(trainer):
 
 
 def test_a_token_that_the_trainer_holds_impossible_is_named(trainer):
-    """Its logit is -inf, and so is its log-prob: nothing can be learned from it."""
+    """Its logit is -inf and so is its log-prob, so no loss can be computed from it."""
     stock = trainer.gpt.output_layer.forward
 
     def without_8(*args, **kwargs):
@@ -369,32 +232,27 @@ def test_a_token_that_the_trainer_holds_impossible_is_named(trainer):
     "changes", [dict(rollout_logprobs=[-1.0, float("nan")]), dict(advantages=[3e38, 3e38])]
 )
 def test_a_loss_or_gradient_that_is_not_finite_names_the_sample(trainer, changes):
-    """The second loss is finite and its gradient is not.
+    """In the second case the loss is finite and its gradient is not.
 
-    Either way the weights stay those of before the step.
+    In both cases the weights stay as before the step.
     """
     step(trainer, [sample(0), sample(1)])
     before = [parameter.detach().clone() for parameter in trainer.gpt.parameters()]
-    with pytest.raises(
-        RuntimeError,
-        match="step 2, rank 0: sample 2 of group 5 has loss .* the weights are unchanged",
-    ):
+    rule = "step 2, rank 0: sample 2 of group 5 has loss .* the weights are unchanged"
+    with pytest.raises(RuntimeError, match=rule):
         step(trainer, [sample(0), sample(1), sample(2, **changes), sample(3)])
-    assert all(
-        torch.equal(parameter, old) for parameter, old in zip(trainer.gpt.parameters(), before)
-    )
+    assert all(map(torch.equal, trainer.gpt.parameters(), before))
 
 
 def test_an_empty_response_changes_nothing(trainer):
-    """An engine that gives up at once returns no token; such a sample has nothing to learn from,
-    and is in nobody's way.
-    """
+    """An engine that gives up at once returns no token. Such a sample adds nothing to the step."""
     metrics = step(trainer, [sample(0), sample(1, **EMPTY)])
-    assert metrics["tokens"] == 2 and all(np.isfinite(value) for value in metrics.values())
+    assert metrics["tokens"] == 2
+    assert all(np.isfinite(value) for value in metrics.values())
 
 
 def test_the_only_update_of_a_batch_needs_no_old_logprobs(fresh_megatron, models):
-    """Without a pass of their own, old log-probs are the update's: the step is the same to the bit."""
+    """Old log-probs from the update itself give the same step, to the bit."""
     steps = []
     for settings in (None, LossSettings()):
         trainer = train_step.build_trainer(
@@ -411,7 +269,9 @@ def test_the_only_update_of_a_batch_needs_no_old_logprobs(fresh_megatron, models
         assert lengths == ([2, 2] if settings is None else [0, 0])
         metrics = train_step.update_policy(trainer, batches, LossSettings())
         steps.append((metrics, [parameter.clone() for parameter in trainer.gpt.parameters()]))
-    assert steps[0][0] == steps[1][0] and all(map(torch.equal, steps[0][1], steps[1][1]))
+    (metrics, weights), (other_metrics, other_weights) = steps
+    assert metrics == other_metrics
+    assert all(map(torch.equal, weights, other_weights))
 
 
 def test_what_does_not_count_cannot_spoil_the_batch(trainer):
@@ -419,7 +279,8 @@ def test_what_does_not_count_cannot_spoil_the_batch(trainer):
         1, rollout_logprobs=[float("nan"), -1.0], advantages=[float("inf"), 1.0], loss_mask=[0, 1]
     )
     metrics = step(trainer, [sample(0), spoiled], kl_coef=0.0)
-    assert metrics["tokens"] == 3 and all(np.isfinite(value) for value in metrics.values())
+    assert metrics["tokens"] == 3
+    assert all(np.isfinite(value) for value in metrics.values())
 
 
 def test_mini_batches_are_equal_parts_and_steps_of_their_own(fresh_megatron, models):
@@ -432,21 +293,21 @@ def test_mini_batches_are_equal_parts_and_steps_of_their_own(fresh_megatron, mod
     assert [[s.index for s in batch.samples] for batch in batches] == [[0, 1], [2, 3], [4, 5, 6]]
     samples[2].loss_mask = samples[3].loss_mask = [0, 0]
     metrics = step(trainer, samples)
-    assert (
-        metrics["tokens"] == 10 and metrics["logprob_shift"] != 0
-    )  # the third part sees what the first has changed
-    assert trainer.scheduler.num_steps == 1  # one rollout batch, one step of the schedule
+    # The third part is trained with the weights that the first has changed.
+    assert metrics["tokens"] == 10
+    assert metrics["logprob_shift"] != 0
+    assert trainer.scheduler.num_steps == 1  # a rollout batch is one step of the schedule
 
 
 def built(models, *, steps=9, with_reference=False, **settings):
-    """A trainer of the small Llama in fp32."""
+    """Build a trainer of the small Llama in FP32."""
     settings, folder = TrainSettings(train_dtype="fp32", **settings), str(models["llama"])
     more = dict(steps=steps, seed=1, with_reference=with_reference)
     return train_step.build_trainer(folder, settings, read_config(folder), **more)
 
 
 def test_the_metrics_of_mini_batches_are_a_mean_and_a_largest(fresh_megatron, models):
-    """lr 0: each part has the gradient that it has alone. The largest mismatch is in the first."""
+    """With lr 0 each part has the gradient that it has alone. The first has more mismatch."""
     trainer = built(models, lr=0.0, minibatches=2)
     batch = [
         sample(0, rollout_logprobs=[-20.0, -1.0]),
@@ -458,7 +319,8 @@ def test_the_metrics_of_mini_batches_are_a_mean_and_a_largest(fresh_megatron, mo
     trainer = built(models, lr=0.0)
     alone = [step(trainer, part, correction="none") for part in (batch[:2], batch[2:])]
     norms, mismatches = ([m[k] for m in alone] for k in ("grad_norm", "mismatch_max"))
-    assert norms[0] != pytest.approx(norms[1], rel=0.1) and mismatches[0] > mismatches[1]
+    assert norms[0] != pytest.approx(norms[1], rel=0.1)
+    assert mismatches[0] > mismatches[1]
     assert both["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-5)
     assert both["mismatch_max"] == mismatches[0]
 
@@ -470,7 +332,7 @@ def test_the_metrics_of_mini_batches_are_a_mean_and_a_largest(fresh_megatron, mo
     (dict(lr_schedule="constant"), [0, 0.5, 1, 1, 1, 1, 1]),
 ])  # fmt: skip
 def test_the_learning_rate_follows_its_schedule(fresh_megatron, models, schedule, rates):
-    """2 steps of warm-up and 4 of decay, counted in rollout batches, whatever the mini-batches."""
+    """The schedule has 2 steps of warm-up and 4 of decay, counted in rollout batches."""
     trainer = built(models, steps=6, lr=1.0, lr_warmup_steps=2, **schedule)
     got = []
     for _ in range(7):
@@ -489,7 +351,7 @@ def test_the_optimizer_is_the_one_that_was_asked_for(fresh_megatron, models):
 
 @pytest.mark.parametrize("clip_grad", [1e-3, 1e-2])
 def test_the_gradient_is_clipped_to_its_norm(fresh_megatron, models, clip_grad):
-    """With Adam's epsilon of 1 the first step is lr g / (|g| + 1): as long as the gradient."""
+    """With Adam's epsilon at 1 the first step is lr g / (|g| + 1), as long as the gradient."""
     settings = dict(lr=1.0, lr_schedule="constant", clip_grad=clip_grad, megatron=("adam_eps=1.0",))
     trainer = built(models, **settings)
     before = [parameter.detach().clone() for parameter in trainer.gpt.parameters()]
@@ -500,7 +362,7 @@ def test_the_gradient_is_clipped_to_its_norm(fresh_megatron, models, clip_grad):
 
 
 def scored(trainer, batch, temperature: float) -> list[Sample]:
-    """Copies of the samples, with what score() sets."""
+    """Return copies of the samples with the log-probs that add_logprobs sets."""
     batch = [
         Sample(one.prompt_ids, response_ids=one.response_ids, loss_mask=[1, 1]) for one in batch
     ]
@@ -510,7 +372,7 @@ def scored(trainer, batch, temperature: float) -> list[Sample]:
 
 
 def test_scores_are_the_policys_and_the_references_at_the_temperature(fresh_megatron, models):
-    """The reference is brought apart from the policy, and the policy then takes its weights."""
+    """The test changes the reference. Then the policy takes the reference's weights."""
     trainer, batch = built(models, lr=0.0, with_reference=True), [sample(0), sample(1)]
     with torch.no_grad():
         for parameter in trainer.reference.parameters():
@@ -526,7 +388,7 @@ def test_scores_are_the_policys_and_the_references_at_the_temperature(fresh_mega
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_the_first_mini_batch_starts_from_ratio_one(fresh_megatron, models, temperature):
-    """score() packs each mini-batch as its update does: its numbers are the same to the bit."""
+    """add_logprobs packs each mini-batch as its update does. The numbers are equal to the bit."""
     trainer, rng = built(models, lr=0.0, minibatches=3), np.random.default_rng(0)
     batch = []
     for i in range(9):
@@ -537,7 +399,7 @@ def test_the_first_mini_batch_starts_from_ratio_one(fresh_megatron, models, temp
     batches = train_step.pack(trainer, batch)
     train_step.add_logprobs(trainer, batches)
     metrics = train_step.update_policy(trainer, batches, LossSettings())
-    assert metrics["logprob_shift"] == 0 and metrics["ratio"] == 1 and metrics["approx_kl"] == 0
+    assert (metrics["logprob_shift"], metrics["ratio"], metrics["approx_kl"]) == (0, 1, 0)
 
 
 def test_an_offloaded_reference_is_on_the_device_for_its_pass_only(fresh_megatron, models):
@@ -549,7 +411,8 @@ def test_an_offloaded_reference_is_on_the_device_for_its_pass_only(fresh_megatro
 
 
 @pytest.mark.parametrize("changes", [
-    (dict(min_lr=1e-5), {}), (dict(offload_reference=True), dict(kl_coef=0.1)), (dict(clip_grad=float("inf")), {}), (dict(lr=0.0), {}),
+    (dict(min_lr=1e-5), {}), (dict(offload_reference=True), dict(kl_coef=0.1)),
+    (dict(clip_grad=float("inf")), {}), (dict(lr=0.0), {}),
 ])  # fmt: skip
 def test_settings_that_work(models, changes):
     train, loss = TrainSettings(**changes[0]), LossSettings(**changes[1])
@@ -558,8 +421,9 @@ def test_settings_that_work(models, changes):
 
 
 def test_the_residual_stream_may_be_fp32(fresh_megatron, models):
-    """--megatron fp32_residual_connection=true: norms take fp32 and give BF16, what the linear
-    layers behind them take.
+    """With --megatron fp32_residual_connection=true norms take FP32 and give BF16.
+
+    The linear layers behind them take BF16.
     """
     config, logprobs = read_config(models["qwen3"]), []
     for changes in ({}, dict(megatron=("fp32_residual_connection=true",))):
@@ -568,19 +432,16 @@ def test_the_residual_stream_may_be_fp32(fresh_megatron, models):
         )
         batch = train_step.pack_batch(trainer, [sample(0), sample(1)])
         logprobs.append(torch.cat(train_step.compute_logprobs(trainer, batch.microbatches)))
-    assert (logprobs[0] - logprobs[1]).abs().max() < 0.1  # other roundings at most, the same model
+    # The same model, with other roundings at most.
+    assert (logprobs[0] - logprobs[1]).abs().max() < 0.1
 
 
 def test_the_routers_correction_bias_is_not_rounded(fresh_megatron, models):
-    """GLM-4.5 keeps it in FP32: rounded to BF16, the choice of experts could be another, here and
-    in the engine.
-    """
+    """GLM-4.5 keeps it in FP32. Rounded to BF16 it could choose other experts than the engine's."""
     trainer = train_step.build_trainer(
         str(models["glm4_moe"]), TrainSettings(), read_config(models["glm4_moe"]), steps=9, seed=1
     )
-    stored = load_file(models["glm4_moe"] / "model.safetensors")[
-        "model.layers.1.mlp.gate.e_score_correction_bias"
-    ]
-    assert torch.equal(
-        trainer.gpt.decoder.layers[1].mlp.router.expert_bias, stored
-    ) and not torch.equal(stored, stored.bfloat16().float())
+    weights = load_file(models["glm4_moe"] / "model.safetensors")
+    stored = weights["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert torch.equal(trainer.gpt.decoder.layers[1].mlp.router.expert_bias, stored)
+    assert not torch.equal(stored, stored.bfloat16().float())

@@ -79,6 +79,7 @@ def test_the_innermost_phase_tells():
     assert raised.value.__notes__ == [failure_note("quantize", ["c"])]
 
 
+@pytest.mark.complete
 def test_memory_is_that_of_buckets_not_of_the_model():
     """102 million parameters at tp 2, buckets of 1 MiB, tensors of up to 3 MiB: 98 MiB pass through
     every rank, and none grows by a copy of them.

@@ -159,7 +159,7 @@ class Batch:
             setattr(sample, field, mine)
 
     def known(self, settings: LossSettings, advantage: str) -> oracle.Known:
-        """With the advantages of the oracle, from which a KL in the reward is taken at each token."""
+        """Return what the oracle knows; a KL in the reward lowers its advantages by token."""
         lengths_N = np.array([len(mask) for mask in MASKS])
         penalties_T = np.zeros(len(self.mask_T))
         if settings.kl_coef and settings.kl_in == "reward":
@@ -334,7 +334,7 @@ def test_the_batch_reaches_every_branch(table):
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_log_probs_that_are_far_apart_spoil_nothing(table, policy, correction, far):
-    """In fp32 exp(89) is infinite. 0 times infinity is NaN: at advantage 0, and where a clip holds."""
+    """In fp32 exp(89) is infinite. 0 times infinity is NaN: at advantage 0, or inside a clip."""
     batch = Batch(table.gpt.weight, scored=True, far=far)
     for settings in algorithms(policy, correction):
         if settings.entropy_coef or settings.aggregation != "sequence":
@@ -352,7 +352,7 @@ def test_log_probs_that_are_far_apart_spoil_nothing(table, policy, correction, f
 
 
 def test_a_real_model_descends_the_same_loss(table, models):
-    """train_step on a tiny Llama: metrics, and the gradient at its logits. lr is 0: no step moves."""
+    """train_step on a tiny Llama: metrics, and the gradient at its logits. At lr 0 none moves."""
     settings = TrainSettings(train_dtype="fp32", lr=0.0)
     trainer = train_step.build_trainer(
         str(models["llama"]), settings, read_config(models["llama"]), steps=99, seed=1, **LIMITS

@@ -1,47 +1,31 @@
-"""Every advantage, policy loss, correction, KL estimator and aggregation a second time: NumPy
-float64, one token or one sample at a time.
+"""Every algorithm a second time, one token or one sample at a time, in NumPy float64.
 
-Nothing here is shared with losses.py or advantages.py and nothing is vectorised, so that each
-function can be checked against its formula by reading it. Where a paper stops the gradient, the
-argument under the stop is passed as `frozen_T`: the same numbers as logprobs_T, held still while
-finite differences move logprobs_T. A value the formula leaves undefined (a mean over a sample
-without counting tokens) is NaN here. The bound of log-ratios, +-20, is part of every formula that
-has a ratio: see `ratio`.
+Policy losses, corrections, KL estimators, aggregations and the whole loss stand here, advantages in
+advantage_formulas.py. Nothing is shared with losses.py and nothing is vectorised, so that a reader
+can check each function against its formula.
 
-N samples, T packed tokens, L tokens of one sample. A counting token is one with mask 1. Sources:
+Where a paper stops the gradient, the argument under the stop is passed as `frozen_T`. It holds the
+same numbers as logprobs_T, and stays while finite differences move logprobs_T. NaN stands for a
+value that the formula leaves undefined, such as a mean over a sample without counting tokens. Every
+formula with a ratio bounds the log-ratio to +-20: see `ratio`.
+
+N samples, T packed tokens, L tokens of one sample. A counting token has mask 1. Sources:
 PPO arXiv:1707.06347, dual clip 1912.09729, GRPO 2402.03300, Dr. GRPO 2503.20783, RLOO 2402.14740,
 REINFORCE++ 2501.03262, GAE 1506.02438, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585, KL
 estimators http://joschu.net/blog/kl-approx.html.
 """
 
 from dataclasses import dataclass
-from math import exp, nan, sqrt
+from math import exp, nan
 
 import numpy as np
 
-
-@dataclass
-class Outcomes:
-    """What the advantages are made from; the fields of advantages.Scores as NumPy arrays."""
-
-    rewards_N: np.ndarray
-    group_N: np.ndarray
-    lengths_N: np.ndarray  # response tokens of each sample
-    mask_T: np.ndarray
-    penalties_T: np.ndarray  # taken from the reward at each token
-
-    def spans(self) -> list[range]:
-        """The token indices of each sample."""
-        spans, start = [], 0
-        for length in self.lengths_N:
-            spans.append(range(start, start + int(length)))
-            start += int(length)
-        return spans
+from advantage_formulas import ADVANTAGES, Outcomes, gae, mean, overlong_penalty  # noqa: F401
 
 
 @dataclass
 class Packed:
-    """Which sample each packed token belongs to and whether it counts."""
+    """Hold which sample each packed token belongs to, and whether it counts."""
 
     sample_T: np.ndarray
     mask_T: np.ndarray
@@ -55,128 +39,6 @@ class Packed:
         ]
 
 
-# ---- Advantages: outcomes -> A_T ----
-
-
-def net_rewards(outcomes: Outcomes) -> list[float]:
-    """R_i: the reward of a sample minus the penalties of its counting tokens."""
-    net = []
-    for reward, span in zip(outcomes.rewards_N, outcomes.spans()):
-        net.append(
-            float(reward)
-            - sum(float(outcomes.penalties_T[t]) for t in span if outcomes.mask_T[t] == 1)
-        )
-    return net
-
-
-def group_of(outcomes: Outcomes, i: int) -> list[int]:
-    return [j for j in range(len(outcomes.group_N)) if outcomes.group_N[j] == outcomes.group_N[i]]
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def on_tokens(outcomes: Outcomes, value_N: list[float]) -> np.ndarray:
-    """The value of each sample at its counting tokens, 0 at the others."""
-    value_T = np.zeros(len(outcomes.mask_T))
-    for value, span in zip(value_N, outcomes.spans()):
-        for t in span:
-            if outcomes.mask_T[t] == 1:
-                value_T[t] = value
-    return value_T
-
-
-def whitened(value_T: np.ndarray, mask_T: np.ndarray) -> np.ndarray:
-    """(x - mean) / sqrt(var + 1e-8) over the counting tokens of the batch; var divides by their
-    number (biased).
-    """
-    counting = [t for t in range(len(mask_T)) if mask_T[t] == 1]
-    result_T = np.zeros(len(mask_T))
-    if counting:
-        center = mean([value_T[t] for t in counting])
-        variance = mean([(value_T[t] - center) ** 2 for t in counting])
-        for t in counting:
-            result_T[t] = (value_T[t] - center) / sqrt(variance + 1e-8)
-    return result_T
-
-
-def grpo(outcomes: Outcomes) -> np.ndarray:
-    net, advantages = net_rewards(outcomes), []
-    for i in range(len(net)):
-        group = [net[j] for j in group_of(outcomes, i)]
-        deviation = (
-            sqrt(sum((x - mean(group)) ** 2 for x in group) / (len(group) - 1))
-            if len(group) > 1
-            else 0.0
-        )
-        advantages.append((net[i] - mean(group)) / (deviation + 1e-6))
-    return on_tokens(outcomes, advantages)
-
-
-def dr_grpo(outcomes: Outcomes) -> np.ndarray:
-    net = net_rewards(outcomes)
-    return on_tokens(
-        outcomes, [net[i] - mean([net[j] for j in group_of(outcomes, i)]) for i in range(len(net))]
-    )
-
-
-def rloo(outcomes: Outcomes) -> np.ndarray:
-    net, advantages = net_rewards(outcomes), []
-    for i in range(len(net)):
-        others = [net[j] for j in group_of(outcomes, i) if j != i]
-        advantages.append(net[i] - mean(others) if others else 0.0)
-    return on_tokens(outcomes, advantages)
-
-
-def reinforce_plus_plus(outcomes: Outcomes) -> np.ndarray:
-    return_T = np.zeros(len(outcomes.mask_T))
-    for reward, span in zip(outcomes.rewards_N, outcomes.spans()):
-        for t in span:
-            still_to_pay = sum(
-                float(outcomes.penalties_T[u]) for u in span if u >= t and outcomes.mask_T[u] == 1
-            )
-            return_T[t] = float(reward) - still_to_pay
-    return whitened(return_T, outcomes.mask_T)
-
-
-def reinforce_plus_plus_baseline(outcomes: Outcomes) -> np.ndarray:
-    return whitened(dr_grpo(outcomes), outcomes.mask_T)
-
-
-ADVANTAGES = {
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
-    "rloo": rloo,
-    "reinforce++": reinforce_plus_plus,
-    "reinforce++_baseline": reinforce_plus_plus_baseline,
-}
-
-
-def gae(rewards_L, values_L, mask_L, *, gamma: float, lam: float) -> tuple[np.ndarray, np.ndarray]:
-    """(A_L, returns_L) by the definition: A_k = sum over later counting tokens j of (gamma
-    lam)^(j-k) delta_j, with no recursion.
-    """
-    kept = [t for t in range(len(mask_L)) if mask_L[t] == 1]
-    deltas = []
-    for k, t in enumerate(kept):
-        next_value = values_L[kept[k + 1]] if k + 1 < len(kept) else 0.0
-        deltas.append(rewards_L[t] + gamma * next_value - values_L[t])
-    advantages_L, returns_L = np.zeros(len(mask_L)), np.zeros(len(mask_L))
-    for k, t in enumerate(kept):
-        advantages_L[t] = sum((gamma * lam) ** (j - k) * deltas[j] for j in range(k, len(kept)))
-        returns_L[t] = advantages_L[t] + values_L[t]
-    return advantages_L, returns_L
-
-
-def overlong_penalty(length: int, *, max_tokens: int, buffer: int) -> float:
-    if buffer == 0 or length <= max_tokens - buffer:
-        return 0.0
-    if length <= max_tokens:
-        return (max_tokens - buffer - length) / buffer
-    return -1.0
-
-
 # ---- Policy losses: (loss_T, ratio_T, clipped_T) ----
 
 
@@ -187,7 +49,7 @@ def clip(x: float, low: float, high: float) -> float:
 
 
 def ratio(log_ratio: float) -> float:
-    """e to the log-ratio, which is first bounded to +-20."""
+    """Return e to the log-ratio, which is first bounded to +-20."""
     return exp(clip(log_ratio, -20.0, 20.0))
 
 
@@ -209,19 +71,15 @@ def clipped_surrogate(
 
 def ppo(logprobs_T, frozen_T, old_T, advantages_T, packed, **bounds):
     ratio_T = [ratio(new - old) for new, old in zip(logprobs_T, old_T)]
-    results = [
-        clipped_surrogate(r, advantage, **bounds) for r, advantage in zip(ratio_T, advantages_T)
-    ]
-    return (
-        np.array([loss for loss, _ in results]),
-        np.array(ratio_T),
-        np.array([clipped for _, clipped in results]),
-    )
+    results = [clipped_surrogate(r, a, **bounds) for r, a in zip(ratio_T, advantages_T)]
+    loss_T, clipped_T = zip(*results)
+    return np.array(loss_T), np.array(ratio_T), np.array(clipped_T)
 
 
 def gspo(logprobs_T, frozen_T, old_T, advantages_T, packed, **bounds):
-    """log s_t = l_t - sg(l_t) + sg(mean of l - lo): the value is the sample's ratio, the gradient
-    each token's own.
+    """Return the loss with log s_t = l_t - sg(l_t) + sg(mean of l - lo).
+
+    The value is the sample's ratio. The gradient is each token's own.
     """
     ratio_T, results = [], []
     for t in range(len(logprobs_T)):
@@ -229,20 +87,16 @@ def gspo(logprobs_T, frozen_T, old_T, advantages_T, packed, **bounds):
             np.asarray(frozen_T) - np.asarray(old_T), packed, packed.sample_T[t]
         )
         ratio_T.append(ratio(logprobs_T[t] - frozen_T[t] + center))
-        results.append(
-            clipped_surrogate(ratio_T[t], advantages_T[t], **bounds)
-            if center == center
-            else (nan, False)
-        )
-    return (
-        np.array([loss for loss, _ in results]),
-        np.array(ratio_T),
-        np.array([clipped for _, clipped in results]),
-    )
+        if center != center:  # NaN: the sample has no counting token
+            results.append((nan, False))
+        else:
+            results.append(clipped_surrogate(ratio_T[t], advantages_T[t], **bounds))
+    loss_T, clipped_T = zip(*results)
+    return np.array(loss_T), np.array(ratio_T), np.array(clipped_T)
 
 
 def cispo(logprobs_T, frozen_T, old_T, advantages_T, packed, *, clip_low, clip_high, dual_clip):
-    """-sg(clip(r)) A l: the ratio only weighs, so a clipped token keeps its gradient."""
+    """Return -sg(clip(r)) A l. The ratio only weighs, so a clipped token keeps its gradient."""
     assert dual_clip == 0
     loss_T, ratio_T, clipped_T = [], [], []
     for new, frozen, old, advantage in zip(logprobs_T, frozen_T, old_T, advantages_T):
@@ -266,26 +120,21 @@ def no_correction(log_weight_T, packed, *, low, high):
 
 def tis(log_weight_T, packed, *, low, high):
     assert low is None
-    return np.array([min(ratio(x), high) for x in log_weight_T]), np.array(
-        [ratio(x) > high for x in log_weight_T]
-    )
+    weight_T = [min(ratio(x), high) for x in log_weight_T]
+    return np.array(weight_T), np.array([ratio(x) > high for x in log_weight_T])
 
 
 def icepop(log_weight_T, packed, *, low, high):
     inside_T = np.array([low <= ratio(x) <= high for x in log_weight_T])
-    return (
-        np.array([ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]),
-        ~inside_T,
-    )
+    weight_T = [ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]
+    return np.array(weight_T), ~inside_T
 
 
 def decoupled(log_weight_T, packed, *, low, high):
     assert low is None
     inside_T = np.array([ratio(x) <= high for x in log_weight_T])
-    return (
-        np.array([ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]),
-        ~inside_T,
-    )
+    weight_T = [ratio(x) if inside else 0.0 for x, inside in zip(log_weight_T, inside_T)]
+    return np.array(weight_T), ~inside_T
 
 
 def sequence_mask(log_weight_T, packed, *, low, high):
@@ -317,7 +166,7 @@ def k2(new: float, ref: float, old: float) -> float:
 
 
 def k3(new: float, ref: float, old: float) -> float:
-    """e^-d - 1 + d of d = l - lf, which is at least -20."""
+    """Return e^-d - 1 + d with d = l - lf, bounded to at least -20."""
     d = max(new - ref, -20.0)
     return exp(-d) - 1 + d
 
@@ -368,7 +217,7 @@ AGGREGATIONS = {"token": token_mean, "sequence": sequence_mean, "constant": cons
 
 @dataclass
 class Known:
-    """What is held still while logprobs_T and entropy_T move."""
+    """Hold what stays while logprobs_T and entropy_T move."""
 
     frozen_T: np.ndarray  # the numbers of logprobs_T
     old_T: np.ndarray
@@ -380,7 +229,7 @@ class Known:
 
 @dataclass
 class Algorithm:
-    """One choice from each table. kl: the estimator of the KL term of the loss, or None."""
+    """Hold one choice from each table. kl: the estimator of the loss's KL term, or None."""
 
     policy_loss: str
     clips: dict
@@ -394,7 +243,10 @@ class Algorithm:
 
 
 def whole_loss(logprobs_T, entropy_T, known: Known, algorithm: Algorithm) -> float:
-    """The aggregate of w_t L_t + kl_coef K_t - entropy_coef H_t: w_t weighs the policy loss alone."""
+    """Return the aggregate of w_t L_t + kl_coef K_t - entropy_coef H_t.
+
+    The correction w_t weighs the policy loss alone.
+    """
     policy_T, _, _ = POLICY_LOSSES[algorithm.policy_loss](
         logprobs_T, known.frozen_T, known.old_T, known.advantages_T, known.packed, **algorithm.clips
     )
@@ -417,7 +269,7 @@ def whole_loss(logprobs_T, entropy_T, known: Known, algorithm: Algorithm) -> flo
 def whole_metrics(
     logprobs_T, entropy_T, known: Known, algorithm: Algorithm, kl: str | None
 ) -> dict[str, float]:
-    """Means over the counting tokens, and the largest mismatch. kl: the estimator, or None."""
+    """Return means over the counting tokens, and the largest mismatch. kl: estimator or None."""
     _, ratio_T, clipped_T = POLICY_LOSSES[algorithm.policy_loss](
         logprobs_T, known.frozen_T, known.old_T, known.advantages_T, known.packed, **algorithm.clips
     )
@@ -443,7 +295,7 @@ def whole_metrics(
 
 
 def log_softmax(logits_V, temperature: float) -> np.ndarray:
-    """log p of each token of the vocabulary, p = softmax(logits / temperature)."""
+    """Return log p of each token of the vocabulary, p = softmax(logits / temperature)."""
     x_V = np.asarray(logits_V, dtype=np.float64) / temperature
     return x_V - x_V.max() - np.log(sum(exp(x) for x in x_V - x_V.max()))
 
@@ -451,7 +303,7 @@ def log_softmax(logits_V, temperature: float) -> np.ndarray:
 def through_softmax(
     logits_V, label: int, d_logprob: float, d_entropy: float, temperature: float
 ) -> np.ndarray:
-    """The gradient at a position's logits, from those at its label's log-prob and its entropy."""
+    """Return the gradient at a position's logits from those at its label's log-prob and entropy."""
     logp_V = log_softmax(logits_V, temperature)
     p_V = np.exp(logp_V)
     entropy = -(p_V * logp_V).sum()
@@ -463,9 +315,9 @@ def through_softmax(
 
 
 def jacobian(function, x: np.ndarray, step: float = 1e-5) -> np.ndarray:
-    """Row i, column j: how output i moves with input j.
+    """Return how output i (row) moves with input j (column), by finite differences.
 
-    The error is about 1e-10 of the output, at every size of it.
+    The error is about 1e-10 of the output, however large or small that is.
     """
     columns = []
     for j in range(len(x)):

@@ -1,10 +1,16 @@
-"""Every algorithm on one parallel layout, run under torchrun by test_splits.py: loss and whole
+"""Every algorithm on parallel layouts, run under torchrun by test_splits.py: loss and whole
 gradient of one batch.
 
-    torchrun --nproc-per-node N algorithms.py OUT_FOLDER TP PP CP MICROBATCH_TOKENS ORDER MODEL_FOLDER       ORDER: given, reversed or shuffled
+    torchrun --nproc-per-node N algorithms.py OUT_FOLDER CASES_FILE MODEL_FOLDER
 
-Rank 0 writes OUT_FOLDER/losses.json and OUT_FOLDER/gradients.pt, {algorithm: {Hugging Face name: gradient}}. The gradient is read off the weights: with
-Adam's epsilon of 1 and no clipping the first step moves them by lr g / (|g| + 1), and the hand-off's own gather brings them together. No engine is started.
+CASES_FILE holds as JSON, of each case:
+
+    {"splits": [tp, pp, cp], "microbatch_tokens": 70, "order": "given", "reversed" or "shuffled"}
+
+Rank 0 writes OUT_FOLDER/losses.json, {case: {algorithm: metrics}}, and OUT_FOLDER/gradients.pt,
+{case: {algorithm: {Hugging Face name: gradient}}}. The gradient is read off the weights. With
+Adam's epsilon of 1 and no clipping the first step moves them by lr g / (|g| + 1). The hand-off's
+own gather brings them together. No engine is started.
 """
 
 import json
@@ -159,14 +165,9 @@ def without_a_token(trainer, weights) -> list[bool]:
     return as_said
 
 
-def main() -> None:
-    out, (tp, pp, cp, microbatch_tokens), order, folder = (
-        Path(sys.argv[1]),
-        map(int, sys.argv[2:6]),
-        sys.argv[6],
-        sys.argv[7],
-    )
-    distributed.init_distributed()
+def measure(folder: str, splits: list[int], microbatch_tokens: int, order: str) -> tuple:
+    """Return the losses and the gradients of every algorithm at one layout."""
+    tp, pp, cp = splits
     config = read_config(folder)
     settings = TrainSettings(
         tp=tp,
@@ -226,6 +227,15 @@ def main() -> None:
         }
         gradients[name] = {n: m / (1 - m.abs()) for n, m in moved.items()}
     losses["no token counts"] = without_a_token(trainer, weights)
+    return losses, gradients
+
+
+def main() -> None:
+    out, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    distributed.init_distributed()
+    losses, gradients = {}, {}
+    for name, case in cases.items():
+        losses[name], gradients[name] = measure(sys.argv[3], **case)
     if dist.get_rank() == 0:
         (out / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
         torch.save(gradients, out / "gradients.pt")

@@ -1,10 +1,11 @@
 """loop_async.py with artificial slowness and a record of everything that passes, run under torchrun
 by test_loop_async.py.
 
-    torchrun --nproc-per-node 2 async_run.py OUT_FOLDER SLOW flags of loop_async.py …        SLOW: comma-separated trainer, engine, sync; or none
+    torchrun --nproc-per-node 2 async_run.py OUT_FOLDER SLOW flags of loop_async.py …
 
-Every rank writes OUT_FOLDER/rank-R.json: the groups its engine started, what each step was given,
-and what its engine's weight version was at each reply.
+SLOW is "none", or what is slowed down: trainer, engine, sync, with commas between them. Every rank
+writes OUT_FOLDER/rank-R.json: the groups its engine started, what each step was given, and the
+weight version of its engine at each reply.
 """
 
 import asyncio
@@ -60,7 +61,7 @@ def slow_train(trainer, samples, settings, **arguments):
 
 
 def recorded_step(samples):
-    """What a step is given: which samples are trained, and which are set aside, for which reason."""
+    """Record what a step is given: the trained samples, and the discarded ones by reason."""
     names = {
         reason: [(s.group, s.index) for s in samples if s.discarded == reason]
         for reason in (rollout.DROPPED, rollout.REPLACED)

@@ -1,5 +1,5 @@
 """What the ranks of real trainers hold, in bytes, at several layouts of four ranks; run by
-test_plan.py.
+test_memory.py.
 
     torchrun --nproc-per-node 4 held_bytes.py OUT DENSE_FOLDER MOE_FOLDER
 
@@ -20,7 +20,7 @@ from backends.huggingface.config import read_config
 from common import distributed
 from common.settings import TrainSettings
 from harness import exits
-from harness.checkpoint import _give_adam_its_state
+from backends.megatron.state import _give_adam_its_state
 import train_step
 
 CASES = {  # name: (folder, settings)
@@ -79,8 +79,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exits.run_main(
-        main
-        # Destroys the process groups: with gloo's threads still there, the interpreter's end now and
-        # then aborts
-    )
+    # Destroys the process groups. With gloo's threads still there, the interpreter sometimes
+    # aborts at its end.
+    exits.run_main(main)

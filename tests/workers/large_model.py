@@ -1,10 +1,11 @@
 """Which Hugging Face tensors the ranks of a large layout deliver, found without weights and without
 the ranks; run by test_large_models.py.
 
-    python large_model.py FOLDER TP EP PP
+    python large_model.py CASES_FILE
 
-Every pipeline stage is built on the meta device, with process groups that are stand-ins. Prints
-{name: shape} as JSON; fails on a name delivered twice.
+CASES_FILE holds as JSON, of each model, [its folder, tp, ep, pp]. Every pipeline stage is built on
+the meta device, with process groups that are stand-ins. Prints {model: {name: shape}} as JSON;
+fails on a name delivered twice.
 """
 
 import json
@@ -25,8 +26,6 @@ from common.settings import TrainSettings
 from harness import model_checks
 import weight_sync
 
-FOLDER, (TP, EP, PP) = sys.argv[1], map(int, sys.argv[2:])
-
 
 def build_as(rank: int, world_size: int, settings: TrainSettings, config: dict):
     """build_gpt as that rank of a larger world would call it."""
@@ -35,22 +34,24 @@ def build_as(rank: int, world_size: int, settings: TrainSettings, config: dict):
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     experts = dict(
-        expert_model_parallel_size=EP,
+        expert_model_parallel_size=settings.ep,
         expert_tensor_parallel_size=megatron_model.expert_tp(settings),
     )
-    mpu.initialize_model_parallel(TP, PP, **experts, create_gloo_process_groups=False)
+    mpu.initialize_model_parallel(
+        settings.tp, settings.pp, **experts, create_gloo_process_groups=False
+    )
     model_parallel_cuda_manual_seed(1)
     return megatron_model.build_gpt(settings, config)
 
 
-def main() -> None:
-    torch.cuda.current_device = lambda: torch.device("meta")  # where Megatron puts its parameters
-    config, world_size = read_config(FOLDER), max(TP, EP) * PP
-    settings = TrainSettings(tp=TP, pp=PP, ep=EP)
+def delivered_by(folder: str, tp: int, ep: int, pp: int) -> dict[str, list[int]]:
+    """Return the shape of every tensor that the ranks deliver, by its name."""
+    config, world_size = read_config(folder), max(tp, ep) * pp
+    settings = TrainSettings(tp=tp, pp=pp, ep=ep)
     model_checks.check_train_settings(settings, config, world_size=world_size, longest=8192)
     delivered = {}
-    for stage in range(PP):
-        gpt, layout = build_as(stage * world_size // PP, world_size, settings, config)
+    for stage in range(pp):
+        gpt, layout = build_as(stage * world_size // pp, world_size, settings, config)
         assert (
             sum(parameter.nbytes for parameter in gpt.parameters() if not parameter.is_meta) < 2**30
         )  # Megatron allocates routers on the CPU
@@ -64,7 +65,13 @@ def main() -> None:
             for name in shard.names:
                 assert name not in delivered, name
                 delivered[name] = shape
-    print(json.dumps(delivered))
+    return delivered
+
+
+def main() -> None:
+    torch.cuda.current_device = lambda: torch.device("meta")  # where Megatron puts its parameters
+    cases = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    print(json.dumps({model: delivered_by(*case) for model, case in cases.items()}))
 
 
 if __name__ == "__main__":

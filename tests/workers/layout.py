@@ -6,7 +6,9 @@ Every family goes through load, forward, hand-off bytes, export and optimizer st
 
 CASES_FILE holds as JSON, of each layout:
 
-    {"splits": [tp, ep, pp, cp], "folders": {family: model folder}, "trains": take optimizer steps?}
+    {"splits": [tp, ep, pp, cp], "folders": {family: model folder}, "microbatch_tokens": [4096, 64]}
+
+with the micro-batch size of each optimizer step to take, or none of them.
 
 Rank 0 writes OUT_FOLDER/report.json, {layout: {family: [each rank's report]}}, and the exported
 models to OUT_FOLDER/layout/family. The test compares reports of different layouts. No engine is
@@ -15,6 +17,7 @@ started.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -39,8 +42,9 @@ from transformers import AutoModelForCausalLM
 
 
 def fixed_samples(vocab: int) -> list[rollout.Sample]:
-    """24 ragged samples with everything the loss looks at; one wholly masked, as a sample whose
-    judge failed.
+    """Return 24 ragged samples with everything that the loss looks at.
+
+    One is wholly masked, as a sample whose judge failed.
     """
     generator = torch.Generator().manual_seed(0)
     samples = []
@@ -63,11 +67,10 @@ def fixed_samples(vocab: int) -> list[rollout.Sample]:
     return samples
 
 
-def build(folder: str, tp: int, ep: int, pp: int, cp: int, dtype: str, microbatch_tokens: int):
+def build(folder: str, tp: int, ep: int, pp: int, cp: int, dtype: str):
+    """Return a trainer at this layout and its hand-off."""
     config = read_config(folder)
-    settings = TrainSettings(
-        tp=tp, ep=ep, pp=pp, cp=cp, train_dtype=dtype, microbatch_tokens=microbatch_tokens, lr=1e-3
-    )
+    settings = TrainSettings(tp=tp, ep=ep, pp=pp, cp=cp, train_dtype=dtype, lr=1e-3)
     trainer = train_step.build_trainer(folder, settings, config, steps=4, seed=1)
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
     return trainer, weight_sync.WeightPath(
@@ -88,14 +91,17 @@ def one_step(trainer, temperature: float = 0.7) -> dict:
 
 
 def whole(mine: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
-    """The ranks' parts of a tensor, one after the other."""
+    """Join the ranks' parts of a tensor along dim."""
     parts = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(parts, mine.contiguous(), group=group)
     return torch.cat(parts, dim=dim)
 
 
 def errors(trainer, folder: str, temperature: float) -> dict[str, float]:
-    """Largest |trainer - transformers| of the logits, and of the log-probs at the temperature, over every position of this rank's samples, in fp32."""
+    """Return the largest |trainer - transformers| of the logits and of the log-probs, in fp32.
+
+    Over every position of this rank's samples; the log-probs are those at the temperature.
+    """
     reference = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -136,8 +142,9 @@ def errors(trainer, folder: str, temperature: float) -> dict[str, float]:
 
 
 def hand_off_errors(weights, folder: str) -> list[str]:
-    """Names whose bytes, as this rank receives them from rank 0, are not quantize(full tensor) of
-    the folder's file, plus names missing or too many.
+    """Return the names whose bytes on this rank are not quantize(full tensor) of the folder's file.
+
+    Names that are missing or too many count too. Rank 0 sends, every rank receives.
     """
     source = load_file(Path(folder) / "model.safetensors")
     expected = {}
@@ -160,19 +167,20 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-def report_of(folder: str, splits: list[int], out: Path, *, trains: bool) -> dict:
-    """What this rank found about one model at one layout."""
-    trainer, weights = build(folder, *splits, "fp32", 4096)
+def report_of(folder: str, splits: list[int], out: Path, microbatch_tokens: list[int]) -> dict:
+    """Measure one model at one layout, and return what this rank has found."""
+    trainer, weights = build(folder, *splits, "fp32")
     mine = {
         "errors": errors(trainer, folder, 0.7),
         "hand_off_errors": hand_off_errors(weights, folder),
     }
     hf_export.export_hf(weights, out, source=folder, dtype="bf16")
-    if trains:
-        mine["steps_4096"] = [one_step(trainer) for _ in range(2)]
-        trainer, _ = build(folder, *splits, "fp32", 64)
-        mine["steps_64"] = [one_step(trainer) for _ in range(2)]
-        trainer, _ = build(folder, *splits, "bf16", 4096)
+    if microbatch_tokens:
+        mine["steps"] = []
+        for tokens in microbatch_tokens:
+            trainer.settings = replace(trainer.settings, microbatch_tokens=tokens)
+            mine["steps"].append(one_step(trainer))
+        trainer, _ = build(folder, *splits, "bf16")
         mine["step_bf16"] = one_step(trainer)
     return mine
 
@@ -186,7 +194,8 @@ def main() -> None:
             mpu.destroy_model_parallel()
         report[layout] = {}
         for family, folder in case["folders"].items():
-            mine = report_of(folder, case["splits"], out / layout / family, trains=case["trains"])
+            exported = out / layout / family
+            mine = report_of(folder, case["splits"], exported, case["microbatch_tokens"])
             reports = [None] * dist.get_world_size()
             dist.all_gather_object(reports, mine)
             report[layout][family] = reports

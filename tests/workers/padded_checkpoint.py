@@ -1,9 +1,10 @@
 """A checkpoint written at one tensor-parallel size and read at another; run by test_layouts.py.
 
-    torchrun --nproc-per-node 2 padded_checkpoint.py OUT_FOLDER MODEL_FOLDER TP OTHER_TP
+    torchrun --nproc-per-node 2 padded_checkpoint.py OUT_FOLDER CASES_FILE
 
-Rank 0 writes OUT_FOLDER/report.json: the names of the tensors that came back with other bytes, the
-rows of the embedding, and the loss and gradient norm of the next two optimizer steps, by the
+CASES_FILE holds as JSON, of each case, [model folder, tp, other tp]. Rank 0 writes
+OUT_FOLDER/report.json, {case: report}: the names of the tensors that came back with other bytes,
+the rows of the embedding, and the loss and gradient norm of the next two optimizer steps, by the
 trainer that wrote the checkpoint and by the one that read it. No engine is started.
 """
 
@@ -27,7 +28,7 @@ import torch.distributed as dist
 def build(folder: str, tp: int):
     if mpu.model_parallel_is_initialized():
         mpu.destroy_model_parallel()
-    return layout.build(folder, tp, 1, 1, 1, "fp32", 4096)
+    return layout.build(folder, tp, 1, 1, 1, "fp32")
 
 
 def tensors_of(weights) -> dict:
@@ -42,16 +43,16 @@ def next_steps(trainer) -> list[float]:
     return [step[metric] for step in steps for metric in ("loss", "grad_norm")]
 
 
-def main() -> None:
-    out, folder, tp, other_tp = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
-    distributed.init_distributed()
+def report_of(folder: str, tp: int, other_tp: int, out: Path) -> dict:
+    """Write a checkpoint at tp, read it at other_tp, and return what differs."""
     trainer, weights = build(folder, tp)
     layout.one_step(trainer)
     is_writer, everyone = dist.get_rank() == 0, dist.group.WORLD
     record = SimpleNamespace(
         folder=out, is_writer=is_writer, group=everyone, loop="sync", positions=dict
     )
-    checkpoint.save(record, Settings(), trainer, step=1, read={}, rank_state={})
+    run = SimpleNamespace(record=record, settings=Settings(), inputs={})
+    checkpoint.save(run, trainer, step=1, rank_state={})
     written, expected = tensors_of(weights), next_steps(trainer)
 
     trainer, weights = build(folder, other_tp)
@@ -59,8 +60,14 @@ def main() -> None:
     read, got = tensors_of(weights), next_steps(trainer)
     differ = [name for name in written if not layout.same_bytes(written[name], read[name])]
     rows = len(read["model.embed_tokens.weight"])
-    report = {"differ": differ, "rows": rows, "expected": expected, "got": got}
-    if is_writer:
+    return {"differ": differ, "rows": rows, "expected": expected, "got": got}
+
+
+def main() -> None:
+    out, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    distributed.init_distributed()
+    report = {name: report_of(*case, out / name) for name, case in cases.items()}
+    if dist.get_rank() == 0:
         (out / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
