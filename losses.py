@@ -1,22 +1,22 @@
-"""The mathematics of a training step, as pure functions of tensors: the parts of a policy loss.
+"""The mathematics of a policy loss, as pure functions of tensors.
 
-Log-probs and entropy, which they start from, are computed in logprobs.py.
+An algorithm is one choice from each of five tables: POLICY_LOSSES, AGGREGATIONS, CORRECTIONS and
+KL_ESTIMATORS in this file, ADVANTAGES in advantages.py. Flags, default bounds and error messages
+follow from the tables. Over the tokens T and the samples N of the global batch,
 
-An algorithm is one choice from each of five tables: POLICY_LOSSES, AGGREGATIONS, CORRECTIONS,
-KL_ESTIMATORS here, ADVANTAGES in advantages.py. A fork adds a function and its line in the table:
-flags, default bounds and refusals follow from the line. Over the tokens of the global batch, in the
-terms of the tables:
+    loss = sum of weight_T (correction_T policy_loss_T + kl_coef kl_T - entropy_coef entropy_T)
+           / sum of normalizer_N
 
-    loss = sum of weight_T (correction_T policy_loss_T + kl_coef kl_T - entropy_coef entropy_T) /
-    sum of normalizer_N
+where the aggregation gives weight_T and normalizer_N. train_step.py puts the terms together.
+backends/megatron/logprobs.py computes the log-probs and the entropy that they start from.
 
-Three log-probs of the same token, three names, here and everywhere:
-    rollout_logprobs   by the engine that sampled it, from FP8 weights, at sampling time
+The same token has three log-probs, and each has one name throughout the project:
+    rollout_logprobs   by the engine, at sampling time, usually from FP8 weights
     old_logprobs       by the trainer, before the first optimizer step on this batch
     logprobs           by the trainer now, with a gradient
-and, where there is one, ref_logprobs by the frozen reference model. old - rollout measures how far
-engine and trainer disagree about the same policy (the mismatch); logprobs - old, how far the policy
-has moved.
+With a reference model there is a fourth: ref_logprobs, by the frozen reference. The difference
+old - rollout measures the mismatch: how far engine and trainer disagree about the same policy. The
+difference logprobs - old measures how far the policy has moved.
 
 Shape letters: T packed tokens of a micro-batch, N its samples.
 """
@@ -34,125 +34,107 @@ import tyro
 
 @dataclass(frozen=True)
 class Sequences:
-    """Which sample each packed token belongs to, and which tokens count: what is needed by all that
-    looks at whole responses.
-    """
+    """Which sample each packed token belongs to, and which tokens count."""
 
     sample_T: torch.Tensor
-    """int64: place of the token's sample in the micro-batch."""
+    """int64: index of the token's sample in the micro-batch."""
     mask_T: torch.Tensor
-    """float: 1 where the token is the policy's own and counts."""
+    """float: 1 where the token counts, because the policy sampled it; else 0."""
     counts_N: torch.Tensor
-    """float: how many tokens of each sample count, those of other context-parallel ranks included.
-    """
+    """float: counting tokens of each sample, including those on other context-parallel ranks."""
     cp_group: dist.ProcessGroup | None = None
-    """Ranks that hold other tokens of the same samples; None: there are none."""
+    """Ranks that hold other tokens of the same samples. None: this rank holds all of them."""
+
+    @property
+    def nonempty_N(self) -> torch.Tensor:
+        """Return 1 for each sample with at least one counting token, else 0."""
+        return (self.counts_N > 0).to(self.counts_N.dtype)
 
     @torch.no_grad()
     def mean(self, x_T: torch.Tensor) -> torch.Tensor:
-        """The mean over a sample's counting tokens, at each of its tokens; 0 where no token counts.
+        """Return at each token the mean of x over the counting tokens of its sample, float [T].
 
-        A constant: no gradient flows. Collective over cp_group.
+        The mean of a sample without counting tokens is 0. No gradient flows through the result.
+        Collective over cp_group.
         """
-        sums_N = torch.zeros_like(self.counts_N, dtype=x_T.dtype).index_add_(
-            0, self.sample_T, x_T * self.mask_T
-        )
+        sums_N = torch.zeros_like(self.counts_N, dtype=x_T.dtype)
+        sums_N.index_add_(0, self.sample_T, x_T * self.mask_T)
         if self.cp_group is not None:
             dist.all_reduce(sums_N, group=self.cp_group)
-        return (sums_N / self.counts_N.clamp(min=1))[self.sample_T]
+        means_N = sums_N / self.counts_N.clamp(min=1)
+        return means_N[self.sample_T]
 
 
 def ratio(log_ratio_T: torch.Tensor) -> torch.Tensor:
-    """Return exp of a difference of log-probs that is bounded to +-20, as verl, SkyRL and miles do.
+    """Return exp of a difference of log-probs, bounded to +-20 as in verl, SkyRL and miles.
 
-    exp(89) is infinite in fp32, and 0 times infinity is NaN, also where the clip is chosen. Beyond
-    the bound a ratio has no gradient. Everything here that needs a ratio calls this function.
+    In fp32 exp(89) is infinite, and infinity times 0 is NaN, even at tokens where the clip is
+    chosen instead. Beyond the bound a ratio has no gradient. Every ratio here uses this function.
     """
     return log_ratio_T.clamp(-20, 20).exp()
 
 
-# Each takes (logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_high,
-# dual_clip) and returns (loss_T, ratio_T, clipped_T), not masked: the loss, the ratio it looks at,
-# and where the clip took the gradient away. float [T], float [T], bool [T].
+# Every policy loss is a function
+#
+#     (logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_high, dual_clip)
+#     -> (loss_T, ratio_T, clipped_T)
+#
+# The log-probs and advantages are float [T]; the three settings are numbers. loss_T is each token's
+# loss, float [T]. ratio_T is the ratio that it uses, float [T]. clipped_T tells where the clip
+# removed the gradient, bool [T]. None is masked: weight_T is 0 where a token does not count.
 
 
-def ppo(
-    logprobs_T,
-    old_logprobs_T,
-    advantages_T,
-    sequences,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-):
-    """PPO's clipped objective, arXiv 1707.06347, equation 7, with DAPO's asymmetric bounds (arXiv
-    2503.14476, equation 10):
+def clipped_objective(ratio_T, advantages_T, *, clip_low, clip_high, dual_clip):
+    """Compute PPO's clipped objective for a given ratio r, arXiv 1707.06347, equation 7.
 
-        r    = exp(logprobs - old)
+    The bounds may be asymmetric, as in DAPO, arXiv 2503.14476, equation 10:
+
         loss = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A)
 
-    dual_clip c > 1 (arXiv 1912.09729, equation 5; 0: off): where A < 0 the loss is at most -c A.
-    The plain objective has no bound there: a token that has become likely although it was bad would
-    dominate the batch.
+    dual_clip c > 1 limits the loss to -c A where A < 0 (arXiv 1912.09729, equation 5); 0 turns the
+    limit off. Without it, one bad token that has become likely can dominate the batch.
     """
-    clips = dict(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    return _clipped(ratio(logprobs_T - old_logprobs_T), advantages_T, **clips)
-
-
-def gspo(
-    logprobs_T,
-    old_logprobs_T,
-    advantages_T,
-    sequences,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-):
-    """GSPO, arXiv 2507.18071, in its token form (equation 17): PPO's objective with one ratio for
-    all tokens of a response,
-
-        log s = logprobs - sg(logprobs) + sg(mean over the response of (logprobs - old))
-
-    whose value is the geometric mean of the token ratios, and whose gradient at each token is that
-    token's. Together with --aggregation sequence it is equation 5. The mean of many logarithms
-    moves little, hence the bounds of 3e-4 and 4e-4.
-    """
-    ratio_T = ratio(logprobs_T - logprobs_T.detach() + sequences.mean(logprobs_T - old_logprobs_T))
-    return _clipped(
-        ratio_T, advantages_T, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
-    )
-
-
-def _clipped(ratio_T, advantages_T, *, clip_low, clip_high, dual_clip):
     plain_T = -ratio_T * advantages_T
     bounded_T = -ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T
-    loss_T = torch.maximum(plain_T, bounded_T)
+    loss_T = torch.maximum(plain_T, bounded_T)  # no gradient where the clip makes it larger
     if dual_clip > 0:
-        loss_T = torch.where(
-            advantages_T < 0, torch.minimum(loss_T, -dual_clip * advantages_T), loss_T
-        )
+        limited_T = torch.minimum(loss_T, -dual_clip * advantages_T)
+        loss_T = torch.where(advantages_T < 0, limited_T, loss_T)
     return loss_T, ratio_T, bounded_T > plain_T
 
 
-def cispo(
-    logprobs_T,
-    old_logprobs_T,
-    advantages_T,
-    sequences,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-):
-    """CISPO, MiniMax-M1, arXiv 2506.13585, equations 4 and 5: the ratio is a clipped weight without
-    gradient, so that no token is cut out of the batch,
+def ppo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_high, dual_clip):
+    """Compute PPO's objective with a ratio for each token, r = exp(logprobs - old)."""
+    clip = dict(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    return clipped_objective(ratio(logprobs_T - old_logprobs_T), advantages_T, **clip)
+
+
+def gspo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_high, dual_clip):
+    """Compute GSPO's objective in its token form, arXiv 2507.18071, equation 17.
+
+    It is PPO's objective with the same ratio s at all tokens of a response; sg stops the gradient:
+
+        log s = logprobs - sg(logprobs) + sg(mean over the response of (logprobs - old))
+
+    The value of s is the geometric mean of the token ratios. Its gradient at each token is that of
+    the token's own log-prob. With --aggregation sequence the loss is equation 5. A mean of many
+    logarithms moves little, so the default bounds are narrow: 3e-4 and 4e-4.
+    """
+    mean_T = sequences.mean(logprobs_T - old_logprobs_T)
+    ratio_T = ratio(logprobs_T - logprobs_T.detach() + mean_T)
+    clip = dict(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    return clipped_objective(ratio_T, advantages_T, **clip)
+
+
+def cispo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_high, dual_clip):
+    """Compute CISPO's objective, MiniMax-M1, arXiv 2506.13585, equations 4 and 5.
+
+    The clipped ratio is a weight without a gradient, so the clip removes no token from the batch:
 
         loss = -sg(clip(r, 1 - clip_low, 1 + clip_high)) A logprobs
 
-    clip_low 1 is no lower bound, as in the paper. dual_clip has no meaning here; the table refuses
-    it.
+    clip_low 1 means no lower bound, as in the paper. dual_clip has no meaning here; the table
+    allows only 0.
     """
     ratio_T = ratio(logprobs_T.detach() - old_logprobs_T)
     weight_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
@@ -161,85 +143,96 @@ def cispo(
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """One policy loss, with the bounds that hold unless they are set; None: it has no such bound."""
+    """A policy loss and its default bounds. None: it has no such bound."""
 
     function: Callable
     clip_low: float | None
     clip_high: float | None
     only: dict[str, tuple] = field(default_factory=dict)
-    """Fields of LossSettings of which it takes these values only; others are refused."""
+    """{field of LossSettings: the values that this loss works with}; others are refused."""
 
 
+# EDIT HERE: policy loss. Write a function above, give it a name here: --policy-loss takes it.
+# tests/oracle/oracle.py needs an entry of the same name.
 POLICY_LOSSES = {
-    "ppo": PolicyLoss(ppo, 0.2, 0.28),  # DAPO's
-    "gspo": PolicyLoss(
-        gspo, 3e-4, 4e-4, only={"aggregation": ("sequence",)}
-    ),  # one ratio a response
-    # No lower bound and weights up to 5, as ScaleRL (arXiv 2510.13786) uses it.
+    # DAPO's bounds.
+    "ppo": PolicyLoss(ppo, 0.2, 0.28),
+    # Equation 5 gives every response the same weight.
+    "gspo": PolicyLoss(gspo, 3e-4, 4e-4, only={"aggregation": ("sequence",)}),
+    # No lower bound and weights up to 5, as in ScaleRL, arXiv 2510.13786.
     "cispo": PolicyLoss(cispo, 1.0, 4.0, only={"dual_clip": (0.0,)}),
 }
 
 
 # --- aggregation: one number from the tokens of the global batch --------------------------------
 #
-# Each takes (sequences, *, max_response_tokens) and returns (weight_T, normalizer_N): loss = sum of we
-# of the global batch, on whatever rank they are. Averages of averages would depend on who holds w
-# average to 2.0, where the mean over tokens is 2.6.
+# Every aggregation is a function (sequences, *, max_response_tokens) -> (weight_T, normalizer_N):
+#
+#     loss = sum of weight_T loss_T / sum of normalizer_N
+#
+# Both sums run over all samples of the global batch, on whichever ranks they are. A mean of the
+# ranks' means would depend on which rank holds which sample: means of 1 over 2 tokens and 3 over
+# 8 tokens average to 2.0, but the mean over the 10 tokens is 2.6.
 
 
 def per_token(sequences: Sequences, *, max_response_tokens: int):
-    """Every token alike: DAPO, arXiv 2503.14476, equation 8. Long responses weigh more."""
+    """Give every token the same weight: DAPO, arXiv 2503.14476, equation 8.
+
+    A long response counts more than a short one.
+    """
     return sequences.mask_T, sequences.counts_N
 
 
 def per_sequence(sequences: Sequences, *, max_response_tokens: int):
-    """Every response alike, the mean of its tokens: GRPO, arXiv 2402.03300, equation 3.
+    """Average over each response, then over responses: GRPO, arXiv 2402.03300, equation 3.
 
-    A token of a long response weighs less.
+    A token of a long response counts less than one of a short response.
     """
-    return sequences.mask_T / sequences.counts_N.clamp(min=1)[sequences.sample_T], (
-        sequences.counts_N > 0
-    ).to(sequences.counts_N.dtype)
+    counts_T = sequences.counts_N.clamp(min=1)[sequences.sample_T]
+    return sequences.mask_T / counts_T, sequences.nonempty_N
 
 
 def constant(sequences: Sequences, *, max_response_tokens: int):
-    """The sum of a response's tokens over a constant: Dr.
+    """Divide each response's sum by a constant: Dr. GRPO, arXiv 2503.20783, appendix A.
 
-    GRPO, arXiv 2503.20783, appendix A. A token's weight does not depend on its response's length.
+    A token's weight does not depend on the length of its response.
     """
-    return sequences.mask_T / max_response_tokens, (sequences.counts_N > 0).to(
-        sequences.counts_N.dtype
-    )
+    return sequences.mask_T / max_response_tokens, sequences.nonempty_N
 
 
 AGGREGATIONS = {"token": per_token, "sequence": per_sequence, "constant": constant}
 
 
-# --- off-policy corrections: weights for tokens that the engine sampled from other numerics or ol
+# --- off-policy corrections ---------------------------------------------------------------------
 #
-# Each takes (log_weight_T = old - rollout, sequences, *, low, high), returns (weight_T, cut_T): a
-# weight for the policy loss of each token, without gradient, and where the correction has truncated
-# or masked. A weight of 0 takes a token out; the denominator stays that of all tokens, or what is
-# masked would make the others count more.
+# The engine samples with other numerics than the trainer, and sometimes with older weights. A
+# correction reweights the policy loss of each token for that difference. It is a function
+#
+#     (log_weight_T = old - rollout, sequences, *, low, high) -> (weight_T, cut_T)
+#
+# weight_T, float [T], has no gradient. cut_T, bool [T], tells where the correction truncated or
+# masked. A weight of 0 removes a token from the numerator only. The denominator still counts all
+# tokens; otherwise masking some tokens would give the others more weight.
 
 
 def no_correction(log_weight_T, sequences, *, low: None, high: None):
-    """1: the samples are taken as the trainer's own."""
+    """Give every token the weight 1, as if the trainer's own policy had sampled it."""
     return torch.ones_like(log_weight_T), torch.zeros_like(log_weight_T, dtype=torch.bool)
 
 
 def tis(log_weight_T, sequences, *, low: None, high: float):
-    """Truncated importance sampling, min(exp(old - rollout), high): Yao et al., "Your efficient RL
-    framework secretly brings you off-policy training", 2025.
+    """Truncate the importance weight: min(exp(old - rollout), high).
+
+    Yao et al., "Your efficient RL framework secretly brings you off-policy training", 2025.
     """
     weight_T = ratio(log_weight_T)
     return weight_T.clamp(max=high), weight_T > high
 
 
 def icepop(log_weight_T, sequences, *, low: float, high: float):
-    """exp(old - rollout) where it lies in [low, high], else 0: IcePop, Ring-1T, arXiv 2510.18855.
+    """Keep exp(old - rollout) where it lies in [low, high], else 0: IcePop, arXiv 2510.18855.
 
-    A token on which the two disagree teaches nothing.
+    A token about which engine and trainer disagree too much teaches nothing.
     """
     weight_T = ratio(log_weight_T)
     cut_T = (weight_T < low) | (weight_T > high)
@@ -247,31 +240,31 @@ def icepop(log_weight_T, sequences, *, low: float, high: float):
 
 
 def decoupled(log_weight_T, sequences, *, low: None, high: float):
-    """The behaviour weight of decoupled PPO, AReaL, arXiv 2505.24298, equation 5: exp(old -
-    rollout), and as in AReaL's code 0 above a cap.
+    """Keep exp(old - rollout) up to a cap, 0 above it: AReaL, arXiv 2505.24298, equation 5.
 
-    The other half, that old_logprobs are recomputed by the trainer with the weights it starts the
-    step from, holds here under every correction.
+    This is the behaviour weight of decoupled PPO; AReaL's code sets it to 0 above the cap. The
+    other half of decoupled PPO holds under every correction here: the trainer recomputes
+    old_logprobs with the weights that the step starts from.
     """
     weight_T = ratio(log_weight_T)
     return weight_T.masked_fill(weight_T > high, 0), weight_T > high
 
 
 def sequence_mask(log_weight_T, sequences, *, low: float, high: float):
-    """1 for responses whose geometric mean of exp(old - rollout) lies in [low, high], 0 for all
-    tokens of others: a few tokens can spoil a whole response.
+    """Keep or drop whole responses, because a few bad tokens can spoil a response.
 
-    The mean's logarithm is an estimate of -KL(rollout || old). NeMo-RL uses 0.999 to 1.002 where
-    rollouts are BF16; FP8 rollouts of short answers differ more, hence the bounds of 0.9 and 1.1.
+    The weight is 1 where the response's geometric mean of exp(old - rollout) lies in [low, high],
+    else 0. The logarithm of that mean estimates -KL(rollout || old). NeMo-RL uses 0.999 to 1.002
+    with BF16 rollouts. FP8 rollouts of short answers differ more, so the defaults are 0.9 and 1.1.
     """
     mean_T = ratio(sequences.mean(log_weight_T))
-    cut_T = ~((mean_T >= low) & (mean_T <= high))
-    return (~cut_T).to(log_weight_T.dtype), cut_T
+    kept_T = (mean_T >= low) & (mean_T <= high)
+    return kept_T.to(log_weight_T.dtype), ~kept_T
 
 
 @dataclass(frozen=True)
 class Correction:
-    """One correction, with the bounds that hold unless they are set; None: it has no such bound."""
+    """A correction and its default bounds. None: it has no such bound."""
 
     weight: Callable
     low: float | None
@@ -289,59 +282,60 @@ CORRECTIONS = {
 
 # --- KL to a frozen reference -------------------------------------------------------------------
 #
-# Each takes (logprobs_T, ref_logprobs_T, old_logprobs_T); with d = logprobs - ref every one's mea
-# exactly or nearly. As a value in the reward that is all that matters. As a loss its gradient mat
+# Every estimator is a function (logprobs_T, ref_logprobs_T, old_logprobs_T) -> kl_T, float [T].
+# Let d = logprobs - ref. Over the policy's own samples the mean of each estimator is
+# KL(policy || reference), exactly or nearly. In the reward only this value matters. In the loss the
+# gradient matters, and that need not be the gradient of this KL. tests/oracle proves each claim.
 
 
 def k1(logprobs_T, ref_logprobs_T, old_logprobs_T):
-    """d.
+    """Return d: unbiased, with a large variance.
 
-    Unbiased, of large variance. As a loss: its expected gradient is 0, only noise; use it in the
-    reward.
+    As a loss, its expected gradient is 0 and each gradient is noise; use it in the reward.
     """
     return logprobs_T - ref_logprobs_T
 
 
 def k2(logprobs_T, ref_logprobs_T, old_logprobs_T):
-    """d^2 / 2. Biased. As a loss: its expected gradient is that of KL(policy || reference)."""
+    """Return d^2 / 2: biased. As a loss, its mean gradient is that of KL(policy || reference)."""
     return (logprobs_T - ref_logprobs_T).square() / 2
 
 
 def k3(logprobs_T, ref_logprobs_T, old_logprobs_T):
-    """exp(-d) - 1 + d. Unbiased, of small variance, never negative (Schulman, "Approximating KL").
+    """Return exp(-d) - 1 + d (Schulman, "Approximating KL divergence").
 
-    As a loss: the gradient of KL(reference || policy). d is bounded below by -20, where exp(-d)
-    grows, see ratio. It has no upper bound: a token that the reference excludes keeps its gradient.
+    It is unbiased, has a small variance and is never negative. As a loss, its gradient is that of
+    KL(reference || policy). d is bounded below by -20, because exp(-d) grows; see ratio. It has no
+    upper bound: a token that the reference excludes keeps its gradient.
     """
     difference_T = (logprobs_T - ref_logprobs_T).clamp(min=-20)
     return ratio(-difference_T) - 1 + difference_T
 
 
 def low_var_kl(logprobs_T, ref_logprobs_T, old_logprobs_T):
-    """k3, bounded by 10, as verl and slime name it.
-
-    As a loss: k3's gradient, and none beyond the bound.
-    """
+    """Return k3 bounded by 10; verl and slime use this name. Beyond 10 it has no gradient."""
     return k3(logprobs_T, ref_logprobs_T, old_logprobs_T).clamp(-10, 10)
 
 
 def unbiased_k3(logprobs_T, ref_logprobs_T, old_logprobs_T):
-    """exp(logprobs - old) k3, the ratio with its gradient: DeepSeek-V3.2, arXiv 2512.02556, section 3.1. As a loss: the gradient of KL(policy || reference),
-    and without bias also where the policy has moved since it sampled.
+    """Return exp(logprobs - old) k3: DeepSeek-V3.2, arXiv 2512.02556, section 3.1.
+
+    The ratio keeps its gradient. As a loss, the gradient is that of KL(policy || reference). It
+    stays unbiased after the policy has moved away from the one that sampled.
     """
     return ratio(logprobs_T - old_logprobs_T) * k3(logprobs_T, ref_logprobs_T, old_logprobs_T)
 
 
 @dataclass(frozen=True)
 class KLEstimator:
-    """One estimator, and the settings that it takes some values of only, as PolicyLoss.only."""
+    """A KL estimator, and the values of other settings that it works with, as in PolicyLoss."""
 
     function: Callable
     only: dict[str, tuple] = field(default_factory=dict)
 
 
 KL_ESTIMATORS = {
-    "k1": KLEstimator(k1, only={"kl_in": ("reward",)}),  # as a loss it has no gradient on average
+    "k1": KLEstimator(k1, only={"kl_in": ("reward",)}),  # as a loss its mean gradient is 0
     "k2": KLEstimator(k2),
     "k3": KLEstimator(k3),
     "low_var_kl": KLEstimator(low_var_kl),
@@ -353,12 +347,15 @@ KL_ESTIMATORS = {
 
 
 def _choice(table: dict[str, Any], text: str) -> Any:
-    """Return the type of a flag that takes the names of a table."""
+    """Return the type of a flag whose values are the names in a table."""
     return Annotated[tyro.extras.literal_type_from_choices(table), tyro.conf.arg(help=text)]
 
 
 def _bound(table: dict[str, Any], bound: str, text: str) -> Any:
-    """Return the type of a flag that is None, or takes the place of a bound of the table."""
+    """Return the type of a flag that replaces a bound of the table, unless it is None.
+
+    The flag's help lists the bounds that the table has.
+    """
     own = {name: getattr(choice, bound) for name, choice in table.items()}
     shown = ", ".join(f"{value:g} for {name}" for name, value in own.items() if value is not None)
     return Annotated[float | None, tyro.conf.arg(help=f"{text} None: {shown}.")]
@@ -370,48 +367,47 @@ class LossSettings:
 
     policy_loss: _choice(
         POLICY_LOSSES,
-        "Objective of a token: PPO's clip; GSPO's sequence ratio; CISPO's clipped weight; see"
-        " losses.py.",
+        "Objective of a token: ppo (clipped ratio), gspo (one ratio for a response) or cispo "
+        "(clipped weight); see losses.py.",
     ) = "ppo"
-    clip_low: _bound(POLICY_LOSSES, "clip_low", "The ratio is clipped below 1 - clip_low.") = None
-    clip_high: _bound(POLICY_LOSSES, "clip_high", "The ratio is clipped above 1 + clip_high.") = (
-        None
-    )
+    clip_low: _bound(POLICY_LOSSES, "clip_low", "Clip the ratio below 1 - clip_low.") = None
+    clip_high: _bound(POLICY_LOSSES, "clip_high", "Clip the ratio above 1 + clip_high.") = None
     dual_clip: float = 0.0
-    """Bound of the loss of bad tokens, as a multiple of |advantage| above 1, for instance 3; 0: no bound.
-    """
+    """Limit the loss of tokens with a negative advantage to this multiple of |advantage|, above 1,
+    for instance 3; 0: no limit."""
     aggregation: _choice(
         AGGREGATIONS,
-        "Every token of the batch counts alike (DAPO), every response (GRPO), or tokens over the "
-        "constant --max-response-tokens (Dr. GRPO).",
+        "How token losses become one number: every token counts the same (token, DAPO), every "
+        "response does (sequence, GRPO), or sums are divided by --max-response-tokens (constant, "
+        "Dr. GRPO).",
     ) = "token"
     correction: _choice(
         CORRECTIONS,
-        "What becomes of tokens whose log-prob differs between trainer and engine: weights or"
-        " masks; see losses.py.",
+        "How to weight or mask tokens whose log-probs differ between trainer and engine; see "
+        "losses.py.",
     ) = "tis"
     correction_low: _bound(CORRECTIONS, "low", "Lower bound of the correction.") = None
     correction_high: _bound(CORRECTIONS, "high", "Upper bound of the correction.") = None
     kl_coef: float = 0.0
-    """Weight of the KL to the frozen reference; 0: no reference is kept."""
+    """Weight of the KL to the frozen reference model; 0: no reference model is loaded."""
     kl_estimator: _choice(
-        KL_ESTIMATORS, "How that KL is estimated from a sampled token; see losses.py."
+        KL_ESTIMATORS, "How to estimate that KL from a sampled token; see losses.py."
     ) = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
-    """The KL is a term of the loss, with its gradient, or is taken from the reward at each token.
-    """
+    """loss: add the KL to the loss, with its gradient. reward: subtract it from the reward at each
+    token."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
 
     @property
     def clips(self) -> tuple[float | None, float | None]:
-        """(clip_low, clip_high), as set or as the policy loss has them."""
+        """Return (clip_low, clip_high): as set by flags, else the policy loss's own."""
         own, low, high = POLICY_LOSSES[self.policy_loss], self.clip_low, self.clip_high
         return own.clip_low if low is None else low, own.clip_high if high is None else high
 
     @property
     def correction_bounds(self) -> tuple[float | None, float | None]:
-        """(low, high), as set or as the correction has them."""
+        """Return (low, high): as set by flags, else the correction's own."""
         own, low, high = CORRECTIONS[self.correction], self.correction_low, self.correction_high
         return own.low if low is None else low, own.high if high is None else high
 
@@ -419,9 +415,10 @@ class LossSettings:
 def mismatch(
     trainer_logprobs_T: torch.Tensor, rollout_logprobs_T: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Disagreement of trainer and engine about tokens that the engine sampled, per token.
+    """Measure per token how far trainer and engine disagree about tokens that the engine sampled.
 
-    k3 = exp(d) - 1 - d with d = trainer - rollout estimates KL(rollout || trainer) without bias, and is never negative (Schulman, "Approximating KL").
+    With d = trainer - rollout, mismatch_abs is |d| and mismatch_k3 is exp(d) - 1 - d. The latter is
+    an unbiased estimate of KL(rollout || trainer) and is never negative; see k3.
     """
     return {
         "mismatch_abs": (trainer_logprobs_T - rollout_logprobs_T).abs(),

@@ -83,25 +83,25 @@ REWARDS: dict[str, Reward] = {
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """Rewards and advantages: how answers are judged"""
+    """Rewards and advantages: how responses are judged"""
 
     reward: tyro.extras.literal_type_from_choices(REWARDS) = "exact"
-    """exact: the response equals the label and ended by itself. math: its answer has the label's
-    value; see math_rules/. reasoning_gym: the task's own scorer for problems of reasoning-gym, math
-    for all other prompts."""
+    """exact: the response must equal the label and end by itself. math: its answer must have the
+    label's value; see data/math_rules. reasoning_gym: the task's own scorer for problems of
+    reasoning-gym, math for all other prompts."""
     advantage: tyro.extras.literal_type_from_choices(ADVANTAGES) = "grpo"
-    """How rewards become advantages; see advantages.py."""
+    """How to compute advantages from rewards; see advantages.py."""
     overlong_buffer: int = 0
-    """Responses lose up to 1 of their reward, linearly, in the last so many tokens before
-    --max-response-tokens (DAPO); 0: nothing."""
+    """Reduce the reward of long responses, by up to 1 and linearly over the last so many tokens
+    before --max-response-tokens (DAPO); 0: off."""
     dynamic_sampling: int = 0
-    """Replace groups whose rewards are all equal by answers to new prompts, at most so many times
-    over in a step (DAPO); 0: train on all."""
+    """Replace groups whose rewards are all equal by responses to new prompts, at most so many times
+    in a step (DAPO); 0: train on all groups."""
     judges: int = 32
-    """How many answers a rank judges at a time: a reward function that waits for a service then
-    does not wait in line."""
+    """Responses that a rank judges at the same time, so that a reward function may wait for a
+    service."""
     judge_timeout_s: float = 120.0
-    """A reward function that takes longer for one answer has failed on it; the sample is masked and
+    """A reward function that takes longer for one response has failed; the sample is masked and
     counted in reward_errors."""
 
 

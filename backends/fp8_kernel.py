@@ -42,7 +42,6 @@ def _quantize_block(
     K,
     row_stride,
     column_stride,
-    POWER_OF_TWO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Quantize block (n, k) of the weight; codes and scales are contiguous."""
@@ -54,23 +53,16 @@ def _quantize_block(
     place = rows * row_stride + columns * column_stride
     w = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(w)), 1e-12), 448.0)
-    if POWER_OF_TWO:
-        # Round up to a power of two: carry into the exponent unless the mantissa is 0.
-        exponent = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
-        scale = exponent.to(tl.float32, bitcast=True)
     finite = tl.min((tl.abs(w) < float("inf")).to(tl.int32)) > 0  # comparing with NaN is false
     scaled = tl.minimum(tl.maximum(tl.div_rn(w, scale), -448.0), 448.0)
     tl.store(codes + rows * K + columns, _e4m3(scaled), mask=inside)
     tl.store(scales + n * tl.num_programs(1) + k, tl.where(finite, scale, float("nan")))
 
 
-def quantize_into(
-    weight_NK: torch.Tensor, codes_NK: torch.Tensor, scale_nk: torch.Tensor, *, power_of_two: bool
-) -> None:
+def quantize_into(weight_NK: torch.Tensor, codes_NK: torch.Tensor, scale_nk: torch.Tensor) -> None:
     """Quantize a matrix into codes_NK, float8_e4m3fn, and scale_nk, float32, both contiguous.
 
     weight_NK may have any strides. A block that is not finite gets the scale NaN.
-    power_of_two: round scales up to powers of two.
     """
     N, K = weight_NK.shape
     blocks = _quantize_block[scale_nk.shape]
@@ -81,7 +73,6 @@ def quantize_into(
         N,
         K,
         *weight_NK.stride(),
-        POWER_OF_TWO=power_of_two,
         BLOCK=BLOCK,
         num_warps=8,
     )

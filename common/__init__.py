@@ -1,1 +1,1 @@
-"""What every folder may use: settings, errors, processes, process groups, time."""
+"""What every folder may use: errors, settings, processes, process groups, time."""

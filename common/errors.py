@@ -1,18 +1,21 @@
-"""What is wrong with the input of a run: all of it is found before anything is started, and said at
-once.
+"""The project's exceptions, and how the checks of a run's input work together.
 
-A check is a generator that yields one text for each problem and goes on, so that a second mistake
-does not wait for the first to be mended:
+A check is a generator that yields one text for each problem. It goes on after a problem, so that
+the user sees all mistakes at once:
 
     @all_problems
     def check_lamp(lamp, config):
         if lamp.watts <= 0:
-            yield f"--watts {lamp.watts} must be positive"
-        if config is not None and lamp.volts != config["volts"]:        # config: None where it could not be read; what needs it is left out
+            yield f"--watts {lamp.watts} must be positive: give at least 1"
+        if config is not None and lamp.volts != config["volts"]:
             yield ...
 
-Called, it raises one BadInput with all its texts. A loop's main() gathers those of all checks in
-Problems.
+Each text names the value, the rule and the fix. A value that could not be read is None, as config
+may be above: a check skips the rules that need it.
+
+all_problems turns the generator into a function. A call returns what the generator returns, or
+raises one BadInput with all its texts. ProblemList gathers the texts of several checks: collect()
+calls a check and keeps the texts of its BadInput, and raise_if_any() raises them all as one.
 """
 
 import functools
@@ -26,7 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 RANK_0_SPEAKS_WITHIN_S = 10.0  # ranks of a busy machine do not start together
-SMALL_FILE = 64 * 2**20  # bytes; the largest index of a published model has some ten million
+SMALL_FILE = 64 * 2**20  # bytes; the largest index of a published model has about ten million
 KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe (FIFO)", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -34,10 +37,9 @@ KINDS = {
 
 
 class BadInput(Exception):
-    """What the user gave cannot work.
+    """The user's input cannot work.
 
-    Each of its problems names the value, the rule and the fix; they are shown without a traceback,
-    exit code 2.
+    The program prints the problems without a traceback and ends with exit code 2.
     """
 
     def __init__(self, *problems: str):
@@ -45,13 +47,10 @@ class BadInput(Exception):
         self.problems = problems
 
     def __str__(self) -> str:
-        return (
-            self.problems[0]
-            if len(self.problems) == 1
-            else "\n  ".join(
-                [f"{len(self.problems)} problems:", *(f"- {text}" for text in self.problems)]
-            )
-        )
+        if len(self.problems) == 1:
+            return self.problems[0]
+        lines = [f"{len(self.problems)} problems:", *(f"- {text}" for text in self.problems)]
+        return "\n  ".join(lines)
 
 
 class EngineDied(Exception):
@@ -59,11 +58,11 @@ class EngineDied(Exception):
 
 
 class ExportError(Exception):
-    """What of an export could not be written. The rest of it is there."""
+    """A part of an export could not be written. The other parts are there."""
 
 
 def engine_died() -> EngineDied:
-    """Return what to raise when a process of this rank's engine has ended."""
+    """Return the exception to raise when a process of this rank's engine has ended."""
     rank = os.environ.get("RANK", "0")
     return EngineDied(
         f"rank {rank}: a process of the SGLang engine died; its own error, if it left one, is "
@@ -72,11 +71,10 @@ def engine_died() -> EngineDied:
 
 
 def all_problems(find: Callable) -> Callable:
-    """Decorator of a generator that yields what is wrong, one text a problem, and goes on as far as
-    it can; what follows from a problem it leaves out.
+    """Decorate a generator of problems, so that a call raises one BadInput that lists all of them.
 
-    A call returns what the generator returns, or raises one BadInput with all problems: with those
-    of a BadInput too beyond which nothing can be found.
+    Without a problem the call returns what the generator returns. A generator that cannot go on
+    may raise BadInput itself: the texts of that are added to the list.
     """
 
     @functools.wraps(find)
@@ -96,32 +94,33 @@ def all_problems(find: Callable) -> Callable:
     return check
 
 
-class Problems:
-    """All that is wrong with the input of a run, found by one check after the other, and said at
-    once.
-    """
+class ProblemList:
+    """The problems that several checks found, to be shown together."""
 
     def __init__(self):
-        self.found: list[str] = []
+        self.texts: list[str] = []
 
-    def of(self, check: Callable, *args, **kwargs):
-        """What the check returns; None if it raises BadInput, whose problems are noted."""
+    def collect(self, check: Callable, *args, **kwargs):
+        """Call a check and return its result. If it raises BadInput, keep its texts, return None.
+
+        A text that is already in the list is not added again.
+        """
         try:
             return check(*args, **kwargs)
         except BadInput as error:
-            self.found += [problem for problem in error.problems if problem not in self.found]
+            self.texts += [text for text in error.problems if text not in self.texts]
 
-    def refuse(self) -> None:
-        """Raise BadInput if there are any."""
-        if self.found:
-            raise BadInput(*self.found)
+    def raise_if_any(self) -> None:
+        """Raise one BadInput with all texts, if there are any."""
+        if self.texts:
+            raise BadInput(*self.texts)
 
 
 def end_refused(error: BadInput) -> NoReturn:
     """Print what is wrong with the input, and end the program with exit code 2.
 
-    All ranks usually see the same mistake. Rank 0 says it at once; torchrun then ends the others
-    while they wait.
+    All ranks usually find the same mistake. The others wait, so that rank 0 prints it alone;
+    torchrun then ends them.
     """
     time.sleep(0 if os.environ.get("RANK", "0") == "0" else RANK_0_SPEAKS_WITHIN_S)
     print(f"error: {error}", file=sys.stderr, flush=True)
@@ -132,9 +131,9 @@ def end_refused(error: BadInput) -> NoReturn:
 
 
 def check_file(path: str | Path) -> None:
-    """Raise BadInput unless a path names a regular file that may be read.
+    """Raise BadInput unless a path names a regular file that this user may read.
 
-    A pipe would be waited for without end, and a device may be read without end.
+    Reading a pipe can block forever, and a device may never end.
     """
     if os.path.islink(path) and not os.path.exists(path):
         raise BadInput(
@@ -152,7 +151,7 @@ def check_file(path: str | Path) -> None:
 
 
 def model_problem(folder: str | Path, *, flag: str = "--model") -> str:
-    """Say why no model can be in a folder, "" if one can."""
+    """Return why a folder cannot hold a model; "" if it can."""
     config = Path(folder) / "config.json"
     if not os.path.lexists(config):  # unlike Path.exists, it takes any text
         fix = "give a Hugging Face model folder on this machine (hub names are not resolved)"
@@ -165,10 +164,10 @@ def model_problem(folder: str | Path, *, flag: str = "--model") -> str:
 
 
 def file_problem(path: str) -> str:
-    """Say why a file of prompts cannot be opened, "" if it can."""
+    """Return why a file of prompts cannot be opened; "" if it can."""
     if os.path.isdir(path):
         return f"prompts file {path} is a folder: name the JSONL or Parquet files in it"
-    if not os.path.lexists(path):  # False also for what cannot be a path
+    if not os.path.lexists(path):  # False also for text that cannot be a path
         fix = "give a JSONL or Parquet file, or leave the flag out for the toy task"
         return f"prompts file {path} does not exist: {fix}"
     try:
@@ -186,22 +185,19 @@ def read_file(path: str | Path, *, most: float = SMALL_FILE) -> bytes:
             raise BadInput(f"{path} has {size} bytes, more than {most}: it is no file of this kind")
         return Path(path).read_bytes()
     except OSError as error:
-        raise BadInput(
-            f"{path} cannot be read ({error.strerror}): mend that, or copy it again"
-        ) from error
+        fix = "correct that, or copy it again"
+        raise BadInput(f"{path} cannot be read ({error.strerror}): {fix}") from error
 
 
 def read_json(path: str | Path) -> Any:
-    """Return what a small JSON file holds. Raises BadInput naming the file."""
+    """Return the value in a small JSON file. Raises BadInput naming the file."""
     return parse_json(read_file(path), where=path)
 
 
 def parse_json(text: bytes | str, *, where: str | Path) -> Any:
-    """Return the value of a JSON text. Raises BadInput naming where it stands.
-
-    RecursionError: thousands of brackets within one another.
-    """
+    """Return the value of a JSON text. Raises BadInput naming `where`, the place of the text."""
     try:
         return json.loads(text if isinstance(text, str) else text.decode())  # UTF-8, and no BOM
-    except (ValueError, RecursionError) as error:  # ValueError: also bytes that are no UTF-8
-        raise BadInput(f"{where} is not JSON ({error}): mend it, or copy it again") from error
+    except (ValueError, RecursionError) as error:
+        # ValueError: no JSON, or no UTF-8. RecursionError: thousands of nested brackets.
+        raise BadInput(f"{where} is not JSON ({error}): correct it, or copy it again") from error

@@ -1,4 +1,4 @@
-"""key=value pairs of --sglang, --megatron and --chat-template-kwargs."""
+"""Reads the key=value pairs of --sglang, --megatron and --chat-template-kwargs."""
 
 import difflib
 import json
@@ -8,11 +8,11 @@ from common.errors import all_problems
 
 @all_problems
 def parse_overrides(pairs: tuple[str, ...], *, flag: str, fields: list[str] | None) -> dict:
-    """("key=value", …) -> {key: value}; values are read as JSON where they are JSON (true, 4, 0.1,
-    null), else as text.
+    """Return ("key=value", ...) as {key: value}.
 
-    fields: the names that may be set; None: any. Raises BadInput for others, naming the nearest of
-    each, and for a name that is given twice.
+    A value that is JSON (true, 4, 0.1, null) is read as JSON, any other as text. fields: the names
+    that may be set; None: any. Raises BadInput for another name, with the name nearest to it, and
+    for a name that is given twice.
     """
     overrides, seen = {}, set()
     for pair in pairs:
@@ -29,10 +29,7 @@ def parse_overrides(pairs: tuple[str, ...], *, flag: str, fields: list[str] | No
                 overrides[key] = json.loads(text)
             except json.JSONDecodeError:
                 overrides[key] = text
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # JSON, but of a number or depth too large
+            except (ValueError, RecursionError) as error:  # JSON, but too large or too deep
                 yield f"{flag} {key} cannot be read as JSON ({error}): give another value"
         seen.add(key)
     return overrides

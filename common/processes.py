@@ -1,7 +1,6 @@
-"""A rank's process and its children: where their caches lie, how children are spawned, what they
-ignore, and when they end.
+"""Starts and ends the child processes of a rank, and sets where their caches are.
 
-No torch is imported here: the workers that judge mathematics start without it.
+This module does not import torch, so that the workers that judge mathematics start fast.
 """
 
 import contextlib
@@ -18,17 +17,17 @@ from pathlib import Path
 
 import psutil
 
-# Ctrl-C, a scheduler, torchrun and a closed terminal signal every process of a rank's group.
-# The rank decides what follows: its children ignore these.
+# Ctrl-C, a scheduler, torchrun and a closed terminal send these to every process of a rank's group.
+# The rank alone decides what to do; its children ignore them.
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GONE_WITHIN_S = 60.0  # a GPU's memory is given back while a killed process ends
+GONE_WITHIN_S = 60.0  # a killed process first gives back its GPU memory
 
 
 def use_writable_home() -> None:
-    """Set HOME to a folder of temporary files where nothing can be written to it.
+    """Set HOME to a temporary folder if the user's home cannot be written.
 
-    torch, Triton and SGLang keep caches there, and fail at import where they cannot. Credentials
-    of W&B are still read from the home that was given.
+    torch, Triton and SGLang keep caches there, and fail at import if they cannot. W&B's credentials
+    are still read from the user's home.
     """
     home = Path(os.path.expanduser("~"))
     try:
@@ -41,20 +40,23 @@ def use_writable_home() -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
         if found.st_uid != os.getuid() or found.st_mode & 0o7777 != 0o700 or folder.is_symlink():
-            folder = Path(tempfile.mkdtemp())  # what others may write would be run as a cache
+            # Code in a cache is executed, so nobody else may write there.
+            folder = Path(tempfile.mkdtemp())
     except OSError:
-        return  # engine_checks names a folder of temporary files that cannot be written
+        return  # backends/sglang/checks.py refuses a temporary folder that cannot be written
     os.environ["HOME"] = str(folder)
     os.environ.setdefault("NETRC", str(home / ".netrc"))
     if os.environ.get("RANK", "0") == "0":
-        said = f"the home {home} cannot be written ({problem}): caches go to {folder}"
-        print(said, file=sys.stderr, flush=True)
+        text = f"the home {home} cannot be written ({problem}): caches go to {folder}"
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def main_module_hidden():
-    """Spawned children run the parent's main script again, to find functions that were defined
-    there. Ours need none of it, and save its imports.
+    """Hide the main script from children that are spawned inside.
+
+    A spawned child would run the parent's main script again, to find functions defined there. Ours
+    need none of them, and without it they save its imports.
     """
     main = sys.modules["__main__"]
     file, spec = main.__dict__.pop("__file__", None), main.__spec__
@@ -69,11 +71,12 @@ def main_module_hidden():
 
 @contextlib.contextmanager
 def end_signals_blocked():
-    """Spawn processes in which END_SIGNALS wait, through all their imports, for ignore_end_signals.
+    """Block END_SIGNALS in processes that are spawned inside, until they call ignore_end_signals.
 
-    This process misses none: what comes meanwhile is delivered at the end.
+    A signal to this process is delivered afterwards; none is lost.
     """
-    resource_tracker.ensure_running()  # its start, within another, would unblock two of them
+    # Started by the spawn itself, the resource tracker would unblock two of the signals.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     try:
         yield
@@ -82,50 +85,49 @@ def end_signals_blocked():
 
 
 def ignore_end_signals() -> None:
-    """Leave END_SIGNALS to the parent. Called first in a child."""
+    """Ignore END_SIGNALS; the parent handles them. A child calls this first."""
     for number in END_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
 
 
 def signal_when_parent_ends(number: int) -> None:
-    """Ask Linux to send this process a signal when the one that started it is gone
-    (PR_SET_PDEATHSIG; children do not inherit it).
-    """
-    ctypes.CDLL(None).prctl(1, number)
+    """Have Linux send this process a signal when its parent ends. Children do not inherit this."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def end_with_parent() -> None:
-    """In a spawned child: end when the parent is gone, however it went, and be it before this is
-    called.
-    """
-    threading.Thread(
-        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
-    ).start()
+    """End this spawned child when its parent is gone, even if that was before this call."""
+
+    def wait_and_end():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 def kill_with_children(processes: Iterable[multiprocessing.Process]) -> None:
-    """Kill children and all below them, and wait until they are gone.
+    """Kill children and all their descendants, and wait until they are gone.
 
-    Those that have ended are passed over.
+    Processes that have ended already are skipped.
     """
-    below = []
+    descendants = []
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            below += psutil.Process(process.pid).children(recursive=True)
+            descendants += psutil.Process(process.pid).children(recursive=True)
         process.kill()
-    for process in below:
+    for process in descendants:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     for process in processes:
         process.join(GONE_WITHIN_S)
-    psutil.wait_procs(below, timeout=GONE_WITHIN_S)
+    psutil.wait_procs(descendants, timeout=GONE_WITHIN_S)
 
 
 def kill_at_exit(process: multiprocessing.Process) -> None:
-    """Kill a child that ignores SIGTERM when this process exits, or forgets it.
+    """Kill a child that ignores SIGTERM when this process exits, or when `process` is collected.
 
-    multiprocessing ends its children by SIGTERM, and waits for them. What is registered here comes
-    before that.
+    multiprocessing ends its children by SIGTERM and waits for them. This finalizer runs first.
     """
     util.Finalize(process, process._popen.kill, exitpriority=10)

@@ -1,10 +1,11 @@
-"""What the command line can set, stage by stage: a field is a flag, the text below it its help.
+"""The settings of each stage: every field is a flag, and the text below it is the flag's help.
 
-Only light modules are imported here: flags are read, and refused, before the stages' own imports.
-The choice of a loss is in losses.py, beside the tables that it chooses from. What values may not be
-is in checks.py.
+This module imports only light modules, because flags are read and checked before the stages import
+torch, SGLang and Megatron. LossSettings and RewardSettings are in losses.py and reward.py, beside
+the tables that they choose from. harness/checks.py has the rules for the values.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,92 +14,90 @@ from typing import Literal
 from common.errors import BadInput, all_problems
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-GYM = "reasoning-gym:"  # how a source of --prompts begins that a task of that package makes
-SMALLEST_SHARE = 1e-9  # of a mixture; a source with less would never be drawn
+GYM = "reasoning-gym:"  # prefix of a --prompts source that is a task of that package
+SMALLEST_SHARE = 1e-9  # of a mixture; a source with a smaller share would never be drawn
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The run: what to train, for how long, and where the record goes"""
+    """The run: what to train, for how long, and what to write"""
 
     model: str = str(REPOSITORY / "toy")
-    """Hugging Face folder (Qwen3, Qwen2.5, Llama, Qwen3-MoE or GLM-4.5; safetensors) to train and
-    to generate with."""
+    """Hugging Face folder of the model to train (Qwen3, Qwen2.5, Llama, Qwen3-MoE or GLM-4.5, in
+    safetensors)."""
     name: str = ""
-    """The run's folder below runs/, for instance lr1/seed1; empty: the loop's name and the time."""
+    """The run's folder in runs/, for instance lr1/seed1; empty: the loop's name and the time."""
     steps: int = 80
-    """Training steps in all, those before --resume included: each is one rollout, one update (of
-    --minibatches optimizer steps), one weight hand-off."""
+    """Training steps in total, including those before --resume. A step is one rollout, one policy
+    update (of --minibatches optimizer steps) and one weight update of the engine."""
     eval_every: int = 10
-    """Evaluate on the held-out prompts every so many steps, and before the first and after the
+    """Evaluate on the held-out prompts every so many steps, before the first step and after the
     last."""
     seed: int = 1
-    """Seeds prompts, sampling and Megatron."""
+    """Seed of prompts, sampling and Megatron."""
     check_sync: bool = False
-    """Read every weight back from the engine after every hand-off; always done after the first and
-    the last."""
+    """Verify the engine's weights after every weight update; always done after the first and the
+    last one."""
     save_every: int = 0
-    """Write a checkpoint every so many steps and after the last; 0: only when the run is told to
-    stop (SIGTERM), and after the last step of a resumed run."""
+    """Write a checkpoint every so many steps and after the last; 0: only when SIGTERM stops the
+    run, and after the last step of a resumed run."""
     keep: int = 2
-    """How many checkpoints are kept; older ones are removed."""
+    """How many checkpoints to keep; older ones are removed."""
     resume: bool = False
-    """Go on from the newest checkpoint of the run --name."""
+    """Continue from the newest checkpoint of the run --name."""
     export: tuple[str, ...] = ("bf16",)
-    """Write the trained weights as Hugging Face folders at the end: any of bf16, fp8; none with an
-    empty list."""
+    """Formats in which to write the trained weights as Hugging Face folders at the end: any of
+    bf16, fp8; an empty list writes none."""
     tensorboard: bool = False
-    """Write the metrics for TensorBoard as well, into the run folder."""
+    """Also write the metrics for TensorBoard, into the run folder."""
     wandb: str = ""
-    """Send the metrics to this Weights & Biases project as well."""
+    """Also send the metrics to this Weights & Biases project."""
     save_rollouts: bool = False
     """Write every step's samples to runs/NAME/rollouts."""
     load_rollouts: str = ""
-    """Train on the samples of such a folder, without an engine: to look at training alone, or to
+    """Train on the samples in such a folder, without an engine: to study training alone, or to
     repeat it exactly."""
     debug_rollout_only: bool = False
-    """Generate and judge, but never train: to look at generation alone."""
+    """Generate and judge, but never train: to study generation alone."""
     profile: tuple[int, ...] = ()
-    """Steps of which every rank writes PyTorch's profile; open it at ui.perfetto.dev."""
+    """Steps that every rank profiles with PyTorch; open the files at ui.perfetto.dev."""
     eval_only: bool = False
-    """Evaluate --model, or with --resume the newest checkpoint of --name, on the held-out prompts;
-    train, save and export nothing.
-    """
+    """Only evaluate --model on the held-out prompts, or with --resume the newest checkpoint of
+    --name; train, save and export nothing."""
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Prompts: what is asked, and what ends an answer"""
+    """Prompts: where they come from, and what ends a response"""
 
     prompts: tuple[str, ...] = ("toy",)
-    """Any of toy, FILE.jsonl, FILE.parquet, reasoning-gym:TASK, each with an optional :WEIGHT, its
-    share of the prompts drawn."""
+    """Sources of prompts: any of toy, FILE.jsonl, FILE.parquet, reasoning-gym:TASK. An optional
+    :WEIGHT after each sets its share of the prompts."""
     prompt_key: tuple[str, ...] = ("prompt",)
-    """The field of a row that holds the prompt: text, or a list of chat messages. Dots lead into
-    nested fields; the first that is not null counts."""
+    """Field of a row that holds the prompt: text, or a list of chat messages. Dots lead into nested
+    fields. Of several names, the first whose value is not null counts."""
     label_key: tuple[str, ...] = ("label",)
-    """The field that holds the label, given likewise; for instance reward_model.ground_truth."""
+    """Field that holds the label, named in the same way; for instance reward_model.ground_truth."""
     label_after: str = ""
-    """In files whose labels hold this text, the label is what stands after its last occurrence; for
-    GSM8K's solutions "####". At least one file must."""
+    """Text after whose last occurrence the label begins, in files whose labels contain it; for
+    GSM8K's solutions "####". At least one file must contain it."""
     chat: bool = False
-    """Make a text prompt the user's message in the tokenizer's chat template."""
+    """Put a text prompt into the tokenizer's chat template as the user's message."""
     system_prompt: str = ""
-    """A system message that goes before every prompt's chat messages."""
+    """System message to put before every prompt's chat messages."""
     chat_template_kwargs: tuple[str, ...] = ()
-    """Values for names that the chat template reads, key=value; for instance
-    enable_thinking=false."""
+    """Values for variables of the chat template, key=value; for instance enable_thinking=false."""
     eval_prompts: tuple[str, ...] = ()
-    """Held-out sets, named as in --prompts. None given: the own held-out problems of toy and
-    reasoning-gym, where --prompts has them."""
+    """Held-out sets, named as in --prompts. If none is given: the held-out problems of toy and
+    reasoning-gym, if --prompts names these."""
     eval_samples: int = 512
-    """How many prompts of each held-out set an evaluation answers."""
+    """Prompts of each held-out set that an evaluation answers."""
     eval_samples_per_prompt: int = 1
-    """Answers to each held-out prompt; with several, pass@k and majority@N are logged."""
+    """Responses to each held-out prompt; with several, pass@k and majority@N are logged."""
     max_response_tokens: int = 8
-    """A response is cut off after so many tokens."""
+    """Cut a response off after so many tokens."""
     stop: tuple[str, ...] = ()
-    """Further tokens that end a response, beside the model's own end-of-sequence tokens."""
+    """More tokens that end a response, besides the model's end-of-sequence tokens."""
 
 
 @dataclass(frozen=True)
@@ -106,25 +105,24 @@ class RolloutSettings(DataSettings):
     """Rollout: batch size, sampling, and the engine"""
 
     prompts_per_step: int = 16
-    """Batch size: prompts in a step, over all engines. --samples-per-prompt answers each."""
+    """Batch size: prompts of a step, over all engines, with --samples-per-prompt responses each."""
     samples_per_prompt: int = 16
-    """Answers sampled for each prompt: the group that GRPO compares."""
+    """Responses sampled for each prompt: the group that GRPO compares."""
     temperature: float = 1.0
-    """Sampling temperature, of training and of evaluation. The trainer computes its log-probs at
-    the same."""
+    """Sampling temperature in training and evaluation. The trainer computes its log-probs at the
+    same temperature."""
     rollout_dtype: Literal["fp8", "bf16", "fp32"] = "fp8"
-    """What the engine computes with: block-scaled FP8 weights and activations, or plain BF16 or
-    FP32."""
+    """Precision of the engine: block-scaled FP8 weights and activations, or plain BF16 or FP32."""
     engine_tp: int = 1
     """Ranks that share one engine (SGLang tensor parallelism)."""
     engine_ep: int = 1
-    """Of those, ranks over which whole experts are spread (SGLang expert parallelism); the rest of
-    --engine-tp splits each expert."""
+    """Of these ranks, how many whole experts are spread over (SGLang expert parallelism); the rest
+    of --engine-tp splits each expert."""
     answer_timeout_s: float = 3600.0
-    """An engine that takes longer for a request or for a part of a hand-off counts as dead, and the
-    run ends."""
+    """An engine that takes longer for a request, or for a part of a weight update, counts as dead,
+    and the run ends."""
     sglang: tuple[str, ...] = ()
-    """Further ServerArgs fields, key=value; for instance mem_fraction_static=0.5."""
+    """More fields of SGLang's ServerArgs, key=value; for instance mem_fraction_static=0.5."""
 
 
 @dataclass(frozen=True)
@@ -132,16 +130,16 @@ class InFlightSettings:
     """The asynchronous loop: how far generation runs ahead of training"""
 
     rollout_ranks: int = 1
-    """The last so many ranks generate; the others train."""
+    """How many ranks generate, the last ones; the others train."""
     max_staleness: int = 1
-    """A token is trained at most so many weight versions after the one that sampled it; 0:
+    """Train a token at most so many weight versions after the version that sampled it; 0:
     generation waits for training."""
     oversample: int = 0
-    """Groups that a step may leave behind, over all engines, rather than wait for their last
-    answer."""
+    """How many groups a step may leave for a later step, over all engines, instead of waiting for
+    their last response."""
     updates: Literal["in_flight", "drain"] = "in_flight"
-    """New weights reach requests in flight (paused in place, continued), or wait until none is
-    running."""
+    """When new weights reach the engine. in_flight: requests are paused and continue with the new
+    weights. drain: after all running requests have finished."""
 
 
 @dataclass(frozen=True)
@@ -149,98 +147,98 @@ class TrainSettings:
     """The trainer: parallelism and optimizer"""
 
     tp: int = 1
-    """Tensor-parallel size; the remaining factor of the world is data parallel. Sequence
-    parallelism comes with it."""
+    """Tensor-parallel size, with sequence parallelism. The remaining factor of the ranks is data
+    parallel."""
     pp: int = 1
-    """Pipeline-parallel size: the layers are split over so many ranks."""
+    """Pipeline-parallel size: how many ranks the layers are split over."""
     cp: int = 1
-    """Context-parallel size: every sequence is split over so many ranks."""
+    """Context-parallel size: how many ranks every sequence is split over."""
     ep: int = 1
-    """Expert-parallel size: experts are split over so many ranks of tensor, context and data
-    parallelism. An expert itself is then not split."""
+    """Expert-parallel size: how many ranks of tensor, context and data parallelism the experts are
+    spread over. No expert is itself split."""
     train_dtype: Literal["bf16", "fp32"] = "bf16"
-    """dtype of model weights and activations; main weights, gradients and Adam state are fp32
-    either way."""
+    """dtype of model weights and activations; main weights, gradients and Adam state are always
+    fp32."""
     microbatch_tokens: int = 8192
-    """At most this many tokens in one forward pass of one rank; with --cp C a sequence may have C
-    times as many."""
+    """Most tokens in one forward pass of one rank; with --cp C a sequence may have C times as
+    many."""
     lr: float = 2e-4
-    """Peak learning rate. Right for the toy; pretrained models want about 1e-6."""
+    """Peak learning rate. The default suits the toy; pretrained models need about 1e-6."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate goes from --lr to --min-lr over the run."""
+    """How the learning rate falls from --lr to --min-lr over the run."""
     lr_warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     min_lr: float = 0.0
     """Learning rate at the end of a linear or cosine schedule."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     adam_beta2: float = 0.95
-    """Decay of Adam's second moment; beta1 is 0.9."""
+    """Adam's beta2, the decay of the second moment; beta1 is 0.9."""
     clip_grad: float = 1.0
-    """Clip the global gradient norm to this."""
+    """Largest global gradient norm; larger gradients are scaled down to it."""
     minibatches: int = 1
-    """Optimizer steps on each rollout batch, each on an equal part of its samples; old_logprobs are
+    """Optimizer steps on each rollout batch, each on an equal part of the samples. old_logprobs are
     computed once, before the first."""
     reference: str = ""
     """Hugging Face folder of the frozen reference model, of the same architecture; empty: --model.
-    Kept only with --kl-coef."""
+    Loaded only with --kl-coef."""
     offload_reference: bool = False
-    """Keep the reference in CPU memory, and bring it to the GPU only for its forward pass."""
+    """Keep the reference model in CPU memory, and on the GPU only during its forward pass."""
     megatron: tuple[str, ...] = ()
-    """Fields of TransformerConfig or OptimizerConfig for memory, speed, rounding and Adam,
-    key=value (TUNABLE in megatron_model.py); for instance recompute_granularity=full.
-    """
+    """Fields of Megatron's TransformerConfig or OptimizerConfig, key=value, for memory, speed,
+    rounding and Adam; for instance recompute_granularity=full. See TUNABLE in
+    backends/megatron/model.py."""
 
 
 @dataclass(frozen=True)
 class SyncSettings:
-    """Weight hand-off: how weights travel from trainer to engine"""
+    """Weight updates: how weights get from the trainer to the engine"""
 
     bucket_bytes: int = 256 * 2**20
-    """Weights are gathered and handed over in buckets of about this many bytes; peak extra memory
-    is a small multiple of it."""
+    """Gather and send weights in buckets of about this many bytes. The extra memory at the peak is
+    a small multiple of it."""
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """A plan: arithmetic in place of a run"""
+    """A plan: memory and time estimates in place of a run"""
 
     plan: bool = False
-    """Print what every GPU must hold and how long a hand-off takes, and end, without torchrun; exit
-    code 2 and the nearest layout if it does not fit."""
+    """Print a memory estimate for each GPU and the time of a weight update, and exit; needs no
+    torchrun. If the run does not fit: exit code 2, and the nearest layout that does."""
     plan_gpus: int = 8
-    """Ranks of the planned run: nodes times GPUs of a node."""
+    """Ranks of the planned run: nodes times GPUs per node."""
     plan_node_gpus: int = 8
-    """GPUs of a node, which NVLink connects."""
+    """GPUs per node, connected by NVLink."""
     plan_gpu_gb: float = 80.0
-    """Memory of a GPU in 1e9 bytes."""
+    """Memory of a GPU, in 1e9 bytes."""
     plan_prompt_tokens: int = 1024
     """Tokens of the longest prompt."""
     plan_memory_gb_s: float = 2000.0
-    """1e9 bytes a second that a GPU reads or writes in its memory."""
+    """Memory bandwidth of a GPU, in 1e9 bytes per second."""
     plan_nvlink_gb_s: float = 300.0
-    """1e9 bytes a second between GPUs of a node, per GPU and direction."""
+    """Bandwidth between GPUs of a node, in 1e9 bytes per second, per GPU and direction."""
     plan_network_gb_s: float = 40.0
-    """1e9 bytes a second between nodes, per GPU and direction."""
+    """Bandwidth between nodes, in 1e9 bytes per second, per GPU and direction."""
 
 
 # --- sources of prompts -----------------------------------------------------------------------
 
 
 def is_generated(source: str) -> bool:
-    """Tell whether a source of --prompts makes its problems; others are files."""
+    """Return whether a source of --prompts generates its problems. The others are files."""
     return source == "toy" or source.startswith(GYM)
 
 
 def parse_weights(prompts: tuple[str, ...], *, flag: str = "--prompts") -> dict[str, float]:
-    """("a.jsonl", "b.parquet:0.5") -> {"a.jsonl": 1.0, "b.parquet": 0.5}. Raises BadInput."""
+    """Parse ("a.jsonl", "b.parquet:0.5") as {"a.jsonl": 1.0, "b.parquet": 0.5}. Raises BadInput."""
     weights = {}
     for given in prompts:
-        source, _, text = given.rpartition(":")
-        try:
-            source, weight = (source, float(text)) if source and "_" not in text else (given, 1.0)
-        except ValueError:
-            source, weight = given, 1.0
+        source, weight = given, 1.0
+        before, _, text = given.rpartition(":")
+        if before and "_" not in text:  # float() would read 1_0
+            with contextlib.suppress(ValueError):  # "toy", or a file's name with a colon in it
+                source, weight = before, float(text)
         if not (0 < weight and math.isfinite(weight)):
             raise BadInput(f"{flag} {given}: the weight {text} must be a positive number")
         if source in weights:

@@ -1,12 +1,12 @@
-"""Judges mathematical answers in worker processes, under a limit of CPU time.
+"""Judges mathematical answers in worker processes, within a limit of CPU time.
 
-math_rules/ says which answers are right. SymPy can compute for ever on what a model writes, and a
-thread cannot be stopped, so a process judges. The limit counts the CPU time of that process only:
-waiting for a worker, and the load of other processes, change no verdict.
+math_rules/ decides which answers are right. SymPy may compute forever on a model's text, and a
+thread cannot be stopped, so processes judge. The limit counts the CPU time of one process. Waiting
+for a worker, and other load on the machine, therefore change no verdict.
 
-An answer passes the limit in one of two ways. A timer raises TooHard in the worker's Python code,
-and the worker goes on with the next answer. Where one call of C delays that, the kernel ends the
-process (RLIMIT_CPU), and a new one takes its place.
+Two mechanisms stop an answer at the limit. A timer raises TooHard in the worker's Python code, and
+the worker continues with the next answer. If a long call into C delays the timer, the kernel ends
+the process (RLIMIT_CPU), and a new process takes its place.
 """
 
 import multiprocessing
@@ -32,25 +32,26 @@ from common.processes import (
 from data import math_rules
 
 LIMIT_S = 5.0  # CPU seconds for one answer
-STUCK_S = 30.0  # A worker that uses no CPU time for so long is replaced.
+STUCK_S = 30.0  # a worker that uses no CPU time for this long is replaced
 MOST_BYTES = 4 * 2**30  # address space of a worker
-# A quarter of the processors that this process may use, shared by the machine's ranks.
+# The machine's ranks share a quarter of the processors that this process may use.
 WORKERS = max(1, len(os.sched_getaffinity(0)) // 4 // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 class TooHard(BaseException):
-    """An answer passed the limit. math-verify catches every Exception, so this is none."""
+    """An answer exceeded the limit. Not an Exception, because math-verify catches all of those."""
 
 
 class WorkerLost(Exception):
-    """A worker ended, or slept, before it had answered."""
+    """A worker ended, or stopped working, before it had answered."""
 
 
 def judged_in_worker(response: str, label: str) -> tuple[bool, str, bool]:
-    """Return math_rules.judged() of both, and whether the answer was too hard, and wrong for that.
+    """Return (is right, the answer, is too hard) of a response.
 
-    Any thread may call it. Raises ValueError for a label that is no mathematics, and WorkerLost
-    where two workers were killed from outside.
+    The first two are those of math_rules.judged; an answer that is too hard is wrong. Any thread
+    may call this. Raises ValueError for a label that is not mathematics, and WorkerLost if two
+    workers in a row were killed from outside.
     """
     try:
         return *call_in_worker(math_rules.judged, response, label), False
@@ -64,9 +65,9 @@ def judged_in_worker(response: str, label: str) -> tuple[bool, str, bool]:
 
 
 def label_text(label: Any) -> str:
-    """Return a label as text without the blanks around it.
+    """Return a label as text, without surrounding blanks.
 
-    Raises ValueError, with the reason, for a label that nothing can equal.
+    Raises ValueError, with the reason, for a label that no answer can equal.
     """
     if label is None or label != label:
         raise ValueError("is null" if label is None else "is NaN")
@@ -78,9 +79,9 @@ def label_text(label: Any) -> str:
 
 
 def label_problems(labels: list, *, reward: str) -> list[str]:
-    """Return for each label why the reward of that name cannot judge against it; "" where it can.
+    """Return for each label why --reward `reward` cannot judge by it; "" if it can.
 
-    Numbers are known by their form. What takes a parser goes to the workers, each label once.
+    Numbers are recognized by their form. The workers parse the other labels, each one once.
     """
     found = [_problem(label, reward) for label in labels]
     unsure = {str(label).strip(): "" for label, problem in zip(labels, found) if problem is None}
@@ -93,7 +94,7 @@ def label_problems(labels: list, *, reward: str) -> list[str]:
 
 
 def _problem(label: Any, reward: str) -> str | None:
-    """Return what is wrong with a label; None where only a parser can tell."""
+    """Return what is wrong with a label, "" if nothing is; None if only a parser can tell."""
     try:
         text = label_text(label)
     except ValueError as error:
@@ -107,6 +108,7 @@ def _problem(label: Any, reward: str) -> str | None:
 
 
 def _parse_problem(label: str) -> str:
+    """Return why math-verify cannot judge by a label; "" if it can."""
     try:
         if call_in_worker(math_rules.is_judgeable, label):
             return ""
@@ -114,14 +116,14 @@ def _parse_problem(label: str) -> str:
         return f"takes longer than {LIMIT_S:g} s to parse"
     except (ValueError, RuntimeError) as error:  # what the parser raised
         return f"cannot be parsed ({error})"
-    return "is no number, expression or short text, and the mathematical reward needs one"
+    return "is not a number, an expression or a short text; the mathematical reward needs one"
 
 
 def call_in_worker(function: Callable, *arguments):
-    """Return function(*arguments), computed in a worker, or raise what it raises.
+    """Return function(*arguments), computed in a worker. Raises what the function raises.
 
-    Raises TooHard after LIMIT_S CPU seconds. A worker that was killed from outside is replaced, and
-    the call is made once more.
+    Raises TooHard after LIMIT_S CPU seconds. If the worker was killed from outside, a new worker
+    gets the call once more; then WorkerLost is raised.
     """
     worker = _free.get()
     try:
@@ -138,14 +140,14 @@ def call_in_worker(function: Callable, *arguments):
         _free.put(worker)
 
 
-_free = queue.SimpleQueue()  # workers that have nothing to do; None: one that is to be started
+_free = queue.SimpleQueue()  # idle workers; None: a worker that is not started yet
 for _ in range(WORKERS):
     _free.put(None)
 _starting = threading.Lock()
 
 
 class _Worker:
-    """A process that computes one thing at a time, seen from the process that started it."""
+    """A handle to a process that computes one call at a time."""
 
     def __init__(self):
         context = multiprocessing.get_context("spawn")
@@ -170,6 +172,7 @@ class _Worker:
         return result
 
     def _receive(self):
+        """Wait for the worker's next message and return it. Raises TooHard or WorkerLost."""
         used = self._cpu_s()
         try:
             while not self._pipe.poll(STUCK_S):
@@ -185,12 +188,14 @@ class _Worker:
             raise self._lost("has ended") from error
 
     def _cpu_s(self) -> float:
+        """Return the CPU seconds that the worker has used; 0 if it is gone."""
         try:
             return sum(psutil.Process(self.process.pid).cpu_times()[:2])
         except psutil.NoSuchProcess:
             return 0.0
 
     def _lost(self, why: str) -> WorkerLost:
+        """Kill the worker and return the exception to raise."""
         self.is_lost = True
         self.process.kill()
         self._pipe.close()
@@ -199,16 +204,16 @@ class _Worker:
 
 
 def _work(pipe: Connection) -> None:
-    """Compute what comes through the pipe, until its other end closes.
+    """Compute the calls that come through the pipe, until the parent closes it or is gone.
 
-    That end closes when the parent is gone. A computation then ends at its limit at the latest.
+    A computation that outlives the parent ends at its limit.
     """
     ignore_end_signals()
     signal.signal(signal.SIGPROF, _raise_too_hard)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Without this limit a very large number takes the memory of the machine's other processes.
+    # A very large number would otherwise take the memory of the machine's other processes.
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
-    import math_verify  # noqa: F401  now, so that no answer pays for it
+    import math_verify  # noqa: F401  now, so that its import counts against no answer
 
     try:
         pipe.send(None)
@@ -232,7 +237,7 @@ def _limited(limit_s: float, function: Callable, arguments: tuple) -> tuple:
         return None, TooHard()
     except ValueError as error:
         return None, ValueError(str(error)[:1000])
-    except Exception as error:  # Not every exception can be pickled.
+    except Exception as error:  # not every exception can be pickled
         return None, RuntimeError(repr(error)[:1000])
 
 

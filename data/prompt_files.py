@@ -1,10 +1,10 @@
-"""Files of prompts: JSONL or Parquet, a row a prompt; every row is checked before the start.
+"""Reads prompts from JSONL and Parquet files: one prompt per row, every row checked.
 
     {"prompt": text or [chat messages], "label": anything, "metadata": {...}, "tools": [...]}
 
-The label is null if the reward uses none; metadata and tools are optional. --prompt-key and
---label-key name other fields. Where they name several, a row's first value that is neither null nor
-NaN counts, so that files of several makers mix.
+The label is null if the reward function needs none. metadata and tools are optional. --prompt-key
+and --label-key name other fields. If they name several, a row's first value that is neither null
+nor NaN counts, so that files with different field names can be mixed.
 """
 
 import json
@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import backends  # noqa: F401  before transformers, see data/tokenizer.py
 import orjson
 from transformers import PreTrainedTokenizerBase
 
@@ -21,15 +22,17 @@ from data.chat import EndlessTemplate
 from data.sample import Sample
 from data.tokenizer import encode
 
-SHOWN_ROWS = 5  # of a file's bad rows; a wrong file has thousands
+SHOWN_ROWS = 5  # bad rows that an error lists; a wrong file has thousands
 SHOWN_CHARACTERS = 60  # of a bad value
-LabelProblems = Callable[[list[Any]], list[str]]  # for each label "", or why it cannot be judged
+# Returns for each label "", or why it cannot be judged.
+LabelProblems = Callable[[list[Any]], list[str]]
+# {the first bytes of a file: what is wrong with it}
 OTHER_FORMATS = {
     b"PAR1": "is a Parquet file: its name must end in .parquet",
     b"\x1f\x8b": "is compressed by gzip: unpack it first",
     b"\x28\xb5\x2f\xfd": "is compressed by zstd: unpack it first",
     b"PK\x03\x04": "is a ZIP archive: unpack it first",
-}  # by their first bytes
+}
 
 
 @all_problems
@@ -45,25 +48,18 @@ def read_prompts(
 ) -> list[Sample]:
     """Read all rows of a file as samples without a response.
 
-    Raises BadInput naming the first rows that cannot be used.
-    tokenizer: None where it could not be read; what needs it is then not looked at.
-    marked: receives the path if the file's labels hold --label-after.
+    tokenizer: None if it could not be read; rules that need it are then skipped. name: the source
+    of the samples. marked: receives the path if a label of the file holds --label-after. Raises
+    BadInput naming the first rows that cannot be used.
     """
     rows, bad = [], []
+    options = dict(name=name, max_prompt_tokens=max_prompt_tokens)
     for where, row in read_rows(path):
         try:
-            sample = sample_of(
-                row,
-                tokenizer,
-                settings,
-                where=where,
-                name=name,
-                max_prompt_tokens=max_prompt_tokens,
-            )
-            rows.append((where, sample))
+            rows.append((where, sample_of(row, tokenizer, settings, where=where, **options)))
         except BadInput as error:
             bad += error.problems
-            if isinstance(error, EndlessTemplate):  # other rows would take as long
+            if isinstance(error, EndlessTemplate):  # every other row would take as long
                 break
     if marked is not None and any(_holds(sample.label, settings.label_after) for _, sample in rows):
         marked.add(path)
@@ -85,44 +81,38 @@ def sample_of(
     name: str,
     max_prompt_tokens: float,
 ) -> Sample:
-    """A row of a file, or its line, as a sample without a response. Raises BadInput."""
+    """Return a row, or a line of JSONL, as a sample without a response. Raises BadInput."""
     is_line = isinstance(row, str)
     row = _parsed(row, where=where) if is_line else row
     prompt = value_at(row, settings.prompt_key, where=where, flag="--prompt-key")
     label = value_at(row, settings.label_key, where=where, flag="--label-key")
     metadata, tools = row.get("metadata"), row.get("tools")
     if not is_line:
-        # In Parquet all objects of a column have the same fields; what one lacks is null in it.
+        # In Parquet all objects of a column have the same fields; missing ones are null.
         prompt, tools = _without_nulls(prompt), _without_nulls(tools)
     tools = _tools(tools, where=where)
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise BadInput(
-            f"{where} has no prompt: it needs a non-empty one, text or a list of chat messages"
-        )
+        rule = "it needs a non-empty one, text or a list of chat messages"
+        raise BadInput(f"{where} has no prompt: {rule}")
     if isinstance(prompt, str) and _is_text_of_messages(prompt):
-        raise BadInput(
-            f"{where}: the prompt is JSON text of chat messages: give the list itself, not its text"
-        )
+        fix = "give the list itself, not its text"
+        raise BadInput(f"{where}: the prompt is JSON text of chat messages: {fix}")
     if not isinstance(metadata, dict | None):
-        raise BadInput(
-            f'{where}: "metadata" is a {type(metadata).__name__}; if given, it must be an object'
-        )
+        kind = type(metadata).__name__
+        raise BadInput(f'{where}: "metadata" is a {kind}; if given, it must be an object')
+    values = [prompt, label, metadata, tools]
     try:
-        json.dumps([prompt, label, metadata, tools], allow_nan=False)
-        # As it will be on every rank: tuples become lists.
-        prompt, label, metadata, tools = orjson.loads(
-            orjson.dumps([prompt, label, metadata, tools])
-        )
+        json.dumps(values, allow_nan=False)  # refuses NaN, which orjson would write as null
+        # Every rank gets the values through JSON, where tuples become lists. Do that here, too.
+        prompt, label, metadata, tools = orjson.loads(orjson.dumps(values))
     except (TypeError, ValueError, RecursionError) as error:
         raise BadInput(
             f"{where}: prompt, label and metadata must fit in a line of JSON ({error}): convert "
             "the field to text"
         ) from error
-    text, ids = (
-        ("", [0])
-        if tokenizer is None
-        else encode(prompt, tokenizer, settings, where=where, tools=tools)
-    )
+    text, ids = "", [0]  # without a tokenizer: a stand-in of one token
+    if tokenizer is not None:
+        text, ids = encode(prompt, tokenizer, settings, where=where, tools=tools)
     if not ids or len(ids) > max_prompt_tokens:
         raise BadInput(
             f"{where}: the prompt has {len(ids)} tokens; it must have 1 to {max_prompt_tokens} "
@@ -133,6 +123,7 @@ def sample_of(
 
 
 def _is_text_of_messages(prompt: str) -> bool:
+    """Return whether a text is a list of chat messages, written as JSON."""
     if not prompt.lstrip().startswith("["):
         return False
     try:
@@ -143,7 +134,10 @@ def _is_text_of_messages(prompt: str) -> bool:
 
 
 def _tools(given: Any, *, where: str) -> list[dict] | None:
-    """Return a row's tools, given as a list or as JSON text of it or of each; None without any."""
+    """Return a row's tools as a list of objects, or None if there are none.
+
+    They may be given as a list, as JSON text of the list, or as a list of JSON texts.
+    """
     rule = "it must be a list of objects, or JSON text of one"
     try:
         given = json.loads(given) if isinstance(given, str) else given
@@ -157,13 +151,14 @@ def _tools(given: Any, *, where: str) -> list[dict] | None:
 
 
 def _without_nulls(value: Any) -> Any:
+    """Return a value without the fields of its objects, at any depth, that are null."""
     if isinstance(value, dict):
         return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict | str]]:
-    """Yield (file and row as an error names them, the row or its line). Raises BadInput."""
+    """Yield (file and row as errors name them, the row or its line). Raises BadInput."""
     if problem := file_problem(path):
         raise BadInput(problem)
     if path.endswith(".parquet"):
@@ -171,21 +166,19 @@ def read_rows(path: str) -> Iterator[tuple[str, dict | str]]:
         return
     try:
         _check_format(path)
-        with open(
-            path, encoding="utf-8-sig"
-        ) as file:  # a byte order mark at the start is no part of the first line
+        with open(path, encoding="utf-8-sig") as file:  # skips a byte order mark
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield f"{path} line {number}", line
     except (OSError, UnicodeDecodeError) as error:
+        fix = "give JSONL in UTF-8, or Parquet"
         raise BadInput(
-            f"prompts file {path} cannot be read as UTF-8 text: {error}; give JSONL in UTF-8, or "
-            "Parquet"
+            f"prompts file {path} cannot be read as UTF-8 text: {error}; {fix}"
         ) from error
 
 
 def _check_format(path: str) -> None:
-    """Refuse a file of another kind by what it is, rather than by its first row."""
+    """Refuse a file of another format by name, rather than with an error about its first row."""
     with open(path, "rb") as file:
         head = file.read(4096)
     for start, what in OTHER_FORMATS.items():
@@ -194,28 +187,27 @@ def _check_format(path: str) -> None:
     if path.endswith((".csv", ".tsv")):
         raise BadInput(f"prompts file {path} is a table of text: convert it to JSONL or Parquet")
     if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        raise BadInput(
-            f"prompts file {path} is one JSON array: write one object a line, for instance by jq "
-            "-c '.[]'"
-        )
+        fix = "write one object per line, for instance by jq -c '.[]'"
+        raise BadInput(f"prompts file {path} is one JSON array: {fix}")
 
 
 def _parsed(line: str, *, where: str) -> dict:
+    """Return the object in a line of JSONL. Raises BadInput."""
+    rule = "every line must be one object"
     try:
         row = json.loads(line, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at column {error.colno}"
+        raise BadInput(f"{where} is not JSON ({reason}): {rule}") from error
     except (ValueError, RecursionError) as error:
-        reason = (
-            f"{error.msg} at column {error.colno}"
-            if isinstance(error, json.JSONDecodeError)
-            else str(error)
-        )
-        raise BadInput(f"{where} is not JSON ({reason}): every line must be one object") from error
+        raise BadInput(f"{where} is not JSON ({error}): {rule}") from error
     if not isinstance(row, dict):
-        raise BadInput(f"{where} is no object: every line must be one, with a prompt and a label")
+        raise BadInput(f"{where} is not an object: {rule}, with a prompt and a label")
     return row
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict:
+    """Return the object of these (name, value) pairs. Raises ValueError if a name is repeated."""
     value = dict(pairs)
     if len(value) < len(pairs):
         twice = next(name for at, (name, _) in enumerate(pairs) if name in dict(pairs[:at]))
@@ -224,6 +216,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def _parquet_rows(path: str) -> Iterator[tuple[str, dict]]:
+    """Yield (file and row as errors name them, the row). Raises BadInput."""
     import pyarrow
     import pyarrow.parquet
 
@@ -234,22 +227,18 @@ def _parquet_rows(path: str) -> Iterator[tuple[str, dict]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path} row {number}", row
-    except (
-        pyarrow.ArrowException,
-        OSError,
-        ValueError,
-        OverflowError,
-    ) as error:  # also of values that Python has not
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        # The last two: values that Python cannot represent, such as dates after the year 9999.
         raise BadInput(
             f"prompts file {path} cannot be read as Parquet after row {number}: {error}"
         ) from error
 
 
 def value_at(row: dict, keys: tuple[str, ...], *, where: str, flag: str) -> Any:
-    """Return the row's value at the first of these dotted keys where it is neither null nor NaN.
+    """Return the row's value at the first of these keys where it is neither null nor NaN.
 
-    None if it is null at all that the row has. Raises BadInput if the row has none of them.
-    "reward_model.ground_truth" is row["reward_model"]["ground_truth"].
+    "reward_model.ground_truth" is row["reward_model"]["ground_truth"]. Returns None if the value is
+    null at every key that the row has. Raises BadInput if the row has none of the keys.
     """
     has_one = False
     for key in keys:
@@ -262,7 +251,7 @@ def value_at(row: dict, keys: tuple[str, ...], *, where: str, flag: str) -> Any:
             return value
     if has_one:
         return None
-    null = " (null if the reward uses none)" if flag == "--label-key" else ""
+    null = " (null if the reward needs none)" if flag == "--label-key" else ""
     raise BadInput(
         f"{where} has no {' or '.join(keys)}{null}; its fields are {', '.join(row)}: name the "
         f"right one with {flag}, nested ones with dots"
@@ -270,10 +259,10 @@ def value_at(row: dict, keys: tuple[str, ...], *, where: str, flag: str) -> Any:
 
 
 def cut_labels(rows: list[tuple[str, Sample]], after: str) -> list[str]:
-    """Make each label what stands after the last `after` in it, in a file whose labels hold that.
+    """Cut each label, in place, to the text after the last `after` in it.
 
-    Returns a problem for each row of such a file whose label does not, or ends with it; then no
-    label is changed.
+    Nothing is done if no label of the file holds `after`. If some hold it, returns a problem for
+    each row whose label does not hold it or ends with it; with a problem no label is changed.
     """
     if not any(_holds(sample.label, after) for _, sample in rows):
         return []
@@ -284,12 +273,12 @@ def cut_labels(rows: list[tuple[str, Sample]], after: str) -> list[str]:
         if not has_mark:
             problems.append(
                 f"{where}: the label {_shown(sample.label)} does not hold --label-after {after!r}, "
-                "which others of the file do: mend or remove the row"
+                "as other labels of the file do: correct or remove the row"
             )
         elif not labels[-1]:
             problems.append(
                 f"{where}: nothing follows --label-after {after!r} in the label "
-                f"{_shown(sample.label)}: mend or remove the row"
+                f"{_shown(sample.label)}: correct or remove the row"
             )
     if not problems:
         for (_, sample), label in zip(rows, labels):
@@ -304,7 +293,7 @@ def _holds(label: Any, after: str) -> bool:
 def _unfit_labels(
     rows: list[tuple[str, Sample]], label_problems: LabelProblems | None
 ) -> list[str]:
-    """A problem for each row whose label cannot be judged."""
+    """Return a problem for each row whose label cannot be judged."""
     if label_problems is None:
         return []
     phrases = label_problems([sample.label for _, sample in rows])
@@ -316,5 +305,6 @@ def _unfit_labels(
 
 
 def _shown(value: Any) -> str:
+    """Return a value as an error shows it, cut to SHOWN_CHARACTERS."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"

@@ -1,15 +1,15 @@
-"""Prompt data -> Samples without a response: files, generated problems, mixtures of them.
+"""Prompt data -> Samples without a response: files, generated problems, and mixtures of them.
 
-All of it is checked before anything is started.
+--prompts and --eval-prompts take
 
-    toy                            the toy's additions, endless                                                     what --prompts and --eval-prompts take
-    FILE.jsonl, FILE.parquet       a prompt a row; endless passes over the file, each in a new order
-    reasoning-gym:TASK             the problems of a task of that package, endless; see reasoning_gym_tasks.py
-    any of these with :WEIGHT      in a mixture: how often it is drawn, over the sum of the weights; 1 unless given
+    toy                         the additions of toy/task.py, endless
+    FILE.jsonl, FILE.parquet    one prompt per row, see prompt_files.py; training passes over the
+                                file again and again, each time in a new order
+    reasoning-gym:TASK          the problems of a task, endless; see reasoning_gym_tasks.py
+    any of these with :WEIGHT   its share in a mixture, over the sum of the weights; default 1
 
-The order of prompts and what is drawn from a mixture follow from the seed, the same on every rank.
-prompt_files.py says what a row holds. rollout.py must be imported first: it prepares transformers'
-import.
+All of it is checked before anything is started. The order of prompts, and what is drawn from a
+mixture, follow from the seed and are the same on every rank.
 """
 
 import hashlib
@@ -21,10 +21,11 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, count, islice
 from pathlib import Path
 
+import backends  # noqa: F401  before transformers, see data/tokenizer.py
 import orjson
 from transformers import PreTrainedTokenizerBase
 
-from common.errors import BadInput, Problems, all_problems
+from common.errors import BadInput, ProblemList, all_problems
 from common.settings import GYM, DataSettings, is_generated, parse_weights
 from data import reasoning_gym_tasks
 from data.chat import check_template_kwargs
@@ -33,23 +34,51 @@ from data.sample import Sample
 from data.tokenizer import encode, end_tokens, load_tokenizer
 from toy.task import problems
 
-ENGINE_KEEPS = (
-    2  # positions of a model's context that SGLang does not use: it would cut such an answer short
-)
-PROBE = (
-    64  # so many problems of a generated source are looked at before the start, for their lengths
-)
+# Positions of a model's context that SGLang does not use. A longer response would be cut short.
+ENGINE_KEEPS = 2
+# Problems of a generated source that are encoded before the start, to learn their lengths.
+PROBE = 64
 
 
-# --- sources ------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------
 
 
 def shuffled(samples: list[Sample], *, seed: int) -> Iterator[Sample]:
-    """Endless passes over a file's prompts, each in a new seeded order, the same on every rank."""
+    """Yield a file's prompts in endless passes, each in a new order that follows from the seed."""
     rng = random.Random(seed)
     while True:
         for i in rng.sample(range(len(samples)), len(samples)):
             yield samples[i]
+
+
+def open_file(
+    path: str,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: DataSettings,
+    *,
+    seed: int,
+    is_eval: bool,
+    room: float,
+    label_problems: LabelProblems | None,
+    marked: set[str],
+) -> tuple[Iterator[Sample], int, list]:
+    """Return (prompts, the length of the longest prompt, what the checksum covers).
+
+    Training prompts are endless and shuffled. Evaluation prompts come once, in the file's order.
+    The checksum covers all rows. The other arguments are those of read_prompts.
+    """
+    samples = read_prompts(
+        path,
+        tokenizer,
+        settings,
+        name=name,
+        max_prompt_tokens=room,
+        label_problems=label_problems,
+        marked=marked,
+    )
+    stream = iter(samples) if is_eval else shuffled(samples, seed=seed)
+    return stream, max(len(sample.prompt_ids) for sample in samples), samples
 
 
 # --- generated problems -------------------------------------------------------------------------
@@ -58,10 +87,10 @@ def shuffled(samples: list[Sample], *, seed: int) -> Iterator[Sample]:
 def generated(
     rows: Iterator[dict], tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, name: str
 ) -> Iterator[Sample]:
-    """Endless problems, rows with a prompt, a label and perhaps notes, as samples without a
-    response.
+    """Yield endless problems as samples without a response.
 
-    Raises BadInput if one of the first PROBE cannot be a prompt; a later one is passed over.
+    rows: each has "prompt", "label" and perhaps "notes". Raises BadInput if one of the first PROBE
+    rows cannot be encoded; a later one is skipped.
     """
     for group, row in enumerate(rows):
         try:
@@ -76,27 +105,28 @@ def generated(
 def toy_prompts(
     tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, seed: int, held_out: bool
 ) -> Iterator[Sample]:
-    """Endless problems of the toy task."""
+    """Yield endless problems of the toy task as samples without a response."""
     return generated(problems(seed=seed, held_out=held_out), tokenizer, settings, name="toy")
 
 
 def drop_long_prompts(
     stream: Iterator[Sample], *, name: str, max_prompt_tokens: int
 ) -> tuple[Iterator[Sample], int]:
-    """A generated stream, and the length of its longest prompt: of the first PROBE that is; later
-    prompts that are longer are passed over.
+    """Return (a generated stream, the length of its longest prompt in tokens).
+
+    The first PROBE prompts set that length; later prompts that are longer are skipped. Raises
+    BadInput if it exceeds max_prompt_tokens.
     """
     first = list(islice(stream, PROBE))
     longest = max(len(sample.prompt_ids) for sample in first)
     if longest > max_prompt_tokens:
-        room = (
-            f"{max_prompt_tokens}, the model's context less --max-response-tokens, and 2 positions"
-            " that SGLang keeps"
+        rule = (
+            f"at most {max_prompt_tokens} fit (the model's context less --max-response-tokens, "
+            f"and {ENGINE_KEEPS} positions that SGLang keeps)"
         )
-        raise BadInput(
-            f"a prompt of {name} has {longest} tokens, more than {room}: lower that flag"
-        )
-    return (sample for sample in chain(first, stream) if len(sample.prompt_ids) <= longest), longest
+        raise BadInput(f"a prompt of {name} has {longest} tokens; {rule}: lower that flag")
+    kept = (sample for sample in chain(first, stream) if len(sample.prompt_ids) <= longest)
+    return kept, longest
 
 
 def open_generated(
@@ -109,43 +139,44 @@ def open_generated(
     is_eval: bool,
     room: float,
 ) -> tuple[Iterator[Sample], int, list]:
-    """Return endless problems, the length of the longest prompt, and what the checksum is of: the
-    first.
+    """Return (endless problems, the length of the longest prompt, what the checksum covers).
+
+    The checksum covers the source's name and the first PROBE problems. room: the largest number of
+    prompt tokens. Held-out problems do not depend on the seed.
     """
     if tokenizer is None:
         return iter(()), 0, []
     if given == "toy":
         stream = toy_prompts(tokenizer, settings, seed=0 if is_eval else seed, held_out=is_eval)
     else:
-        rows = reasoning_gym_tasks.problems(
-            given.removeprefix(GYM), seed="held-out" if is_eval else seed
-        )
+        task = given.removeprefix(GYM)
+        rows = reasoning_gym_tasks.problems(task, seed="held-out" if is_eval else seed)
         stream = generated(rows, tokenizer, settings, name=name)
     stream, length = drop_long_prompts(stream, name=name, max_prompt_tokens=room)
     first = list(islice(stream, PROBE))
     return chain(first, stream), length, [given, *first]
 
 
-# --- what a run generates from ------------------------------------------------------------------
+# --- the data of a run --------------------------------------------------------------------------
 
 
 @dataclass
 class Data:
-    """What a run generates from."""
+    """The tokenizer and the prompts of a run."""
 
     tokenizer: PreTrainedTokenizerBase
     stream: Iterator[Sample]
+    """Training prompts, endless."""
     held_out: list[Sample]
-    """Evaluation prompts of all sets, one after the other; empty where there are none."""
+    """Evaluation prompts of all sets, one set after the other; may be empty."""
     end_ids: list[int]
     """Tokens that end a response."""
     longest: int
     """Prompt and response tokens of the longest possible sample."""
     seed: int
     digest: dict[str, str] = field(default_factory=dict)
-    """Checksum of what was read from each source of --prompts, by its place there: "1", "2", …;
-    wherever the file is.
-    """
+    """Checksum of each source of --prompts, by its place there: "1", "2", …. It does not depend on
+    where a file is."""
 
 
 @all_problems
@@ -157,102 +188,102 @@ def load_data(
     seed: int,
     label_problems: LabelProblems | None = None,
 ) -> Data:
-    """Load tokenizer and prompts, all checked. Raises BadInput.
+    """Load and check the tokenizer and all prompts. Raises BadInput with all problems.
 
-    config: None where it could not be read; the form of files is checked all the same.
-    label_problems: for each of a file's labels "", or a phrase such as "is null, and --reward math
-    needs one".
+    config: the model's; None if it could not be read, which still lets the files' form be checked.
+    label_problems: returns for each label of a file "", or a phrase such as "is null, and --reward
+    math needs text or a number".
     """
-    found = Problems()
-    tokenizer = None if config is None else found.of(load_tokenizer, model_folder)
+    found = ProblemList()
+    tokenizer = None if config is None else found.collect(load_tokenizer, model_folder)
     if tokenizer is not None:
-        found.of(check_template_kwargs, tokenizer, settings.chat_template_kwargs)
-        if found.found:  # said once, not for every row
+        found.collect(check_template_kwargs, tokenizer, settings.chat_template_kwargs)
+        if found.texts:  # leave them out below, or every row would report them again
             settings = replace(settings, chat_template_kwargs=())
-    tokens = {} if tokenizer is None else tokenizer.get_vocab()  # may have gaps
-    size = max(tokens.values(), default=-1) + 1
-    if tokenizer is not None and size > config["vocab_size"]:
-        yield (
-            f"{model_folder}: the tokenizer has {size} tokens, the model {config['vocab_size']}:"
-            " they do not belong together"
-        )
-    room = (
-        math.inf
-        if config is None
-        else config["max_position_embeddings"] - ENGINE_KEEPS - settings.max_response_tokens
-    )
-    streams, held_out, longest, digest, marked = [], [], 0, {}, set()
+        yield from _vocabulary_problems(model_folder, tokenizer, config)
+    room = math.inf
+    if config is not None:
+        context = config["max_position_embeddings"]
+        room = context - ENGINE_KEEPS - settings.max_response_tokens
+    marked = set()  # files with a label that holds --label-after
 
     def open_source(given: str, name: str, *, is_eval: bool) -> tuple[Iterator[Sample], int, list]:
+        source = (given, name, tokenizer, settings)
+        options = dict(seed=seed, is_eval=is_eval, room=room)
         if is_generated(given):
-            return open_generated(
-                given, name, tokenizer, settings, seed=seed, is_eval=is_eval, room=room
-            )
-        labels = dict(label_problems=label_problems, marked=marked)
-        samples = read_prompts(
-            given, tokenizer, settings, name=name, max_prompt_tokens=room, **labels
-        )
-        stream = iter(samples) if is_eval else shuffled(samples, seed=seed)
-        return stream, max(len(sample.prompt_ids) for sample in samples), samples
+            return open_generated(*source, **options)
+        return open_file(*source, **options, label_problems=label_problems, marked=marked)
 
+    nothing = (iter(()), 0, [])  # in place of a source that cannot be read
+    streams, held_out, lengths, digest = [], [], [0], {}
     sources = parse_weights(settings.prompts)
     for given, name in short_names(list(sources)).items():
-        stream, length, read = found.of(open_source, given, name, is_eval=False) or (
-            iter(()),
-            0,
-            [],
-        )
-        streams, longest = [*streams, stream], max(longest, length)
+        opened = found.collect(open_source, given, name, is_eval=False) or nothing
+        stream, length, read = opened
+        streams.append(stream)
+        lengths.append(length)
         digest[str(len(streams))] = checksum(sources[given], read)
     own = [given for given in sources if is_generated(given)]
     for given, name in short_names(list(settings.eval_prompts) or own).items():
-        prompts, length, _ = found.of(open_source, given, name, is_eval=True) or (iter(()), 0, [])
-        held_out, longest = (
-            [*held_out, *islice(prompts, settings.eval_samples)],
-            max(longest, length),
-        )
-    if settings.label_after and not marked and not found.found:
+        opened = found.collect(open_source, given, name, is_eval=True) or nothing
+        stream, length, _ = opened
+        held_out += islice(stream, settings.eval_samples)
+        lengths.append(length)
+    if settings.label_after and not marked and not found.texts:
         yield (
-            f"--label-after {settings.label_after!r}: no label of any file holds it, so nothing"
-            " would be cut: mend it or leave it out"
+            f"--label-after {settings.label_after!r}: no label of any file holds it, so nothing "
+            "would be cut: correct it or leave it out"
         )
     held_out = [replace(sample, group=group) for group, sample in enumerate(held_out)]
-    end_ids = (
-        None if tokenizer is None else found.of(end_tokens, model_folder, tokenizer, settings.stop)
-    )
-    yield from found.found
-    stream = mixture(streams, list(sources.values()), seed=seed)
+    end_ids = None
+    if tokenizer is not None:
+        end_ids = found.collect(end_tokens, model_folder, tokenizer, settings.stop)
+    yield from found.texts
     return Data(
-        tokenizer, stream, held_out, end_ids, longest + settings.max_response_tokens, seed, digest
+        tokenizer,
+        mixture(streams, list(sources.values()), seed=seed),
+        held_out,
+        end_ids,
+        longest=max(lengths) + settings.max_response_tokens,
+        seed=seed,
+        digest=digest,
     )
+
+
+def _vocabulary_problems(
+    model_folder: str, tokenizer: PreTrainedTokenizerBase, config: dict
+) -> Iterator[str]:
+    """Yield a problem if the tokenizer has tokens that the model does not know."""
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
+    if size > config["vocab_size"]:
+        yield (
+            f"{model_folder}: the tokenizer has {size} tokens, the model {config['vocab_size']}; "
+            "they do not belong together: copy the model's own tokenizer there"
+        )
 
 
 def checksum(weight: float, read: Iterable[str | Sample]) -> str:
-    """Return a short checksum of a source: its weight, and all that was read from it but its place."""
+    """Return a short checksum of a source: its weight, and what was read except its location."""
     digest = hashlib.blake2b(repr(weight).encode(), digest_size=8)
     for part in read:
-        plain = (
-            part
-            if isinstance(part, str)
-            else [part.prompt_ids, part.prompt, part.label, part.metadata]
-        )
-        digest.update(orjson.dumps(plain) + b"\n")
+        if isinstance(part, Sample):
+            part = [part.prompt_ids, part.prompt, part.label, part.metadata]
+        digest.update(orjson.dumps(part) + b"\n")
     return digest.hexdigest()
 
 
 def short_names(sources: list[str]) -> dict[str, str]:
-    """{"toy": "toy", "a/gsm8k/train.parquet": "gsm8k/train", "a/math/train.parquet": "math/train"}:
-    short names that tell the sources apart.
+    """Return {source: short name}, such that the names tell the sources apart.
 
-    Bytes of a path that are no UTF-8 are written out, as a sample's source must fit in JSON.
+    For example: {"toy": "toy", "a/gsm8k/train.parquet": "gsm8k/train", "a/math/train.parquet":
+    "math/train"}. Bytes of a path that are not UTF-8 are escaped, because a sample's source must
+    fit in JSON.
     """
-    printable = {
-        source: os.fsencode(source).decode("utf-8", "backslashreplace") for source in sources
-    }
-    paths = {
-        source: Path(text.replace(GYM, "reasoning-gym/")) for source, text in printable.items()
-    }
-    parts = {source: (*path.parent.parts, path.stem) for source, path in paths.items()}
+    printable, parts = {}, {}
+    for source in sources:
+        printable[source] = os.fsencode(source).decode("utf-8", "backslashreplace")
+        path = Path(printable[source].replace(GYM, "reasoning-gym/"))
+        parts[source] = (*path.parent.parts, path.stem)
     for n in range(1, max(map(len, parts.values()), default=0) + 1):
         short = {source: "/".join(parts[source][-n:]) for source in sources}
         if len(set(short.values())) == len(sources):
@@ -263,9 +294,7 @@ def short_names(sources: list[str]) -> dict[str, str]:
 def mixture(
     streams: list[Iterator[Sample]], weights: list[float], *, seed: int
 ) -> Iterator[Sample]:
-    """Prompts of all streams, each drawn with its weight, numbered in the order in which they are
-    drawn.
-    """
+    """Yield prompts drawn from all streams with these weights, numbered as groups in that order."""
     rng = random.Random(f"mixture {seed}")
     for group in count():
         yield replace(next(rng.choices(streams, weights)[0]), group=group)

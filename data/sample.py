@@ -1,4 +1,4 @@
-"""A Sample: one prompt and its answer, and how a line of a dump becomes one."""
+"""A Sample is one prompt and its response. read_dump reads the samples that a run has saved."""
 
 import dataclasses
 import math
@@ -12,58 +12,62 @@ import orjson
 from common.errors import BadInput, read_file
 
 
-def per_token_field() -> Any:
-    """Declare a field of Sample: a number for each response token; [] until it is computed.
+DUMP_FIX = "give a folder that --save-rollouts of this version wrote"
+AS_LONG_AS_THE_RESPONSE = ("response_ids", "rollout_logprobs", "loss_mask", "weight_versions")
 
-    per_token_names() lists it. The trainer gets it as float32 [T] under its name, see MicroBatch in
-    backends/megatron/batches.py.
+
+def per_token_field() -> Any:
+    """Declare a field of Sample that holds a number per response token, or [] until it is computed.
+
+    per_token_names() lists these fields. The trainer gets each as float32 [T] under its name; see
+    MicroBatch in backends/megatron/batches.py.
     """
     return field(default_factory=list, metadata={"per_token": True})
 
 
 @dataclass
 class Sample:
-    """One prompt and, once generated, one response. Plain data: one JSON line holds all of it."""
+    """One prompt and, once generated, one response. It is plain data: one line of JSON holds it."""
 
     prompt_ids: list[int]
     prompt: str = ""
     label: Any = None
     group: int = -1
-    """The prompt's number in the run's prompt stream. A group's samples answer the same prompt."""
+    """Number of the prompt in the run's prompt stream. Samples of one group answer one prompt."""
     index: int = 0
-    """Place in its group; (group, index) names a sample."""
+    """Index in the group; (group, index) identifies a sample."""
     response_ids: list[int] = field(default_factory=list)
     response: str = ""
     loss_mask: list[int] = field(default_factory=list)
-    """Per response token: 1 if the policy sampled it, 0 if not (a tool's output)."""
+    """Per response token: 1 if the policy sampled it; 0 if not, as for a tool's output."""
     weight_versions: list[int] = field(default_factory=list)
-    """Per response token: the version of the weights that sampled it."""
+    """Per response token: version of the weights that sampled it."""
     finish_reason: str = ""
-    """stop, length or abort, as SGLang gives it."""
+    """stop, length or abort, as SGLang reports it."""
     discarded: str = ""
-    """Why the sample is not trained: rollout.DROPPED or REPLACED; "" if it is."""
+    """Why the sample is not trained: rollout.DROPPED or REPLACED; "" if it is trained."""
     reward: float | None = None
     rollout_logprobs: Sequence[float] = per_token_field()
     """By the engine, at the sampling temperature."""
     old_logprobs: Sequence[float] = per_token_field()
-    """By the trainer before it learns from the batch. Empty where the batch has one update only,
-    which starts from them."""
+    """By the trainer, before the first optimizer step on the batch. Empty if there is only one
+    step: it starts from these very log-probs."""
     ref_logprobs: Sequence[float] = per_token_field()
-    """By the frozen reference, where there is one."""
+    """By the frozen reference model, if there is one."""
     advantages: Sequence[float] = per_token_field()
     metadata: dict = field(default_factory=dict)
-    """The row's own object of that name, as it was read. The program never writes to it."""
+    """The row's object of that name, as it was read. The program never writes to it."""
     source: str = ""
-    """Short name of where the prompt is from: a file, or a generator."""
+    """Short name of the prompt's source: a file or a generator."""
     answer: str | None = None
-    """What the reward function took for the answer; None where it does not say."""
+    """The part of the response that the reward function judged; None if it does not say."""
     error: str = ""
     """Why the sample has no reward, or why the engine aborted it."""
     notes: dict = field(default_factory=dict)
-    """What generators, rollouts and reward functions leave for one another: the problem of
-    reasoning-gym, the calls of a tool."""
+    """What generators, rollouts and reward functions pass to one another, for instance the problem
+    of reasoning-gym or the calls of a tool."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Numbers that a rollout leaves: each step logs their means over its samples."""
+    """Numbers from a rollout; each step logs their means over its samples."""
 
     @classmethod
     def per_token_names(cls) -> tuple[str, ...]:
@@ -72,19 +76,20 @@ class Sample:
         return tuple(spec.name for spec in specs if spec.metadata.get("per_token"))
 
     def to_json(self) -> bytes:
+        """Return the sample as one line of JSON, without the line break."""
         return orjson.dumps(self, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
 
     @classmethod
     def from_json(cls, line: bytes | str) -> "Sample":
+        """Return the sample that to_json wrote."""
         return cls(**orjson.loads(line))
 
 
 def read_dump(path: str | Path, *, vocab_size: int | None = None) -> list[Sample]:
-    """Read a step's samples as --save-rollouts writes them.
+    """Read the samples of a step as --save-rollouts writes them.
 
-    Raises BadInput naming file, line and field.
-
-    vocab_size: of the model that is to train on them; None leaves the range of the ids unchecked.
+    vocab_size: of the model to be trained; None: token ids may have any size. Raises BadInput
+    naming file, line and field.
     """
     try:
         lines = read_file(path, most=math.inf).split(b"\n")
@@ -97,56 +102,47 @@ def read_dump(path: str | Path, *, vocab_size: int | None = None) -> list[Sample
         try:
             row = orjson.loads(line)
         except ValueError as error:
-            raise BadInput(
-                f"{path} line {number} is not JSON ({error}): a dump has a sample a line"
-            ) from error
-        problem = next(_dump_problems(row, vocab_size), None)
-        if problem:
-            fix = "give a folder that --save-rollouts of this version wrote"
-            raise BadInput(f"{path} line {number}: {problem}; {fix}")
+            rule = "every line of a dump holds one sample"
+            raise BadInput(f"{path} line {number} is not JSON ({error}): {rule}") from error
+        if problem := next(_dump_problems(row, vocab_size), ""):
+            raise BadInput(f"{path} line {number}: {problem}; {DUMP_FIX}")
         samples.append(Sample(**row))
     if not samples:
-        raise BadInput(
-            f"{path} holds no samples; give a folder that --save-rollouts of this version wrote"
-        )
+        raise BadInput(f"{path} holds no samples; {DUMP_FIX}")
     return samples
 
 
-AS_LONG_AS_THE_RESPONSE = ("response_ids", "rollout_logprobs", "loss_mask", "weight_versions")
-
-
 def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
-    """Yield what keeps a line of a dump from being a Sample that can be trained on."""
+    """Yield why a line of a dump is not a sample that can be trained on."""
     if not isinstance(row, dict):
-        yield "it is no object, and a sample is one"
+        yield "it is not an object, as a sample must be"
         return
     names = [spec.name for spec in dataclasses.fields(Sample)]
-    yield from (f"{name!r} is no field of a sample" for name in row if name not in names)
+    yield from (f"{name!r} is not a field of a sample" for name in row if name not in names)
     yield from (f"the field {name!r} is missing" for name in names if name not in row)
     for name in ("prompt_ids", "response_ids", "loss_mask", "weight_versions"):
-        yield from _element_problems(row, name, int, "integer")
+        yield from _element_problems(row, name, int, "an integer")
     for name in Sample.per_token_names():
-        yield from _element_problems(row, name, (int, float), "number")
+        yield from _element_problems(row, name, (int, float), "a number")
     if not row["prompt_ids"]:
         yield "prompt_ids is empty"
     for name in ("prompt_ids", "response_ids"):
         for token in row[name]:
             if token < 0 or (vocab_size is not None and token >= vocab_size):
-                limit = (
-                    "" if vocab_size is None else f" and below the model's vocabulary, {vocab_size}"
-                )
-                yield f"{name} holds {token}; a token id must be at least 0{limit}"
+                rule = "a token id must be at least 0"
+                if vocab_size is not None:
+                    rule += f" and below the model's vocabulary, {vocab_size}"
+                yield f"{name} holds {token}; {rule}"
     if any(value not in (0, 1) for value in row["loss_mask"]):
-        yield "loss_mask holds another value than 0 and 1"
+        yield "loss_mask holds a value other than 0 and 1"
     lengths = {name: len(row[name]) for name in AS_LONG_AS_THE_RESPONSE}
     if len(set(lengths.values())) > 1:
         shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        yield f"its lists differ in length, and each has one value a response token: {shown}"
+        yield f"its lists differ in length; each must have one value per response token: {shown}"
+    tokens = len(row["response_ids"])
     for name in Sample.per_token_names():
-        if name not in lengths and len(row[name]) not in (0, len(row["response_ids"])):
-            yield (
-                f"{name} has {len(row[name])} values for {len(row['response_ids'])} response tokens"
-            )
+        if name not in lengths and len(row[name]) not in (0, tokens):
+            yield f"{name} has {len(row[name])} values for {tokens} response tokens"
     kinds = dict(prompt=str, response=str, source=str, error=str, finish_reason=str)
     kinds |= dict(group=int, index=int, discarded=str, metadata=dict, notes=dict, metrics=dict)
     kinds |= dict(reward=(int, float, type(None)), answer=(str, type(None)))
@@ -156,11 +152,11 @@ def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
 
 
 def _element_problems(row: dict, name: str, kind: type | tuple, word: str) -> Iterator[str]:
-    """Yield what is wrong with a list of a dump's line; it must hold values of one kind."""
+    """Yield what is wrong with a field that must be a list of values of one kind."""
     if not isinstance(row[name], list):
         yield f"{name} is a {type(row[name]).__name__}; it must be a list"
         return
     for at, value in enumerate(row[name]):
         if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
             shown = "null" if value is None else repr(value)
-            yield f"{name} holds {shown} at place {at}, which is no {word}"
+            yield f"{name} holds {shown} at place {at}, which is not {word}"

@@ -1,15 +1,15 @@
-"""A model's tokenizer: what settings make of a prompt, and where an answer ends."""
+"""Loads a model's tokenizer, encodes prompts with it, and finds the tokens that end a response."""
 
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import backends  # noqa: F401  first: without a GPU it prepares the import of transformers
+import backends  # noqa: F401  before transformers: without a GPU it provides what this imports
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from backends.huggingface.config import generation_eos
-from common.errors import BadInput, Problems, all_problems, check_file, read_json
+from common.errors import BadInput, ProblemList, all_problems, check_file, read_json
 from common.settings import DataSettings
 from data.chat import chat_text
 
@@ -21,52 +21,48 @@ TOKENIZER_FILES = (
 
 @all_problems
 def check_tokenizer_files(folder: Path) -> Iterator[str]:
-    """Yield which files of a model folder cannot be read: what is no file would be waited for."""
-    found = Problems()
+    """Refuse tokenizer files that cannot be read. Reading a pipe, for instance, would never end."""
+    found = ProblemList()
     for file in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
         is_special = file.exists() and not file.is_file() and not file.is_dir()
         if is_special or file.name in TOKENIZER_FILES:
-            found.of(check_file, file)
-    yield from found.found
+            found.collect(check_file, file)
+    yield from found.texts
 
 
 def load_tokenizer(model_folder: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder. Raises BadInput."""
     check_tokenizer_files(Path(model_folder))
     try:
         return AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
-    except (
-        Exception
-    ) as error:  # transformers and tokenizers raise many kinds, and all are about these files
+    except Exception as error:  # transformers and tokenizers raise many kinds, all about the files
         for file in Path(model_folder).glob("*.json"):
-            read_json(file)  # names the one that is no JSON
-        raise BadInput(
-            f"--model {model_folder}: no tokenizer loads ({error}); copy tokenizer.json and"
-            " tokenizer_config.json there"
-        ) from error
+            read_json(file)  # its error names a file that is not JSON
+        fix = "copy tokenizer.json and tokenizer_config.json there"
+        raise BadInput(f"--model {model_folder}: no tokenizer loads ({error}); {fix}") from error
 
 
 @all_problems
 def end_tokens(
     model_folder: str, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]
 ) -> list[int]:
-    """Token ids that end a response: of generation_config.json, of the tokenizer, and of --stop."""
-    ids = {token for token in generation_eos(model_folder) if type(token) is int} | {
-        tokenizer.eos_token_id
-    }  # others: see hf_folder.check_model_folder
+    """Return the token ids that end a response.
+
+    They come from generation_config.json, the tokenizer and --stop. Raises BadInput.
+    """
+    # check_model_folder in backends/huggingface/folder.py refuses ids that are not integers.
+    ids = {token for token in generation_eos(model_folder) if type(token) is int}
+    ids.add(tokenizer.eos_token_id)
     for text in stop:
         token = tokenizer.convert_tokens_to_ids(text)
         if token is None or token == tokenizer.unk_token_id:
-            yield (
-                f"--stop {text!r} is not one token of this tokenizer: give a token such as"
-                f" {tokenizer.eos_token!r}"
-            )
+            fix = f"give a token such as {tokenizer.eos_token!r}"
+            yield f"--stop {text!r} is not one token of this tokenizer: {fix}"
         ids.add(token)
     ids.discard(None)
     if not ids:
-        yield (
-            f"{model_folder} names no end-of-sequence token in generation_config.json or its"
-            " tokenizer: give one with --stop"
-        )
+        where = "in generation_config.json or its tokenizer"
+        yield f"{model_folder} names no end-of-sequence token {where}: give one with --stop"
     return sorted(ids)
 
 
@@ -78,23 +74,25 @@ def encode(
     where: str,
     tools: list[dict] | None = None,
 ) -> tuple[str, list[int]]:
-    """Return a prompt as text and as tokens. Raises BadInput.
+    """Return a prompt as (text, token ids). Raises BadInput naming `where`.
 
-    A chat template writes its own special tokens; to plain text the tokenizer adds its own.
+    A chat template writes the special tokens into the text. To plain text the tokenizer adds them.
     """
     if isinstance(prompt, str) and settings.chat:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list):
-        own = dict(
-            system_prompt=settings.system_prompt, template_kwargs=settings.chat_template_kwargs
+        text = chat_text(
+            prompt,
+            tokenizer,
+            where=where,
+            tools=tools,
+            system_prompt=settings.system_prompt,
+            template_kwargs=settings.chat_template_kwargs,
         )
-        text = chat_text(prompt, tokenizer, where=where, tools=tools, **own)
         return text, prompt_tokens(text, tokenizer, where=where, is_chat=True)
     if not isinstance(prompt, str):
-        raise BadInput(
-            f"{where}: the prompt is a {type(prompt).__name__}; it must be text or a list of chat"
-            " messages"
-        )
+        rule = "it must be text or a list of chat messages"
+        raise BadInput(f"{where}: the prompt is a {type(prompt).__name__}; {rule}")
     given = {
         "--system-prompt": settings.system_prompt,
         "--chat-template-kwargs": settings.chat_template_kwargs,
@@ -111,24 +109,23 @@ def encode(
 def prompt_tokens(
     text: str, tokenizer: PreTrainedTokenizerBase, *, where: str, is_chat: bool
 ) -> list[int]:
-    """Return the tokens of a prompt's text; of plain text with what the tokenizer puts before it.
+    """Return the token ids of a prompt's text. Raises BadInput.
 
-    What a tokenizer appends (the end token, [SEP]) would end the prompt, so it is left out. A start
-    token that the text has already is not put before it again.
+    Plain text gets the special tokens that the tokenizer puts before it, unless it begins with them
+    already. Tokens that the tokenizer appends (an end token, [SEP]) would end the prompt, so they
+    are left out.
     """
     try:
         bare = tokenizer(text, add_special_tokens=False).input_ids
         whole = bare if is_chat else tokenizer(text).input_ids
-    except Exception as error:  # tokenizers raise many kinds, and all are about this text
-        raise BadInput(
-            f"{where}: the tokenizer cannot read the prompt ({error}): change its text"
-        ) from error
+    except Exception as error:  # tokenizers raise many kinds, all about this text
+        text = f"the tokenizer cannot read the prompt ({error}): change its text"
+        raise BadInput(f"{where}: {text}") from error
     check_known(text, bare, tokenizer, where=where)
     places = range(len(whole) - len(bare) + 1)
     before = next((n for n in places if whole[n : n + len(bare)] == bare), None)
-    if (
-        before is None
-    ):  # the text has other tokens beside special ones; only an end token is told apart
+    if before is None:
+        # Beside special tokens the text is tokenized differently. Only an end token can be removed.
         appended = whole[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
         return whole[:-1] if appended else whole
     return bare if bare[:before] == whole[:before] else whole[:before] + bare
@@ -137,11 +134,11 @@ def prompt_tokens(
 def check_known(
     text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, *, where: str
 ) -> None:
-    """Refuse a text of which the tokenizer does not know a part. Raises BadInput naming that part.
+    """Raise BadInput, naming the part, if the tokenizer does not know a part of a text.
 
-    Such a part becomes the unknown token (or a pad token), or has no token at all. Tokenizers also
-    change blanks, case and accents; so a character counts as lost only if it is a letter, number,
-    sign or symbol, the decoded tokens lack it, and no token covers its place.
+    Such a part becomes the unknown token or a pad token, or gets no token at all. But tokenizers
+    also change blanks, case and accents. A character counts as lost only if it is a letter, number,
+    sign or symbol. In addition the decoded tokens must lack it, and no token may cover its place.
     """
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     names = {tokenizer.unk_token, tokenizer.pad_token, getattr(model, "unk_token", None)} - {None}
@@ -152,21 +149,18 @@ def check_known(
         return
     unknown = None
     if tokenizer.is_fast:
-        spans = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True
-        ).offset_mapping
+        options = dict(add_special_tokens=False, return_offsets_mapping=True)
+        spans = tokenizer(text, **options).offset_mapping
         broken = "\ufffd" in decoded and "\ufffd" not in text  # bytes of a character are missing
         covered = set() if broken else {at for start, end in spans for at in range(start, end)}
         unknown = next((c for at, c in enumerate(text) if c in lost and at not in covered), None)
         for token, (start, end) in zip(ids, spans):
-            own = (
-                fillers.get(token, "").strip(),
-                tokenizer.decode([token], clean_up_tokenization_spaces=False).strip(),
-            )
+            spelled = tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
+            own = (fillers.get(token, "").strip(), spelled)  # the text may name the token itself
             if token in fillers and text[start:end].strip() not in own:
                 unknown = text[start:end]
                 break
-    else:  # it does not say which part of the text a token is
+    else:  # a slow tokenizer does not tell which part of the text a token stands for
         unknown = next(
             (name for token, name in fillers.items() if ids.count(token) > text.count(name)), None
         )
@@ -178,5 +172,6 @@ def check_known(
 
 
 def _is_visible(character: str) -> bool:
+    """Return whether a character is a letter, number, sign or symbol, and not an accent alone."""
     kind = unicodedata.category(character)
-    return kind[0] in "LNPS" and (character.isascii() or kind not in ("Lm", "Sk"))  # no accents
+    return kind[0] in "LNPS" and (character.isascii() or kind not in ("Lm", "Sk"))

@@ -14,7 +14,7 @@ from dataclasses import fields
 from typing import Any
 
 from common import process_groups
-from common.errors import BadInput, Problems, all_problems, file_problem, model_problem
+from common.errors import BadInput, ProblemList, all_problems, file_problem, model_problem
 from common.overrides import parse_overrides
 from common.settings import (
     GYM,
@@ -46,31 +46,33 @@ MOST_EVAL_SAMPLES = 100_000  # a generated held-out set has no end
 @all_problems
 def check_flags(settings) -> None:
     """Check all flags of a loop. Raises one BadInput with everything that cannot work."""
-    found, ranks = Problems(), world_size(settings)
-    found.of(check_run_flags, settings.run)
+    found, ranks = ProblemList(), world_size(settings)
+    found.collect(check_run_flags, settings.run)
     if hasattr(settings, "plan"):
-        found.of(check_plan_flags, settings.plan)
+        found.collect(check_plan_flags, settings.plan)
     trainer_ranks = rollout_ranks = ranks
     if hasattr(settings, "in_flight"):  # the asynchronous loop
-        found.of(check_in_flight_flags, settings.in_flight, settings.rollout, world_size=ranks)
+        found.collect(check_in_flight_flags, settings.in_flight, settings.rollout, world_size=ranks)
         rollout_ranks = settings.in_flight.rollout_ranks
         trainer_ranks = ranks - rollout_ranks
     if min(trainer_ranks, rollout_ranks) < 1:
         # The checks above report it. What follows from it must not be reported too.
         trainer_ranks = rollout_ranks = None
-    found.of(check_rollout_flags, settings.rollout, ranks=rollout_ranks)
+    found.collect(check_rollout_flags, settings.rollout, ranks=rollout_ranks)
     if not is_plan(settings):  # a plan reads no prompts
-        found.of(check_prompt_files, settings.rollout)
-    found.of(check_reward_flags, settings.reward, settings.rollout)
+        found.collect(check_prompt_files, settings.rollout)
+    found.collect(check_reward_flags, settings.reward, settings.rollout)
     steps = settings.run.steps
-    found.of(check_train_flags, settings.train, settings.loss, steps=steps, ranks=trainer_ranks)
-    found.of(check_loss_settings, settings.loss)
-    found.of(check_sync_flags, settings.sync)
-    found.of(check_modes, settings)
+    found.collect(
+        check_train_flags, settings.train, settings.loss, steps=steps, ranks=trainer_ranks
+    )
+    found.collect(check_loss_settings, settings.loss)
+    found.collect(check_sync_flags, settings.sync)
+    found.collect(check_modes, settings)
     if not settings.run.load_rollouts:  # model_checks.longest_of_dumps checks the loaded ones
         answers = settings.rollout.prompts_per_step * settings.rollout.samples_per_prompt
-        found.of(check_minibatches, settings.train.minibatches, answers=answers)
-    yield from found.found
+        found.collect(check_minibatches, settings.train.minibatches, answers=answers)
+    yield from found.texts
 
 
 def world_size(settings) -> int:
@@ -187,7 +189,7 @@ def check_rollout_flags(settings: RolloutSettings, *, ranks: int | None) -> None
 
     ranks: those that generate; None where their number is itself a reported problem.
     """
-    found = Problems()
+    found = ProblemList()
     if settings.temperature <= 0:
         why = "a greedy rollout has no log-probs to learn from"
         yield f"--temperature {settings.temperature} must be above 0: {why}"
@@ -209,10 +211,10 @@ def check_rollout_flags(settings: RolloutSettings, *, ranks: int | None) -> None
     if not settings.answer_timeout_s > 0:
         yield f"--answer-timeout-s {settings.answer_timeout_s} must be positive"
     yield from _engine_problems(settings, ranks)
-    found.of(parse_overrides, settings.sglang, flag="--sglang", fields=None)
+    found.collect(parse_overrides, settings.sglang, flag="--sglang", fields=None)
     flag = "--chat-template-kwargs"
-    found.of(parse_overrides, settings.chat_template_kwargs, flag=flag, fields=None)
-    yield from found.found
+    found.collect(parse_overrides, settings.chat_template_kwargs, flag=flag, fields=None)
+    yield from found.texts
     yield from _source_problems(settings)
 
 
@@ -236,17 +238,17 @@ def _engine_problems(settings: RolloutSettings, ranks: int | None) -> Iterator[s
 
 def _source_problems(settings: RolloutSettings) -> Iterator[str]:
     """Yield what is wrong with the sources of prompts. check_prompt_files looks at their files."""
-    found = Problems()
-    found.of(parse_weights, settings.prompts)
+    found = ProblemList()
+    found.collect(parse_weights, settings.prompts)
     for given in settings.eval_prompts:
-        weights = found.of(parse_weights, (given,), flag="--eval-prompts")
+        weights = found.collect(parse_weights, (given,), flag="--eval-prompts")
         if weights is not None and given not in weights:
             why = "a held-out set has no weight, each is evaluated whole"
             yield f"--eval-prompts {given}: {why}: leave the number out"
     if len(set(settings.eval_prompts)) < len(settings.eval_prompts):
         given = " ".join(settings.eval_prompts)
         yield f"--eval-prompts {given}: a source is given twice: give each once"
-    yield from found.found
+    yield from found.texts
 
 
 @all_problems
@@ -311,7 +313,7 @@ def check_train_flags(
 
     ranks: those that train; None where their number is itself a reported problem.
     """
-    found = Problems()
+    found = ProblemList()
     for name in ("minibatches", "microbatch_tokens"):
         if getattr(settings, name) < 1:
             yield f"{_flag(name)} {getattr(settings, name)} must be at least 1"
@@ -337,11 +339,11 @@ def check_train_flags(
     if settings.offload_reference and not loss.kl_coef:
         fix = "leave it out, or set that"
         yield f"--offload-reference has no effect without --kl-coef: {fix}"
-    found.of(parse_overrides, settings.megatron, flag="--megatron", fields=None)
+    found.collect(parse_overrides, settings.megatron, flag="--megatron", fields=None)
     if ranks is not None:
         sizes = dict(tp=settings.tp, pp=settings.pp, cp=settings.cp, ep=settings.ep)
-        found.of(check_ranks, ranks, **sizes)
-    yield from found.found
+        found.collect(check_ranks, ranks, **sizes)
+    yield from found.texts
 
 
 @all_problems

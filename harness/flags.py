@@ -25,7 +25,7 @@ from pathlib import Path
 import tyro
 
 from common import process_groups
-from common.errors import BadInput, Problems, end_refused
+from common.errors import BadInput, ProblemList, end_refused
 
 # Settings that --help lists first.
 MOST_USED = (
@@ -109,8 +109,8 @@ def be_the_only_rank() -> None:
 def parse_settings(settings_class: type, *checks: Callable):
     """Return the settings that sys.argv gives. Raises BadInput with all that is wrong with them."""
     words, flags = sys.argv[1:], flags_of(settings_class)
-    found, unread = Problems(), []
-    found.found += _misleading_groups(words, flags)
+    found, unread = ProblemList(), []
+    found.texts += _misleading_groups(words, flags)
     settings, complaint = _read(settings_class, words)
     if settings is None:
         readable = []
@@ -119,18 +119,18 @@ def parse_settings(settings_class: type, *checks: Callable):
                 readable += group
                 continue
             problem, flag = _explain(group, flags)
-            found.found.append(problem)
+            found.texts.append(problem)
             if flag is not None:
                 unread += flag.words
                 if flag.type is bool and group[0] in flag.words:
                     readable.append(group[0])  # the switch was meant, without its value
-        if not found.found:
+        if not found.texts:
             raise BadInput(complaint)
         settings, _ = _read(settings_class, readable)
     if settings is not None:
         settings = process_groups.after_restart(settings)
-        found.found += _judge(settings, checks, unread)
-    found.refuse()
+        found.texts += _judge(settings, checks, unread)
+    found.raise_if_any()
     return settings
 
 
@@ -139,13 +139,13 @@ def _judge(settings, checks: tuple[Callable, ...], unread: list[str]) -> list[st
 
     Such a flag has its default here, which the user did not choose.
     """
-    found = Problems()
+    found = ProblemList()
     for check in checks:
-        found.of(check, settings)
+        found.collect(check, settings)
     if not unread:
-        return found.found
+        return found.texts
     about_unread = re.compile("|".join(rf"{re.escape(word)}(?![\w-])" for word in unread))
-    return [problem for problem in found.found if not about_unread.search(problem)]
+    return [problem for problem in found.texts if not about_unread.search(problem)]
 
 
 # --- reading ------------------------------------------------------------------------------------

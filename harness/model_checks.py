@@ -15,7 +15,7 @@ from backends.huggingface.folder import HFWeights, check_shapes
 from backends.megatron.batches import padded_length
 from backends.megatron.model import check_overrides, overrides
 from backends.sglang.checks import server_overrides
-from common.errors import Problems, all_problems
+from common.errors import ProblemList, all_problems
 from common.settings import RolloutSettings, RunSettings, TrainSettings
 from data.prompts import ENGINE_KEEPS
 from data.sample import read_dump
@@ -149,21 +149,21 @@ def check_train_settings(
     longest: prompt plus response tokens of the longest possible sample.
     config, longest: None where they could not be found out; what needs them is then left out.
     """
-    found = Problems()
-    if settings.reference and (reference := found.of(read_config, settings.reference)) and config:
+    found = ProblemList()
+    if settings.reference and (reference := found.collect(read_config, settings.reference)) and config:
         if differing := _differences(reference, config):
             yield (
                 f"--reference {settings.reference} differs from the model in"
                 f" {', '.join(differing)}: it must have the same architecture"
             )
         else:
-            found.of(lambda: check_shapes(HFWeights(settings.reference), reference))
+            found.collect(lambda: check_shapes(HFWeights(settings.reference), reference))
     if config:
         split = dict(tp=settings.tp, pp=settings.pp, cp=settings.cp, ep=settings.ep)
-        found.of(check_layout, config, world_size=world_size, **split)
-        found.of(overrides, settings, config, TransformerConfig)
-        if settings.megatron and not found.found:
-            found.of(check_overrides, settings, config)
+        found.collect(check_layout, config, world_size=world_size, **split)
+        found.collect(overrides, settings, config, TransformerConfig)
+        if settings.megatron and not found.texts:
+            found.collect(check_overrides, settings, config)
     if longest and (cp := settings.cp) > 0:
         needed = padded_length(longest, cp)
         if settings.microbatch_tokens * cp < needed:
@@ -172,7 +172,7 @@ def check_train_settings(
                 f"{room} is less than the longest possible sample, {needed} tokens: raise one of"
                 " them"
             )
-    yield from found.found
+    yield from found.texts
 
 
 def _differences(one: dict, other: dict) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 from backends.huggingface.config import check_layout
 from backends.sglang.checks import check_environment, server_overrides
 from backends.sglang.launch import MEM_FRACTION_STATIC
-from common.errors import BadInput, Problems, all_problems
+from common.errors import BadInput, ProblemList, all_problems
 from common.settings import PlanSettings
 from harness.layouts import (
     RECOMPUTE,
@@ -262,18 +262,18 @@ def check_machine(
     The keyword arguments are those of plan_of. config and longest are None if they could not be
     found out; what needs them is not checked.
     """
-    found = Problems()
-    disk = found.of(_writable_folder, settings.run.name) or Path.cwd()
+    found = ProblemList()
+    disk = found.collect(_writable_folder, settings.run.name) or Path.cwd()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     engines = min(rollout_ranks, local_ranks) // max(settings.rollout.engine_tp, 1)
-    found.of(
+    found.collect(
         check_environment,
         config,
         bucket_bytes=settings.sync.bucket_bytes,
         element_bytes=4 if settings.rollout.rollout_dtype == "fp32" else 2,
         engines_here=0 if settings.run.load_rollouts else engines,
     )
-    yield from found.found
+    yield from found.texts
     if config is None:
         return
     yield from _disk_problems(settings, config, disk)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from backends.huggingface.config import read_config
 from backends.huggingface.folder import check_model_folder
 from common import distributed, process_groups
-from common.errors import Problems
+from common.errors import ProblemList
 from data.prompts import Data, load_data
 from harness import checkpoint, checks, model_checks, plan
 from harness.record import Record
@@ -97,33 +97,33 @@ def prepare(
     trainer_ranks = ranks - rollout_ranks if is_async(settings) else ranks
     is_plan = checks.is_plan(settings)
 
-    found, data, inputs, resumed = Problems(), None, {}, None
+    found, data, inputs, resumed = ProblemList(), None, {}, None
     model = run_settings.model
-    config = found.of(read_config, model)
+    config = found.collect(read_config, model)
     if not is_plan:
         prompts = replace(rollout, stop=(*rollout.stop, *stop))
         judged = dict(label_problems=reward.label_problems(settings.reward))
-        data = found.of(load_data, model, prompts, config, seed=run_settings.seed, **judged)
-    longest = found.of(model_checks.longest_sample, settings, config, data)
+        data = found.collect(load_data, model, prompts, config, seed=run_settings.seed, **judged)
+    longest = found.collect(model_checks.longest_sample, settings, config, data)
     # A plan is for GPUs, and the length of its prompts is a guess.
     planned = dict(longest=None if is_plan else longest, on_gpu=is_plan or None)
-    found.of(model_checks.check_rollout_settings, rollout, config, **planned)
+    found.collect(model_checks.check_rollout_settings, rollout, config, **planned)
     sizes = dict(world_size=trainer_ranks, longest=longest)
-    found.of(model_checks.check_train_settings, train, config, **sizes)
+    found.collect(model_checks.check_train_settings, train, config, **sizes)
     load = dict(world_size=ranks, trainer_ranks=trainer_ranks, rollout_ranks=rollout_ranks)
     if is_plan:
-        found.refuse()
+        found.raise_if_any()
         plan.report(settings, config, **load, longest=longest)
         sys.exit(0)
     tokenizer = data and data.tokenizer
-    found.of(check_model_folder, model, config, tokenizer, stop=rollout.stop)
-    found.of(model_checks.check_held_out, run_settings, data and data.held_out)
-    found.of(plan.check_machine, settings, config, **load, longest=longest)
+    found.collect(check_model_folder, model, config, tokenizer, stop=rollout.stop)
+    found.collect(model_checks.check_held_out, run_settings, data and data.held_out)
+    found.collect(plan.check_machine, settings, config, **load, longest=longest)
     if data:
-        inputs = found.of(checkpoint.what_was_read, settings, data)
+        inputs = found.collect(checkpoint.what_was_read, settings, data)
     if run_settings.resume and run_settings.name:
-        resumed = found.of(checkpoint.find_latest_checkpoint, settings, loop, inputs or {})
-    found.refuse()
+        resumed = found.collect(checkpoint.find_latest_checkpoint, settings, loop, inputs or {})
+    found.raise_if_any()
 
     waits = dict(rollout_ranks=rollout_ranks, turns=turns)
     wait_s = process_groups.longest_wait_s(settings, reward_function, **waits)

@@ -78,7 +78,7 @@ def start_with_mistakes(tmp_path_factory):
     ("loop_async.py", "a rank that trains and one that generates: use `torchrun --nproc-per-"),
     ("examples/ppo_critic.py", "--lam 2.0 must lie in [0, 1]"),
     ("examples/tool_use.py", "--warm-calls 2.0 must lie between 0 and 1"),
-    ("tools/export.py", "--checkpoint 'nothing' is no folder"),
+    ("tools/export.py", "--checkpoint 'nothing' is not a folder"),
 ])  # fmt: skip
 def test_a_mistake_is_said_before_the_heavy_imports(start_with_mistakes, name, message):
     done, folder = start_with_mistakes(name)

@@ -98,15 +98,15 @@ def test_a_label_may_be_a_number_of_json(response, label, expected):
     ([], "is a list"),
     ({}, "is a dict"),
     ("<p>The answer follows from what was said before: 5</p>",
-     "is no number, expression or short text"),
+     "is not a number, an expression or a short text"),
     ("First add 2 and 3.\nThen the total is known to be five.",
-     "is no number, expression or short text"),
+     "is not a number, an expression or a short text"),
     (True, "is a bool"),
     ("", "is blank"),
-    ("It is 5, I think, since 2 and 3 make that", "is no number, expression or short text"),
+    ("It is 5, I think, since 2 and 3 make that", "is not a number, an expression or a short text"),
     ("\n", "is blank"),
     ("2 + 3 = 5\n#### 5", 'holds ####: add --label-after "####"'),
-    (r"\frac{1}{", "is no number, expression or short text"),
+    (r"\frac{1}{", "is not a number, an expression or a short text"),
 ])  # fmt: skip
 def test_labels_that_cannot_be_judged_against_are_found_before_the_start(label, problem):
     good = [42, 1e-05, 10**40, -0.0, "42", "-3.5", "1,234", r"\frac{1}{2}", "x^2 + 1", "50%"]

@@ -108,9 +108,9 @@ def test_a_last_line_cut_in_the_middle_is_left_out(tmp_path):
 
 def test_what_was_not_measured_is_a_gap():
     assert plot.number({}, NAN_AT) != plot.number({}, NAN_AT)
-    assert plot.mean_age({"staleness": [0]}) != 0
+    assert plot.mean_staleness({"staleness": [0]}) != 0
     assert plot.number(row(1), NAN_AT) == 0.01
-    assert plot.mean_age(row(1)) == pytest.approx(0.2)
+    assert plot.mean_staleness(row(1)) == pytest.approx(0.2)
 
 
 def test_a_line_that_is_cut_in_the_middle_of_the_file_is_refused(monkeypatch, tmp_path):
@@ -121,10 +121,10 @@ def test_a_line_that_is_cut_in_the_middle_of_the_file_is_refused(monkeypatch, tm
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "has no training step yet"), ("[1, 2]\n", "line 1 is no row of a step"),
-    ('{"reward": 1}\n', "line 1 is no row of a step"),
+    ("", "has no training step yet"), ("[1, 2]\n", "line 1 is not the row of a step"),
+    ('{"reward": 1}\n', "line 1 is not the row of a step"),
     ('{"step": 0, "held_out": 0.1}\n', "has no training step yet"),
-    ("\xff\n", "is no run that can be read"), ("\n\n", "line 1 is not JSON"),
+    ("\xff\n", "is not a run that can be read"), ("\n\n", "line 1 is not JSON"),
 ])  # fmt: skip
 def test_metrics_that_are_none_are_refused(monkeypatch, tmp_path, text, message):
     folder = write_run(tmp_path / "run", [])
@@ -134,7 +134,7 @@ def test_metrics_that_are_none_are_refused(monkeypatch, tmp_path, text, message)
 
 @pytest.mark.parametrize("text, message", [
     ("", "cannot be read"), ("\n", "has no trace of its stages"), ("{", "is not JSON"),
-    ('[{"a": 1}]', "is no trace"), ("[1]", "is no trace"),
+    ('[{"a": 1}]', "is not the trace"), ("[1]", "is not the trace"),
 ])  # fmt: skip
 def test_a_trace_that_is_none_is_refused(monkeypatch, tmp_path, text, message):
     folder = write_run(tmp_path / "run", [row(1)], text)
@@ -148,7 +148,7 @@ def test_a_trace_that_is_none_is_refused(monkeypatch, tmp_path, text, message):
     (["--out", "folder.png"], "--out folder.png is a folder"),
     (["--timeline-steps", 0], "--timeline-steps 0 must be at least 1"),
     (["--timeline-steps", -3], "--timeline-steps -3 must be at least 1"),
-    (["absent"], "absent is no run that can be read"),
+    (["absent"], "absent is not a run that can be read"),
 ])  # fmt: skip
 def test_what_cannot_be_drawn_or_written_is_refused(monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -281,7 +281,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 
 @pytest.mark.parametrize("staleness", [5, "abc", [None], None, [], {"0": 1}])
 def test_ages_that_are_none_are_a_gap(staleness):
-    assert math.isnan(plot.mean_age({"staleness": staleness}))
+    assert math.isnan(plot.mean_staleness({"staleness": staleness}))
 
 
 def test_a_number_beyond_every_axis_is_a_gap():

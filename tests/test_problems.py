@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from backends.huggingface.config import FAMILIES as ARCHITECTURES, read_config, rope_of
 from backends.huggingface.folder import check_model_folder
 from common import distributed
-from common.errors import BadInput, Problems, all_problems
+from common.errors import BadInput, ProblemList, all_problems
 from common.settings import DataSettings
 from data.prompts import read_prompts
 from data.tokenizer import load_tokenizer
@@ -48,11 +48,16 @@ def test_a_check_returns_or_raises_all_it_has_found():
 
 
 def test_problems_of_several_checks_are_each_said_once():
-    problems = Problems()
-    problems.refuse()
-    assert [problems.of(check_number, number) for number in (3, 8, 13, 3)] == [None, 4, None, None]
+    problems = ProblemList()
+    problems.raise_if_any()
+    assert [problems.collect(check_number, number) for number in (3, 8, 13, 3)] == [
+        None,
+        4,
+        None,
+        None,
+    ]
     with pytest.raises(BadInput) as refused:
-        problems.refuse()
+        problems.raise_if_any()
     assert refused.value.problems == ("3 is odd", "13 is odd", "13 is large")
 
 

@@ -1,6 +1,7 @@
 """processes.py and exits.run_main: signals, exit codes, limits and folders of a rank.
 
-Whole runs that are told to stop are in test_checkpoint_signals.py; killed ones in test_loop_sync.py.
+Whole runs that are told to stop are in test_checkpoint_signals.py, killed ones in
+test_loop_sync.py.
 """
 
 import json

@@ -80,7 +80,7 @@ def test_chat_that_cannot_be(tokenizer, tmp_path, template, settings, prompt, me
     ("{not json", "line 2 is not JSON"),
     ("1" * 5000, "line 2 is not JSON"),
     ("[" * 100_000, "line 2 is not JSON"),
-    ("[]", "line 2 is no object"),
+    ("[]", "line 2 is not an object"),
     ('{"prompt": "1=", "label": 1, "label": 2}',
      r"line 2 is not JSON \(the field 'label' is given twice\)"),
     ({"prompt": json.dumps([{"role": "user", "content": "1"}]), "label": 1},
@@ -90,8 +90,8 @@ def test_chat_that_cannot_be(tokenizer, tmp_path, template, settings, prompt, me
     ({"prompt": "", "label": 1}, "line 2 has no prompt"),
     ({"prompt": [], "label": 1}, "line 2 has no prompt"),
     ({"prompt": "1+1="},
-     r"line 2 has no label \(null if the reward uses none\); its fields are prompt: name the right "
-     r"one with --label-key"),
+     r"line 2 has no label \(null if the reward needs none\); its fields are prompt: name the "
+     r"right one with --label-key"),
     ({"prompt": "1+1=", "label": 2, "metadata": [1]}, "metadata"),
     ({"prompt": "1+1=", "label": 10**20}, "must fit in a line of JSON"),
     ('{"prompt": "\\ud800", "label": 1}', "must fit in a line of JSON"),
@@ -267,7 +267,7 @@ def test_files_of_other_kinds_are_named(tokenizer, tmp_path):
     assert read(str(tmp_path / "bom.jsonl"), tokenizer)[0].label == 1
     for name, content, message in [
         ("p.jsonl.gz", gzip.compress(row), "is compressed by gzip: unpack it first"),
-        ("p.json", b" \n[" + row + b"]", "is one JSON array: write one object a line"),
+        ("p.json", b" \n[" + row + b"]", "is one JSON array: write one object per line"),
         ("p.csv", b"prompt,label\n1=,1\n", "is a table of text: convert it"),
         ("p.jsonl", row.decode().encode("utf-16"), "cannot be read as UTF-8 text"),
     ]:

@@ -253,7 +253,7 @@ def test_fields_that_parquet_adds_are_no_fields(tokenizer, tmp_path):
     ([{"role": ["user"], "content": "1"}], {}, 'needs a "role"'),
     (["1"], {}, 'needs a "role"'),
     ([USER, {"role": "assistant", "content": "3"}], {},
-     "the last message is the assistant's, and a prompt ends before the answer"),
+     "the last message is the assistant's, but a prompt ends before the answer"),
 ])  # fmt: skip
 def test_what_a_template_would_leave_out_is_refused(tokenizer, tmp_path, prompt, settings, message):
     with pytest.raises(BadInput, match=message):
@@ -278,8 +278,8 @@ def test_values_for_the_chat_template(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("template, given, message", [
-    (CALLS, ["dep=true"], "dep is no name that the chat template reads; it reads deep"),
-    (CALLS, ["m=1"], "m is no name that the chat template reads"),
+    (CALLS, ["dep=true"], "dep is not a name that the chat template reads; it reads deep"),
+    (CALLS, ["m=1"], "m is not a name that the chat template reads"),
     (CALLS, ["tools=[]"], "tools is set by the program itself"),
     (CALLS, ["messages=[]"], "messages is set by the program itself"),
     (CALLS, ["tokenize=true"], "tokenize is set by the program itself"),

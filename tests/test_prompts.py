@@ -184,7 +184,7 @@ def test_sources_that_cannot_be(settings, message):
 
 @pytest.mark.parametrize("settings, message", [
     (dict(chat=True), "toy: chat messages need a chat template"),
-    (dict(max_response_tokens=505), "a prompt of toy has 9 tokens, more than 5"),
+    (dict(max_response_tokens=505), "a prompt of toy has 9 tokens; at most 5 fit"),
 ])  # fmt: skip
 def test_sources_that_cannot_work(settings, message):
     with pytest.raises(BadInput, match=message):

@@ -61,7 +61,7 @@ def test_reasoning_gym_judges_its_own_problems(gym):
 
 
 @pytest.mark.parametrize("task, message", [
-    ("chain_sums", "reasoning-gym:chain_sums is no task of reasoning-gym; it has chain_sum, gcd$"),
+    ("chain_sums", "chain_sums is not a task of reasoning-gym; it has chain_sum, gcd$"),
     ("countdown", "refused: its scorer runs the model's answer as Python"),
 ])  # fmt: skip
 def test_tasks_that_cannot_be_used(gym, task, message):

@@ -64,10 +64,11 @@ def test_the_token_that_ends_a_response_is_not_in_its_text(tokenizer):
 
 def dump_line(**changes) -> dict:
     """Return the fields of a whole sample."""
-    prompt = dict(prompt_ids=[1, 5], prompt="3", label="7", group=4, index=0)
-    response = dict(response_ids=[6, 2], response="4", finish_reason="stop", reward=0.5)
-    tokens = dict(rollout_logprobs=[-0.5, -1.0], loss_mask=[1, 1], weight_versions=[3, 3])
-    return {**asdict(Sample(**prompt, **response, **tokens)), **changes}
+    sample = Sample(prompt_ids=[1, 5], prompt="3", label="7", group=4, finish_reason="stop")
+    sample.response_ids, sample.response, sample.reward = [6, 2], "4", 0.5
+    sample.rollout_logprobs, sample.loss_mask = [-0.5, -1.0], [1, 1]
+    sample.weight_versions = [3, 3]
+    return {**asdict(sample), **changes}
 
 
 def test_a_dump_comes_back_as_it_was_written(tmp_path):
@@ -82,24 +83,24 @@ def test_a_dump_comes_back_as_it_was_written(tmp_path):
 
 @pytest.mark.parametrize("line, message", [
     ("{no", "line 2 is not JSON"),
-    ("[]", "line 2: it is no object"),
-    (dump_line(colour=1), "line 2: 'colour' is no field of a sample"),
+    ("[]", "line 2: it is not an object"),
+    (dump_line(colour=1), "line 2: 'colour' is not a field of a sample"),
     ({k: v for k, v in dump_line().items() if k != "loss_mask"},
      "line 2: the field 'loss_mask' is missing"),
     (dump_line(loss_mask=[1]),
      "its lists differ in length.*response_ids 2, rollout_logprobs 2, loss_mask 1, weight_versions "
      "2"),
     (dump_line(rollout_logprobs=[-0.5, None]),
-     "rollout_logprobs holds null at place 1, which is no number"),
+     "rollout_logprobs holds null at place 1, which is not a number"),
     (dump_line(rollout_logprobs=[-0.5, "x"]), "rollout_logprobs holds 'x' at place 1"),
-    (dump_line(response_ids=[6, 2.0]), "response_ids holds 2.0 at place 1, which is no integer"),
-    (dump_line(response_ids=[6, True]), "response_ids holds True at place 1, which is no integer"),
+    (dump_line(response_ids=[6, 2.0]), "_ids holds 2.0 at place 1, which is not an integer"),
+    (dump_line(response_ids=[6, True]), "_ids holds True at place 1, which is not an integer"),
     (dump_line(response_ids="62"), "response_ids is a str; it must be a list"),
     (dump_line(response_ids=[6, 32]),
      "response_ids holds 32; a token id must be at least 0 and below the model's vocabulary, 32"),
     (dump_line(prompt_ids=[-1]), "prompt_ids holds -1"),
     (dump_line(prompt_ids=[]), "prompt_ids is empty"),
-    (dump_line(loss_mask=[1, 2]), "loss_mask holds another value than 0 and 1"),
+    (dump_line(loss_mask=[1, 2]), "loss_mask holds a value other than 0 and 1"),
     (dump_line(old_logprobs=[-1.0]), "old_logprobs has 1 values for 2 response tokens"),
     (dump_line(reward="1"), "reward is a str"),
     (dump_line(group=None), "group is a NoneType"),

@@ -1,11 +1,14 @@
-"""A checkpoint -> Hugging Face folders, in BF16 or block FP8, that transformers or SGLang loads.
+"""Export a checkpoint as Hugging Face folders, in BF16 or block FP8, for transformers or SGLang.
 
-    python tools/export.py --checkpoint runs/NAME                                                 its newest checkpoint, in BF16
+The newest checkpoint of a run in BF16; a certain checkpoint in both formats; a model that one rank
+cannot hold:
+
+    python tools/export.py --checkpoint runs/NAME
     python tools/export.py --checkpoint runs/NAME/checkpoints/step-000040 --dtype bf16 fp8
-    torchrun --nproc-per-node 8 tools/export.py --checkpoint runs/NAME --tp 8                     a model that one rank does not hold
+    torchrun --nproc-per-node 8 tools/export.py --checkpoint runs/NAME --tp 8
 
-The layout is this command's own: any layout reads what any other has written. Only weights are
-read, no optimizer state.
+The layout need not be the run's: every layout reads what any other has written. Only the weights
+are read, not the optimizer state.
 """
 
 import os
@@ -19,6 +22,7 @@ from common.settings import TrainSettings
 from harness import flags
 
 BUCKET_BYTES = 2**28
+CHECKPOINT_FIX = "give runs/NAME of a run that has written one, or a folder in its checkpoints/"
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,13 @@ class ExportSettings:
     """The export: from a checkpoint to Hugging Face folders"""
 
     checkpoint: str = ""
-    """A checkpoint's folder, or a run's, of which the newest is taken."""
+    """Folder of a checkpoint, or of a run for its newest checkpoint."""
     dtype: tuple[str, ...] = ("bf16",)
-    """bf16, fp8, or both."""
+    """Formats to write: bf16, fp8, or both."""
     out: str = ""
-    """The folders are OUT-bf16 and OUT-fp8; empty: runs/NAME/step-000040-bf16 and so on."""
+    """The folders are named OUT-bf16 and OUT-fp8; empty: runs/NAME/step-000040-bf16 and so on."""
     model: str = ""
-    """Hugging Face folder that config and tokenizer are copied from; empty: the run's --model."""
+    """Hugging Face folder to copy config and tokenizer from; empty: the run's --model."""
     tp: int = 1
     """Tensor-parallel size of this command."""
     pp: int = 1
@@ -47,13 +51,10 @@ def check_export_flags(settings: ExportSettings) -> None:
     if not settings.dtype or set(settings.dtype) - {"bf16", "fp8"}:
         yield f"--dtype {' '.join(settings.dtype)!r} must be bf16, fp8, or both"
     if not os.path.isdir(settings.checkpoint):
-        fix = (
-            "give runs/NAME of a run that has written a checkpoint, or a folder of its checkpoints/"
-        )
-        yield f"--checkpoint {settings.checkpoint!r} is no folder: {fix}"
+        yield f"--checkpoint {settings.checkpoint!r} is not a folder: {CHECKPOINT_FIX}"
 
 
-# The imports below take half a minute: what is wrong with a flag is said before them.
+# The imports below take half a minute, so the flags are checked before them.
 if __name__ == "__main__":
     settings = flags.parse_or_exit(ExportSettings, check_export_flags)
 
@@ -69,13 +70,11 @@ from weight_sync import WeightPath
 
 
 def main(settings: ExportSettings) -> None:
+    """Check the checkpoint and --out, then load the weights and write the folders. Collective."""
     folder = Path(settings.checkpoint)
     newest = next(reversed(checkpoints_of(folder)), folder)
     if not (newest / "files.json").is_file():
-        raise BadInput(
-            f"--checkpoint {folder} holds no checkpoint: give runs/NAME of a run that has written"
-            " one, or a folder of its checkpoints/"
-        )
+        raise BadInput(f"--checkpoint {folder} holds no checkpoint: {CHECKPOINT_FIX}")
     saved = checkpoint.open_checkpoint(newest)
     model = settings.model or saved.state["settings"]["run"]["model"]
     config = read_config(model)
@@ -89,19 +88,13 @@ def main(settings: ExportSettings) -> None:
         train, config, world_size=int(os.environ["WORLD_SIZE"]), longest=None
     )
     out = Path(settings.out or saved.folder.parent.parent / saved.folder.name)
-    above = next(path for path in out.absolute().parents if os.path.exists(path))
-    if (
-        out.name in ("", "..")
-        or not os.path.isdir(above)
-        or not os.access(above, os.W_OK | os.X_OK)
-    ):
-        raise BadInput(
-            f"--out {out} must be the name of folders that can be made; {above} is where they"
-            " would be"
-        )
-    targets = {
-        dtype: out.with_name(f"{out.name}-{dtype}") for dtype in dict.fromkeys(settings.dtype)
-    }
+    parent = next(path for path in out.absolute().parents if os.path.exists(path))
+    is_writable = os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK)
+    if out.name in ("", "..") or not is_writable:
+        rule = "must be the name of folders that can be made"
+        raise BadInput(f"--out {out} {rule}; {parent} is where they would be: choose another name")
+    dtypes = dict.fromkeys(settings.dtype)
+    targets = {dtype: out.with_name(f"{out.name}-{dtype}") for dtype in dtypes}
     for target in targets.values():
         hf_export.check_export_target(target, model)
 

@@ -1,12 +1,11 @@
-"""Draw runs as one picture: what they learned, how the optimization went, where the time went, and
-the timeline of a few steps.
+"""Draw runs as one picture: rewards, optimization, time per stage, and a timeline of some steps.
 
     python tools/plot.py runs/A [runs/B …] [--out plot.png] [--timeline-steps 3]
 
-The timeline is that of the last run given: its last steps, a bar for each rank's trainer, engine
-and judge; white is waiting. All of it is in trace.json. What a step did not measure, such as the
-mismatch where nothing was trained, is a gap in its line. A measure that no run has is left out, and
-so are a KL and an age that are 0 in every step. README.md explains each metric.
+The timeline shows the last steps of the last run given, from its trace.json. It has a bar for each
+rank's trainer, engine and judge; white is waiting. A line has a gap where a step did not measure
+the metric, such as the mismatch when nothing was trained. The picture leaves out metrics that no
+run has, and a KL or a staleness that is always 0.
 """
 
 import json
@@ -25,28 +24,26 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.errors import BadInput, Problems, all_problems, parse_json, read_file
+from common.errors import BadInput, ProblemList, all_problems, parse_json, read_file
 
 COLORS = {"rollout": "C0", "reward": "C1", "train": "C2", "sync": "C3", "evaluation": "0.75"}
 STAGE_COLORS = {f"{stage}_s": color for stage, color in COLORS.items()} | {"wait_s": "k"}
-STYLES = ("-", "--", ":", "-.", (0, (1, 3)))  # of a panel's measures, where a color is a run
+STYLES = ("-", "--", ":", "-.", (0, (1, 3)))  # of a panel's metrics, if each run has a color
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One diagram over the steps. measures: {key of metrics.jsonl: what the legend calls it}."""
+    """One diagram over the steps. metrics: {key in metrics.jsonl: its name in the legend}."""
 
     title: str
     unit: str
-    measures: dict[str, str]
+    metrics: dict[str, str]
     scale: str = "linear"
     from_zero: bool = True
 
 
 PANELS = (
-    Panel(
-        "reward", "mean reward", {"reward": "training", "held_out": "held-out"}, from_zero=False
-    ),
+    Panel("reward", "mean reward", {"reward": "training", "held_out": "held-out"}, from_zero=False),
     Panel(
         "shares",
         "share",
@@ -67,7 +64,9 @@ PANELS = (
         scale="log",
     ),
     Panel(
-        "KL", "nats per token", {"kl": "to the reference", "approx_kl": "old to new policy"},
+        "KL",
+        "nats per token",
+        {"kl": "to the reference", "approx_kl": "old to new policy"},
         from_zero=False,
     ),
     Panel(
@@ -80,25 +79,27 @@ PANELS = (
         "weight versions",
         {"staleness_mean": "mean", "staleness_max": "largest"},
     ),
-)  # fmt: skip
-DULL_IF_ZERO = {"kl", "approx_kl", "staleness_mean", "staleness_max"}
+)
+LEFT_OUT_IF_ZERO = {"kl", "approx_kl", "staleness_mean", "staleness_max"}
 
 
 @dataclass(frozen=True)
 class PlotSettings:
+    """What to draw, and where to write it"""
+
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders."""
     out: Path = Path("plot.png")
-    """The picture."""
+    """File of the picture; its ending sets the format."""
     timeline_steps: int = 3
-    """How many steps the timeline shows."""
+    """Number of steps in the timeline."""
 
 
 @all_problems
 def read(folder: Path) -> tuple[list[dict], list[dict]]:
     """Return (rows of training steps, rows with an evaluation) of a run's metrics.jsonl.
 
-    A last line that is still being written is left out.
+    The last line may be incomplete, because the run is still writing it: it is then skipped.
     """
     path = folder / "metrics.jsonl"
     lines = text_of(path, fix="give folders such as runs/NAME").split("\n")
@@ -108,12 +109,13 @@ def read(folder: Path) -> tuple[list[dict], list[dict]]:
             row = parse_json(line, where=f"{path}: line {at}")
         except BadInput as error:
             if at < len(lines):
-                yield f"{error.problems[0]}; give a run whose metrics are whole"
+                yield f"{error.problems[0]}; give a run whose metrics are complete"
             continue
         if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.append(row | {"staleness_mean": mean_age(row)})
+            rows.append(row | {"staleness_mean": mean_staleness(row)})
         else:
-            yield f"{path}: line {at} is no row of a step: give a folder that a run has written"
+            fix = "give a folder that a run has written"
+            yield f"{path}: line {at} is not the row of a step: {fix}"
     steps = [row for row in rows if "reward" in row]
     if not steps:
         yield f"{folder} has no training step yet: wait for one"
@@ -121,30 +123,29 @@ def read(folder: Path) -> tuple[list[dict], list[dict]]:
 
 
 def text_of(path: Path, *, fix: str) -> str:
-    """Return the text of a run's file. Raises BadInput."""
+    """Return the text of a run's file. Raises BadInput, which ends with `fix`."""
     try:
         return read_file(path, most=math.inf).decode("utf-8")
     except BadInput as error:
-        raise BadInput(
-            f"{path.parent} is no run that can be read ({error.problems[0]}): {fix}"
-        ) from error
+        why = error.problems[0]
+        raise BadInput(f"{path.parent} is not a run that can be read ({why}): {fix}") from error
     except ValueError as error:
-        raise BadInput(f"{path.parent} is no run that can be read ({error}): {fix}") from error
+        raise BadInput(f"{path.parent} is not a run that can be read ({error}): {fix}") from error
 
 
 def spans(folder: Path) -> list[tuple[str, str, float, float]]:
-    """Return (row, activity, from, to), in seconds, of a run's trace.json.
+    """Return (row, activity, from, to) of each span in a run's trace.json, times in seconds.
 
-    The trace of a run that goes on, or was killed, may end anywhere: its whole lines count.
+    The trace of a run that is going on, or was killed, may end anywhere; its complete lines count.
     """
     path = folder / "trace.json"
-    text = text_of(path, fix="give a run whose trace.json is there as the last")
+    text = text_of(path, fix="as the last run, give one that has a trace.json")
     text = text.rstrip().removesuffix("]").rstrip(",\n")
     if not text:
         raise BadInput(f"{path} has no trace of its stages: give a folder that a run has written")
     try:
         events = json.loads(text + "]")
-    except (ValueError, RecursionError):  # its last line may be cut
+    except (ValueError, RecursionError):  # perhaps the last line is incomplete
         events = parse_json(text.rpartition("\n")[0].rstrip(",\n") + "]", where=path)
     try:
         names = {
@@ -152,56 +153,55 @@ def spans(folder: Path) -> list[tuple[str, str, float, float]]:
             for event in events
             if event["name"] == "thread_name"
         }
-        bars = [event for event in events if event["ph"] == "X"]
-        return [
-            (
-                names[bar["pid"], bar["tid"]],
-                bar["name"],
-                bar["ts"] / 1e6,
-                (bar["ts"] + bar["dur"]) / 1e6,
-            )
-            for bar in bars
-        ]
+        bars = []
+        for event in events:
+            if event["ph"] == "X":
+                row = names[event["pid"], event["tid"]]
+                start, end = event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
+                bars.append((row, event["name"], start, end))
+        return bars
     except (KeyError, TypeError) as error:
-        raise BadInput(
-            f"{path} is no trace of a run ({error!r} is amiss): give a folder that a run has "
-            "written"
-        ) from error
+        fix = "give a folder that a run has written"
+        raise BadInput(f"{path} is not the trace of a run ({error!r}): {fix}") from error
 
 
 def number(row: dict, key: str) -> float:
-    """Return a measured number, or nan, which is drawn as a gap."""
+    """Return a metric of a row; nan, which is drawn as a gap, if it is not a finite number."""
     value = row.get(key)
     is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
     return value if is_number else math.nan
 
 
-def mean_age(row: dict) -> float:
-    """Return the mean age of a step's tokens; nan where none was trained."""
+def mean_staleness(row: dict) -> float:
+    """Return the mean staleness of a step's tokens; nan if none was trained."""
     counts = row.get("staleness")
     if not isinstance(counts, list) or any(type(n) is not int for n in counts):
         return math.nan
-    return sum(age * n for age, n in enumerate(counts)) / sum(counts) if sum(counts) else math.nan
+    if not sum(counts):
+        return math.nan
+    return sum(age * n for age, n in enumerate(counts)) / sum(counts)
 
 
 # --- the timeline -------------------------------------------------------------------------------
 
 
 def last_steps(bars: list[tuple[str, str, float, float]], shown: int) -> tuple[int, float, float]:
-    """Return (how many steps, from, to) of the last steps of a trace, at most `shown`.
+    """Return (how many, from, to) of the last steps of a trace, at most `shown` of them.
 
-    A step begins where a trainer begins its first stage again; evaluations between steps count.
+    A step begins when a trainer begins the stage that comes first in its row. An evaluation belongs
+    to the step before it.
     """
     end = max((stop for *_, stop in bars), default=0.0)
     row = next((row for row, *_ in bars if row.endswith("trainer")), None)
-    mine = [(begin, activity) for owner, activity, begin, _ in bars if owner == row]
-    begins = sorted(begin for begin, activity in mine if activity == min(mine)[1])[-shown:]
+    stages = [(begin, activity) for owner, activity, begin, _ in bars if owner == row]
+    begins = sorted(begin for begin, activity in stages if activity == min(stages)[1])[-shown:]
     return len(begins), min(begins, default=0.0), end
 
 
 def draw_timeline(
     axis, folder: Path, bars: list[tuple[str, str, float, float]], shown: int
 ) -> None:
+    """Draw the last `shown` steps of a trace. bars: what spans() returns."""
     count, start, end = last_steps(bars, shown)
     rows = sorted({row for row, *_ in bars}, reverse=True)
     seen = dict.fromkeys(COLORS, False)
@@ -232,17 +232,15 @@ def draw_timeline(
 
 @all_problems
 def check_plot_settings(settings: PlotSettings) -> Iterator[str]:
-    """Yield what cannot be drawn, or not be written."""
+    """Yield what cannot be drawn or written."""
     if not settings.runs:
         yield "no run is given: python tools/plot.py runs/NAME"
     if settings.timeline_steps < 1:
         yield f"--timeline-steps {settings.timeline_steps} must be at least 1"
     suffixes = sorted(Figure().canvas.get_supported_filetypes())
     if settings.out.suffix.removeprefix(".").lower() not in suffixes:
-        yield (
-            f"--out {settings.out} must end in one of: "
-            f"{', '.join('.' + suffix for suffix in suffixes)}"
-        )
+        endings = ", ".join("." + suffix for suffix in suffixes)
+        yield f"--out {settings.out} must end in one of: {endings}"
     if not settings.out.parent.is_dir():
         yield f"--out {settings.out} is in a folder that does not exist: make {settings.out.parent}"
     elif settings.out.is_dir():
@@ -250,32 +248,33 @@ def check_plot_settings(settings: PlotSettings) -> Iterator[str]:
 
 
 def measured(panel: Panel, steps: list[dict], evaluations: list[dict]) -> dict[str, list]:
-    """Return the (step, value) pairs of each measure of a panel that says something."""
+    """Return {metric: (step, value) pairs} of a panel, without the metrics that are left out."""
     lines = {}
-    for key in panel.measures:
+    for key in panel.metrics:
         rows = evaluations if key == "held_out" else steps
         values = [(row["step"], number(row, key)) for row in rows]
         known = [value for _, value in values if not math.isnan(value)]
-        if known and (any(known) or key not in DULL_IF_ZERO):
+        if known and (any(known) or key not in LEFT_OUT_IF_ZERO):
             lines[key] = values
     return lines
 
 
 def draw_panel(axis, panel: Panel, lines: list[tuple[str, dict[str, list]]]) -> None:
-    """Draw a panel's measures. lines: of each run its name, and what measured() returns.
+    """Draw a panel. lines: for each run its name, and what measured() returns.
 
-    One run: a color a measure. Several: a color a run, and a style a measure.
+    With one run, each metric has a color. With several, each run has a color and each metric a
+    style.
     """
     values = [value for _, of_run in lines for pairs in of_run.values() for _, value in pairs]
     for i, (name, of_run) in enumerate(lines):
         for key, pairs in of_run.items():
-            place = list(panel.measures).index(key)
-            look = dict(color=STAGE_COLORS.get(key, f"C{place}"), label=panel.measures[key])
+            place = list(panel.metrics).index(key)
+            look = dict(color=STAGE_COLORS.get(key, f"C{place}"), label=panel.metrics[key])
             if len(lines) > 1:
-                label = f"{name}: {panel.measures[key]}"
+                label = f"{name}: {panel.metrics[key]}"
                 look = dict(color=f"C{i}", linestyle=STYLES[place], label=label)
             marker = "o" if key == "held_out" or len(pairs) == 1 else None
-            alpha = 0.4 if key == "reward" else 1.0  # behind the held-out one
+            alpha = 0.4 if key == "reward" else 1.0  # paler than the held-out reward
             axis.plot(*zip(*pairs), marker=marker, markersize=4, alpha=alpha, **look)
     is_log = panel.scale == "log" and any(value > 0 for value in values)
     axis.set(
@@ -288,7 +287,7 @@ def draw_panel(axis, panel: Panel, lines: list[tuple[str, dict[str, list]]]) -> 
 
 
 def short_names(folders: list[Path]) -> list[str]:
-    """Return the shortest ends of the folders' paths that tell them apart: lr1/seed1, lr2/seed1."""
+    """Return the shortest ends of the paths that tell the folders apart: lr1/seed1, lr2/seed1."""
     parts = [folder.resolve().parts for folder in folders]
     for n in range(1, max(map(len, parts)) + 1):
         names = ["/".join(path[-n:]) for path in parts]
@@ -298,7 +297,7 @@ def short_names(folders: list[Path]) -> list[str]:
 
 
 def draw(runs: list[tuple[Path, tuple[list[dict], list[dict]]]], bars, *, shown: int) -> Figure:
-    """Return the picture: the panels that say something, above the timeline."""
+    """Return the picture: the panels that have a metric to show, above the timeline."""
     named = list(zip(short_names([folder for folder, _ in runs]), (rows for _, rows in runs)))
     panels = []
     for panel in PANELS:
@@ -306,13 +305,14 @@ def draw(runs: list[tuple[Path, tuple[list[dict], list[dict]]]], bars, *, shown:
         if any(of_run for _, of_run in lines):
             panels.append((panel, lines))
     columns = 3 if len(panels) <= 6 or len(panels) == 9 else 4
-    deep, timeline_rows = -(-len(panels) // columns), len({row for row, *_ in bars})
-    figure = plt.figure(figsize=(15, 3.1 * deep + 1.5 + 0.25 * timeline_rows), layout="constrained")
-    ratios = [3.1] * deep + [1.2 + 0.25 * timeline_rows]
-    grid = figure.add_gridspec(deep + 1, columns, height_ratios=ratios)
+    panel_rows, timeline_rows = -(-len(panels) // columns), len({row for row, *_ in bars})
+    height = 3.1 * panel_rows + 1.5 + 0.25 * timeline_rows
+    figure = plt.figure(figsize=(15, height), layout="constrained")
+    ratios = [3.1] * panel_rows + [1.2 + 0.25 * timeline_rows]
+    grid = figure.add_gridspec(panel_rows + 1, columns, height_ratios=ratios)
     for i, (panel, lines) in enumerate(panels):
         draw_panel(figure.add_subplot(grid[i // columns, i % columns]), panel, lines)
-    timeline = figure.add_subplot(grid[deep, :])
+    timeline = figure.add_subplot(grid[panel_rows, :])
     draw_timeline(timeline, runs[-1][0].resolve(), bars, shown)
     if timeline.get_legend_handles_labels()[0]:
         timeline.legend(fontsize=7, ncols=len(COLORS), loc="lower right", bbox_to_anchor=(1, 1))
@@ -320,11 +320,12 @@ def draw(runs: list[tuple[Path, tuple[list[dict], list[dict]]]], bars, *, shown:
 
 
 def main() -> None:
-    settings, problems = tyro.cli(PlotSettings, description=__doc__), Problems()
-    problems.of(check_plot_settings, settings)
-    runs = [(folder, problems.of(read, folder)) for folder in settings.runs]
-    bars = problems.of(spans, settings.runs[-1]) if settings.runs and runs[-1][1] else None
-    problems.refuse()
+    """Check the flags, read the runs and write the picture."""
+    settings, problems = tyro.cli(PlotSettings, description=__doc__), ProblemList()
+    problems.collect(check_plot_settings, settings)
+    runs = [(folder, problems.collect(read, folder)) for folder in settings.runs]
+    bars = problems.collect(spans, settings.runs[-1]) if settings.runs and runs[-1][1] else None
+    problems.raise_if_any()
     figure = draw(runs, bars, shown=settings.timeline_steps)
     try:
         figure.savefig(settings.out, dpi=80)
@@ -336,9 +337,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(
-        errors="backslashreplace"
-    )  # a console that is not UTF-8 lacks letters, of folder names for instance
+    # A console that is not UTF-8 lacks letters, for instance of folder names.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except BadInput as error:

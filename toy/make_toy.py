@@ -1,14 +1,14 @@
-"""Make the toy checkpoint in this folder: a Qwen3 of 1.2 million parameters that half knows how to
-add. About nine minutes on one core.
+"""Make the toy checkpoint in this folder: a Qwen3 of 1.2 million parameters that adds badly.
 
-    python toy/make_toy.py
+    python toy/make_toy.py          about nine minutes on one core
 
-1. Warm start: supervised learning on correct sums, the learning rate falling to zero. It ends near
-   0.97 held-out accuracy.
-2. Doubt: a few more steps in which most answers have one wrong digit. The policy keeps what it
-   knows but samples it less often, 0.2 to 0.5 at
-   temperature 1: a start for reinforcement learning that is undecided rather than ignorant, so that
-   most groups of answers hold both right and wrong ones and the first step already has a gradient.
+1. Warm start: supervised learning on correct sums, with a learning rate that falls to zero. The
+   held-out accuracy ends near 0.97.
+2. Doubt: some more steps in which most answers have one wrong digit. The policy still knows the
+   right answer, but at temperature 1 it samples it only 20 to 50 % of the time.
+
+So reinforcement learning starts from a policy that is undecided, not ignorant. Most groups hold
+right and wrong answers, and the first step already has a gradient.
 """
 
 import random
@@ -23,23 +23,24 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 
-import backends  # noqa: F401  before transformers: see there
+import backends  # noqa: F401  before transformers, see data/tokenizer.py
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from toy.task import ALPHABET, DIGITS, problems
 
 SEED, BATCH, WARM_STEPS, DOUBT_STEPS, WRONG = 0, 128, 1200, 120, 0.6
 PAD, BOS, EOS, VOCAB = 0, 1, 2, 32
 
-# Every width is one that block FP8 and tensor parallelism like: q 4 x 64, k and v 2 x 64, gate and
-# up 512 rows, all multiples of 128.
+# Block FP8 and tensor parallelism need multiples of 128 rows: q has 4 x 64, k and v have 2 x 64,
+# gate and up have 512.
 CONFIG = Qwen3Config(
-    vocab_size=VOCAB, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-    max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
+    vocab_size=VOCAB, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=512,
+    tie_word_embeddings=False, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
 )  # fmt: skip
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character; <s> is put before every prompt."""
+    """Return a tokenizer with one token per character, which puts <s> before every prompt."""
     words = ["<pad>", "<s>", "</s>", *ALPHABET]
     words += [f"<unused{i}>" for i in range(len(words), VOCAB)]
     tokenizer = Tokenizer(
@@ -60,13 +61,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train(model, tokenizer, rows, *, steps: int, lr_at, wrong: float, rng: random.Random) -> None:
-    """Supervised steps on answers of which the share `wrong` has one digit replaced at random."""
+    """Train on answers of which the share `wrong` has one digit replaced at random.
+
+    rows: endless problems. lr_at: step -> learning rate.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
     started = time.time()
     for step in range(steps):
-        input_ids_NL = torch.full(
-            (BATCH, 2 * DIGITS + 3 + DIGITS + 2), PAD
-        )  # <s> a + b = | sum </s>
+        length = 2 * DIGITS + 3 + DIGITS + 2  # <s> a + b = | sum </s>
+        input_ids_NL = torch.full((BATCH, length), PAD)
         labels_NL = torch.full_like(input_ids_NL, -100)
         for i, row in enumerate(islice(rows, BATCH)):
             answer = list(row["label"])
@@ -74,12 +77,9 @@ def train(model, tokenizer, rows, *, steps: int, lr_at, wrong: float, rng: rando
                 answer[rng.randrange(len(answer))] = rng.choice("0123456789")
             prompt_ids = tokenizer(row["prompt"]).input_ids
             answer_ids = tokenizer("".join(answer), add_special_tokens=False).input_ids + [EOS]
-            input_ids_NL[i, : len(prompt_ids) + len(answer_ids)] = torch.tensor(
-                prompt_ids + answer_ids
-            )
-            labels_NL[i, len(prompt_ids) : len(prompt_ids) + len(answer_ids)] = torch.tensor(
-                answer_ids
-            )
+            start, end = len(prompt_ids), len(prompt_ids) + len(answer_ids)
+            input_ids_NL[i, :end] = torch.tensor(prompt_ids + answer_ids)
+            labels_NL[i, start:end] = torch.tensor(answer_ids)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step)
         loss = model(input_ids_NL, labels=labels_NL).loss
@@ -97,46 +97,42 @@ def train(model, tokenizer, rows, *, steps: int, lr_at, wrong: float, rng: rando
 
 @torch.no_grad()
 def accuracy(model, tokenizer, n: int = 512) -> float:
-    """Exact-match accuracy on n held-out problems, sampled at temperature 1 over the whole
-    vocabulary.
-    """
+    """Return the exact-match accuracy on n held-out problems, sampled at temperature 1."""
     rows = list(islice(problems(seed=SEED, held_out=True), n))
     input_ids_NL = torch.tensor([tokenizer(row["prompt"]).input_ids for row in rows])
     output_ids_NL = model.generate(
-        input_ids_NL, attention_mask=torch.ones_like(input_ids_NL), do_sample=True, temperature=1.0, top_k=0, max_new_tokens=DIGITS + 2
-    )  # fmt: skip
-    texts = tokenizer.batch_decode(output_ids_NL[:, input_ids_NL.shape[1] :])
-    return (
-        sum(
-            text.split("</s>")[0] == row["label"] and "</s>" in text
-            for text, row in zip(texts, rows)
-        )
-        / n
+        input_ids_NL,
+        attention_mask=torch.ones_like(input_ids_NL),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,  # sample from the whole vocabulary
+        max_new_tokens=DIGITS + 2,
     )
+    texts = tokenizer.batch_decode(output_ids_NL[:, input_ids_NL.shape[1] :])
+    answers = [text.partition("</s>") for text in texts]
+    right = sum(
+        end != "" and answer == row["label"] for (answer, end, _), row in zip(answers, rows)
+    )
+    return right / n
 
 
 def main() -> None:
+    """Train the toy in its two phases and write model and tokenizer into this folder."""
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     rng = random.Random(SEED)
     model, tokenizer = Qwen3ForCausalLM(CONFIG).float(), make_tokenizer()
     rows = problems(seed=SEED, held_out=False)
-    train(
-        model,
-        tokenizer,
-        rows,
-        steps=WARM_STEPS,
-        lr_at=lambda s: 1.5e-3 * min(1, (s + 1) / 50) * (1 - s / WARM_STEPS),
-        wrong=0.0,
-        rng=rng,
-    )
+
+    def warm_lr(step: int) -> float:
+        return 1.5e-3 * min(1, (step + 1) / 50) * (1 - step / WARM_STEPS)
+
+    train(model, tokenizer, rows, steps=WARM_STEPS, lr_at=warm_lr, wrong=0.0, rng=rng)
     train(model, tokenizer, rows, steps=DOUBT_STEPS, lr_at=lambda s: 5e-4, wrong=WRONG, rng=rng)
     model.to(torch.bfloat16).save_pretrained(FOLDER)
     tokenizer.save_pretrained(FOLDER)
-    print(
-        f"held-out accuracy at temperature 1, in bfloat16: {accuracy(model, tokenizer, 2048):.3f}",
-        flush=True,
-    )
+    share = accuracy(model, tokenizer, 2048)
+    print(f"held-out accuracy at temperature 1, in bfloat16: {share:.3f}", flush=True)
 
 
 if __name__ == "__main__":

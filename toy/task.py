@@ -2,9 +2,9 @@
 
     prompt "046+789="   label "538"      (46 + 789 = 835, lowest digit first)
 
-Writing the lowest digit first lets a small causal model carry as it goes, as a person does on
-paper. There are 10**6 problems; a checksum of the text puts one in ten aside for evaluation, so
-that training and held-out problems are disjoint whatever the seed.
+With the lowest digit first, a small causal model can carry digit by digit, as a person does on
+paper. There are 10**6 problems. A checksum of the text reserves one in ten for evaluation, so that
+training and held-out problems are disjoint for every seed.
 """
 
 import random
@@ -16,14 +16,15 @@ ALPHABET = "0123456789+="
 
 
 def is_held_out(prompt: str) -> bool:
-    """One problem in ten, by the checksum of its text: never trained on, neither in the warm start
-    nor by reinforcement.
+    """Return whether a problem is reserved for evaluation, as one in ten is.
+
+    Neither the warm start nor reinforcement learning trains on it.
     """
     return zlib.crc32(prompt.encode()) % 10 == 0
 
 
 def problems(*, seed: int, held_out: bool) -> Iterator[dict]:
-    """Endless rows {"prompt": str, "label": str}, in the form of a line of a prompts file."""
+    """Yield endless rows {"prompt": str, "label": str}, as a line of a prompts file holds."""
     rng = random.Random(seed)
     while True:
         a, b = rng.randrange(10**DIGITS), rng.randrange(10**DIGITS)

@@ -28,7 +28,7 @@ from backends.huggingface.fields import (
     REQUIRED_OF,
     SIZES,
 )
-from common.errors import BadInput, Problems, all_problems, model_problem, read_json
+from common.errors import BadInput, ProblemList, all_problems, model_problem, read_json
 from common.settings import check_ranks
 
 
@@ -383,8 +383,8 @@ def _moe_arguments(config: dict) -> dict:
 @all_problems
 def check_layout(config: dict, *, world_size: int, tp: int, pp: int, cp: int, ep: int) -> None:
     """Refuse parallel sizes that do not fit the model or the ranks that train."""
-    found = Problems()
-    found.of(check_ranks, world_size, tp=tp, pp=pp, cp=cp, ep=ep)
+    found = ProblemList()
+    found.collect(check_ranks, world_size, tp=tp, pp=pp, cp=cp, ep=ep)
     if pp > 0 and (layers_in_last_stage(config, pp) or 1) < 1:
         yield (
             f"--pp {pp} leaves the last stage without layers, of which the model has"
@@ -395,8 +395,8 @@ def check_layout(config: dict, *, world_size: int, tp: int, pp: int, cp: int, ep
         rule = f"must divide the model's {experts} experts"
         yield f"--ep {ep} {rule}: use another --ep, and 1 for a dense model"
     if tp > 0:
-        found.of(megatron_arguments, config, tp=tp)
-    yield from found.found
+        found.collect(megatron_arguments, config, tp=tp)
+    yield from found.texts
 
 
 def layers_in_last_stage(config: dict, pp: int) -> int | None:

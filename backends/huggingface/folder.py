@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from backends.huggingface.config import generation_eos
 from backends.huggingface.names import hf_shapes
-from common.errors import BadInput, Problems, all_problems, check_file, read_json
+from common.errors import BadInput, ProblemList, all_problems, check_file, read_json
 
 INDEX = "model.safetensors.index.json"
 READ_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; the model rounds what it copies
@@ -188,10 +188,10 @@ def check_model_folder(
     for file in files_to_export(folder):
         if not os.path.isfile(file) or not os.access(file, os.R_OK):
             yield f"{file} cannot be read, and exports need a copy: copy it again, or remove it"
-    weights, found = HFWeights(folder), Problems()
-    found.of(check_shapes, weights, config)
-    yield from found.found
-    if found.found:
+    weights, found = HFWeights(folder), ProblemList()
+    found.collect(check_shapes, weights, config)
+    yield from found.texts
+    if found.texts:
         return  # slices of tensors that do not fit cannot be compared
     # Qwen3-0.6B has tied embeddings and stores the head too, equal to the embedding.
     if config["tie_word_embeddings"] and "lm_head.weight" in weights.file_of:

@@ -17,7 +17,7 @@ import torch
 
 from backends.huggingface.names import hf_shapes
 from backends.sglang.engine import SERVER_FIELDS, ServerArgs
-from common.errors import Problems, all_problems
+from common.errors import ProblemList, all_problems
 from common.overrides import parse_overrides
 
 # --- settings ---------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def server_overrides(pairs: tuple[str, ...], *, on_gpu: bool) -> dict:
         by = "backends/cpu, which replaces the engine's kernels without a GPU"
         decided |= dict.fromkeys(CPU_KERNELS, by)
     allowed = [name for name in SERVER_FIELDS if name in TUNABLE and name not in decided]
-    found, rest = Problems(), []
+    found, rest = ProblemList(), []
     for pair in pairs:
         name, has_value, _ = pair.partition("=")
         if has_value and name in decided:
@@ -109,8 +109,8 @@ def server_overrides(pairs: tuple[str, ...], *, on_gpu: bool) -> dict:
             )
         else:
             rest.append(pair)
-    overrides = found.of(parse_overrides, tuple(rest), flag="--sglang", fields=allowed)
-    yield from found.found
+    overrides = found.collect(parse_overrides, tuple(rest), flag="--sglang", fields=allowed)
+    yield from found.texts
     for name, value in (overrides or {}).items():
         yield from _value_problems(name, value)
     return overrides

@@ -1,4 +1,4 @@
-"""Which text of a response is its answer. The rules are listed in __init__.py."""
+"""Finds the part of a response that is its answer. __init__.py lists the rules."""
 
 import re
 
@@ -7,7 +7,7 @@ from data.math_rules.notation import NUMBER, UNICODE, is_prose
 MOST_READ = 10_000  # characters at the end of a response, where it has no box
 
 _BOX = re.compile(r"\\(?:boxed|Boxed|fbox|framebox)(?![a-zA-Z])\s*")
-_BOTH = re.compile(  # what joins two boxes into one answer
+_BOTH = re.compile(  # joins two boxes into one answer
     r"(?:\\[,;: )\]]|\\q?quad|[\s$])*(?:,|;|\\text\s*\{\s*(?:and|or|,)\s*\}|\b(?:and|or)\b)+"
     r"(?:\\[,;: (\[]|\\q?quad|[\s$]|\b(?:and|or)\b|\\text\s*\{\s*(?:and|or)\s*\})*"
 )
@@ -31,7 +31,7 @@ _VALUE = (
 )
 _TUPLE = rf"(?<!\w)[(\[]\s*{_VALUE}(?:\s*[,;]\s*{_VALUE})+\s*[)\]]"
 _NAME = r"(?:\b[a-zA-Z]\s*(?:=|is|equals)\s*)"
-_OR = (  # between two values that are both given: neither is the answer alone
+_OR = (  # joins two values into one answer, which neither is alone
     r"\s*[,(]?\s*(?:\b(?:or|and|nor|to|maybe|perhaps|possibly|probably)\s+)+"
 )
 _VALUES = re.compile(
@@ -47,7 +47,7 @@ _NOT = re.compile(
     rf"\(\s*(?:and |but )?{_NOT_WORDS}\b[^()\n]*\)"
     rf"|(?:\b(?:and|but)\s+|,\s*)?\b{_NOT_WORDS}\s+(?:equal\s+to\s+|be\s+)?\$?{_VALUE}\$?"
 )
-_TAIL = re.compile(  # the rest of a sentence that goes on behind the answer
+_TAIL = re.compile(  # the rest of a sentence after the answer
     r"(?s)\s*(?:\(|\b)(?:because|since|which|so|as|when|where|if)\b.*|\s+\([^()]*[a-zA-Z]{3}.*"
 )
 
@@ -61,7 +61,7 @@ _BETWEEN = re.compile(rf"\s*,?{_OR}|\s*,\s*")
 
 
 def answer_of(response: str) -> str:
-    """Return the text that counts as the response's answer; "" if there is none."""
+    """Return the part of a response that counts as its answer; "" if there is none."""
     boxed = _boxed(response)
     if boxed is not None:
         return _NOT.sub(" ", boxed).strip()
@@ -78,9 +78,9 @@ def answer_of(response: str) -> str:
 
 
 def _boxed(response: str) -> str | None:
-    """Return what the last box holds, "" if it is not closed, None if there is no box.
+    """Return the content of the last box, "" if it is not closed, None if there is no box.
 
-    Boxes that only "and", "or" or a comma joins are one answer: a list of what they hold.
+    Boxes that only "and", "or" or a comma joins are one answer, the list of their contents.
     """
     found, start_of_next = [], None
     for match in reversed(list(_BOX.finditer(response))):
@@ -102,7 +102,7 @@ def _boxed(response: str) -> str | None:
 
 
 def _box_content(response: str, start: int) -> str | None:
-    """Return what the box holds whose argument begins at start; None if it is not closed."""
+    """Return the content of the box whose argument begins at start; None if it is not closed."""
     if response[start : start + 1] != "{":
         return re.match(r"[^\s$]*", response[start:])[0]
     depth = 0
@@ -114,6 +114,7 @@ def _box_content(response: str, start: int) -> str | None:
 
 
 def _behind_mark(mark: str, rest: str) -> str:
+    """Return the answer that a mark such as "answer is" announces; "" if the place is empty."""
     rest = rest.lstrip(" \t\r\n*:")
     if mark.lower() == "<answer>":
         return _chosen(re.split(r"(?i)</answer>", rest)[0])
@@ -130,9 +131,8 @@ def _chosen(text: str) -> str:
     """Return the answer in a text that was announced as one: all of it, or a part of its prose."""
     text = text.strip()
     formulas = [match for match in _FORMULA.finditer(text) if not is_prose(_inside(match))]
-    if formulas and not re.search(
-        r"[^\s.,;:*]", _FORMULA.sub("", text).replace(" and ", "").replace(" or ", "")
-    ):
+    others = _FORMULA.sub("", text).replace(" and ", "").replace(" or ", "")
+    if formulas and not re.search(r"[^\s.,;:*]", others):
         return ", ".join(map(_inside, formulas))
     if not is_prose(text):
         return text
@@ -150,7 +150,7 @@ def _chosen(text: str) -> str:
 
 
 def _last_value(text: str) -> str:
-    """Return what follows the last "=" of the last line, else the last formula or number."""
+    """Return the text after the last "=" of the last line, else the last formula or number."""
     formulas = [match for match in _FORMULA.finditer(text) if not is_prose(_inside(match))]
     values = list(_VALUES.finditer(_FORMULA.sub(_blank, text)))
     line = text.rstrip().rpartition("\n")[2]
@@ -164,7 +164,7 @@ def _last_value(text: str) -> str:
 
 
 def _joined_formulas(text: str, *formulas: re.Match) -> str:
-    """Return the last formula, with the one before it where "or" or "and" joins them."""
+    """Return the last formula, and with it the one before if "or" or "and" joins them."""
     *before, last = formulas
     if before and _BETWEEN.fullmatch(text[before[0].end() : last.start()]):
         names = {re.split(r"=", _inside(match))[0].strip() for match in formulas}
@@ -174,10 +174,12 @@ def _joined_formulas(text: str, *formulas: re.Match) -> str:
 
 
 def _blank(match: re.Match) -> str:
+    """Return blanks of a formula's length, so that positions stay; prose is returned as it is."""
     return match[0] if is_prose(_inside(match)) else " " * len(match[0])
 
 
 def _inside(match: re.Match) -> str:
+    """Return the text between the delimiters of a _FORMULA."""
     return next(part for part in match.groups() if part is not None).strip()
 
 

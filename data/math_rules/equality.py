@@ -1,4 +1,4 @@
-"""When an answer equals a label. The rules are listed in __init__.py."""
+"""Decides whether an answer equals a label. __init__.py lists the rules."""
 
 import logging
 import re
@@ -15,37 +15,51 @@ from data.math_rules.notation import (
 )
 
 
+_TIMES_POWER_OF_TEN = re.compile(
+    r"\s*(?:\\times|\\cdot|\*|×|x)\s*10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+))"
+)
+_POWER_OF_TEN = re.compile(r"^([-+]?)10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|(\d+))$")
+_FRACTION = re.compile(r"\\[dtc]?frac\s*\{\s*([-+]?[\d.,]+)\s*\}\s*\{\s*([-+]?[\d.,]+)\s*\}")
+
+
+_MODULUS = re.compile(r"\s*\(?\\pmod\s*(?:\{[^{}]*\}|\d+)\)?$|\s*\(\s*\\?mod\s+\d+\s*\)$")
+_OR = re.compile(r",|\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b|;")
+_AND = re.compile(r",?\s+and\s+|,")
+_NAMES = {
+    rf"\{name}"
+    for name in "text angle theta alpha beta gamma triangle lambda mu sigma phi omega".split()
+}
+_WORD_NAME = re.compile(r"[A-Za-z]{2}[A-Za-z\s]*=\s*")  # "Area = 5"
+_WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS}|sqrt)\b)[A-Za-z]{{4,}}")
+_FIGURE = re.compile(  # \angle ABC: its letters are not a product
+    r"\\(?:angle|triangle|overline|overrightarrow|widehat|odot|square)\s*\{?\s*[A-Z]{2,}"
+)
+_CHOICE = re.compile(r"\(?([A-J])[).:]\s*\S")  # "(B) 12"
+_TIME = re.compile(r"(\d{1,2}(?::\d\d)?)\s*(?:\\text\s*\{\s*)?([ap])\.?m\.?\s*\}?\.?", re.I)
+_BASE = re.compile(r"([0-9A-Fa-f]+)_\{?(\d+)\}?")  # 204_5
+
+
 def is_text(label: str) -> bool:
-    """Return whether a label has words beside its numbers, so that it is compared as text."""
+    """Return whether a label has words, so that it is compared as text."""
     return bool(_WORD.search(without_commands(_WORD_NAME.sub("", label))))
 
 
 def _without_blanks(text: str) -> str:
-    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)  # not those between digits
+    """Return a text without its blanks, except those between digits."""
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
 
 
 def _words_key(text: str) -> str:
+    """Return a text in the form in which words are compared."""
     text = re.sub(r"\s+", "", PLAIN_TEXT.sub(r"\1", text))
     return text if len(text) == 1 else text.casefold()
 
 
 def number_of(text: str) -> tuple[Fraction, bool, bool] | None:
-    """Return (value, has a percent sign, is a decimal) of a normalized text; None if it is no
-    number.
-    """
-    text = re.sub(
-        r"\s*(?:\\times|\\cdot|\*|×|x)\s*10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+))",
-        r"e\1\2",
-        text.strip(),
-    )
-    text = re.sub(r"^([-+]?)10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|(\d+))$", r"\g<1>1e\2\3", text)
-    text = (
-        re.sub(
-            r"\\[dtc]?frac\s*\{\s*([-+]?[\d.,]+)\s*\}\s*\{\s*([-+]?[\d.,]+)\s*\}", r" \1/\2", text
-        )
-        .replace("- ", "-")
-        .strip()
-    )
+    """Return (value, has a percent sign, is a decimal) of a normalized text; None for no number."""
+    text = _TIMES_POWER_OF_TEN.sub(r"e\1\2", text.strip())
+    text = _POWER_OF_TEN.sub(r"\g<1>1e\2\3", text)
+    text = _FRACTION.sub(r" \1/\2", text).replace("- ", "-").strip()
     if re.fullmatch(r"[-+]?\d{1,3}(?:\.\d{3})+,\d+", text):  # 1.234,5
         text = text.replace(".", "").replace(",", ".")
     match = re.fullmatch(
@@ -64,31 +78,29 @@ def number_of(text: str) -> tuple[Fraction, bool, bool] | None:
         if not below:
             return None
         value /= below
-    return (
-        (-value if sign == "-" else value),
-        bool(percent),
-        "." in text or bool(exponent and int(exponent) < 0),
-    )
+    is_decimal = "." in text or bool(exponent and int(exponent) < 0)
+    return (-value if sign == "-" else value), bool(percent), is_decimal
 
 
 def _same_number(answer: tuple, label: tuple) -> bool:
+    """Return whether two results of number_of() are equal, within a tolerance for decimals."""
     (a, a_percent, a_decimal), (b, b_percent, b_decimal) = answer, label
     pairs = [(a, b), (a / 100 if a_percent else a, b / 100 if b_percent else b)]
     if a_percent == b_percent or not (a_percent or b_percent):
         pairs = pairs[:1]
     if not (a_decimal or b_decimal):
         return any(x == y for x, y in pairs)
-    return any(
-        x == y or (abs(x - y) < Fraction(1, 10**6) and abs(x - y) <= abs(y) / 10**5)
-        for x, y in pairs
-    )
+    for x, y in pairs:
+        distance = abs(x - y)
+        if x == y or (distance < Fraction(1, 10**6) and distance <= abs(y) / 10**5):
+            return True
+    return False
 
 
 def value_of_chain(answer: str, label: str) -> str:
-    r"""Return the value that "x = ... = value" gives.
+    r"""Return the value in "x = ... = value", or "" if a side without letters is not the label.
 
-    Returns "" if a side without letters differs from the label, and the answer as it is where the
-    label is an equation itself.
+    If the label is itself an equation, the answer is returned unchanged.
     """
     if "=" in label or re.search(r"[<>!:]=", answer):
         return answer
@@ -113,7 +125,7 @@ def value_of_chain(answer: str, label: str) -> str:
 
 
 def _sides(text: str) -> list[str]:
-    """Return the sides of an equation; an "=" in brackets, as in P(X = 2), separates none."""
+    """Return the sides of an equation. An "=" in brackets, as in P(X = 2), separates no sides."""
     sides, depth = [""], 0
     for character in text:
         depth += (character in "({[") - (character in ")}]")
@@ -124,36 +136,14 @@ def _sides(text: str) -> list[str]:
     return sides
 
 
-_MODULUS = re.compile(r"\s*\(?\\pmod\s*(?:\{[^{}]*\}|\d+)\)?$|\s*\(\s*\\?mod\s+\d+\s*\)$")
-_OR = re.compile(r",|\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b|;")
-
-
 def _has_letters(text: str) -> bool:
-    return bool(
-        re.search(
-            r"[A-Za-z]", re.sub(r"\\[a-zA-Z]+", lambda m: "x" if m[0] in _NAMES else " ", text)
-        )
-    )
-
-
-_NAMES = {
-    rf"\{name}"
-    for name in "text angle theta alpha beta gamma triangle lambda mu sigma phi omega".split()
-}
-
-
-_WORD_NAME = re.compile(r"[A-Za-z]{2}[A-Za-z\s]*=\s*")  # "Area = 5"
-_WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS}|sqrt)\b)[A-Za-z]{{4,}}")
-_FIGURE = re.compile(  # \\angle ABC: its letters are no product
-    r"\\(?:angle|triangle|overline|overrightarrow|widehat|odot|square)\s*\{?\s*[A-Z]{2,}"
-)
-_CHOICE = re.compile(r"\(?([A-J])[).:]\s*\S")  # "(B) 12"
-_AND = re.compile(r",?\s+and\s+|,")
-_TIME = re.compile(r"(\d{1,2}(?::\d\d)?)\s*(?:\\text\s*\{\s*)?([ap])\.?m\.?\s*\}?\.?", re.I)
+    """Return whether a text has letters. Of LaTeX commands only those in _NAMES count."""
+    text = re.sub(r"\\[a-zA-Z]+", lambda match: "x" if match[0] in _NAMES else " ", text)
+    return bool(re.search(r"[A-Za-z]", text))
 
 
 def time_of(text: str) -> tuple[str, str] | None:
-    """Return the hour with its minutes, and "a" or "p", of a time such as 3:30 pm; else None."""
+    """Return (hour and minutes, "a" or "p") of a time such as 3:30 pm; None for another text."""
     match = _TIME.fullmatch(text.strip())
     return match and (match[1].lstrip("0"), match[2].lower())
 
@@ -177,18 +167,23 @@ def same(answer: str, label: str) -> bool:
         return _same_number(*numbers)
     if _without_blanks(answer) == _without_blanks(label):
         return True
-    if re.fullmatch(r"\d{4}-\d\d-\d\d|\d{1,2}/\d{1,2}/\d{4}", label):  # a date is no difference
+    if re.fullmatch(r"\d{4}-\d\d-\d\d|\d{1,2}/\d{1,2}/\d{4}", label):  # a date is not arithmetic
         return False
     choices = [_CHOICE.match(PLAIN_TEXT.sub(r"\1", text).strip()) for text in (answer, label)]
     if re.fullmatch("[A-J]", label) and choices[0]:
         return choices[0][1] == label
     if re.fullmatch("[A-J]", answer) and choices[1] and label.startswith("("):
         return choices[1][1] == answer
-    bases = [re.fullmatch(r"([0-9A-Fa-f]+)_\{?(\d+)\}?", text) for text in (answer, label)]
+    bases = [_BASE.fullmatch(text) for text in (answer, label)]
     if all(bases):
         return bases[0].groups() == bases[1].groups()
     if any(bases):
         return same(*(base[1] if base else text for base, text in zip(bases, (answer, label))))
+    return _same_words_or_expression(answer, label)
+
+
+def _same_words_or_expression(answer: str, label: str) -> bool:
+    """Return whether normalized texts are equal as lists, as words, or by math-verify."""
     lists = [[normalized(part) for part in _AND.split(text)] for text in (answer, label)]
     if all(is_words(part) for parts in lists for part in parts):
         return sorted(map(_words_key, lists[0])) == sorted(map(_words_key, lists[1]))
@@ -212,7 +207,7 @@ def same(answer: str, label: str) -> bool:
 
 
 def _as_set(expression):
-    """Return the set that inequalities joined by "or" describe; anything else as it is."""
+    """Return the set that inequalities joined by "or" describe; another expression unchanged."""
     from sympy import FiniteSet, Union
     from sympy.core.relational import Relational
 
@@ -225,7 +220,7 @@ def _as_set(expression):
 
 @lru_cache(256)
 def parsed(text: str):
-    """Return what math-verify reads in a normalized text; None if it is no mathematics."""
+    """Return the expression that math-verify reads in a normalized text; None if there is none."""
     from latex2sympy2_extended.math_normalization import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 

@@ -1,4 +1,4 @@
-r"""Notation: removes from answers and labels what does not change their meaning."""
+r"""Removes from answers and labels the notation that does not change their meaning."""
 
 import re
 import unicodedata
@@ -21,15 +21,21 @@ UNICODE = str.maketrans(_SYMBOLS)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 FUNCTIONS = "sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|arcsin|arccos|arctan|log|ln|exp|pi|infty"
-_UNITS = "cm|mm|km|dm|m|ft|in|inches|kg|mg|g|lb|lbs|oz|s|h|hr|hrs|min|ms|mL|ml|L|l|mph|USD|EUR|units?|deg|sq|cu"
+_UNITS = (
+    "cm|mm|km|dm|m|ft|in|inches|kg|mg|g|lb|lbs|oz|s|h|hr|hrs|min|ms|mL|ml|L|l|mph|USD|EUR|units?"
+    "|deg|sq|cu"
+)
 _JOINED_UNITS = "cm|mm|km/h|km|kg|mg|mL|ml|mph|lbs|hrs"  # no product of letters looks like these
 MAGNITUDES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _MAGNITUDE = "|".join(MAGNITUDES)
-PLAIN_TEXT = re.compile(  # commands that change the looks of a text and not its meaning
+PLAIN_TEXT = re.compile(  # commands that change the look of a text but not its meaning
     r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|operatorname|boldsymbol|bm"
     r"|underline|emph)\s*\{([^{}]*)\}"
 )
-_LOOKS = r"\\(?:bf|it|rm|large|Large|huge|Huge|small|quad|qquad)(?![a-zA-Z])|\\(?:text)?color\s*\{[^{}]*\}"
+_LOOKS = (
+    r"\\(?:bf|it|rm|large|Large|huge|Huge|small|quad|qquad)(?![a-zA-Z])"
+    r"|\\(?:text)?color\s*\{[^{}]*\}"
+)
 _ANNOUNCED = (
     r"\\text\s*\{[^{}]*(?:\bis|:)\s*\}|(?i:(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*[:=]))"
 )
@@ -40,11 +46,21 @@ _REWRITES = [(re.compile(pattern), by) for pattern, by in (
     (r"(?<=[\w)}])\*\*\s*(-?\d+)(?!\w)", r"^{\1}"),  # x**2
     (r"(?<=[\w)}])\*\*(?=[\w(-])", "^"),
     (r"(?<=\d),\s*\\!\s*(?=\d{3})", ","),
-    (r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\!|\\?\$|\*\*|`|\\+\s*$|(?<!\\)\\[\[\]()]", ""),
+    (
+        r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\!|\\?\$|\*\*|`|\\+\s*$"
+        r"|(?<!\\)\\[\[\]()]",
+        "",
+    ),
     (r"\\begin\s*\{array\}(?:\s*\{[lcr|\s]*\})?", r"\\begin{matrix}"),
     (r"\\end\s*\{array\}", r"\\end{matrix}"),
-    (r"[(\[]\s*\\begin\{matrix\}((?s:.)*?)\\end\{matrix\}\s*[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
-    (r"\|\s*\\begin\{matrix\}((?s:.)*?)\\end\{matrix\}\s*\|", r"\\begin{vmatrix}\1\\end{vmatrix}"),
+    (
+        r"[(\[]\s*\\begin\{matrix\}((?s:.)*?)\\end\{matrix\}\s*[)\]]",
+        r"\\begin{pmatrix}\1\\end{pmatrix}",
+    ),
+    (
+        r"\|\s*\\begin\{matrix\}((?s:.)*?)\\end\{matrix\}\s*\|",
+        r"\\begin{vmatrix}\1\\end{vmatrix}",
+    ),
     (r"\\(?:nice|s|x)frac(?![a-z])", r"\\frac"),
     (r"\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}", r"\\binom{\1}{\2}"),
     (r"(?<=[)\]])\s*U\s*(?=[\[(])", r"\\cup "),
@@ -54,7 +70,10 @@ _REWRITES = [(re.compile(pattern), by) for pattern, by in (
         lambda match: f"e{MAGNITUDES[match[1]]} ",
     ),
     (r"(?<=\d)\s*~\s*(?=\\[dt]?frac)", ""),
-    (r"(\\(?:sin|cos|tan|cot|sec|csc))\s*\(?\s*(\d+)\s*\^\s*\{?\s*\\circ\s*\}?\s*\)?", r"\1(\\frac{\2\\pi}{180})"),
+    (
+        r"(\\(?:sin|cos|tan|cot|sec|csc))\s*\(?\s*(\d+)\s*\^\s*\{?\s*\\circ\s*\}?\s*\)?",
+        r"\1(\\frac{\2\\pi}{180})",
+    ),
     (r"^\s*\\?\{\s*[a-zA-Z]\s*(?:\\mid|\\vert|\||:)(.*?)\\?\}\s*$", r"\1"),  # {x | x > 1}
     (_LOOKS, " "),
     (rf"^\s*(?:{_ANNOUNCED})", ""),
@@ -72,18 +91,16 @@ _REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\overline|\\bar|\\dot)\s*(?:\{(\d+)\}|
 
 
 def _fraction_of_repeating(match: re.Match) -> str:
+    r"""Return a repeating decimal as a fraction: 0.\overline{3} is \frac{3}{9}."""
     whole, fixed, cycle = match[1] or "0", match[2], match[3] or match[4]
     bottom = 10 ** len(fixed) * (10 ** len(cycle) - 1)
     return rf"\frac{{{int(whole + fixed + cycle) - int(whole + fixed)}}}{{{bottom}}}"
 
 
 def normalized(text: str) -> str:
-    """Return the text of an answer or label without what does not change its meaning."""
-    text = re.sub(
-        r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+",
-        lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}",
-        text.translate(UNICODE),
-    )
+    """Return an answer or label in normal form, as _REWRITES and the steps below define it."""
+    text = text.translate(UNICODE)
+    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
     text = re.sub(r"\d", lambda match: str(int(match[0])), text)  # digits of every script
     text = _REPEATING.sub(_fraction_of_repeating, text)
     for pattern, by in _REWRITES:
@@ -106,7 +123,7 @@ _FONT = r"\\(?:text|textrm|textbf|textnormal|mathrm|mbox)"
 
 
 def _without_unit(text: str) -> str:
-    r"""Remove the unit behind a number: \text{cm}^2, cm, a word. Algebra such as 3c stays."""
+    r"""Remove the unit after a number: \text{cm}^2, cm, a word. Algebra such as 3c stays."""
     power = r"(?:\s*\^\s*(?:\d|\{-?\d\}))?"
     name = rf"{_FONT}\s*\{{(?!\s*(?:and|or)\b)[^{{}}]*\}}{power}"
     name = rf"(?:{name}|\\frac\s*\{{{name}\}}\s*\{{{name}\}})"
@@ -122,7 +139,7 @@ _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[a-zA-Z]+\*?\}")
 
 
 def without_commands(text: str) -> str:
-    """Return a text without what only looks like words: environments such as pmatrix, and fonts."""
+    """Return a text without LaTeX's own words: names of environments such as pmatrix, and fonts."""
     return PLAIN_TEXT.sub("", _ENVIRONMENT.sub("", text))
 
 
@@ -130,12 +147,11 @@ def is_words(text: str) -> bool:
     """Return whether a normalized text is letters, a code such as H2O, or a text with words."""
     if re.fullmatch(r"[^\W\d_][^\W\d_\s]*(?:\s+[^\W\d_]+)*|(?=\w*[A-Za-z]\d)[A-Za-z0-9]{2,}", text):
         return True
-    prose = re.fullmatch(r"[^\W\d_](?:[^\W_]|[\s'’!?.;:&/()-])*", text)
-    return bool(
-        prose
-        and re.search(r"(?<!\\)[^\W\d_]{4,}", text)
-        and not re.search(r"sqrt|\d\s*[-/]|\\", text)
-    )
+    if not re.fullmatch(r"[^\W\d_](?:[^\W_]|[\s'’!?.;:&/()-])*", text):
+        return False
+    has_word = re.search(r"(?<!\\)[^\W\d_]{4,}", text)
+    has_formula = re.search(r"sqrt|\d\s*[-/]|\\", text)
+    return bool(has_word) and not has_formula
 
 
 _PROSE = re.compile(
@@ -148,10 +164,10 @@ _PROSE = re.compile(
 def is_prose(text: str) -> bool:
     """Return whether a text is more than an answer.
 
-    It then has words, and is neither a number with a unit nor a short name.
+    Prose has words, and is neither a number with a unit nor a short name.
     """
     text = normalized(text)
-    words = _PROSE.search(without_commands(text))
-    return bool(words) and (
-        bool(re.search(r"\d", text)) or not is_words(text) or len(text.split()) > 3
-    )
+    if not _PROSE.search(without_commands(text)):
+        return False
+    has_digits = bool(re.search(r"\d", text))
+    return has_digits or not is_words(text) or len(text.split()) > 3
