@@ -7,8 +7,9 @@ Writes FOLDER as an ordinary Hugging Face folder in BF16 (the GGUF's 8-bit weigh
 transformers), and FOLDER/word_problems.jsonl: chat prompts with numeric labels. Then, on two CPU
 cores with minutes a step:
 
-    torchrun loop_sync.py --model FOLDER --prompts FOLDER/word_problems.jsonl --reward math --stop "<|im_end|>" \\
-        --prompts-per-step 2 --samples-per-prompt 4 --max-response-tokens 48 --steps 2 --lr 1e-6
+    torchrun loop_sync.py --model FOLDER --prompts FOLDER/word_problems.jsonl --reward math \\
+        --stop "<|im_end|>" --prompts-per-step 2 --samples-per-prompt 4 --max-response-tokens 48 \\
+        --steps 2 --lr 1e-6
 """
 
 import json

@@ -194,7 +194,7 @@ def test_a_malformed_call_gets_an_error_and_goes_on(data):
     assert engine.prompts[1] == [PROMPT + [PLUS, PLUS, EQUALS] + [PLUS]]  # the error is "+"
     assert sample.loss_mask == [1, 1, 1, 0, 1, 1, 1, 1]
     assert sample.response == "++=[+]538"
-    assert sample.notes == {"calls": 1, "errors": 1}
+    assert sample.metrics == {"tool_calls": 1, "tool_share": 1, "tool_errors": 1}
     assert sample.answer == "538"
     assert right_answer(sample) == 1
 

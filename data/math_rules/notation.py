@@ -29,8 +29,8 @@ _JOINED_UNITS = "cm|mm|km/h|km|kg|mg|mL|ml|mph|lbs|hrs"  # no product of letters
 MAGNITUDES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _MAGNITUDE = "|".join(MAGNITUDES)
 PLAIN_TEXT = re.compile(  # commands that change the look of a text but not its meaning
-    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|operatorname|boldsymbol|bm"
-    r"|underline|emph)\s*\{([^{}]*)\}"
+    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|operatorname|boldsymbol"
+    r"|bm|underline|emph)\s*\{([^{}]*)\}"
 )
 _LOOKS = (
     r"\\(?:bf|it|rm|large|Large|huge|Huge|small|quad|qquad)(?![a-zA-Z])"
