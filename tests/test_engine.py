@@ -126,7 +126,7 @@ def test_a_prompt_may_fill_the_context_up_to_the_answer(exact):
         {**one, "ignore_eos": True}
         for one in rollout.sampling_params(exact.data, exact.settings, samples)
     ]
-    rollout.fill(
+    rollout.write_outputs(
         samples,
         exact.engine.call(exact.engine.generate([samples[0].prompt_ids], sampling)),
         exact.data,
@@ -231,7 +231,7 @@ def test_an_update_in_flight(exact, monkeypatch, reported):
     weight_sync.send_weights(
         exact.weights, engine, version=before + 1, verify=True
     )  # comparing needs no idle engine either
-    rollout.fill(samples, running.result(), exact.data)
+    rollout.write_outputs(samples, running.result(), exact.data)
     versions = np.concatenate([sample.weight_versions for sample in samples])
     assert all(sample.weight_versions == sorted(sample.weight_versions) for sample in samples)
     assert set(versions) == {before, before + 1}
@@ -286,7 +286,7 @@ def test_the_gate_names_a_tensor_that_is_not_handed_over(exact, monkeypatch):
     def shards_in_model_order(*args, **kwargs):
         return (shard for shard in stock(*args, **kwargs) if shard.names != [missing])
 
-    monkeypatch.setattr(weight_sync, "walk", shards_in_model_order)
+    monkeypatch.setattr(weight_sync, "shards_in_model_order", shards_in_model_order)
     with pytest.raises(RuntimeError, match=f"never compared: {missing}, 1 tensors in all$"):
         weight_sync.verify_engine_weights(exact.weights, exact.engine)
 
