@@ -150,7 +150,11 @@ def check_train_settings(
     config, longest: None where they could not be found out; what needs them is then left out.
     """
     found = ProblemList()
-    if settings.reference and (reference := found.collect(read_config, settings.reference)) and config:
+    if (
+        settings.reference
+        and (reference := found.collect(read_config, settings.reference))
+        and config
+    ):
         if differing := _differences(reference, config):
             yield (
                 f"--reference {settings.reference} differs from the model in"
