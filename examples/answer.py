@@ -14,7 +14,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # cpu.py would use one.
+os.environ.setdefault(
+    "OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))
+)  # Backends would use one.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import BadInput

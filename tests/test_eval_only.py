@@ -56,7 +56,7 @@ def start(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", [module.__name__, "--eval-only", *more, *flags])
         for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0).items():
             monkeypatch.setenv(name, str(value))
-        fail = lambda *_: pytest.fail("a process group was started")  # noqa: E731
+        fail = lambda *_, **__: pytest.fail("a process group was started")  # noqa: E731
         monkeypatch.setattr(distributed, "init_distributed", fail)
         start_main(module, *checks)
 

@@ -21,6 +21,8 @@ from conftest import ROOT, false_alarms, metrics_of, start_main, torchrun, write
 from safetensors.torch import load_file, save_file
 from test_answer import PLAIN, python
 
+from backends.huggingface.config import read_config
+from backends.huggingface.folder import HFWeights
 from common import errors
 from harness.run_folder import checkpoints_of
 from toy.task import problems
@@ -124,7 +126,7 @@ def start(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["loop_sync.py", *map(str, arguments)])
         for name, value in dict(RANK=0, WORLD_SIZE=ranks, LOCAL_RANK=0).items():
             monkeypatch.setenv(name, str(value))
-        fail = lambda **_: pytest.fail("a process group was started")  # noqa: E731
+        fail = lambda *_, **__: pytest.fail("a process group was started")  # noqa: E731
         monkeypatch.setattr(distributed, "init_distributed", fail)
         start_main(loop_sync)
 
@@ -186,7 +188,7 @@ def test_weights_that_do_not_fit_the_config(fresh_megatron, tmp_path, name, tens
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(errors.BadInput, match=re.escape(message)):
         loop_sync.train_step.build_trainer(
-            str(folder), loop_sync.TrainSettings(), loop_sync.read_config(folder), steps=1, seed=1
+            str(folder), loop_sync.TrainSettings(), read_config(folder), steps=1, seed=1
         )
 
 
@@ -195,7 +197,7 @@ def test_a_truncated_weights_file_is_named(tmp_path):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(errors.BadInput, match="not a complete safetensors file"):
-        loop_sync.hf_folder.HFWeights(folder)
+        HFWeights(folder)
 
 
 def test_bad_input_is_exit_code_2_without_a_traceback(tmp_path):

@@ -167,7 +167,7 @@ def test_bad_flags_stop_before_anything_starts(monkeypatch, tmp_path, arguments,
     for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0).items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(
-        distributed, "init_distributed", lambda **_: pytest.fail("a process group was started")
+        distributed, "init_distributed", lambda *_, **__: pytest.fail("a process group was started")
     )
     with pytest.raises(errors.BadInput, match=message):
         start_main(ppo_critic, ppo_critic.check_critic_flags)

@@ -317,7 +317,7 @@ def test_flags_that_cannot_work(monkeypatch, tmp_path, flags, message):
     for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(
-        distributed, "init_distributed", lambda **_: pytest.fail("a process group was started")
+        distributed, "init_distributed", lambda *_, **__: pytest.fail("a process group was started")
     )
     with pytest.raises(BadInput, match=message):
         start_main(tool_use, tool_use.check_tool_flags)
