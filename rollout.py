@@ -113,9 +113,10 @@ def prompts_taken_before(run) -> int:
 
 
 def new_group(prompt: Sample, n: int) -> list[Sample]:
-    """Return n samples of one prompt, still without responses."""
+    """Return n samples of one prompt, still without responses. They share no dictionary."""
+    names = ("metadata", "notes", "metrics")
     return [
-        replace(prompt, index=index, metadata=dict(prompt.metadata), notes=dict(prompt.notes))
+        replace(prompt, index=index, **{name: dict(getattr(prompt, name)) for name in names})
         for index in range(n)
     ]
 

@@ -159,7 +159,7 @@ def main(work: dict, out: Path) -> None:
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
-        """Evaluate as reward.evaluate: one answer to every held-out prompt, sampled as in training.
+        """Answer every held-out prompt once, sampled as in training; as harness/evaluate.py.
 
         Each rank answers its share.
         """

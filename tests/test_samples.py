@@ -13,7 +13,7 @@ from common.errors import BadInput
 from data.sample import Sample, read_dump
 from data.tokenizer import end_tokens
 from prompt_helpers import data, write
-from rollout import write_outputs
+from rollout import new_group, write_outputs
 
 pytest_plugins = ["prompt_helpers"]  # the fixture tokenizer
 
@@ -26,6 +26,15 @@ def test_a_sample_is_one_json_line():
     # A float32 survives as JSON text exactly.
     assert np.array_equal(np.float32(Sample.from_json(line).rollout_logprobs), logprobs)
     assert replace(Sample.from_json(line), rollout_logprobs=sample.rollout_logprobs) == sample
+
+
+def test_the_samples_of_a_group_share_no_dictionary():
+    """What a rollout or a reward function writes into one must not stand in the others."""
+    prompt = Sample([5])
+    first, second = new_group(prompt, 2)
+    for name in ("metadata", "notes", "metrics"):
+        getattr(first, name)["calls"] = 1
+        assert getattr(second, name) == getattr(prompt, name) == {}, name
 
 
 def test_end_tokens(models, tokenizer, tmp_path):

@@ -74,14 +74,15 @@ class Batch:
 
         A field that a sample does not have, and every token outside of a response, is 0.
         """
+        device = self.microbatches[0].response_index_T.device
         for name in self.samples[0].per_token_names() if self.samples else ():
             rows = [_values(sample, name) for sample in self.samples]
-            values_R = torch.from_numpy(np.concatenate(rows))
+            values_R = torch.from_numpy(np.concatenate(rows)).to(device)
             for batch in self.microbatches:
                 index_T = batch.response_index_T
                 is_response_T = index_T >= 0
-                values_T = torch.zeros(index_T.shape, device=index_T.device)
-                values_T[is_response_T] = values_R.to(index_T.device)[index_T[is_response_T]]
+                values_T = torch.zeros(index_T.shape, device=device)
+                values_T[is_response_T] = values_R[index_T[is_response_T]]
                 batch.per_token[name] = values_T
 
 
