@@ -14,13 +14,15 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
 import torch
+
+# First of what imports Megatron: without a GPU Megatron is patched there.
+from backends.megatron.state import _give_adam_its_state
 from megatron.core import parallel_state as mpu
 
 from backends.huggingface.config import read_config
 from common import distributed
 from common.settings import TrainSettings
 from harness import exits
-from backends.megatron.state import _give_adam_its_state
 import train_step
 
 CASES = {  # name: (folder, settings)

@@ -16,12 +16,14 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
 import torch
 import torch.distributed as dist
+
+# First of what imports Megatron: without a GPU Megatron is patched there.
+from backends.megatron import model as megatron_model
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from backends.huggingface.config import read_config
-from backends.megatron import model as megatron_model
 from common.settings import TrainSettings
 from harness import model_checks
 import weight_sync
