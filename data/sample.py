@@ -149,6 +149,9 @@ def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
     for name, kind in kinds.items():
         if not isinstance(row[name], kind) or isinstance(row[name], bool):
             yield f"{name} is a {type(row[name]).__name__}"
+    for name, value in row["metrics"].items():
+        if not isinstance(value, (int, float)):
+            yield f"metrics holds {value!r} for {name}, which is not a number"
 
 
 def _element_problems(row: dict, name: str, kind: type | tuple, word: str) -> Iterator[str]:

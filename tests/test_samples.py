@@ -84,7 +84,7 @@ def test_a_dump_comes_back_as_it_was_written(tmp_path):
     samples = [
         Sample(**dump_line()),
         Sample(**dump_line(response="a\u2028b\r\n", reward=None)),
-        Sample([1], finish_reason="dropped"),
+        Sample([1], discarded="dropped"),
     ]
     (tmp_path / "d.jsonl").write_bytes(b"".join(sample.to_json() + b"\n" for sample in samples))
     assert read_dump(tmp_path / "d.jsonl", vocab_size=7) == samples
@@ -114,6 +114,7 @@ def test_a_dump_comes_back_as_it_was_written(tmp_path):
     (dump_line(reward="1"), "reward is a str"),
     (dump_line(group=None), "group is a NoneType"),
     (dump_line(metadata=[]), "metadata is a list"),
+    (dump_line(metrics={"calls": None}), "metrics holds None for calls, which is not a number"),
 ])  # fmt: skip
 def test_a_bad_line_of_a_dump_is_named(tmp_path, line, message):
     with pytest.raises(BadInput, match=message):
