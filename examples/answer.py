@@ -62,15 +62,14 @@ def answers(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from data import tokenizer
+    from common.settings import DataSettings
+    from data.tokenizer import encode, end_tokens, load_tokenizer
 
     logging.disable_progress_bar()
-    tokenizer = tokenizer.load_tokenizer(str(folder))
-    end_ids = tokenizer.end_tokens(str(folder), tokenizer, tuple(stop))
-    settings = tokenizer.DataSettings(chat=chat)
-    ids = [
-        tokenizer.encode(text, tokenizer, settings, where=repr(text[:80]))[1] for text in prompts
-    ]
+    tokenizer = load_tokenizer(str(folder))
+    end_ids = end_tokens(str(folder), tokenizer, tuple(stop))
+    settings = DataSettings(chat=chat)
+    ids = [encode(text, tokenizer, settings, where=repr(text[:80]))[1] for text in prompts]
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     context = model.config.max_position_embeddings

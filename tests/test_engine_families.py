@@ -10,7 +10,7 @@ import torch
 from conftest import write_model
 from test_engine import Pair
 
-import weight_sync
+from backends.huggingface.fp8 import linear_modules
 
 RAGGED = dict(
     hidden_size=192,
@@ -51,7 +51,7 @@ def test_fp8_rollouts_mismatch_by_quantization_alone(start, tmp_path, family, sh
     Qwen2 has biases, the others experts. Random weights are rougher than trained ones.
     """
     pair = start("bf16", "fp8", write_model(tmp_path, family, dtype=torch.bfloat16, **shape))
-    linear = weight_sync.linear_modules(pair.config)
+    linear = linear_modules(pair.config)
     assert len(pair.weights.fp8) == len(linear) - kept * pair.config["num_hidden_layers"]
     assert 1e-4 < pair.differences(pair.generate()).mean() < 0.2
 
