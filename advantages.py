@@ -90,7 +90,7 @@ def reinforce_plus_plus_baseline(scores: Scores) -> np.ndarray:
 
 
 # EDIT HERE: advantage. Write a function above, give it a name here: --advantage takes it.
-# tests/oracle/oracle.py needs an entry of the same name.
+# tests/oracle/advantage_formulas.py needs an entry of the same name.
 ADVANTAGES = {
     "grpo": grpo,
     "dr_grpo": dr_grpo,
@@ -122,6 +122,8 @@ def gae(
     rewards_L: np.ndarray, values_L: np.ndarray, mask_L: np.ndarray, *, gamma: float, lam: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return GAE's (advantages, returns) of one response, float64 [L]: arXiv 1506.02438, eq. 16.
+
+    It needs a critic: only examples/ppo_critic.py uses it.
 
         delta = r + gamma V' - V        A = delta + gamma lam A'        return = A + V
 

@@ -30,8 +30,8 @@ right edges. A tensor-parallel shard may be quantized alone exactly when its bou
 multiples of 128: then no block spans two shards.
 
 Expect an RMS error of about 2.6 % of the weights, whatever their magnitude. It comes from rounding
-to steps of 2^-3 within each binade; it is not a defect. A small element beside a large one may
-become zero, so judge errors per block and not per element.
+to 3 bits of mantissa; it is not a defect. A small element beside a large one may become zero, so
+judge errors per block and not per element.
 
 Shape letters: N output features (rows), K input features (columns), n and k blocks along them, B
 the side of a block.

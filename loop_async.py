@@ -9,8 +9,8 @@
 
 A trained token is at most --max-staleness weight versions older than the weights it trains. Each
 rollout rank keeps that bound by the length of its queue of groups, GroupQueue below. Samples reach
-all ranks over one group of all ranks; trainers and rollout ranks are a default world each, as
-Megatron makes its own groups from the trainers' world.
+all ranks over one process group of all ranks. Beside it, trainers and rollout ranks each have a
+default process group of their own, because Megatron builds its groups from the default one.
 """
 
 import asyncio

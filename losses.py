@@ -81,7 +81,7 @@ def ratio(log_ratio_T: torch.Tensor) -> torch.Tensor:
 #
 # The log-probs and advantages are float [T]; the three settings are numbers. loss_T is each token's
 # loss, float [T]. ratio_T is the ratio that it uses, float [T]. clipped_T tells where the clip
-# removed the gradient, bool [T]. None is masked: weight_T is 0 where a token does not count.
+# removed the gradient, bool [T]. They need no mask: weight_T is 0 where a token does not count.
 
 
 def clipped_objective(ratio_T, advantages_T, *, clip_low, clip_high, dual_clip):
@@ -171,8 +171,8 @@ POLICY_LOSSES = {
 #     loss = sum of weight_T loss_T / sum of normalizer_N
 #
 # Both sums run over all samples of the global batch, on whichever ranks they are. A mean of the
-# ranks' means would depend on which rank holds which sample: means of 1 over 2 tokens and 3 over
-# 8 tokens average to 2.0, but the mean over the 10 tokens is 2.6.
+# ranks' means would depend on which rank holds which sample. For example, means of 1 over 2 tokens
+# and 3 over 8 tokens average to 2.0, but the mean over the 10 tokens is 2.6.
 
 
 def per_token(sequences: Sequences, *, max_response_tokens: int):

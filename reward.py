@@ -1,13 +1,13 @@
-"""Samples -> rewards -> advantages: reward functions, the judge that calls them, dynamic sampling.
+"""Samples -> rewards -> advantages: reward functions, and the judge that calls them.
 
 A reward is a function of one finished sample, plain or a coroutine. A fork adds its own to REWARDS:
 
     def my_reward(sample: Sample) -> float:
         return float(len(sample.response) < 100)
 
-A reward function that raises, or returns something other than a finite number, has failed; the
-answer has not. Such a sample keeps reward None and its tokens are masked. It does not count in its
-group's mean, the metric reward_errors counts it, and the run goes on.
+A reward function that raises, or returns something other than a finite number, has failed. That
+says nothing about the answer: the sample keeps reward None and its tokens are masked. It does not
+count in its group's mean, the metric reward_errors counts it, and the run goes on.
 
 A reward function may carry an attribute at_a_time: how many answers it can judge at once. Others
 wait for their turn, and this wait does not count towards --judge-timeout-s.
@@ -96,7 +96,7 @@ class RewardSettings:
     before --max-response-tokens (DAPO); 0: off."""
     dynamic_sampling: int = 0
     """Replace groups whose rewards are all equal by responses to new prompts, at most so many times
-    in a step (DAPO); 0: train on all groups."""
+    in a step (DAPO). 0: train on all groups."""
     judges: int = 32
     """Responses that a rank judges at the same time, so that a reward function may wait for a
     service."""

@@ -1,5 +1,7 @@
 """Prompts -> samples: start this rank's engine, let it answer, share the answers between ranks.
 
+Dynamic sampling is here too: replace_uninformative.
+
     prompts   [p0, p1, ...]                 this engine's share of the prompt stream
       -> new_group   n samples of each      a group: answers to one prompt, which GRPO compares
       -> answer      tokens, log-probs      SGLang, in a process beside this one
@@ -37,8 +39,8 @@ DROPPED, REPLACED = "dropped", "replaced"  # why a sample is discarded, not trai
 def start_engine(run, settings: RolloutSettings) -> "Engine | NoEngine":
     """Start the engine of this rank's group of --engine-tp ranks, on the group's first rank.
 
-    It has the model's shapes and no weights yet. All other ranks get a NoEngine. run: harness.Run.
-    Raises BadInput if the engine's cache has no room for the longest sample.
+    It has the model's shapes and no weights yet. All other ranks get a NoEngine. Raises BadInput
+    if the engine's cache has no room for the longest sample. run: harness.start.Run.
     """
     if run.engine_index is None:
         return NoEngine()
@@ -47,7 +49,7 @@ def start_engine(run, settings: RolloutSettings) -> "Engine | NoEngine":
 
 
 class NoEngine:
-    """Stands where a rank has no engine: it is given no prompts, and takes weights for nothing."""
+    """Stands where a rank has no engine: it is given no prompts, and ignores weights."""
 
     holds_weights, timeline, last_phase = False, None, None
 
@@ -64,7 +66,10 @@ class NoEngine:
 
 
 def engine_share(prompts: Iterable[Sample], run) -> Iterator[Sample]:
-    """Yield the prompts that this rank's engine answers: engines take turns. run: harness.Run."""
+    """Yield the prompts that this rank's engine answers: engines take turns.
+
+    run: harness.start.Run.
+    """
     if run.engine_index is None:
         return iter(())
     return islice(prompts, run.engine_index, None, run.engines)
@@ -74,7 +79,7 @@ class PromptStream:
     """This engine's share of the prompts, and how many of them it has taken."""
 
     def __init__(self, run, settings: RolloutSettings):
-        """Go to where a resumed run's checkpoint was. run: harness.Run."""
+        """Go to where a resumed run's checkpoint was. run: harness.start.Run."""
         self.has_engine = run.engine_index is not None
         self.per_step = settings.prompts_per_step // run.engines
         self.taken = prompts_taken_before(run) if self.has_engine else 0
@@ -161,10 +166,10 @@ def generate(
 
 
 def sampling_params(data: Data, settings: RolloutSettings, samples: list[Sample]) -> list[dict]:
-    """Return how SGLang samples each response, with a seed of its own for each.
+    """Return how SGLang samples each response. Its seed comes from --seed, group, index and prompt.
 
-    What a resumed run samples then does not depend on what was sampled before. On a CPU
-    backends/cpu makes the sampler keep to the seed. On a GPU SGLang does so only with --sglang
+    So a resumed run samples what it would have sampled undisturbed. On a CPU backends/cpu makes
+    the sampler keep to the seed. On a GPU SGLang does so only with --sglang
     enable_deterministic_inference=true.
     """
     common = {

@@ -80,7 +80,7 @@ class Trainer:
 def start_trainer(run) -> Trainer | None:
     """Build this rank's trainer, as the flags say; None on ranks that only generate. Collective.
 
-    run: harness.Run.
+    run: harness.start.Run.
     """
     if not run.is_trainer:
         return None
@@ -212,9 +212,9 @@ def add_logprobs(
 ) -> None:
     """Set every sample's old_logprobs, and its ref_logprobs where there is a reference.
 
-    Each is a forward pass over the batches of pack(). Collective. settings: leave out old_logprobs
-    where nothing needs them. The only update of a step starts from the very weights that they would
-    be computed with.
+    Each is a forward pass over the batches of pack(). Collective. Without settings old_logprobs are
+    always computed. With settings they are left out where a step has one update and no KL in the
+    reward. That update starts from the old weights, so its own log-probs are the old ones.
     """
     needs_old = (
         settings is None

@@ -12,9 +12,9 @@ What happens to one tensor on its way, for example linear_fc1 at tensor parallel
                                               shared memory on a CPU, CUDA IPC on a GPU
 
 Contract: whatever the parallel layout, the engine holds exactly quantize(full Hugging Face tensor),
-byte for byte. verify_engine_weights proves it. It computes the expected bytes another way (gather
-BF16, then quantize the whole tensor) and sends them through the same loader, in which every write
-is replaced by a comparison with what the engine holds.
+byte for byte. verify_engine_weights proves it. It computes the expected bytes another way: gather
+BF16, then quantize the whole tensor. It sends them through the same loader, in which every write is
+replaced by a comparison with what the engine holds.
 
 An update is all or nothing. A failure in any phase (quantize, gather, send, load, end of update)
 ends the run and names the phase and the tensors. The engine is paused from the first tensor to the
@@ -22,8 +22,8 @@ last, so it never generates with half of the new weights. Memory on top of the m
 bucket_bytes, or a few times the largest tensor where that is larger; bench/weight_sync.py measures
 it.
 
-Unlike slime, the engine loads no weights by itself and no converted checkpoint is needed: it starts
-empty, and its first weights come on this path.
+Unlike in slime, the engine loads no weights by itself, and no converted checkpoint is needed. It
+starts empty, and its first weights come on this path.
 """
 
 from collections import Counter
@@ -64,7 +64,10 @@ class WeightPath:
 
 
 def open_path(run, trainer) -> WeightPath:
-    """Return this rank's end of the path. run: harness.Run. trainer: None on rollout ranks."""
+    """Return this rank's end of the path.
+
+    run: harness.start.Run. trainer: None on rollout ranks.
+    """
     rollout = run.settings.rollout
     split = dict(engine_tp=rollout.engine_tp, engine_ep=rollout.engine_ep)
     fp8 = fp8_weights(run.config, rollout_dtype=rollout.rollout_dtype, **split)
@@ -110,9 +113,9 @@ def send_weights(weights: WeightPath, engine, *, version: int, verify: bool = Fa
 def verify_engine_weights(weights: WeightPath, engine) -> int:
     """Prove that the engine holds quantize(full tensor) of every weight. Collective.
 
-    Returns the bytes compared. Raises RuntimeError naming tensors that differ, that the engine has
-    no place for (0 of 0 bytes), that are missing or that come twice, or saying how many of the
-    engine's bytes no tensor was compared with.
+    Returns the bytes compared. Raises RuntimeError naming tensors that differ, are missing or come
+    twice, or that the engine has no place for (0 of 0 bytes). It also raises it if some of the
+    engine's bytes were compared with no tensor, and says how many.
     """
     compared_bytes, uncompared_bytes, names = 0, 0, Counter()
     for bucket in buckets_of(weights, quantize=False):
@@ -203,8 +206,9 @@ def broadcast_buckets(
 ) -> Iterator[list[Named]]:
     """Yield one rank's buckets on all ranks of the group. gathered: None on the receiving ranks.
 
-    parts: ranks that all are the source of such a group, or all are not, and hold the same buckets.
-    Each sends or receives 1/n of the bytes; then the receivers gather the parts.
+    parts: n ranks that hold, or get, the same buckets. Each is in a group of its own; all are
+    sources, or none is. Each sends or receives 1/n of the bytes; then the receivers gather the
+    parts.
     """
     n = parts.size() if parts else 1
     is_source = group.rank() == source
@@ -239,8 +243,8 @@ def _device() -> torch.device:
 class Shard:
     """This rank's part of one Hugging Face tensor.
 
-    Expert-parallel ranks hold different experts at the same place. So an expert's shard stands for
-    one tensor on each of them.
+    Expert-parallel ranks hold different experts under the same Megatron name. So the shard of an
+    expert stands for several tensors, one for each of these ranks.
     """
 
     names: list[str]

@@ -322,7 +322,7 @@ def _other_experts(newest: Checkpoint, settings) -> Iterator[str]:
 def save(run, trainer, *, step: int, rank_state: dict) -> None:
     """Write a checkpoint of the step that has just ended, and remove all but the newest --keep.
 
-    Collective over all ranks. run: harness.Run. trainer: None on ranks that do not train.
+    Collective over all ranks. run: harness.start.Run. trainer: None on ranks that do not train.
     rank_state: what this rank must be given again, as JSON. Raises RuntimeError when it cannot be
     written, the disk being full; the checkpoints before stay.
     """

@@ -1,8 +1,8 @@
 """Refuse flags that cannot work, whatever the model, the data and the machine are.
 
 flags.py calls these checks right after it has read the command line. The stages' imports, which
-take half a minute, come later. Rules that need config.json, prompts or the engine are checked by
-the stages themselves, after their imports. common/errors.py says what a check is.
+take half a minute, come later. After them start.py checks the rules that need config.json, prompts
+or the machine; see model_checks.py and plan.py. common/errors.py says what a check is.
 """
 
 import contextlib

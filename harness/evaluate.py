@@ -12,7 +12,7 @@ def held_out(run, engine, judge: reward.Judge, *, step: int, answer=rollout.answ
     """Answer every held-out prompt, judge the answers, print and return what they amount to.
 
     Each prompt gets --eval-samples-per-prompt answers. Every rank returns the same metrics; {} if
-    the run has no held-out prompts. Collective over run.group. run: harness.Run.
+    the run has no held-out prompts. Collective over run.group. run: harness.start.Run.
     """
     settings = run.settings.rollout
     samples = rollout.generate(

@@ -29,7 +29,7 @@ def check_export_target(target: Path, source: str | Path) -> None:
 
 
 def write_folders(run, weights: WeightPath) -> None:
-    """Write the trained weights in each dtype of --export. Collective. run: harness.Run."""
+    """Write the trained weights in each dtype of --export. Collective. run: harness.start.Run."""
     export_all(weights, run.record.exports(), source=run.model)
 
 
