@@ -48,13 +48,13 @@ if __name__ == "__main__":
 
 import torch.distributed as dist
 
-from data.sample import Sample
-from harness import checkpoint, evaluate, export, start
-from harness.exits import run_main
 import reward
 import rollout
 import train_step
 import weight_sync
+from data.sample import Sample
+from harness import checkpoint, evaluate, export, start
+from harness.exits import run_main
 
 
 def main(settings: Settings) -> None:

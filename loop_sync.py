@@ -38,12 +38,12 @@ class Settings:
 if __name__ == "__main__":
     settings = flags.parse_or_exit(Settings, checks.check_flags)
 
-from harness import checkpoint, evaluate, export, start
-from harness.exits import run_main
 import reward
 import rollout
 import train_step
 import weight_sync
+from harness import checkpoint, evaluate, export, start
+from harness.exits import run_main
 
 
 def main(settings: Settings) -> None:

@@ -104,8 +104,8 @@ def build_trainer(
     *,
     steps: int,
     seed: int,
-    temperature: float = 1.0,
-    max_response_tokens: int = 0,
+    temperature: float,
+    max_response_tokens: int,
     with_reference: bool = False,
     head: Callable | None = None,
 ) -> Trainer:
@@ -113,7 +113,7 @@ def build_trainer(
 
     Collective. head(transformer_config) -> module: replaces the output layer of a model that
     computes something else than logits, such as a critic.
-    max_response_tokens: only the aggregation "constant" divides by it.
+    temperature: of the rollout. max_response_tokens: the aggregation "constant" divides by it.
     """
     init_parallel(settings, seed=seed)
     gpt, layout, module = load_model(model_folder, settings, config)

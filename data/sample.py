@@ -133,6 +133,8 @@ def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
                 if vocab_size is not None:
                     rule += f" and below the model's vocabulary, {vocab_size}"
                 yield f"{name} holds {token}; {rule}"
+    if row["discarded"] not in ("", "dropped", "replaced"):
+        yield f"discarded is {row['discarded']!r}, and must be '', 'dropped' or 'replaced'"
     if any(value not in (0, 1) for value in row["loss_mask"]):
         yield "loss_mask holds a value other than 0 and 1"
     lengths = {name: len(row[name]) for name in AS_LONG_AS_THE_RESPONSE}

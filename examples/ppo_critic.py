@@ -18,6 +18,7 @@ How it differs from loop_sync.py:
                    --critic-warmup-steps the critic only
     groups         are not used: --samples-per-prompt says how often a prompt is answered, and flags
                    that compare the answers of a group are refused
+    the memory     that is checked before the start is that of one trainer, and here are two
     the record     has four more metrics, see critic_step; the critic is neither exported nor saved,
                    and a checkpoint without it would be none: so there are none
 
@@ -142,18 +143,19 @@ if __name__ == "__main__":
     settings = flags.parse_or_exit(Settings, checks.check_flags, check_critic_flags)
 
 import numpy as np
-import reward
-import rollout
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+import reward
+import rollout
+import train_step
+import weight_sync
 from advantages import gae, overlong_penalty, whiten
 from backends.megatron.batches import Batch, give_to_samples
 from data.sample import Sample, per_token_field
 from harness import evaluate, export, start
 from harness.exits import run_main
-import train_step
-import weight_sync
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from train_step import Trainer
 

@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-import tool_use
-
+import tool_settings
 from common.settings import InFlightSettings
 from harness import checks, flags
 
 
 @dataclass(frozen=True)
-class Settings(tool_use.Settings):
+class Settings(tool_settings.Settings):
     in_flight: InFlightSettings = InFlightSettings()
 
 
 # A wrong flag is refused here: the imports below take half a minute.
 if __name__ == "__main__":
-    settings = flags.parse_or_exit(Settings, checks.check_flags, tool_use.check_tool_flags)
+    settings = flags.parse_or_exit(Settings, checks.check_flags, tool_settings.check_tool_flags)
 
-from harness.exits import run_main
 import loop_async
+import tool_use
+from harness.exits import run_main
 
 
 def main(settings: Settings) -> None:

@@ -60,6 +60,7 @@ ASYNC_MUST_AGREE = (
     ("rollout", "temperature"),
     ("rollout", "max_response_tokens"),
     ("rollout", "stop"),
+    ("tools", "max_turns"),  # of examples/tool_use_async.py; the loops have none
 )
 READ_FILES = ("*.safetensors", "*.json", "tokenizer*", "chat_template*", "vocab.*", "merges.txt")
 STATE = "state.json"
@@ -234,8 +235,8 @@ def find_latest_checkpoint(settings, loop: str, read: dict[str, str]) -> Checkpo
         raise BadInput(f"{about} is no object: remove it")
     newest = open_checkpoint(folders[-1])
     if newest.state["loop"] != loop:
-        fix = "resume it with that loop"
-        raise BadInput(f"{newest.folder} is of loop_{newest.state['loop']}.py: {fix}")
+        fix = "resume it with the script that wrote it"
+        raise BadInput(f"{newest.folder} is of the {newest.state['loop']} loop: {fix}")
     problems = _evaluation_problems if settings.run.eval_only else _resume_problems
     for problem in problems(newest, settings, read):
         raise BadInput(problem)

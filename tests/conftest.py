@@ -232,7 +232,11 @@ def start_main(loop, *checks) -> None:
     from harness.checks import check_flags
     from harness.flags import parse_settings
 
-    loop.main(parse_settings(loop.Settings, check_flags, *checks))
+    try:
+        loop.main(parse_settings(loop.Settings, check_flags, *checks))
+    except SystemExit as end:
+        if end.code:  # --plan ends with exit code 0
+            raise
 
 
 def metrics_of(folder: Path) -> list[dict]:

@@ -69,7 +69,7 @@ def test_a_record_that_is_shorter_than_the_checkpoint_says_is_refused(stopped, m
 
 
 def test_a_checkpoint_of_another_run_is_refused(stopped, monkeypatch):
-    with pytest.raises(BadInput, match="is of loop_sync.py"):
+    with pytest.raises(BadInput, match="is of the sync loop"):
         find(stopped, monkeypatch, loop="async")
     with pytest.raises(BadInput, match="--seed was 1 when .* and is 2: it must stay the same"):
         find(stopped, monkeypatch, seed=2)

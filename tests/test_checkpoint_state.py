@@ -54,7 +54,13 @@ def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_m
 
     def trainer_of(**settings):
         return train_step.build_trainer(
-            toy, TrainSettings(**settings), read_config(toy), steps=10, seed=1
+            toy,
+            TrainSettings(**settings),
+            read_config(toy),
+            steps=10,
+            seed=1,
+            temperature=1.0,
+            max_response_tokens=8,
         )
 
     def moments(trainer):
@@ -104,7 +110,15 @@ def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_m
 def test_a_rank_draws_on_as_it_did(fresh_megatron, tmp_path, monkeypatch, rank, drawn_by):
     """The checkpoint is of two trainers and a rank that generates. A third draws as the first."""
     toy = str(ROOT / "toy")
-    trainer = train_step.build_trainer(toy, TrainSettings(), read_config(toy), steps=10, seed=1)
+    trainer = train_step.build_trainer(
+        toy,
+        TrainSettings(),
+        read_config(toy),
+        steps=10,
+        seed=1,
+        temperature=1.0,
+        max_response_tokens=8,
+    )
     answer = dict(response_ids=[7], rollout_logprobs=[-1.0], loss_mask=[1], advantages=[1.0])
     samples = [Sample([5, 6], **answer)]
     train_step.update_policy(trainer, train_step.pack(trainer, samples), LossSettings())
@@ -125,7 +139,15 @@ def test_a_part_that_is_written_elsewhere_leaves_the_checkpoints_before(
     fresh_megatron, tmp_path, monkeypatch
 ):
     toy = str(ROOT / "toy")
-    trainer = train_step.build_trainer(toy, TrainSettings(), read_config(toy), steps=10, seed=1)
+    trainer = train_step.build_trainer(
+        toy,
+        TrainSettings(),
+        read_config(toy),
+        steps=10,
+        seed=1,
+        temperature=1.0,
+        max_response_tokens=8,
+    )
     run = run_in(tmp_path, Settings(run=RunSettings(keep=1)))
     answer = dict(response_ids=[7], rollout_logprobs=[-1.0], loss_mask=[1], advantages=[1.0])
     samples = [Sample([5, 6], **answer)]

@@ -45,7 +45,13 @@ class Pair:
         self.settings = RolloutSettings(rollout_dtype=rollout_dtype)
         self.data = load_data(folder, self.settings, self.config, seed=3)
         self.trainer = train_step.build_trainer(
-            folder, TrainSettings(train_dtype=train_dtype), self.config, steps=50, seed=1
+            folder,
+            TrainSettings(train_dtype=train_dtype),
+            self.config,
+            steps=50,
+            seed=1,
+            temperature=1.0,
+            max_response_tokens=8,
         )
         fp8 = weight_sync.fp8_weights(self.config, rollout_dtype=rollout_dtype, engine_tp=1)
         self.weights = weight_sync.WeightPath(

@@ -188,7 +188,13 @@ def test_weights_that_do_not_fit_the_config(fresh_megatron, tmp_path, name, tens
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(errors.BadInput, match=re.escape(message)):
         loop_sync.train_step.build_trainer(
-            str(folder), loop_sync.TrainSettings(), read_config(folder), steps=1, seed=1
+            str(folder),
+            loop_sync.TrainSettings(),
+            read_config(folder),
+            steps=1,
+            seed=1,
+            temperature=1.0,
+            max_response_tokens=8,
         )
 
 

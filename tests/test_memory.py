@@ -116,6 +116,8 @@ def test_activations_are_those_that_autograd_saves(fresh_megatron, models, famil
         config,
         steps=1,
         seed=1,
+        temperature=1.0,
+        max_response_tokens=8,
     )
     sample = Sample(
         [5] * 100,
@@ -158,7 +160,13 @@ def test_activations_are_those_that_autograd_saves(fresh_megatron, models, famil
 def test_the_bytes_of_a_hand_off(fresh_megatron, models, family, dtype):
     config = read_config(models[family])
     trainer = train_step.build_trainer(
-        str(models[family]), TrainSettings(), config, steps=1, seed=1
+        str(models[family]),
+        TrainSettings(),
+        config,
+        steps=1,
+        seed=1,
+        temperature=1.0,
+        max_response_tokens=8,
     )
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=dtype, engine_tp=1)
     weights = weight_sync.WeightPath(trainer.gpt, trainer.layout, config, fp8, 10**6)

@@ -74,6 +74,8 @@ def critic(fresh_megatron, models):
         read_config(models["qwen3"]),
         steps=100,
         seed=1,
+        temperature=1.0,
+        max_response_tokens=8,
         head=ppo_critic.ValueHead,
     )
 

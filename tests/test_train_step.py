@@ -111,6 +111,8 @@ def trainer(fresh_megatron, models):
         read_config(models["llama"]),
         steps=9,
         seed=1,
+        temperature=1.0,
+        max_response_tokens=8,
     )
 
 
@@ -166,6 +168,8 @@ def test_a_batch_without_a_token_that_counts_is_no_update(
         read_config(models["llama"]),
         steps=9,
         seed=1,
+        temperature=1.0,
+        max_response_tokens=8,
         with_reference=True,
     )
     step(trainer, [sample(0), sample(1)])  # gives Adam its moments
@@ -185,7 +189,14 @@ def test_what_is_scored_is_what_is_needed(fresh_megatron, models, minibatches, l
     settings = TrainSettings(train_dtype="fp32", minibatches=minibatches)
     config = read_config(models["llama"])
     trainer = train_step.build_trainer(
-        str(models["llama"]), settings, config, steps=9, seed=1, with_reference=bool(loss)
+        str(models["llama"]),
+        settings,
+        config,
+        steps=9,
+        seed=1,
+        temperature=1.0,
+        max_response_tokens=8,
+        with_reference=bool(loss),
     )
     samples = [sample(0), sample(1)]
     train_step.add_logprobs(trainer, train_step.pack(trainer, samples), LossSettings(**loss))
@@ -261,6 +272,8 @@ def test_the_only_update_of_a_batch_needs_no_old_logprobs(fresh_megatron, models
             read_config(models["llama"]),
             steps=9,
             seed=1,
+            temperature=1.0,
+            max_response_tokens=8,
         )
         samples = [sample(0), sample(1, advantages=[-1.0, 0.5])]
         batches = train_step.pack(trainer, samples)
@@ -286,7 +299,13 @@ def test_what_does_not_count_cannot_spoil_the_batch(trainer):
 def test_mini_batches_are_equal_parts_and_steps_of_their_own(fresh_megatron, models):
     settings = TrainSettings(train_dtype="fp32", minibatches=3, lr=1e-2)
     trainer = train_step.build_trainer(
-        str(models["llama"]), settings, read_config(models["llama"]), steps=9, seed=1
+        str(models["llama"]),
+        settings,
+        read_config(models["llama"]),
+        steps=9,
+        seed=1,
+        temperature=1.0,
+        max_response_tokens=8,
     )
     samples = [sample(i) for i in range(7)]
     batches = train_step.pack(trainer, samples)
@@ -303,6 +322,7 @@ def built(models, *, steps=9, with_reference=False, **settings):
     """Build a trainer of the small Llama in FP32."""
     settings, folder = TrainSettings(train_dtype="fp32", **settings), str(models["llama"])
     more = dict(steps=steps, seed=1, with_reference=with_reference)
+    more |= dict(temperature=1.0, max_response_tokens=8)
     return train_step.build_trainer(folder, settings, read_config(folder), **more)
 
 
@@ -428,7 +448,13 @@ def test_the_residual_stream_may_be_fp32(fresh_megatron, models):
     config, logprobs = read_config(models["qwen3"]), []
     for changes in ({}, dict(megatron=("fp32_residual_connection=true",))):
         trainer = train_step.build_trainer(
-            str(models["qwen3"]), TrainSettings(**changes), config, steps=1, seed=1
+            str(models["qwen3"]),
+            TrainSettings(**changes),
+            config,
+            steps=1,
+            seed=1,
+            temperature=1.0,
+            max_response_tokens=8,
         )
         batch = train_step.pack_batch(trainer, [sample(0), sample(1)])
         logprobs.append(torch.cat(train_step.compute_logprobs(trainer, batch.microbatches)))
@@ -439,7 +465,13 @@ def test_the_residual_stream_may_be_fp32(fresh_megatron, models):
 def test_the_routers_correction_bias_is_not_rounded(fresh_megatron, models):
     """GLM-4.5 keeps it in FP32. Rounded to BF16 it could choose other experts than the engine's."""
     trainer = train_step.build_trainer(
-        str(models["glm4_moe"]), TrainSettings(), read_config(models["glm4_moe"]), steps=9, seed=1
+        str(models["glm4_moe"]),
+        TrainSettings(),
+        read_config(models["glm4_moe"]),
+        steps=9,
+        seed=1,
+        temperature=1.0,
+        max_response_tokens=8,
     )
     weights = load_file(models["glm4_moe"] / "model.safetensors")
     stored = weights["model.layers.1.mlp.gate.e_score_correction_bias"]

@@ -102,7 +102,9 @@ def answers(engine) -> bool:
 def main() -> None:
     distributed.init_distributed()
     config = read_config(TOY)
-    trainer = train_step.build_trainer(TOY, TrainSettings(tp=2), config, steps=1, seed=1)
+    trainer = train_step.build_trainer(
+        TOY, TrainSettings(tp=2), config, steps=1, seed=1, temperature=1.0, max_response_tokens=8
+    )
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
     weights = weight_sync.WeightPath(
         trainer.gpt,

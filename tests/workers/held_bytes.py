@@ -68,7 +68,13 @@ def main() -> None:
             mpu.destroy_model_parallel()
         config = read_config(folders[folder])
         trainer = train_step.build_trainer(
-            folders[folder], TrainSettings(**settings), config, steps=1, seed=1
+            folders[folder],
+            TrainSettings(**settings),
+            config,
+            steps=1,
+            seed=1,
+            temperature=1.0,
+            max_response_tokens=8,
         )
         mine = held(trainer)
         found[name] = [

@@ -71,7 +71,9 @@ def build(folder: str, tp: int, ep: int, pp: int, cp: int, dtype: str):
     """Return a trainer at this layout and its hand-off."""
     config = read_config(folder)
     settings = TrainSettings(tp=tp, ep=ep, pp=pp, cp=cp, train_dtype=dtype, lr=1e-3)
-    trainer = train_step.build_trainer(folder, settings, config, steps=4, seed=1)
+    trainer = train_step.build_trainer(
+        folder, settings, config, steps=4, seed=1, temperature=1.0, max_response_tokens=8
+    )
     fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
     return trainer, weight_sync.WeightPath(
         trainer.gpt,

@@ -24,7 +24,13 @@ def main() -> None:
     distributed.init_distributed()
     folder = sys.argv[1]
     trainer = train_step.build_trainer(
-        folder, TrainSettings(train_dtype="fp32"), read_config(folder), steps=4, seed=1
+        folder,
+        TrainSettings(train_dtype="fp32"),
+        read_config(folder),
+        steps=4,
+        seed=1,
+        temperature=1.0,
+        max_response_tokens=8,
     )
     answer = dict(
         response_ids=[7, 8],
