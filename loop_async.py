@@ -59,7 +59,7 @@ from harness.exits import run_main
 
 def main(settings: Settings) -> None:
     # Checks flags, files and machine, and says all mistakes at once before anything is started.
-    # Then joins the process groups and opens the run folder. With --plan it prints that and ends.
+    # Then joins the process groups and opens the run folder. --plan prints a plan and ends here.
     train(start.prepare(settings, loop="async"))
 
 
@@ -90,14 +90,14 @@ def train(run: start.Run, answer: rollout.Answer = rollout.answer) -> None:
                 # Finished groups come out, new ones start and generate during all that follows.
                 samples = queue.take_step(version=step - 1)
                 samples = rollout.all_gather(samples, run.group)  # every rank has the whole batch
-                samples = record.save_or_load(step, samples)
+                samples = record.save_or_load(step, samples)  # --save-rollouts, --load-rollouts
                 samples, discarded = rollout.split_discarded(samples)
                 check_staleness(samples, step - 1, settings.in_flight.max_staleness)
 
             with clock.stage("train"):
                 metrics = {}
                 if run.trains:
-                    batches = train_step.pack(trainer, samples)
+                    batches = train_step.pack(trainer, samples)  # they refer to the samples
                     train_step.add_logprobs(trainer, batches, settings.loss)
                     longest = settings.rollout.max_response_tokens
                     reward.add_advantages(samples, settings.reward, settings.loss, longest)

@@ -48,7 +48,7 @@ from harness.exits import run_main
 
 def main(settings: Settings) -> None:
     # Checks flags, files and machine, and says all mistakes at once before anything is started.
-    # Then joins the process groups and opens the run folder. With --plan it prints that and ends.
+    # Then joins the process groups and opens the run folder. --plan prints a plan and ends here.
     train(start.prepare(settings, loop="sync"))
 
 
@@ -85,14 +85,14 @@ def train(run: start.Run, answer: rollout.Answer = rollout.answer) -> None:
                     samples, engine, prompts, judge, run.data, settings, answer=answer
                 )
                 samples = rollout.all_gather(samples, run.group)  # every rank has the whole batch
-                samples = record.save_or_load(step, samples)
+                samples = record.save_or_load(step, samples)  # --save-rollouts, --load-rollouts
                 samples, discarded = rollout.split_discarded(samples)
 
             with clock.stage("train"):
                 engine.release_memory()  # on a GPU; send_weights takes it back
                 metrics = {}
                 if run.trains:
-                    batches = train_step.pack(trainer, samples)
+                    batches = train_step.pack(trainer, samples)  # they refer to the samples
                     train_step.add_logprobs(trainer, batches, settings.loss)
                     longest = settings.rollout.max_response_tokens
                     reward.add_advantages(samples, settings.reward, settings.loss, longest)

@@ -72,6 +72,9 @@ def reasoning_gym_reward(sample: Sample) -> float:
 
 
 math_reward.at_a_time = reasoning_gym_reward.at_a_time = math_judge.WORKERS
+# These compare with the label, so that a file's labels are checked before the start.
+for _function in (exact_match, math_reward, reasoning_gym_reward):
+    _function.needs_label = True
 
 # EDIT HERE: reward. Write a function above, give it a name here: --reward takes it.
 REWARDS: dict[str, Reward] = {
@@ -105,11 +108,14 @@ class RewardSettings:
     counted in reward_errors."""
 
 
-def label_problems(settings: RewardSettings) -> Callable[[list], list[str]]:
+def label_problems(settings: RewardSettings) -> Callable[[list], list[str]] | None:
     """Return a function that says for each label why this reward cannot judge it; "" where it can.
 
-    Each text completes "the label ...": "is blank, and --reward math needs text or a number".
+    Each text completes "the label ...": "is blank, and --reward math needs text or a number". None
+    for a reward function of a fork, which may judge by any label or by none.
     """
+    if not getattr(REWARDS[settings.reward], "needs_label", False):
+        return None
     return functools.partial(math_judge.label_problems, reward=settings.reward)
 
 

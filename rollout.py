@@ -133,8 +133,11 @@ async def answer(
 ) -> None:
     """Write a response into each sample: one turn, all samples at a time.
 
-    cache: calls of one name share cached prefixes. Where the engine was told to stop a request, the
-    sample has what was generated until then, and finish_reason abort.
+    Sets response_ids, response, rollout_logprobs, loss_mask, weight_versions and finish_reason, to
+    new lists: the samples of a group share the empty ones. Requests have the names of request_ids,
+    by which the asynchronous loop stops them; two of one sample need different indices. A sample
+    that was stopped has what was generated until then, and finish_reason abort.
+    cache: calls of one name share cached prefixes.
     """
     prompts_ids = [sample.prompt_ids for sample in samples]
     sampling = sampling_params(data, settings, samples)

@@ -41,6 +41,10 @@ from common.distributed import broadcast_bytes
 from common.errors import EngineDied
 from fp8_quant import BLOCK, quantize_blockwise
 
+# Named is (Hugging Face name, tensor). A Rule says which Hugging Face tensors a Megatron parameter
+# holds, and along which dimension tensor parallelism splits it. phase() names the phase of an
+# update in whatever is raised inside.
+
 
 @dataclass(frozen=True)
 class WeightPath:

@@ -90,6 +90,7 @@ def prepare(
     reward_function: in place of --reward's. turns: how often a rollout asks the engine for one
     sample, at most. stop: further tokens that end a turn, as --stop names them.
     """
+    label_problems = None if reward_function else reward.label_problems(settings.reward)
     reward_function = reward_function or reward.REWARDS[settings.reward.reward]
     run_settings, rollout, train = settings.run, settings.rollout, settings.train
     ranks = checks.world_size(settings)
@@ -102,7 +103,7 @@ def prepare(
     config = found.collect(read_config, model)
     if not is_plan:
         prompts = replace(rollout, stop=(*rollout.stop, *stop))
-        judged = dict(label_problems=reward.label_problems(settings.reward))
+        judged = dict(label_problems=label_problems)
         data = found.collect(load_data, model, prompts, config, seed=run_settings.seed, **judged)
     longest = found.collect(model_checks.longest_sample, settings, config, data)
     # A plan is for GPUs, and the length of its prompts is a guess.

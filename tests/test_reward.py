@@ -78,6 +78,13 @@ def test_a_label_that_nothing_can_equal_is_an_error_and_no_zero(reward_function,
     assert sample.error.startswith("ValueError")
 
 
+def test_a_reward_of_a_fork_takes_any_label(monkeypatch):
+    """Only the shipped rewards compare with the label; another may need a sentence, or none."""
+    monkeypatch.setitem(reward.REWARDS, "mine", lambda sample: 1.0)
+    assert reward.label_problems(SimpleNamespace(reward="mine")) is None
+    assert reward.label_problems(RewardSettings(reward="exact"))([None]) != [""]
+
+
 # --- evaluation ---------------------------------------------------------------------------------
 
 

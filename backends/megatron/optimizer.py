@@ -28,6 +28,7 @@ def wrap_data_parallel(gpt: GPTModel, module: torch.nn.Module) -> DistributedDat
     return DistributedDataParallel(gpt.config, config, module)
 
 
+# EDIT HERE: optimizer. The module's docstring says what else must change with it.
 def build_optimizer(
     ddp: DistributedDataParallel,
     gpt: GPTModel,
