@@ -402,8 +402,18 @@ def one_rank():
 
 @pytest.fixture
 def fresh_megatron(one_rank):
-    """Megatron's parallel state is global to a process: drop what an earlier test has set up."""
+    """Give Megatron's generators the state that a first trainer finds.
+
+    All trainers of one rank share the groups of the first. Each gloo group has a thread that wakes
+    a hundred times a second until the process ends: groups of their own would slow down all tests
+    that follow.
+    """
+    seed_megatron()
+
+
+def seed_megatron() -> None:
     from megatron.core import parallel_state as mpu
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if mpu.model_parallel_is_initialized():
-        mpu.destroy_model_parallel()
+        model_parallel_cuda_manual_seed(1)

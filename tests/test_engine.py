@@ -17,7 +17,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from megatron.core import parallel_state as mpu
 from sglang.srt.managers import io_struct
 
 from backends.sglang import engine as engine_module
@@ -29,6 +28,7 @@ import weight_sync
 from backends.huggingface.config import read_config
 from common.errors import BadInput, EngineDied
 from common.settings import REPOSITORY, RolloutSettings, TrainSettings
+from conftest import seed_megatron
 from data.prompts import ENGINE_KEEPS, load_data
 from reward import exact_match
 
@@ -39,8 +39,7 @@ class Pair:
     """A trainer and an engine with the same weights, the toy's unless another folder is given."""
 
     def __init__(self, train_dtype: str, rollout_dtype: str, folder: str = TOY):
-        if mpu.model_parallel_is_initialized():
-            mpu.destroy_model_parallel()
+        seed_megatron()
         self.config = read_config(folder)
         self.settings = RolloutSettings(rollout_dtype=rollout_dtype)
         self.data = load_data(folder, self.settings, self.config, seed=3)

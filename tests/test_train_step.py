@@ -23,6 +23,9 @@ from harness.model_checks import check_train_settings
 from losses import LossSettings
 
 
+ASKED = dict(steps=9, seed=1, temperature=1.0, max_response_tokens=8)
+
+
 def test_a_sample_longer_than_a_micro_batch_is_refused_by_name(trainer):
     """No number of micro-batches would ever be enough."""
     with pytest.raises(
@@ -105,15 +108,7 @@ def test_a_reference_must_fit(models):
 
 @pytest.fixture
 def trainer(fresh_megatron, models):
-    return train_step.build_trainer(
-        str(models["llama"]),
-        TrainSettings(train_dtype="fp32"),
-        read_config(models["llama"]),
-        steps=9,
-        seed=1,
-        temperature=1.0,
-        max_response_tokens=8,
-    )
+    return built(models)
 
 
 def sample(index: int, **changes) -> Sample:
@@ -161,15 +156,9 @@ def test_a_batch_without_a_token_that_counts_is_no_update(
     fresh_megatron, models, batch, minibatches
 ):
     """A judge that fails on a whole step must not end the run. The schedule counts the step."""
-    settings = TrainSettings(train_dtype="fp32", minibatches=minibatches)
-    trainer = train_step.build_trainer(
-        str(models["llama"]),
-        settings,
-        read_config(models["llama"]),
-        steps=9,
-        seed=1,
-        temperature=1.0,
-        max_response_tokens=8,
+    trainer = built(
+        models,
+        minibatches=minibatches,
         with_reference=True,
     )
     step(trainer, [sample(0), sample(1)])  # gives Adam its moments
@@ -186,16 +175,9 @@ def test_a_batch_without_a_token_that_counts_is_no_update(
 ])  # fmt: skip
 def test_what_is_scored_is_what_is_needed(fresh_megatron, models, minibatches, loss, old, ref):
     """A second update needs old log-probs, and so does a KL that is taken from the reward."""
-    settings = TrainSettings(train_dtype="fp32", minibatches=minibatches)
-    config = read_config(models["llama"])
-    trainer = train_step.build_trainer(
-        str(models["llama"]),
-        settings,
-        config,
-        steps=9,
-        seed=1,
-        temperature=1.0,
-        max_response_tokens=8,
+    trainer = built(
+        models,
+        minibatches=minibatches,
         with_reference=bool(loss),
     )
     samples = [sample(0), sample(1)]
@@ -266,15 +248,7 @@ def test_the_only_update_of_a_batch_needs_no_old_logprobs(fresh_megatron, models
     """Old log-probs from the update itself give the same step, to the bit."""
     steps = []
     for settings in (None, LossSettings()):
-        trainer = train_step.build_trainer(
-            str(models["llama"]),
-            TrainSettings(train_dtype="fp32"),
-            read_config(models["llama"]),
-            steps=9,
-            seed=1,
-            temperature=1.0,
-            max_response_tokens=8,
-        )
+        trainer = built(models)
         samples = [sample(0), sample(1, advantages=[-1.0, 0.5])]
         batches = train_step.pack(trainer, samples)
         train_step.add_logprobs(trainer, batches, settings)
@@ -297,16 +271,7 @@ def test_what_does_not_count_cannot_spoil_the_batch(trainer):
 
 
 def test_mini_batches_are_equal_parts_and_steps_of_their_own(fresh_megatron, models):
-    settings = TrainSettings(train_dtype="fp32", minibatches=3, lr=1e-2)
-    trainer = train_step.build_trainer(
-        str(models["llama"]),
-        settings,
-        read_config(models["llama"]),
-        steps=9,
-        seed=1,
-        temperature=1.0,
-        max_response_tokens=8,
-    )
+    trainer = built(models, minibatches=3, lr=1e-2)
     samples = [sample(i) for i in range(7)]
     batches = train_step.pack(trainer, samples)
     assert [[s.index for s in batch.samples] for batch in batches] == [[0, 1], [2, 3], [4, 5, 6]]
@@ -465,13 +430,7 @@ def test_the_residual_stream_may_be_fp32(fresh_megatron, models):
 def test_the_routers_correction_bias_is_not_rounded(fresh_megatron, models):
     """GLM-4.5 keeps it in FP32. Rounded to BF16 it could choose other experts than the engine's."""
     trainer = train_step.build_trainer(
-        str(models["glm4_moe"]),
-        TrainSettings(),
-        read_config(models["glm4_moe"]),
-        steps=9,
-        seed=1,
-        temperature=1.0,
-        max_response_tokens=8,
+        str(models["glm4_moe"]), TrainSettings(), read_config(models["glm4_moe"]), **ASKED
     )
     weights = load_file(models["glm4_moe"] / "model.safetensors")
     stored = weights["model.layers.1.mlp.gate.e_score_correction_bias"]

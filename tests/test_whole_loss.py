@@ -16,7 +16,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, seed_megatron
 
 sys.path.insert(0, str(ROOT / "tests" / "oracle"))
 import oracle
@@ -27,7 +27,6 @@ import losses
 from losses import KL_ESTIMATORS, POLICY_LOSSES, LossSettings, PolicyLoss
 import reward
 import train_step
-from megatron.core import parallel_state as mpu
 from megatron.core.enums import ModelType
 from backends.megatron.batches import pack_batch
 from common.settings import TrainSettings
@@ -210,8 +209,7 @@ def advantage_of(settings: LossSettings) -> str:
 @pytest.fixture(scope="module")
 def table(one_rank, models):
     """A trainer whose model is a Table; the batch is two micro-batches."""
-    if mpu.model_parallel_is_initialized():
-        mpu.destroy_model_parallel()
+    seed_megatron()
     settings = TrainSettings(train_dtype="fp32", microbatch_tokens=14, clip_grad=1e9)
     config = {**read_config(models["llama"]), "vocab_size": V}
     megatron_model.init_parallel(settings, seed=1)

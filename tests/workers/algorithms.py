@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
 from advantages import ADVANTAGES
+from groups import drop_megatron
 from backends.huggingface.config import read_config
 from common import distributed
 from common.settings import TrainSettings
@@ -31,7 +32,6 @@ from reward import RewardSettings
 import rollout
 import train_step
 import weight_sync
-from megatron.core import parallel_state as mpu
 
 import torch
 import torch.distributed as dist
@@ -182,8 +182,7 @@ def measure(folder: str, splits: list[int], microbatch_tokens: int, order: str) 
     )
     losses, gradients = {}, {}
     for name, (reward_changes, loss_changes) in ALGORITHMS.items():
-        if mpu.model_parallel_is_initialized():
-            mpu.destroy_model_parallel()
+        drop_megatron()
         loss = LossSettings(**loss_changes)
         trainer = train_step.build_trainer(
             folder,

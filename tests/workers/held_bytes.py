@@ -16,8 +16,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 import torch
 
 # First of what imports Megatron: without a GPU Megatron is patched there.
+from groups import drop_megatron
 from backends.megatron.state import _give_adam_its_state
-from megatron.core import parallel_state as mpu
 
 from backends.huggingface.config import read_config
 from common import distributed
@@ -64,8 +64,7 @@ def main() -> None:
     out, *folders = sys.argv[1:]
     everyone, found = distributed.init_distributed(), {}
     for name, (folder, settings) in CASES.items():
-        if mpu.model_parallel_is_initialized():
-            mpu.destroy_model_parallel()
+        drop_megatron()
         config = read_config(folders[folder])
         trainer = train_step.build_trainer(
             folders[folder],

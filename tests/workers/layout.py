@@ -23,6 +23,7 @@ from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
+from groups import drop_megatron
 from backends.huggingface.config import read_config
 from backends.megatron.layers import zigzag
 from common import distributed
@@ -33,7 +34,6 @@ from losses import LossSettings
 import rollout
 import train_step
 import weight_sync
-from megatron.core import parallel_state as mpu
 
 import torch
 import torch.distributed as dist
@@ -192,8 +192,7 @@ def main() -> None:
     distributed.init_distributed()
     report = {}
     for layout, case in cases.items():
-        if mpu.model_parallel_is_initialized():
-            mpu.destroy_model_parallel()
+        drop_megatron()
         report[layout] = {}
         for family, folder in case["folders"].items():
             exported = out / layout / family

@@ -16,18 +16,17 @@ from types import SimpleNamespace
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
 import layout
+from groups import drop_megatron
 from common import distributed
 from harness import checkpoint, exits
 import weight_sync
-from megatron.core import parallel_state as mpu
 from loop_sync import Settings
 
 import torch.distributed as dist
 
 
 def build(folder: str, tp: int):
-    if mpu.model_parallel_is_initialized():
-        mpu.destroy_model_parallel()
+    drop_megatron()
     return layout.build(folder, tp, 1, 1, 1, "fp32")
 
 
