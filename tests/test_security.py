@@ -1,9 +1,10 @@
 """What a model folder, a checkpoint, a peer or a model's answer may do to this machine: nothing.
 
 Here the test reads the sources: a call that is not written there cannot happen. Real runs are
-elsewhere. test_checkpoint.py and test_nodes.py show that nothing listens beyond the loopback.
-test_checkpoint.py shows that a hostile checkpoint runs no code. test_tool_use.py shows that the
-calculator of examples/tool_use.py evaluates nothing. Not covered: the code of SGLang and Megatron.
+elsewhere. test_checkpoint_signals.py and test_nodes.py show that nothing listens beyond the
+loopback. test_checkpoint_refused.py shows that a hostile checkpoint runs no code. test_tool_use.py
+shows that the calculator of examples/tool_use.py evaluates nothing. Not covered: the code of SGLang
+and Megatron.
 """
 
 import ast

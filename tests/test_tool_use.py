@@ -3,8 +3,7 @@ demonstrations, and a short run on the real stack.
 
 What goes wrong here shows late and far away: a mask or log-prob one token off still trains, only
 worse. So the lists are compared token by token, and the run in fp32, where engine and trainer must
-agree on what follows a result as they do on what comes before. Not covered: learning (README.md
-shows a run), GPUs.
+agree on what follows a result as they do on what comes before. Not covered: learning, GPUs.
 """
 
 import asyncio
