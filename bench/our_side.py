@@ -114,9 +114,8 @@ def bare_stages(settings) -> None:
     everyone = distributed.init_distributed()
     fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=1)
     limits = dict(max_response_tokens=settings.rollout.max_response_tokens)
-    trainer = train_step.build_trainer(
-        settings.run.model, settings.train, config, steps=rounds, seed=1, **limits
-    )
+    asked = dict(steps=rounds, seed=1, temperature=settings.rollout.temperature, **limits)
+    trainer = train_step.build_trainer(settings.run.model, settings.train, config, **asked)
     weights = weight_sync.WeightPath(
         trainer.gpt, trainer.layout, config, fp8, settings.sync.bucket_bytes
     )

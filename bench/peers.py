@@ -259,7 +259,8 @@ def bare(workload: str, rounds: int) -> None:
         printed = (Path(folder) / "log").read_text(encoding="utf-8").splitlines()
     s = json.loads(next(line for line in reversed(printed) if line.startswith("{")))
     generation, sglang, asked = s["rollout"], s["bare engine"], s["bare engine, log-probs"]
-    train, megatron = s["score"] + s["advantages"] + s["train"], s["bare Megatron"]
+    train = s["pack"] + s["score"] + s["advantages"] + s["train"]
+    megatron = s["bare Megatron"]
     hand_off, memcpy = s["hand-off"] + s["settled"], s["memcpy"]
     step, least = generation + s["reward"] + train + hand_off, sglang + megatron + memcpy
     lines = [
