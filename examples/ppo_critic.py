@@ -94,7 +94,7 @@ class Settings:
 
 @all_problems
 def check_critic_flags(settings: Settings) -> None:
-    """What cannot work, and flags that would do nothing here, before anything is started."""
+    """Refuse what cannot work, and flags that would do nothing here."""
     if settings.run.debug_rollout_only or settings.run.load_rollouts or settings.run.save_rollouts:
         yield (
             "--debug-rollout-only, --load-rollouts and --save-rollouts are not part of this"

@@ -77,12 +77,11 @@ it.
 
 
 def calculator(call: str) -> str | None:
-    """The sum that a call asks for, lowest digit first; None if it is no such call.
+    """Return the sum that a call asks for, lowest digit first; None if it is no such call.
 
-    Nothing of it is evaluated: a pattern is matched, and numbers are added.
-
-    It has at least four digits, so that what the policy repeats always stands four tokens back:
-    with three or four, some seeds never learned to repeat it.
+    Nothing of it is evaluated: a pattern is matched, and numbers are added. The sum has at least
+    four digits. So what the policy repeats always stands four tokens back; with three or four
+    digits, some seeds never learned to repeat it.
     """
     if not CALL.fullmatch(call):
         return None
