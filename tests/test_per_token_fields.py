@@ -50,3 +50,12 @@ def test_a_field_of_another_length_is_refused():
         ValueError, match="sample 0 of group 3: teacher_logprobs has 1 values for 2"
     ):
         packed(sample).read_samples()
+
+
+def test_a_loss_mask_that_changed_after_packing_is_refused():
+    """The micro-batches hold the old mask. Here as many tokens count as before, but another one."""
+    sample = Taught([5], response_ids=[7, 8], loss_mask=[1, 0])
+    batch = packed(sample)
+    sample.loss_mask = [0, 1]
+    with pytest.raises(ValueError, match="a loss mask has changed since pack()"):
+        batch.read_samples()

@@ -63,16 +63,16 @@ class Batch:
     plan: list[list[list[int]]]
     """plan[data-parallel rank][micro-batch] = indices of samples"""
     microbatches: list[MicroBatch]
-    packed_masks: list[int] = field(init=False)
-    """How many tokens of each sample counted when it was packed"""
+    packed_masks: list[list[int]] = field(init=False)
+    """The loss mask of each sample when it was packed"""
 
     def __post_init__(self):
-        self.packed_masks = [sum(sample.loss_mask) for sample in self.samples]
+        self.packed_masks = [list(sample.loss_mask) for sample in self.samples]
 
     @property
     def has_tokens(self) -> bool:
         """Tell whether a token of any sample counts."""
-        return any(self.packed_masks)
+        return any(map(any, self.packed_masks))
 
     def read_samples(self) -> None:
         """Fill per_token of the micro-batches with what the samples hold now.
@@ -80,7 +80,7 @@ class Batch:
         A field that a sample does not have, and every token outside of a response, is 0. Raises
         ValueError if a loss mask has changed since pack(): the micro-batches hold the old one.
         """
-        if self.packed_masks != [sum(sample.loss_mask) for sample in self.samples]:
+        if self.packed_masks != [list(sample.loss_mask) for sample in self.samples]:
             raise ValueError("a loss mask has changed since pack(): pack the samples again")
         device = self.microbatches[0].response_index_T.device
         for name in self.samples[0].per_token_names() if self.samples else ():
