@@ -42,6 +42,7 @@ from backends.megatron.state import load_state, save_state
 from common import process_groups
 from common.distributed import all_gather_bytes
 from common.errors import BadInput, EngineDied, read_file, read_json
+from harness.checks import is_async
 from harness.run_folder import FILES, checkpoints_of, has_whole_rows, remove_parts, step_of
 
 # With other values other prompts would follow, samples of one run would have rewards of two kinds,
@@ -253,8 +254,7 @@ def _evaluation_problems(newest: Checkpoint, settings, read: dict[str, str]) -> 
 def _resume_problems(newest: Checkpoint, settings, read: dict[str, str]) -> Iterator[str]:
     """Yield what keeps a run from going on where the checkpoint was."""
     state, folder, run_folder = newest.state, newest.folder, Path("runs") / settings.run.name
-    is_async = hasattr(settings, "in_flight")
-    yield from _other_settings(newest, settings, MUST_AGREE + ASYNC_MUST_AGREE * is_async)
+    yield from _other_settings(newest, settings, MUST_AGREE + ASYNC_MUST_AGREE * is_async(settings))
     if state["settings"].get("run", {}).get("load_rollouts") and not settings.run.load_rollouts:
         about = f"{folder} was written with --load-rollouts, and says nothing of prompts in flight"
         yield f"{about}: go on with --load-rollouts, or start a new run"

@@ -50,11 +50,9 @@ def check_flags(settings) -> None:
     found.collect(check_run_flags, settings.run)
     if hasattr(settings, "plan"):
         found.collect(check_plan_flags, settings.plan)
-    trainer_ranks = rollout_ranks = ranks
-    if hasattr(settings, "in_flight"):  # the asynchronous loop
+    if is_async(settings):
         found.collect(check_in_flight_flags, settings.in_flight, settings.rollout, world_size=ranks)
-        rollout_ranks = settings.in_flight.rollout_ranks
-        trainer_ranks = ranks - rollout_ranks
+    trainer_ranks, rollout_ranks = split_ranks(settings)
     if min(trainer_ranks, rollout_ranks) < 1:
         # The checks above report it. What follows from it must not be reported too.
         trainer_ranks = rollout_ranks = None
@@ -78,6 +76,19 @@ def check_flags(settings) -> None:
 def world_size(settings) -> int:
     """Return the number of ranks of the run, or of the planned run. settings: a loop's."""
     return settings.plan.plan_gpus if is_plan(settings) else int(os.environ["WORLD_SIZE"])
+
+
+def split_ranks(settings) -> tuple[int, int]:
+    """Return how many ranks train and how many generate; in the synchronous loop all do both."""
+    ranks = world_size(settings)
+    if not is_async(settings):
+        return ranks, ranks
+    return ranks - settings.in_flight.rollout_ranks, settings.in_flight.rollout_ranks
+
+
+def is_async(settings) -> bool:
+    """Tell whether a loop's settings are those of the asynchronous loop."""
+    return hasattr(settings, "in_flight")
 
 
 def is_plan(settings) -> bool:

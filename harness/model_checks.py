@@ -68,7 +68,7 @@ def longest_of_dumps(settings, config: dict | None) -> int:
             )
         oldest = min((v for s in dump for v in s.weight_versions), default=step - 1)
         age = step - 1 - oldest
-        if hasattr(settings, "in_flight") and age > (most := settings.in_flight.max_staleness):
+        if checks.is_async(settings) and age > (most := settings.in_flight.max_staleness):
             yield f"{file} has tokens {age} versions old, --max-staleness is {most}: raise it"
     return longest
 

@@ -22,6 +22,7 @@ from backends.sglang.checks import check_environment, server_overrides
 from backends.sglang.launch import MEM_FRACTION_STATIC
 from common.errors import BadInput, ProblemList, all_problems
 from common.settings import PlanSettings
+from harness.checks import is_async
 from harness.layouts import (
     RECOMPUTE,
     RUNTIME_BYTES,
@@ -48,7 +49,6 @@ def plan_of(
     longest: tokens of the longest sample.
     """
     overrides = server_overrides(settings.rollout.sglang, on_gpu=True)
-    is_async = hasattr(settings, "in_flight")
     return Plan(
         config=config,
         train=settings.train,
@@ -57,7 +57,7 @@ def plan_of(
         rollout_ranks=rollout_ranks,
         colocated=trainer_ranks + rollout_ranks > world_size,
         longest=longest,
-        steps_in_flight=settings.in_flight.max_staleness + 1 if is_async else 1,
+        steps_in_flight=settings.in_flight.max_staleness + 1 if is_async(settings) else 1,
         reference=settings.loss.kl_coef > 0 and not settings.train.offload_reference,
         bucket_bytes=settings.sync.bucket_bytes,
         mem_fraction=overrides.get("mem_fraction_static", MEM_FRACTION_STATIC),

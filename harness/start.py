@@ -26,8 +26,6 @@ class Run:
 
     settings: Any
     """A loop's Settings."""
-    loop: str
-    """sync, async, or an example's name; a checkpoint is resumed by the loop that wrote it."""
     model: str
     """Hugging Face folder that trainer and engine start from."""
     config: dict
@@ -49,11 +47,6 @@ class Run:
     resumed_from: checkpoint.Checkpoint | None = None
 
     @property
-    def is_async(self) -> bool:
-        """Whether some ranks train and the others generate."""
-        return is_async(self.settings)
-
-    @property
     def trains(self) -> bool:
         """Whether this rank learns from samples."""
         return self.is_trainer and not self.settings.run.debug_rollout_only
@@ -71,7 +64,7 @@ class Run:
     @property
     def broadcast_group(self) -> dist.ProcessGroup | None:
         """The group over which rank 0 sends weights to the ranks that generate, if they differ."""
-        return self.group if self.is_async else None
+        return self.group if checks.is_async(self.settings) else None
 
 
 def prepare(
@@ -87,6 +80,7 @@ def prepare(
     With --plan: print the plan, and end the program. Raises BadInput with all that is wrong before
     anything is started. Collective.
 
+    loop: sync, async, or an example's name; a checkpoint is resumed by the loop that wrote it.
     reward_function: in place of --reward's. turns: how often a rollout asks the engine for one
     sample, at most. stop: further tokens that end a turn, as --stop names them.
     """
@@ -94,9 +88,8 @@ def prepare(
     reward_function = reward_function or reward.REWARDS[settings.reward.reward]
     run_settings, rollout, train = settings.run, settings.rollout, settings.train
     ranks = checks.world_size(settings)
-    rollout_ranks = settings.in_flight.rollout_ranks if is_async(settings) else ranks
-    trainer_ranks = ranks - rollout_ranks if is_async(settings) else ranks
-    is_plan = checks.is_plan(settings)
+    trainer_ranks, rollout_ranks = checks.split_ranks(settings)
+    is_async, is_plan = checks.is_async(settings), checks.is_plan(settings)
 
     found, data, inputs, resumed = ProblemList(), None, {}, None
     model = run_settings.model
@@ -128,14 +121,13 @@ def prepare(
 
     waits = dict(rollout_ranks=rollout_ranks, turns=turns)
     wait_s = process_groups.longest_wait_s(settings, reward_function, **waits)
-    separate = rollout_ranks if is_async(settings) else 0
+    separate = rollout_ranks if is_async else 0
     group = distributed.init_distributed(separate, wait_s=wait_s)
     is_trainer = group.rank() < trainer_ranks
     engine_tp, rank = rollout.engine_tp, dist.get_rank()  # in the default world of its side
-    generates = not (is_async(settings) and is_trainer) and not run_settings.load_rollouts
+    generates = not (is_async and is_trainer) and not run_settings.load_rollouts
     return Run(
         settings,
-        loop,
         model,
         config,
         data,
@@ -149,8 +141,3 @@ def prepare(
         inputs=inputs,
         resumed_from=resumed,
     )
-
-
-def is_async(settings) -> bool:
-    """Tell whether a loop's settings are those of the asynchronous loop."""
-    return hasattr(settings, "in_flight")

@@ -34,34 +34,19 @@ def run_in(folder, settings) -> SimpleNamespace:
     return SimpleNamespace(record=record, settings=settings, inputs={})
 
 
+def toy_trainer(**settings) -> train_step.Trainer:
+    toy = str(ROOT / "toy")
+    limits = dict(steps=10, seed=1, temperature=1.0, max_response_tokens=8)
+    return train_step.build_trainer(toy, TrainSettings(**settings), read_config(toy), **limits)
+
+
 def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_megatron, tmp_path):
     """Moments and the count of steps come from the checkpoint; learning rate, decay and Adam's
     constants from what the run is started with.
     """
-    toy, samples = (
-        str(ROOT / "toy"),
-        [
-            Sample(
-                [5, 6],
-                response_ids=[7, 8],
-                rollout_logprobs=[-1.0, -1.0],
-                loss_mask=[1, 1],
-                advantages=[1.0, -1.0],
-            )
-        ],
-    )
+    answer = dict(rollout_logprobs=[-1.0, -1.0], loss_mask=[1, 1], advantages=[1.0, -1.0])
+    samples = [Sample([5, 6], response_ids=[7, 8], **answer)]
     run = run_in(tmp_path, Settings())
-
-    def trainer_of(**settings):
-        return train_step.build_trainer(
-            toy,
-            TrainSettings(**settings),
-            read_config(toy),
-            steps=10,
-            seed=1,
-            temperature=1.0,
-            max_response_tokens=8,
-        )
 
     def moments(trainer):
         return [
@@ -70,10 +55,10 @@ def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_m
             for state in optimizer.optimizer.state.values()
         ]
 
-    before = trainer_of(lr=1e-3, weight_decay=0.1, adam_beta2=0.95)
+    before = toy_trainer(lr=1e-3, weight_decay=0.1, adam_beta2=0.95)
     train_step.update_policy(before, train_step.pack(before, samples), LossSettings())
     checkpoint.save(run, before, step=1, rank_state={})
-    after = trainer_of(
+    after = toy_trainer(
         lr=1e-4,
         lr_schedule="constant",
         weight_decay=0.3,
@@ -109,16 +94,7 @@ def test_restored_state_is_the_checkpoints_and_settings_are_the_commands(fresh_m
 @pytest.mark.parametrize("rank, drawn_by", [(0, 0), (1, 1), (2, 0)])
 def test_a_rank_draws_on_as_it_did(fresh_megatron, tmp_path, monkeypatch, rank, drawn_by):
     """The checkpoint is of two trainers and a rank that generates. A third draws as the first."""
-    toy = str(ROOT / "toy")
-    trainer = train_step.build_trainer(
-        toy,
-        TrainSettings(),
-        read_config(toy),
-        steps=10,
-        seed=1,
-        temperature=1.0,
-        max_response_tokens=8,
-    )
+    trainer = toy_trainer()
     answer = dict(response_ids=[7], rollout_logprobs=[-1.0], loss_mask=[1], advantages=[1.0])
     samples = [Sample([5, 6], **answer)]
     train_step.update_policy(trainer, train_step.pack(trainer, samples), LossSettings())
@@ -138,16 +114,7 @@ def test_a_rank_draws_on_as_it_did(fresh_megatron, tmp_path, monkeypatch, rank, 
 def test_a_part_that_is_written_elsewhere_leaves_the_checkpoints_before(
     fresh_megatron, tmp_path, monkeypatch
 ):
-    toy = str(ROOT / "toy")
-    trainer = train_step.build_trainer(
-        toy,
-        TrainSettings(),
-        read_config(toy),
-        steps=10,
-        seed=1,
-        temperature=1.0,
-        max_response_tokens=8,
-    )
+    trainer = toy_trainer()
     run = run_in(tmp_path, Settings(run=RunSettings(keep=1)))
     answer = dict(response_ids=[7], rollout_logprobs=[-1.0], loss_mask=[1], advantages=[1.0])
     samples = [Sample([5, 6], **answer)]
