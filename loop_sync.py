@@ -84,12 +84,12 @@ def train(run: start.Run, answer: rollout.Answer = rollout.answer) -> None:
                 samples = rollout.replace_uninformative(  # with --dynamic-sampling
                     samples, engine, prompts, judge, run.data, settings, answer=answer
                 )
+                engine.release_memory()  # on a GPU; send_weights takes it back
                 samples = rollout.all_gather(samples, run.group)  # every rank has the whole batch
                 samples = record.save_or_load(step, samples)  # --save-rollouts, --load-rollouts
                 samples, discarded = rollout.split_discarded(samples)
 
             with clock.stage("train"):
-                engine.release_memory()  # on a GPU; send_weights takes it back
                 metrics = {}
                 if run.trains:
                     batches = train_step.pack(trainer, samples)  # they refer to the samples

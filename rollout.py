@@ -44,8 +44,8 @@ def start_engine(run, settings: RolloutSettings) -> "Engine | NoEngine":
     """
     if run.engine_index is None:
         return NoEngine()
-    model, seed = run.model, run.settings.run.seed
-    return launch_engine(model, settings, run.config, seed=seed, longest=run.longest)
+    load = dict(colocated=run.is_trainer, requests=run.requests, longest=run.longest)
+    return launch_engine(run.model, settings, run.config, seed=run.settings.run.seed, **load)
 
 
 class NoEngine:

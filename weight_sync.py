@@ -37,7 +37,7 @@ from backends.huggingface.fp8 import describe, fp8_weights
 from backends.huggingface.names import Rule, hf_shapes, parameters_of, rule_of, split_stacked
 from backends.megatron.layout import Layout
 from backends.sglang.buckets import Named, entries, failure_note, pack, phase, unpack
-from common.distributed import broadcast_bytes
+from common.distributed import broadcast_bytes, free_cached_memory
 from common.errors import EngineDied
 from fp8_quant import BLOCK, quantize_blockwise
 
@@ -92,16 +92,20 @@ def send_weights(weights: WeightPath, engine, *, version: int, verify: bool = Fa
     last bucket; only new requests do, and they raise what went wrong.
     engine: a NoEngine on ranks without one. verify: compare every byte afterwards.
     """
-    sent_bytes = 0
+    sent_bytes, is_colocated = 0, weights.broadcast_group is None
     try:
+        if is_colocated:
+            free_cached_memory(on_all_ranks=True)  # for the engine's weights
         for bucket in buckets_of(weights, quantize=True):
             if not sent_bytes:
                 engine.begin_update()
             engine.load(bucket, version=version)
             sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
             del bucket  # before the next is made
+        if is_colocated:
+            free_cached_memory(on_all_ranks=True)  # for its KV cache
         engine.end_update(version)
-        if weights.broadcast_group is None:
+        if is_colocated:
             engine.settle()
     except EngineDied as error:
         # It died of what it was given last, whatever this rank has done since.

@@ -50,6 +50,21 @@ def init_distributed(
     return all_ranks
 
 
+def free_cached_memory(*, on_all_ranks: bool = False) -> None:
+    """Give the GPU memory that torch keeps for later back to the GPU; without one do nothing.
+
+    Another process on the same GPU, such as an engine, cannot use what torch keeps.
+    on_all_ranks: return when all ranks of the default world have done so. An engine may have its
+    memory on the GPUs of other ranks. Collective.
+    """
+    if not torch.cuda.is_available():
+        return
+    torch.cuda.ipc_collect()  # what another process has had open, and has closed since
+    torch.cuda.empty_cache()
+    if on_all_ranks:
+        all_gather_bytes(b"", dist.group.WORLD)
+
+
 def all_gather_bytes(mine: bytes, group: dist.ProcessGroup) -> list[bytes]:
     """Return the bytes of every rank of the group, in rank order. Collective (gloo)."""
     process_groups.joins_exchange(group)

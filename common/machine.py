@@ -3,8 +3,11 @@
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import sys
+import sysconfig
 import warnings
+from pathlib import Path
 
 from common.processes import use_writable_home
 
@@ -20,23 +23,52 @@ CPU_SGLANG = "0.5.21"  # the version that backends/cpu is written for
 def check_installation() -> None:
     """End the program with exit code 2 if the packages belong to another kind of machine.
 
-    The message gives the right install line. Called before sglang is imported.
+    On a GPU machine also if a tool is missing with which SGLang and Triton compile their kernels.
+    The message gives the fix. Called before sglang is imported.
     """
     import torch
 
     packages = ("sglang", "sgl_kernel", "megatron")
     missing = {name for name in packages if importlib.util.find_spec(name) is None}
     has_gpu = torch.cuda.is_available()
-    line = "pip install -r requirements.txt && pip install --no-deps -r requirements-engine.txt"
-    if has_gpu:
-        line = "pip install -r requirements-gpu.txt"
+    list_of = "requirements-gpu.txt" if has_gpu else "requirements.txt"
+    line = f"pip install -r {list_of} && pip install --no-deps -r requirements-engine.txt"
+    fix = f"In a fresh virtual environment: {line}"
     if missing & {"sglang", "megatron"}:
         problem = "sglang or megatron-core is not installed"
     elif has_gpu and "sgl_kernel" in missing:
         problem = "this machine has a GPU, but sglang's GPU kernels (sglang-kernel) are missing"
+    elif has_gpu and (tools := missing_tools()):
+        problem = f"SGLang and Triton compile kernels on a GPU, and miss {', '.join(tools)}"
+        fix = "Install what is named; an image that has it: nvidia/cuda:13.0.2-cudnn-devel"
     elif not has_gpu and (version := importlib.metadata.version("sglang")) != CPU_SGLANG:
         problem = f"no GPU is visible; without one only sglang {CPU_SGLANG} runs, not {version}"
     else:
         return
-    print(f"error: {problem}. In a fresh virtual environment: {line}", file=sys.stderr, flush=True)
+    print(f"error: {problem}. {fix}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def missing_tools() -> list[str]:
+    """Return what a GPU machine lacks to compile kernels, each with where it comes from.
+
+    pip puts ninja beside the interpreter, which is on PATH only in an activated environment: that
+    folder is added.
+    """
+    beside = Path(sys.executable).parent
+    if not shutil.which("ninja") and (beside / "ninja").exists():
+        os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
+    # Where tvm_ffi and deep_gemm look for the toolkit, in their order.
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [Path(home)] if home else [Path("/usr/local/cuda")]
+    has_nvcc = any((place / "bin" / "nvcc").exists() for place in places)
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    found = {
+        "nvcc (the CUDA 13 toolkit, on PATH or in CUDA_HOME)": has_nvcc or shutil.which("nvcc"),
+        "a C compiler (gcc)": shutil.which("gcc") or shutil.which("clang"),
+        "a C++ compiler (g++)": shutil.which("c++") or shutil.which("g++"),
+        "ninja (pip install ninja)": shutil.which("ninja"),
+        f"Python.h ({python}-dev)": headers.exists(),
+    }
+    return [tool for tool, is_there in found.items() if not is_there]

@@ -392,11 +392,11 @@ def train(run: start.Run) -> None:
 
             with clock.stage("reward"):
                 reward.compute_rewards(samples, judge)
+                engine.release_memory()  # on a GPU; send_weights takes it back
                 samples = rollout.all_gather(samples, run.group)  # every rank has the whole batch
                 samples = [CriticSample(**vars(sample)) for sample in samples]
 
             with clock.stage("train"):
-                engine.release_memory()  # on a GPU; send_weights takes it back
                 batches = train_step.pack(trainer, samples)  # the critic has the same layout
                 train_step.add_logprobs(trainer, batches, settings.loss)
                 add_values(critic, batches)

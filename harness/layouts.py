@@ -9,8 +9,8 @@ memory.py counts the parts; peaks() says which of them are in memory at the same
     asynchronous loop   Trainers and engines have GPUs of their own. The fourth peak is receive: a
                         weight update on an engine's GPU.
 
-Assumed and not measured: RUNTIME_BYTES; that all experts get equally many tokens; that attention
-stores no scores (flash attention).
+Assumed and not measured: RUNTIME_BYTES and CONTEXT_BYTES; that all experts get equally many tokens;
+that attention stores no scores (flash attention).
 """
 
 import math
@@ -32,6 +32,8 @@ from harness.memory import (
 # What a process takes on a GPU beside its tensors: CUDA context and libraries, NCCL's buffers, and
 # what the allocators waste.
 RUNTIME_BYTES = 3e9
+# Of each further rank of an engine, on the first rank's GPU: it reads buckets there, by CUDA IPC.
+CONTEXT_BYTES = 0.5e9
 # Buckets' worth of memory at the peak of a weight update: on a trainer, and on a rank that only
 # receives. bench/weight_sync.py measures it; the bucket that the engine is loading is added.
 TRAINER_BUCKETS, RECEIVER_BUCKETS = 9, 4
@@ -169,7 +171,8 @@ def peaks(plan: Plan, trainer: TrainerSizes, engine: EngineSizes) -> dict[str, f
     # Weights and cache are mem_fraction of what the engine takes.
     generating = (engine.weights + engine.token_bytes * plan.longest) / plan.mem_fraction
     processes = 2 if plan.colocated else 1
-    resident = trainer.state + RUNTIME_BYTES * processes
+    readers = CONTEXT_BYTES * (plan.rollout.engine_tp - 1)
+    resident = trainer.state + RUNTIME_BYTES * processes + readers * plan.colocated
     sending = TRAINER_BUCKETS * engine.bucket_bytes
     if plan.colocated:
         return {
@@ -182,8 +185,8 @@ def peaks(plan: Plan, trainer: TrainerSizes, engine: EngineSizes) -> dict[str, f
     return {
         "train": resident + trainer.computing,
         "hand-off": resident + sending,
-        "generate": RUNTIME_BYTES + generating,
-        "receive": RUNTIME_BYTES + receiving,
+        "generate": RUNTIME_BYTES + readers + generating,
+        "receive": RUNTIME_BYTES + readers + receiving,
     }
 
 

@@ -19,7 +19,7 @@ import torch
 
 from backends.huggingface.config import check_layout
 from backends.sglang.checks import check_environment, server_overrides
-from backends.sglang.launch import MEM_FRACTION_STATIC
+from backends.sglang.gpu import MEM_FRACTION_STATIC, check_gpus
 from common.errors import BadInput, ProblemList, all_problems
 from common.settings import PlanSettings
 from harness.checks import is_async
@@ -273,6 +273,7 @@ def check_machine(
         element_bytes=4 if settings.rollout.rollout_dtype == "fp32" else 2,
         engines_here=0 if settings.run.load_rollouts else engines,
     )
+    found.collect(check_gpus, settings.rollout, has_engine=_has_engine(settings, rollout_ranks))
     yield from found.texts
     if config is None:
         return
@@ -284,8 +285,16 @@ def check_machine(
         longest=longest,
     )
     plan = _plan_if_possible(settings, config, **load)
-    if plan is not None:
+    if plan is not None and not found.texts:  # a rank without a GPU has no memory to ask for
         yield from _memory_problems(plan, local_ranks=local_ranks)
+
+
+def _has_engine(settings, rollout_ranks: int) -> bool:
+    """Tell whether this rank starts an engine: the first of each --engine-tp rollout ranks does."""
+    ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    place = rank - (ranks - rollout_ranks)
+    generates = place >= 0 and not settings.run.load_rollouts
+    return generates and place % max(settings.rollout.engine_tp, 1) == 0
 
 
 def _writable_folder(name: str) -> Path:

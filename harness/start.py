@@ -4,6 +4,7 @@ settings -> config.json, prompts, machine, checkpoint: all checked, all mistakes
          -> process groups -> run folder -> Run
 """
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,6 +63,18 @@ class Run:
         return not self.resumed_from or self.settings.run.eval_only
 
     @property
+    def requests(self) -> int:
+        """How many samples one engine is asked for at a time, at most: of steps, or held out."""
+        rollout = self.settings.rollout
+        steps, more = 1, 0
+        if checks.is_async(self.settings):
+            in_flight = self.settings.in_flight
+            steps, more = in_flight.max_staleness + 1, in_flight.oversample
+        of_steps = (rollout.prompts_per_step * steps + more) * rollout.samples_per_prompt
+        held_out = len(self.data.held_out) * rollout.eval_samples_per_prompt
+        return -(-max(of_steps, held_out) // self.engines)
+
+    @property
     def broadcast_group(self) -> dist.ProcessGroup | None:
         """The group over which rank 0 sends weights to the ranks that generate, if they differ."""
         return self.group if checks.is_async(self.settings) else None
@@ -87,6 +100,9 @@ def prepare(
     label_problems = None if reward_function else reward.label_problems(settings.reward)
     reward_function = reward_function or reward.REWARDS[settings.reward.reward]
     run_settings, rollout, train = settings.run, settings.rollout, settings.train
+    if train.tp > 1:
+        # Megatron overlaps communication by the order of launches. CUDA reads it at its first call.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     ranks = checks.world_size(settings)
     trainer_ranks, rollout_ranks = checks.split_ranks(settings)
     is_async, is_plan = checks.is_async(settings), checks.is_plan(settings)

@@ -384,6 +384,21 @@ def stopped(undisturbed, tmp_path):
     return run
 
 
+@pytest.fixture
+def pretend(monkeypatch):
+    """Return a function that makes torch.cuda answer as a machine with GPUs would."""
+
+    def pretend(*, capability=(9, 0), gpus=1, rank=0, ranks=1):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A GPU")
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+
+    return pretend
+
+
 # --- Megatron in the test process ---------------------------------------------------------------
 
 
@@ -395,7 +410,8 @@ def one_rank():
     )
     store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
     os.environ["MASTER_PORT"] = str(store.port)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 

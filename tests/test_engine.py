@@ -36,12 +36,17 @@ TOY = str(REPOSITORY / "toy")
 
 
 class Pair:
-    """A trainer and an engine with the same weights, the toy's unless another folder is given."""
+    """A trainer and an engine with the same weights, the toy's unless another folder is given.
 
-    def __init__(self, train_dtype: str, rollout_dtype: str, folder: str = TOY):
+    sglang: as --sglang. load: as for launch_engine.
+    """
+
+    def __init__(
+        self, train_dtype: str, rollout_dtype: str, folder: str = TOY, *, sglang=(), **load
+    ):
         seed_megatron()
         self.config = read_config(folder)
-        self.settings = RolloutSettings(rollout_dtype=rollout_dtype)
+        self.settings = RolloutSettings(rollout_dtype=rollout_dtype, sglang=sglang)
         self.data = load_data(folder, self.settings, self.config, seed=3)
         self.trainer = train_step.build_trainer(
             folder,
@@ -56,7 +61,7 @@ class Pair:
         self.weights = weight_sync.WeightPath(
             self.trainer.gpt, self.trainer.layout, self.config, fp8, bucket_bytes=400_000
         )  # several buckets
-        self.engine = launch_engine(folder, self.settings, self.config, seed=1)
+        self.engine = launch_engine(folder, self.settings, self.config, seed=1, **load)
         self.sync()
 
     def sync(self) -> None:
@@ -76,7 +81,7 @@ class Pair:
         logprobs = train_step.compute_logprobs(self.trainer, batch.microbatches)
         return np.concatenate(
             [
-                (ours - one.per_token["rollout_logprobs"])[one.mask_T > 0].abs().numpy()
+                (ours - one.per_token["rollout_logprobs"])[one.mask_T > 0].abs().cpu().numpy()
                 for ours, one in zip(logprobs, batch.microbatches)
             ]
         )

@@ -39,8 +39,8 @@ def test_peaks_by_hand():
     engine = layouts.EngineSizes(
         weights=5e9, token_bytes=1e6, requests=1, sent={}, bucket_bytes=1e9
     )
-    layout, G = SimpleNamespace(mem_fraction=0.5, longest=1000), layouts.RUNTIME_BYTES
-    layout.colocated = True
+    rollout, G = SimpleNamespace(engine_tp=1), layouts.RUNTIME_BYTES
+    layout = SimpleNamespace(mem_fraction=0.5, longest=1000, rollout=rollout, colocated=True)
     assert layouts.peaks(layout, trainer, engine) == {
         "train": 30e9 + 2 * G,
         "hand-off": 34e9 + 2 * G,
@@ -52,6 +52,14 @@ def test_peaks_by_hand():
         "hand-off": 29e9 + G,
         "generate": 12e9 + G,
         "receive": 8e9 + G,
+    }
+    # Three more ranks of the engine read from the first one's memory.
+    rollout.engine_tp, readers = 4, 3 * layouts.CONTEXT_BYTES
+    assert layouts.peaks(layout, trainer, engine) == {
+        "train": 30e9 + G,
+        "hand-off": 29e9 + G,
+        "generate": 12e9 + G + readers,
+        "receive": 8e9 + G + readers,
     }
 
 

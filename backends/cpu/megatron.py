@@ -85,13 +85,9 @@ def _patch_tensors() -> None:
 
 
 def _patch_megatron_core() -> None:
-    """Replace what megatron-core itself asks of CUDA or of Transformer Engine."""
+    """Replace what megatron-core itself asks of CUDA."""
     import megatron.core.tensor_parallel.random as megatron_random
-    import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
-
-    # 0.16.1 tests this name, which it defines only where Transformer Engine is installed.
-    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
 
     def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
         # Stock code makes the sizes of an all-to-all NumPy arrays only if they are on a GPU.

@@ -244,7 +244,8 @@ def collate(
         mask[response] = sample.loss_mask
     counts = [*(sum(sample.loss_mask) for sample in samples), 0]  # filler is the last sample
     bounds = torch.tensor([0, *ends], dtype=torch.int32, device=device)
-    longest, held = max(lengths), zigzag(lengths, cp, cp_rank)
+    # cuDNN keeps a plan for each maximum that Transformer Engine tells it: let there be few.
+    longest, held = -(-max(lengths) // 128) * 128, zigzag(lengths, cp, cp_rank)
 
     def held_tokens(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)[held].to(device)

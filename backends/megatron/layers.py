@@ -16,6 +16,12 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 
+if torch.cuda.is_available():
+    # PyTorch would prefer cuDNN's attention on Hopper and Blackwell. It plans anew for every shape
+    # [B, L], and packed batches have new shapes all the time.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm, computed in fp32."""
 
@@ -141,6 +147,9 @@ class PackedAttention(torch.nn.Module):
         if cp > 1:
             position_BL = pad(position_T, is_query_BL, torch.int64)
             causal = {"attn_mask": (place_L <= position_BL[:, :, None])[:, None]}
+            # No fused kernel takes both a mask and grouped keys; the plain one holds [B, H, L, L].
+            per_key = q_THD.shape[1] // k_THD.shape[1]
+            k_THD, v_THD = (x.repeat_interleave(per_key, dim=1) for x in (k_THD, v_THD))
         out_BHLD = F.scaled_dot_product_attention(
             pad(q_THD, is_query_BL).transpose(1, 2),
             pad(k_THD, is_key_BL).transpose(1, 2),

@@ -17,6 +17,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -28,6 +29,9 @@ from backends.megatron.layout import Layout
 from common import process_groups
 from common.errors import all_problems
 from common.overrides import parse_overrides
+
+# megatron-core 0.16.1 tests this name, which it defines only where Transformer Engine is installed.
+moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
 
 # --- --megatron ---------------------------------------------------------------------------------
 

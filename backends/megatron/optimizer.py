@@ -1,8 +1,8 @@
 """Adam, its schedule and data parallelism, as Megatron's distributed optimizer has them.
 
 FP32 main weights and Adam's moments are split over data-parallel ranks; model weights are BF16.
-Another optimizer is built here. harness/checkpoint.py restores Adam's state and harness/memory.py
-counts its bytes: both must then change too.
+Another optimizer is built here. backends/megatron/state.py restores Adam's state and
+harness/memory.py counts its bytes: both must then change too.
 """
 
 import torch
@@ -70,4 +70,27 @@ def build_optimizer(
     )
     gpt.config.finalize_model_grads_func = finalize_model_grads
     gpt.config.grad_scale_func = optimizer.scale_loss
+    _give_adam_its_state(optimizer)
     return optimizer, scheduler
+
+
+def _give_adam_its_state(optimizer: MegatronOptimizer) -> None:
+    """Create Adam's moments now: every Adam makes them in its first step only.
+
+    An engine that starts before that step would take their memory. A checkpoint fills only moments
+    that exist. torch's Adam counts steps in a tensor of each parameter. Transformer Engine's counts
+    them in the parameter group, and refuses such a tensor.
+    """
+    for chained in optimizer.chained_optimizers:
+        adam = chained.optimizer
+        if not isinstance(adam, torch.optim.AdamW):
+            if chained.init_state_fn is not None:  # None with --megatron optimizer_cpu_offload
+                chained.init_state_fn(adam, chained.config)
+            continue
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                adam.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }

@@ -8,7 +8,6 @@ import queue
 import signal
 from pathlib import Path
 
-import torch
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -36,7 +35,6 @@ def load_state(trainer, folder: Path) -> None:
     for group in trainer.optimizer.param_groups:
         own = {name: value for name, value in group.items() if name not in ("params", "step")}
         own_settings.append(own)
-    _give_adam_its_state(trainer.optimizer)
     state = _sharded_state(trainer, is_loading=True)
     loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
     trainer.gpt.load_state_dict(loaded["model"])
@@ -58,25 +56,15 @@ def _sharded_state(trainer, *, is_loading: bool = False) -> dict:
     metadata = {
         "chained_optim_avoid_prefix": True,
         "distrib_optim_sharding_type": "fully_reshardable",
+        # Gather over gloo, to the first data-parallel rank only. Otherwise every GPU would hold the
+        # FP32 state of all data-parallel ranks, beside an engine that has its memory back.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": trainer.dp_cp_group,
     }
     model = trainer.gpt.sharded_state_dict(metadata=metadata)
     about = dict(is_loading=is_loading, metadata=metadata)
     optimizer = trainer.optimizer.sharded_state_dict(model, **about)
     return {"model": model, "optimizer": optimizer, "scheduler": trainer.scheduler.state_dict()}
-
-
-def _give_adam_its_state(optimizer) -> None:
-    """Create Adam's moments: torch has none before its first step, and a load fills only those."""
-    for chained in optimizer.chained_optimizers:
-        for group in chained.optimizer.param_groups:
-            for parameter in group["params"]:
-                if not chained.optimizer.state[parameter]:
-                    chained.optimizer.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
 
 
 # --- patches of megatron-core -------------------------------------------------------------------

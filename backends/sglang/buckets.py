@@ -101,6 +101,7 @@ def load_bucket(model: torch.nn.Module, message: list[Named]) -> None:
 
     Runs in the engine as SGLang's custom_weight_loader.
     """
+    _wait_for_gpu()  # for a forward pass that is still running: it reads the weights
     (_, header), (_, flat) = message
     last_name = "the first tensor"
 
@@ -117,7 +118,12 @@ def load_bucket(model: torch.nn.Module, message: list[Named]) -> None:
         raise
     # The sender uses the memory for the next bucket when this returns, so the copies must be done.
     # For its own formats SGLang answers when they are only queued.
-    if flat.is_cuda:
+    _wait_for_gpu()
+
+
+def _wait_for_gpu() -> None:
+    """Wait until this process's GPU has done all that was queued; without a GPU do nothing."""
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
@@ -125,24 +131,32 @@ def compare_loader(model: torch.nn.Module, named_tensors: list[Named]) -> None:
     """Compare tensors with what the engine holds, and load nothing.
 
     Runs in the engine as SGLang's custom_weight_loader. The last tensor is the report, int64
-    [engine tp, tensors, 3], in memory shared with the caller. For each tensor it gets:
+    [engine tp, tensors, 3], in memory shared with the caller. For each tensor it gets, of each
+    rank:
 
         bytes compared
         bytes that differ
         bytes of the model's parameters that no tensor has been compared with yet
     """
+    _wait_for_gpu()
     *named, (_, report) = named_tensors
-    rank_report = report[dist.get_rank()]  # the engine's own world: its tensor-parallel ranks
     # The model keeps the regions from one bucket to the next. Those of earlier verifications stay,
     # which hides nothing: a name always leads to the same regions, and the caller counts names.
     seen = vars(model).setdefault("compared_regions", {})
-    for i, (name, tensor) in enumerate(named):
+    counts = []
+    for name, tensor in named:
         with _CompareWrites(seen) as writes:
             model.load_weights([(name, tensor)])
-        rank_report[i, 0], rank_report[i, 1] = writes.compared, writes.different
-    rank_report[:, 2] = unseen_bytes(model, seen)
-    if report.is_cuda:
-        torch.cuda.synchronize()
+        counts.append([writes.compared, writes.different])
+    unseen = unseen_bytes(model, seen)
+    mine = torch.tensor([[*count, unseen] for count in counts], device=report.device)
+    # SGLang copies the report to each rank's own GPU. So only the first rank, which is on the
+    # caller's GPU, writes what the caller sees. The engine's own world: its ranks.
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine)
+    if dist.get_rank() == 0:
+        report.copy_(torch.stack(rows))
+    _wait_for_gpu()
 
 
 class _CompareWrites(TorchDispatchMode):

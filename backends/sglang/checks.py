@@ -29,7 +29,7 @@ TUNABLE = frozenset(
     mem_fraction_static max_running_requests max_total_tokens max_prefill_tokens
     chunked_prefill_size prefill_max_requests prefill_decode_interval page_size schedule_policy
     schedule_conservativeness retraction_policy num_continuous_decode_steps scheduler_recv_interval
-    enable_mixed_chunk disable_overlap_schedule disable_chunked_prefix_cache radix_eviction_policy
+    enable_mixed_chunk disable_chunked_prefix_cache radix_eviction_policy
     disable_radix_cache attention_backend prefill_attention_backend decode_attention_backend
     sampling_backend fp8_gemm_runner_backend bf16_gemm_backend moe_runner_backend moe_a2a_backend
     deepep_mode disable_shared_experts_fusion kv_cache_dtype enable_fp32_lm_head
@@ -67,6 +67,7 @@ DECIDED_BY = {
     "custom_weight_loader": _UPDATE,
     "weight_version": _UPDATE,
     "enable_memory_saver": "the kind of machine",
+    "disable_overlap_schedule": "the loop: no update may meet a forward pass that still runs",
     "skip_tokenizer_init": "--model, whose tokenizer runs outside the engine",
     "chat_template": "the model's tokenizer, outside the engine",
     "custom_sigquit_handler": "this program",
@@ -76,7 +77,7 @@ CPU_KERNELS = frozenset(
     """
     attention_backend prefill_attention_backend decode_attention_backend sampling_backend
     kv_cache_dtype fp8_gemm_runner_backend bf16_gemm_backend moe_runner_backend moe_a2a_backend
-    disable_cuda_graph disable_overlap_schedule enable_torch_compile enable_deterministic_inference
+    disable_cuda_graph enable_torch_compile enable_deterministic_inference
     """.split()
 )
 # Choices beside those that ServerArgs names.

@@ -32,7 +32,9 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import MultiprocessingSerializer
 
 from backends.sglang.buckets import pack, phase
+from backends.sglang.gpu import memory_saver_libraries
 from backends.sglang.process import died_at_start, engine_files, run_scheduler
+from common.distributed import free_cached_memory
 from common.errors import EngineDied, engine_died
 from common.processes import end_signals_blocked, kill_with_children, main_module_hidden
 from common.timeline import Timeline
@@ -80,6 +82,7 @@ class Engine(sglang_engine.Engine):
         self.version, self.answer_timeout_s = -1, answer_timeout_s
         self.timeline = Timeline()
         self._requests, self._paused, self._released = 0, False, False
+        self._update_bytes = self._weight_bytes = 0  # given so far; of the last whole update
         self._last_part, self.last_phase = None, ("start", ["no weights yet"])
         # The loop's thread and the judges' threads share the interpreter with the main thread,
         # which other ranks wait for in collectives. So it must get its turn often.
@@ -104,7 +107,7 @@ class Engine(sglang_engine.Engine):
         resource_tracker.register(f"/{cls._starting.files[-1].name}", "shared_memory")
         before = set(multiprocessing.active_children())
         try:
-            with end_signals_blocked():
+            with end_signals_blocked(), memory_saver_libraries():
                 return super()._launch_scheduler_processes(server_args, port_args, *args, **kwargs)
         finally:
             cls._starting.processes = set(multiprocessing.active_children()) - before
@@ -295,10 +298,11 @@ class Engine(sglang_engine.Engine):
     def release_memory(self) -> None:
         """Give back the GPU memory of weights and cache; the next update takes it again.
 
-        For a GPU that engine and trainer share. Nothing may be running. On a CPU it does nothing:
-        the system takes memory that is not used.
+        For a GPU that engine and trainer share. Nothing may be running. Raises RuntimeError if less
+        came back than the weights took. Elsewhere it does nothing: on a CPU the system takes
+        memory that is not used.
         """
-        if not torch.cuda.is_available():
+        if not self.server_args.enable_memory_saver:
             return
         # The last answer arrives before the scheduler knows that it is idle, and SGLang asserts
         # that it is.
@@ -310,9 +314,17 @@ class Engine(sglang_engine.Engine):
                     " nothing is running"
                 )
             time.sleep(0.01)
+        free_before, _ = torch.cuda.mem_get_info()
         request = io_struct.ReleaseMemoryOccupationReqInput(tags=["kv_cache", "weights"])
         self.call(self.tokenizer_manager.release_memory_occupation(request, None))
         self._released = True
+        freed = torch.cuda.mem_get_info()[0] - free_before
+        # Of an engine on several GPUs this sees the first.
+        if freed < (expected := self._weight_bytes // self.server_args.tp_size):
+            raise RuntimeError(
+                f"the engine has released {freed / 1e6:,.1f} MB of its GPU, and its weights alone"
+                f" have {expected / 1e6:,.1f} MB: torch_memory_saver does not work in its process"
+            )
 
     async def _resume_memory(self, tag: str) -> None:
         request = io_struct.ResumeMemoryOccupationReqInput(tags=[tag])
@@ -348,10 +360,12 @@ class Engine(sglang_engine.Engine):
         header = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         message, loader = [("header", header), ("bytes", flat)], f"{BUCKETS}.load_bucket"
         names = [name for name, _ in named]
+        self._update_bytes += flat.nbytes
         self._enqueue(lambda: self._update(message, loader, version), "load", names)
 
     def end_update(self, version: int) -> None:
         """Finish the update and let requests go on: from then on the engine has this version."""
+        self._weight_bytes, self._update_bytes = self._update_bytes, 0
 
         async def part():
             if version <= self.version:
@@ -360,6 +374,7 @@ class Engine(sglang_engine.Engine):
                 )
             await self._close_update()
             if self._released:
+                free_cached_memory()  # of the last bucket, which is loaded now
                 await self._resume_memory("kv_cache")
                 self._released = False
             self.version = version
@@ -372,9 +387,8 @@ class Engine(sglang_engine.Engine):
 
         The engine's weights stay as they are.
         """
-        report = torch.zeros(
-            self.server_args.tp_size, len(named), 3, dtype=torch.int64, device=named[0][1].device
-        )
+        shape = (self.server_args.tp_size, len(named), 3)
+        report = torch.full(shape, -1, dtype=torch.int64, device=named[0][1].device)
         message, loader = [*named, ("report", report)], f"{BUCKETS}.compare_loader"
 
         async def parts():
@@ -385,7 +399,10 @@ class Engine(sglang_engine.Engine):
 
         self._enqueue(parts, "read back", [name for name, _ in named])
         self.settle()
-        return report.cpu()
+        report = report.cpu()
+        if silent := [rank for rank, rows in enumerate(report) if (rows < 0).any()]:
+            raise RuntimeError(f"read-back failed: engine ranks {silent} have compared nothing")
+        return report
 
     async def _continue(self) -> None:
         await self.tokenizer_manager.continue_generation(io_struct.ContinueGenerationReqInput())

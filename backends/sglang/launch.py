@@ -1,21 +1,18 @@
 """Start an SGLang engine with a model's shapes: which ServerArgs it gets, and why."""
 
 import json
-import os
 import signal
 
 import torch
 import torch.distributed as dist
 
 from backends.huggingface.names import fp8_config
+from backends.sglang import gpu
 from backends.sglang.checks import server_overrides
 from backends.sglang.engine import BUCKETS, Engine
 from common.errors import BadInput
 from common.settings import RolloutSettings
 
-# Share of the free GPU memory that an engine takes for weights and cache, unless --sglang says
-# otherwise.
-MEM_FRACTION_STATIC = 0.5
 LOADERS = ["load_bucket", "compare_loader"]  # called by name, in the engine's process
 DTYPES = {"fp8": "bfloat16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -27,11 +24,13 @@ def launch_engine(
     *,
     seed: int,
     longest: int | None = None,
+    colocated: bool = False,
+    requests: int | None = None,
 ) -> Engine:
     """Start an engine with shapes and quantization of the model, but no weights yet.
 
     longest: prompt and response tokens of the longest possible sample. Raises BadInput if the
-    engine found no memory for so many.
+    engine found no memory for so many. colocated, requests: see gpu.server_args.
     """
     arguments = dict(
         model_path=model_folder,
@@ -46,11 +45,8 @@ def launch_engine(
         log_level="error",
     )
     if torch.cuda.is_available():
-        arguments.update(
-            base_gpu_id=int(os.environ["LOCAL_RANK"]),
-            enable_memory_saver=True,
-            mem_fraction_static=MEM_FRACTION_STATIC,
-        )
+        load = dict(colocated=colocated, requests=requests, longest=longest)
+        arguments.update(gpu.server_args(settings, **load))
     else:
         from backends.cpu.sglang import SERVER_ARGS  # here: on a cluster the folder may be gone
 

@@ -17,7 +17,6 @@ import torch
 
 # First of what imports Megatron: without a GPU Megatron is patched there.
 from groups import drop_megatron
-from backends.megatron.state import _give_adam_its_state
 
 from backends.huggingface.config import read_config
 from common import distributed
@@ -40,7 +39,6 @@ CASES = {  # name: (folder, settings)
 
 def held(trainer) -> dict[str, int]:
     buffers = [*trainer.ddp.buffers, *trainer.ddp.expert_parallel_buffers]
-    _give_adam_its_state(trainer.optimizer)
     weights = {parameter.data_ptr() for parameter in trainer.gpt.parameters()}
     optimizer = 0
     for chained in trainer.optimizer.chained_optimizers:

@@ -1,0 +1,135 @@
+"""An engine on GPUs: the ServerArgs it gets and why, and the GPUs and settings that are refused.
+
+The counterpart of backends/cpu/sglang.py. Every choice here avoids one of three things: weights
+that change under a forward pass, formats that a weight update cannot write, and kernels that take
+minutes to compile.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from common.errors import all_problems
+from common.settings import RolloutSettings
+
+# Share of the free GPU memory that an engine takes for weights and cache, unless --sglang says
+# otherwise.
+MEM_FRACTION_STATIC = 0.5
+# Of the KV cache. It holds every request at its longest, and as much again for cached prefixes.
+CACHE_OF_REQUESTS, LEAST_CACHE = 2, 8192
+FP8_CAPABILITY = 8, 9  # Ada Lovelace. Below, SGLang repacks FP8 for Marlin: other tensors
+ALLOCATOR_VARIABLES = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+
+
+def server_args(
+    settings: RolloutSettings, *, colocated: bool, requests: int | None, longest: int | None
+) -> dict:
+    """Return the ServerArgs of an engine on this rank's GPU.
+
+    colocated: whether a trainer computes on the same GPU, between two rollouts.
+    requests: how many samples the engine is asked for at a time, at most. longest: tokens of the
+    longest, prompt and response. Without them SGLang fills its whole share with its cache.
+    """
+    arguments = dict(
+        base_gpu_id=int(os.environ["LOCAL_RANK"]),
+        mem_fraction_static=MEM_FRACTION_STATIC,
+        # It lets the engine give its memory to the trainer and take it back.
+        enable_memory_saver=colocated,
+        # With overlap, SGLang launches a batch before it has read its messages. An update that
+        # pauses running requests would overwrite the weights under that batch (Scheduler's
+        # event_loop_overlap, pause_generation). Colocated engines are idle when they are updated.
+        disable_overlap_schedule=not colocated,
+        # SGLang 0.5.14 captures prefill graphs for more tokens than a short context has, and reads
+        # out of bounds (sglang issue 21112). Decode graphs stay.
+        disable_prefill_cuda_graph=True,
+        # "auto" may choose kernels that shuffle expert weights, which no update could write.
+        moe_runner_backend="triton",
+    )
+    if settings.rollout_dtype == "fp8":
+        # Both take the FP32 scales of a checkpoint as they are. "auto" would choose DeepGEMM: it
+        # compiles for every length up to 16384 first, and repacks the scales on Blackwell.
+        has_cutlass = torch.cuda.get_device_capability()[0] in (9, 10)
+        arguments["fp8_gemm_runner_backend"] = "cutlass" if has_cutlass else "triton"
+    if requests and longest:
+        # Else a colocated engine maps half of the GPU after every step, for a cache it never fills.
+        arguments["max_total_tokens"] = max(CACHE_OF_REQUESTS * requests * longest, LEAST_CACHE)
+    return arguments
+
+
+@contextlib.contextmanager
+def memory_saver_libraries():
+    """Let the processes that are started inside find libcudart, which the memory saver needs.
+
+    torch_memory_saver is preloaded into them, before Python could load the library from pip's
+    packages, and version 0.0.10 does not say where it lies.
+    """
+    before = os.environ.get("LD_LIBRARY_PATH")
+    folders = [str(folder) for folder in cudart_folders()]
+    os.environ["LD_LIBRARY_PATH"] = os.pathsep.join([*folders, *filter(None, [before])])
+    try:
+        yield
+    finally:
+        del os.environ["LD_LIBRARY_PATH"]
+        if before is not None:
+            os.environ["LD_LIBRARY_PATH"] = before
+
+
+def cudart_folders() -> list[Path]:
+    """Return the folders of pip's CUDA packages that hold a libcudart.so."""
+    try:
+        import nvidia  # a namespace of all these packages
+    except ImportError:
+        return []
+    return sorted(
+        {file.parent for root in nvidia.__path__ for file in Path(root).glob("*/lib/libcudart.so*")}
+    )
+
+
+# --- refused ------------------------------------------------------------------------------------
+
+
+@all_problems
+def check_gpus(settings: RolloutSettings, *, has_engine: bool) -> None:
+    """Refuse what these GPUs cannot do, and ranks that have none. Without a GPU nothing is checked.
+
+    has_engine: whether this rank starts an engine. Its GPUs are this rank's and the next.
+    """
+    if not torch.cuda.is_available():
+        return
+    gpus, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if ranks > gpus:
+        fix = f"start at most {gpus} on this machine (torchrun --nproc-per-node)"
+        yield f"{ranks} ranks on a machine of {gpus} GPUs, and each needs its own: {fix}"
+        return
+    tp = settings.engine_tp
+    if has_engine and rank + tp > ranks:
+        fix = "use a --engine-tp that divides the ranks of each machine"
+        yield (
+            f"the engine of local rank {rank} needs --engine-tp {tp} GPUs of its own machine, which"
+            f" has {ranks - rank} left: {fix}"
+        )
+    capability = torch.cuda.get_device_capability(rank)
+    if settings.rollout_dtype == "fp8" and capability < FP8_CAPABILITY:
+        has = f"{torch.cuda.get_device_name(rank)} has compute capability {_dotted(capability)}"
+        rule = f"needs at least {_dotted(FP8_CAPABILITY)}"
+        yield f"--rollout-dtype fp8 {rule}, and {has}: use --rollout-dtype bf16"
+    if settings.rollout_dtype == "fp32" and has_engine:
+        why = "SGLang's attention kernels for GPUs take 16 bits"
+        yield f"--rollout-dtype fp32 works without a GPU only ({why}): use --rollout-dtype bf16"
+    yield from _allocator_problems()
+
+
+def _allocator_problems() -> Iterator[str]:
+    """Yield that torch's allocator would make memory that the engine's process cannot open."""
+    for name in ALLOCATOR_VARIABLES:
+        if "expandable_segments:true" in os.environ.get(name, "").lower().replace(" ", ""):
+            rule = "the engine's memory saver and CUDA IPC refuse expandable segments"
+            yield f"the environment variable {name}={os.environ[name]}: {rule}; unset it"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

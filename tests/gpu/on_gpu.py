@@ -1,0 +1,94 @@
+"""Shared by the tests of this folder: when they are skipped, and how they print their evidence."""
+
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT
+
+# A rehearsal on a CPU, to find mistakes in these tests before a GPU is at hand.
+STAND_IN = bool(os.environ.get("GPU_STAND_IN"))
+# Further ServerArgs of every engine here, as for --sglang: an attention backend, say.
+SGLANG = tuple(os.environ.get("SGLANG_FLAGS", "").split())
+
+has_gpu = torch.cuda.is_available()
+DEVICE = "cuda" if has_gpu else "cpu"
+NO_GPU = "there is no GPU here: torch.cuda.is_available() is False"
+# For what a CPU can stand in for, and for what it cannot.
+on_gpu = pytest.mark.skipif(not (has_gpu or STAND_IN), reason=NO_GPU)
+on_gpu_only = pytest.mark.skipif(not has_gpu, reason=NO_GPU)
+
+
+def evidence(what: str, **figures) -> None:
+    """Print one line: what was seen, on which device."""
+    device = torch.cuda.get_device_name() if has_gpu else "CPU (stand-in)"
+    shown = ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in figures.items()
+    )
+    print(f"\nSEEN  {what}: {shown}  [{device}]", flush=True)
+
+
+def used_bytes() -> int:
+    """Return the bytes in use on the GPU, of all processes; 0 without one."""
+    if not has_gpu:
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def seconds(function, rounds: int = 10) -> float:
+    """Return the time of one call in seconds: the median of so many, after two to warm up."""
+    times = []
+    for _ in range(rounds + 2):
+        wait()
+        start = time.perf_counter()
+        function()
+        wait()
+        times.append(time.perf_counter() - start)
+    return sorted(times[2:])[rounds // 2]
+
+
+def wait() -> None:
+    if has_gpu:
+        torch.cuda.synchronize()
+
+
+class Run:
+    """A loop under torchrun on so many ranks, in a process group of its own, in `folder`."""
+
+    def __init__(self, folder, script: str, *flags: str, ranks: int = 1):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        sglang = ["--sglang", *SGLANG] if SGLANG else []
+        command = [sys.executable, *launcher, str(ROOT / script), "--name", "run", *flags, *sglang]
+        self.folder, self.output = folder / "runs" / "run", open(folder / "output", "w+")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def text(self) -> str:
+        self.output.seek(0)
+        return self.output.read()
+
+    def rows(self) -> int:
+        metrics = self.folder / "metrics.jsonl"
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    def wait_for_rows(self, rows: int, within_s: float = 240) -> None:
+        end = time.time() + within_s
+        while self.rows() < rows:
+            assert self.process.poll() is None and time.time() < end, self.text()[-6000:]
+            time.sleep(0.2)
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)

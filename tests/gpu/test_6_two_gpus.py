@@ -1,0 +1,43 @@
+"""Two GPUs: data and tensor parallelism, the asynchronous loop, an engine of two ranks.
+
+As every test of this folder, one that has not been run says so in docs/gpu.md.
+"""
+
+import json
+
+import pytest
+import torch
+from on_gpu import STAND_IN, Run, evidence, has_gpu
+
+two_gpus = pytest.mark.skipif(
+    not STAND_IN and torch.cuda.device_count() < 2 if has_gpu else not STAND_IN,
+    reason="needs two GPUs",
+)
+
+
+def last_row(run: Run) -> dict:
+    code = run.process.wait(400)
+    assert code == 0, run.text()[-6000:]
+    return json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+@two_gpus
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("loop_sync.py", []),  # two trainers, two engines
+        ("loop_sync.py", ["--tp", "2"]),
+        ("loop_sync.py", ["--tp", "2", "--engine-tp", "2"]),  # one engine on both
+        ("loop_sync.py", ["--pp", "2"]),
+        ("loop_sync.py", ["--cp", "2", "--aggregation", "token_mean"]),
+        ("loop_async.py", []),
+    ],
+)
+def test_the_toy_learns_on_two(tmp_path, script, flags):
+    if STAND_IN and "--engine-tp" in flags:
+        pytest.skip("the stand-in has engines of one rank")
+    steps = ["--steps", "30", "--check-sync"]
+    row = last_row(Run(tmp_path, script, *flags, *steps, ranks=2))
+    shown = {name: row[name] for name in ("held_out", "step_s", "sync_s", "mismatch_abs")}
+    evidence(f"{script} {' '.join(flags)}, two ranks, every byte compared each step", **shown)
+    assert row["held_out"] > 0.5

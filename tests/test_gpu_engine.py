@@ -1,0 +1,346 @@
+"""An engine on a GPU, as far as a machine without one can show it: its arguments, its updates.
+
+CUDA is pretended where a function asks for it, and the calls that would reach it are recorded:
+which arguments an engine gets, that nothing overwrites weights under a forward pass, that the gate
+sees every rank, in which order memory is given back. What only a GPU can show is in tests/gpu.
+"""
+
+import asyncio
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, torchrun
+
+import loop_async
+import loop_sync
+import weight_sync
+from backends.huggingface.config import read_config
+from backends.megatron import optimizer, state
+from backends.sglang import buckets, checks, gpu, launch
+from backends.sglang.engine import Engine
+from common import distributed
+from common.errors import BadInput
+from common.settings import RolloutSettings, TrainSettings
+from harness import flags, start
+from train_step import build_trainer
+
+TOY = ROOT / "toy"
+
+
+# --- the arguments of an engine -----------------------------------------------------------------
+
+
+@pytest.fixture
+def arguments(monkeypatch, pretend):
+    """Return a function that returns the ServerArgs with which launch_engine starts an engine."""
+
+    def arguments(settings=None, capability=(9, 0), **load) -> dict:
+        pretend(capability=capability)
+        found, settings = {}, settings or RolloutSettings()
+        room = SimpleNamespace(max_req_input_len=512)
+        engine = SimpleNamespace(tokenizer_manager=room)
+        monkeypatch.setattr(launch, "Engine", lambda *_, **given: found.update(given) or engine)
+        monkeypatch.setattr(launch.dist, "get_rank", lambda: 0)
+        launch.launch_engine(str(TOY), settings, read_config(TOY), seed=1, **load)
+        return found
+
+    return arguments
+
+
+def test_only_an_engine_that_shares_its_gpu_can_release_its_memory(arguments):
+    assert arguments(colocated=True)["enable_memory_saver"] is True
+    assert arguments(colocated=False)["enable_memory_saver"] is False
+
+
+def test_an_engine_that_is_updated_in_flight_runs_nothing_while_it_reads_messages(arguments):
+    assert arguments(colocated=False)["disable_overlap_schedule"] is True
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_and_nobody_can_ask_for_the_contrary(on_gpu):
+    with pytest.raises(BadInput, match="disable_overlap_schedule is decided by"):
+        checks.server_overrides(("disable_overlap_schedule=false",), on_gpu=on_gpu)
+
+
+def test_no_prefill_graph_is_captured_beyond_a_short_context(arguments):
+    assert arguments()["disable_prefill_cuda_graph"] is True
+
+
+@pytest.mark.parametrize(
+    "capability, backend",
+    [((8, 9), "triton"), ((9, 0), "cutlass"), ((10, 0), "cutlass"), ((12, 0), "triton")],
+)
+def test_fp8_kernels_take_fp32_scales_on_every_gpu(arguments, capability, backend):
+    found = arguments(capability=capability)
+    assert found["fp8_gemm_runner_backend"] == backend
+    assert found["moe_runner_backend"] == "triton"
+
+
+def test_a_16_bit_engine_is_told_no_fp8_kernel(arguments):
+    assert "fp8_gemm_runner_backend" not in arguments(RolloutSettings(rollout_dtype="bf16"))
+
+
+def test_the_cache_has_room_for_what_is_asked_twice_over_and_no_more(arguments):
+    assert arguments(requests=100, longest=512)["max_total_tokens"] == 2 * 100 * 512
+    assert arguments(requests=1, longest=9)["max_total_tokens"] == gpu.LEAST_CACHE
+    assert "max_total_tokens" not in arguments()
+
+
+def test_a_flag_comes_before_these_choices(arguments):
+    settings = RolloutSettings(sglang=("fp8_gemm_runner_backend=deep_gemm", "max_total_tokens=77"))
+    found = arguments(settings, requests=1, longest=9)
+    assert (found["fp8_gemm_runner_backend"], found["max_total_tokens"]) == ("deep_gemm", 77)
+
+
+def test_every_argument_is_a_field_of_server_args(arguments):
+    found = arguments(colocated=True, requests=1, longest=9)
+    assert set(found) <= {*checks.SERVER_FIELDS}
+
+
+@pytest.mark.parametrize(
+    "loop, given, expected",
+    [
+        (loop_sync, [], 16 * 16),  # of a step
+        (loop_sync, ["--eval-samples-per-prompt", "40"], 40 * 7),  # held out
+        (loop_async, ["--max-staleness", "2", "--oversample", "4"], (16 * 3 + 4) * 16),
+    ],
+)
+def test_how_many_requests_an_engine_holds(monkeypatch, loop, given, expected):
+    monkeypatch.setattr(sys, "argv", ["loop.py", *given])
+    settings = flags.parse_settings(loop.Settings)
+    data = SimpleNamespace(held_out=[None] * 7)
+    run = SimpleNamespace(settings=settings, data=data, engines=1)
+    assert start.Run.requests.fget(run) == expected
+    run.engines = 2
+    assert start.Run.requests.fget(run) == expected // 2
+
+
+# --- an update and a forward pass ---------------------------------------------------------------
+
+
+class Recorder:
+    """Notes the calls of the functions that it replaces, in order."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.monkeypatch = [], monkeypatch
+
+    def replace(self, owner, name: str, result=None) -> None:
+        self.monkeypatch.setattr(owner, name, lambda *_, **__: self.note(name, result))
+
+    def note(self, name: str, result=None):
+        self.calls.append(name)
+        return result
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    return Recorder(monkeypatch)
+
+
+class NotingModel(torch.nn.Module):
+    def __init__(self, recorder: Recorder):
+        super().__init__()
+        self.recorder = recorder
+
+    def load_weights(self, named):
+        for name, _ in named:
+            self.recorder.note(name)
+
+
+def test_weights_are_written_when_the_gpu_has_finished_and_answered_when_they_are(
+    pretend, recorder
+):
+    pretend()
+    recorder.replace(torch.cuda, "synchronize")
+    header, flat = buckets.pack([("weight", torch.ones(2))])
+    header = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+    buckets.load_bucket(NotingModel(recorder), [("header", header), ("bytes", flat)])
+    assert recorder.calls == ["synchronize", "weight", "synchronize"]
+
+
+# --- the gate -----------------------------------------------------------------------------------
+
+
+def test_the_gate_sees_every_rank_of_an_engine():
+    """Rank 1 holds other bytes, and writes its findings into a copy of the report."""
+    done = torchrun("tests/workers/gate.py", ranks=2)
+    ones = 4 * 2  # a float32 of 1.0 and one of 2.0 differ in two of four bytes
+    assert json.loads(done.stdout) == [[[16, 0, 0]], [[16, ones, 0]]]
+
+
+class SilentEngine(Engine):
+    """An engine whose second rank writes nothing into the report."""
+
+    def __init__(self):
+        self.server_args = SimpleNamespace(tp_size=2)
+
+    def _enqueue(self, part, name, about):
+        asyncio.run(part())
+
+    def settle(self):
+        pass
+
+    async def _do_nothing(self, *_):
+        pass
+
+    _begin = _close_update = _continue = _do_nothing
+
+    async def _update(self, message, loader, version):
+        message[-1][1][0] = 0
+
+
+def test_the_gate_fails_if_a_rank_has_not_compared():
+    with pytest.raises(RuntimeError, match=r"engine ranks \[1\] have compared nothing"):
+        SilentEngine().compare([("weight", torch.ones(2))])
+
+
+# --- memory that trainer and engine share -------------------------------------------------------
+
+
+class NotingEngine:
+    holds_weights, last_phase = True, None
+
+    def __init__(self, recorder: Recorder):
+        for name in ("begin_update", "load", "end_update", "settle"):
+            setattr(self, name, lambda *_, name=name, **__: recorder.note(name))
+
+
+@pytest.mark.parametrize("colocated", [True, False])
+def test_the_trainer_frees_its_cache_on_every_rank_before_the_engine_takes_memory(
+    pretend, recorder, monkeypatch, colocated
+):
+    pretend()
+    for name in ("ipc_collect", "empty_cache"):
+        recorder.replace(torch.cuda, name)
+    recorder.replace(distributed, "all_gather_bytes")
+    bucket = [("weight", torch.ones(2))]
+    monkeypatch.setattr(weight_sync, "buckets_of", lambda *_, **__: iter([bucket, bucket]))
+    group = None if colocated else object()
+    weights = weight_sync.WeightPath(None, None, {}, frozenset(), 1, broadcast_group=group)
+    weight_sync.send_weights(weights, NotingEngine(recorder), version=0)
+    freed = ["ipc_collect", "empty_cache", "all_gather_bytes"] if colocated else []
+    assert recorder.calls == [
+        *freed,
+        *("begin_update", "load", "load"),
+        *freed,
+        "end_update",
+        *(["settle"] if colocated else []),
+    ]
+
+
+class OneUpdate(Engine):
+    """An engine between its last bucket and the end of the update; its memory is released."""
+
+    def __init__(self, recorder: Recorder):
+        self.version, self._released, self._update_bytes = -1, True, 0
+        self.recorder = recorder
+
+    def _enqueue(self, part, name, about):
+        asyncio.run(part())
+
+    async def _close_update(self):
+        pass
+
+    async def _continue(self):
+        self.recorder.note("continue")
+
+    async def _resume_memory(self, tag):
+        self.recorder.note(tag)
+
+
+def test_the_last_bucket_is_freed_before_the_cache_comes_back(pretend, recorder):
+    pretend()
+    for name in ("ipc_collect", "empty_cache"):
+        recorder.replace(torch.cuda, name)
+    OneUpdate(recorder).end_update(0)
+    assert recorder.calls == ["ipc_collect", "empty_cache", "kv_cache", "continue"]
+
+
+class ReleasingEngine(Engine):
+    """An idle engine that holds 1,000 bytes of weights on each of two GPUs."""
+
+    def __init__(self):
+        self.server_args = SimpleNamespace(enable_memory_saver=True, tp_size=2)
+        self._weight_bytes, self._released = 2000, False
+
+        async def answer(*_):
+            return SimpleNamespace(success=True)
+
+        self.tokenizer_manager = SimpleNamespace(
+            flush_cache=answer, release_memory_occupation=answer
+        )
+
+    def call(self, coroutine):
+        return asyncio.run(coroutine)
+
+
+@pytest.mark.parametrize("freed, works", [(999, False), (1000, True)])
+def test_an_engine_that_keeps_its_memory_ends_the_run(monkeypatch, freed, works):
+    free = iter([(5000, 80000), (5000 + freed, 80000)])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: next(free))
+    if works:
+        return ReleasingEngine().release_memory()
+    with pytest.raises(RuntimeError, match="torch_memory_saver does not work"):
+        ReleasingEngine().release_memory()
+
+
+def test_engines_release_their_memory_before_any_rank_goes_on_to_train():
+    """A rank without an engine may have an engine's second GPU. Its next step is all_gather."""
+    for script in ("loop_sync.py", "examples/ppo_critic.py"):
+        source = (ROOT / script).read_text(encoding="utf-8")
+        places = [source.index(call) for call in ("release_memory()", "rollout.all_gather(")]
+        assert places == sorted(places), script
+
+
+def test_adam_has_its_moments_before_an_engine_starts(fresh_megatron):
+    settings = TrainSettings()
+    trainer = build_trainer(
+        str(TOY),
+        settings,
+        read_config(TOY),
+        steps=1,
+        seed=1,
+        temperature=1.0,
+        max_response_tokens=8,
+    )
+    for chained in trainer.optimizer.chained_optimizers:
+        for group in chained.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = chained.optimizer.state[parameter]
+                assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """As Transformer Engine's, which knows no state of the name "step"."""
+
+    def state_dict(self):
+        dtypes = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32, "master_param": None}
+        for parameter in self.param_groups[0]["params"]:
+            for name in self.state[parameter]:
+                dtypes[name]
+        return super().state_dict()
+
+
+def test_transformer_engine_s_adam_gets_no_step_of_its_own():
+    adam = FusedAdam([torch.nn.Parameter(torch.ones(3))], {})
+
+    def init_state(adam, config):
+        for parameter in adam.param_groups[0]["params"]:
+            adam.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+
+    chained = SimpleNamespace(optimizer=adam, config=None, init_state_fn=init_state)
+    optimizer._give_adam_its_state(SimpleNamespace(chained_optimizers=[chained]))
+    assert adam.state_dict()["state"][0].keys() == {"exp_avg"}
+
+
+def test_a_checkpoint_gathers_optimizer_state_on_one_rank_and_not_on_every_gpu():
+    asked = {}
+    shards = SimpleNamespace(
+        sharded_state_dict=lambda *_, metadata, **__: asked.update(metadata), state_dict=dict
+    )
+    trainer = SimpleNamespace(gpt=shards, optimizer=shards, scheduler=shards, dp_cp_group=None)
+    state._sharded_state(trainer)
+    assert asked["distrib_optim_fully_reshardable_mem_efficient"] is True

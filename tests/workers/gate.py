@@ -1,0 +1,39 @@
+"""torchrun worker of test_gpu_engine.py: an engine of two ranks, each on a GPU of its own.
+
+SGLang gives every rank but the first a copy of the report, on its own GPU. Rank 0 prints the report
+as the caller sees it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+import torch
+import torch.distributed as dist
+
+from backends.sglang.buckets import compare_loader
+
+
+class Model(torch.nn.Module):
+    def __init__(self, value: float):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((4,), value), requires_grad=False)
+
+    def load_weights(self, named):
+        for _, tensor in named:
+            self.weight.data.copy_(tensor)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    of_the_caller = torch.full((2, 1, 3), -1, dtype=torch.int64)
+    report = of_the_caller if rank == 0 else of_the_caller.clone()
+    # Rank 1 holds another weight than it should.
+    named = [("weight", torch.ones(4)), ("report", report)]
+    compare_loader(Model(1.0 + rank), named)
+    if rank == 0:
+        print(json.dumps(of_the_caller.tolist()))
+    dist.destroy_process_group()
