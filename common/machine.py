@@ -18,6 +18,7 @@ use_writable_home()
 
 
 CPU_SGLANG = "0.5.21"  # the version that backends/cpu is written for
+GPU_SGLANG = (CPU_SGLANG, "0.5.14")  # those that backends/sglang is written for
 
 
 def check_installation() -> None:
@@ -38,11 +39,13 @@ def check_installation() -> None:
         problem = "sglang or megatron-core is not installed"
     elif has_gpu and "sgl_kernel" in missing:
         problem = "this machine has a GPU, but sglang's GPU kernels (sglang-kernel) are missing"
-    elif has_gpu and (tools := missing_tools()):
-        problem = f"SGLang and Triton compile kernels on a GPU, and miss {', '.join(tools)}"
-        fix = "Install what is named; an image that has it: nvidia/cuda:13.0.2-cudnn-devel"
     elif not has_gpu and (version := importlib.metadata.version("sglang")) != CPU_SGLANG:
         problem = f"no GPU is visible; without one only sglang {CPU_SGLANG} runs, not {version}"
+    elif has_gpu and (version := importlib.metadata.version("sglang")) not in GPU_SGLANG:
+        problem = f"sglang {version} is installed; this project knows {' and '.join(GPU_SGLANG)}"
+    elif has_gpu and (tools := missing_tools()):
+        problem = f"SGLang and Triton compile kernels on a GPU, and miss {'; '.join(tools)}"
+        fix = "requirements-gpu.txt names an image that has them"
     else:
         return
     print(f"error: {problem}. {fix}", file=sys.stderr, flush=True)
@@ -58,17 +61,27 @@ def missing_tools() -> list[str]:
     beside = Path(sys.executable).parent
     if not shutil.which("ninja") and (beside / "ninja").exists():
         os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
-    # Where tvm_ffi and deep_gemm look for the toolkit, in their order.
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    places = [Path(home)] if home else [Path("/usr/local/cuda")]
-    has_nvcc = any((place / "bin" / "nvcc").exists() for place in places)
+    toolkit = cuda_home()
+    has_toolkit = all((toolkit / file).exists() for file in ("bin/nvcc", "lib64/libcudart.so"))
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
     found = {
-        "nvcc (the CUDA 13 toolkit, on PATH or in CUDA_HOME)": has_nvcc or shutil.which("nvcc"),
+        f"the CUDA 13 toolkit (no nvcc or lib64/libcudart.so in {toolkit}: install it, or set"
+        " CUDA_HOME to its folder)": has_toolkit,
         "a C compiler (gcc)": shutil.which("gcc") or shutil.which("clang"),
         "a C++ compiler (g++)": shutil.which("c++") or shutil.which("g++"),
         "ninja (pip install ninja)": shutil.which("ninja"),
         f"Python.h ({python}-dev)": headers.exists(),
     }
     return [tool for tool, is_there in found.items() if not is_there]
+
+
+def cuda_home() -> Path:
+    """Return the folder in which SGLang looks for the CUDA toolkit.
+
+    As toolchain.py of SGLang 0.5.21's kernels, and tvm_ffi.cpp.extension, find it.
+    """
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return Path(home)
+    nvcc = shutil.which("nvcc")
+    return Path(nvcc).parent.parent if nvcc else Path("/usr/local/cuda")

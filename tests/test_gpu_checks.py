@@ -30,7 +30,8 @@ def test_the_memory_saver_finds_libcudart_in_pip_s_packages(monkeypatch, tmp_pat
     folder.mkdir(parents=True)
     (folder / "libcudart.so.13").touch()
     (tmp_path / "nvidia" / "cudnn" / "lib").mkdir(parents=True)
-    monkeypatch.setitem(sys.modules, "nvidia", SimpleNamespace(__path__=[str(tmp_path / "nvidia")]))
+    packages = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: packages)
     monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/mine")
     with gpu.memory_saver_libraries():
         assert os.environ["LD_LIBRARY_PATH"] == f"{folder}:/opt/mine"
@@ -122,37 +123,59 @@ def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
     assert all(tool in named for tool in ("nvcc", "gcc", "g++", "ninja", "Python.h"))
 
 
-def test_a_machine_that_has_all_of_them(monkeypatch, tmp_path):
-    (tmp_path / "bin").mkdir()
+@pytest.fixture
+def complete(monkeypatch, tmp_path):
+    """A machine that has every tool; its toolkit is in tmp_path."""
+    for folder in ("bin", "lib64", "venv"):
+        (tmp_path / folder).mkdir()
     for tool in ("nvcc", "gcc", "g++", "ninja"):
         (tmp_path / "bin" / tool).touch(mode=0o755)
-    (tmp_path / "Python.h").touch()
+    for file in ("Python.h", "lib64/libcudart.so"):
+        (tmp_path / file).touch()
+    monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setattr(machine.sysconfig, "get_path", lambda _: str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    assert machine.missing_tools() == []
-    # ninja is found beside the interpreter.
-    (tmp_path / "venv").mkdir()
-    (tmp_path / "bin" / "ninja").rename(tmp_path / "venv" / "ninja")
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda _: str(tmp_path))
     monkeypatch.setattr(machine.sys, "executable", str(tmp_path / "venv" / "python"))
     assert machine.missing_tools() == []
-    (tmp_path / "bin" / "nvcc").unlink()
-    assert machine.missing_tools() == ["nvcc (the CUDA 13 toolkit, on PATH or in CUDA_HOME)"]
+    return tmp_path
 
 
-@pytest.mark.parametrize("tools, code", [(["nvcc"], 2), ([], None)])
+def test_ninja_is_found_beside_the_interpreter(complete):
+    (complete / "bin" / "ninja").rename(complete / "venv" / "ninja")
+    assert machine.missing_tools() == []
+
+
+def test_the_toolkit_is_looked_for_where_sglang_looks(complete, monkeypatch):
+    monkeypatch.delenv("CUDA_HOME")
+    assert machine.cuda_home() == complete  # two folders above nvcc
+    (complete / "lib64" / "libcudart.so").unlink()
+    (missing,) = machine.missing_tools()
+    assert f"lib64/libcudart.so in {complete}" in missing and "set CUDA_HOME" in missing
+
+
+@pytest.mark.parametrize(
+    "tools, version, said",
+    [
+        ([], "0.5.21", ""),
+        ([], "0.5.14", ""),
+        (["nvcc"], "0.5.21", "and miss nvcc"),
+        ([], "0.5.23", "sglang 0.5.23 is installed"),
+    ],
+)
 def test_a_gpu_machine_without_a_compiler_is_refused_before_sglang_is_imported(
-    pretend, monkeypatch, capsys, tools, code
+    pretend, monkeypatch, capsys, tools, version, said
 ):
     pretend()
     monkeypatch.setattr(machine, "missing_tools", lambda: tools)
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: name)
-    if code is None:
+    monkeypatch.setattr(machine.importlib.metadata, "version", lambda name: version)
+    if not said:
         return machine.check_installation()
     with pytest.raises(SystemExit) as end:
         machine.check_installation()
-    assert end.value.code == code
-    assert "miss nvcc" in capsys.readouterr().err
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 # --- the trainer's attention and its batches ----------------------------------------------------

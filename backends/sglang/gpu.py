@@ -6,6 +6,7 @@ minutes to compile.
 """
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,17 +43,17 @@ def server_args(
         # pauses running requests would overwrite the weights under that batch (Scheduler's
         # event_loop_overlap, pause_generation). Colocated engines are idle when they are updated.
         disable_overlap_schedule=not colocated,
-        # SGLang 0.5.14 captures prefill graphs for more tokens than a short context has, and reads
-        # out of bounds (sglang issue 21112). Decode graphs stay.
+        # Capturing takes a minute, and 0.5.14 reads out of bounds where the context is shorter than
+        # what it captures (sglang issue 21112). Decode graphs stay.
         disable_prefill_cuda_graph=True,
         # "auto" may choose kernels that shuffle expert weights, which no update could write.
         moe_runner_backend="triton",
     )
     if settings.rollout_dtype == "fp8":
-        # Both take the FP32 scales of a checkpoint as they are. "auto" would choose DeepGEMM: it
-        # compiles for every length up to 16384 first, and repacks the scales on Blackwell.
-        has_cutlass = torch.cuda.get_device_capability()[0] in (9, 10)
-        arguments["fp8_gemm_runner_backend"] = "cutlass" if has_cutlass else "triton"
+        # It takes the FP32 scales of a checkpoint as they are, on every GPU. "auto" would choose
+        # DeepGEMM on Hopper and Blackwell: it first compiles for every length up to 16384, and on
+        # Blackwell it repacks the scales.
+        arguments["fp8_gemm_runner_backend"] = "triton"
     if requests and longest:
         # Else a colocated engine maps half of the GPU after every step, for a cache it never fills.
         arguments["max_total_tokens"] = max(CACHE_OF_REQUESTS * requests * longest, LEAST_CACHE)
@@ -79,12 +80,10 @@ def memory_saver_libraries():
 
 def cudart_folders() -> list[Path]:
     """Return the folders of pip's CUDA packages that hold a libcudart.so."""
-    try:
-        import nvidia  # a namespace of all these packages
-    except ImportError:
-        return []
+    packages = importlib.util.find_spec("nvidia")  # a namespace of all of them
+    roots = packages.submodule_search_locations if packages else []
     return sorted(
-        {file.parent for root in nvidia.__path__ for file in Path(root).glob("*/lib/libcudart.so*")}
+        {file.parent for root in roots for file in Path(root).glob("*/lib/libcudart.so*")}
     )
 
 
