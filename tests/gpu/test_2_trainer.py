@@ -61,6 +61,11 @@ def train(trainer, step: int) -> dict[str, float]:
 
 @on_gpu
 def test_three_steps_as_on_a_cpu(one_rank, spec):
+    """The first step starts from equal weights. Adam's first update has the size of the learning
+    rate whatever the gradient's: where rounding turns a tiny gradient's sign, weights part.
+    """
+    if has_gpu:
+        torch.cuda.reset_peak_memory_stats()
     trainer = new_trainer()
     for step, expected in zip(STEPS, CPU["steps"]):
         got = train(trainer, step)
@@ -68,7 +73,7 @@ def test_three_steps_as_on_a_cpu(one_rank, spec):
             f"{spec}, step {step}, this device / CPU",
             **{name: f"{got[name]:.5f} / {expected[name]:.5f}" for name in expected},
         )
-        assert got["loss"] == pytest.approx(expected["loss"], abs=5e-3)
+        assert got["loss"] == pytest.approx(expected["loss"], abs=2e-3 if step == 1 else 2e-2)
         assert got["entropy"] == pytest.approx(expected["entropy"], rel=0.03)
         assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.05)
         assert got["mismatch_abs"] == pytest.approx(expected["mismatch_abs"], rel=0.2)

@@ -53,7 +53,7 @@ def test_the_toy_starts_as_on_a_cpu(pair):
     took = time.perf_counter() - start
     accuracy = sum(map(exact_match, samples)) / len(samples)
     evidence("toy in BF16", accuracy=accuracy, samples=len(samples), samples_per_s=2048 / took)
-    assert 0.3 < accuracy < 0.42  # 0.35 on a CPU
+    assert 0.35 < accuracy < 0.45  # 0.40 on a CPU; the deviation of 2,048 samples is 0.011
 
 
 @on_gpu
