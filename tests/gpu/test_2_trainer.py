@@ -73,10 +73,11 @@ def test_three_steps_as_on_a_cpu(one_rank, spec):
             f"{spec}, step {step}, this device / CPU",
             **{name: f"{got[name]:.5f} / {expected[name]:.5f}" for name in expected},
         )
-        assert got["loss"] == pytest.approx(expected["loss"], abs=2e-3 if step == 1 else 2e-2)
+        loss, mismatch = (2e-3, 0.1) if step == 1 else (2e-2, 0.4)
+        assert got["loss"] == pytest.approx(expected["loss"], abs=loss)
         assert got["entropy"] == pytest.approx(expected["entropy"], rel=0.03)
         assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.05)
-        assert got["mismatch_abs"] == pytest.approx(expected["mismatch_abs"], rel=0.2)
+        assert got["mismatch_abs"] == pytest.approx(expected["mismatch_abs"], rel=mismatch)
     if has_gpu:
         peak, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
         evidence(f"{spec}, memory", peak_MB=peak / 1e6, held_MB=held / 1e6)
