@@ -7,6 +7,7 @@ sees every rank, in which order memory is given back. What only a GPU can show i
 
 import asyncio
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -340,3 +341,23 @@ def test_a_checkpoint_gathers_optimizer_state_on_one_rank_and_not_on_every_gpu()
     trainer = SimpleNamespace(gpt=shards, optimizer=shards, scheduler=shards, dp_cp_group=None)
     state._sharded_state(trainer)
     assert asked["distrib_optim_fully_reshardable_mem_efficient"] is True
+
+
+# --- the process of an engine -------------------------------------------------------------------
+
+SCHEDULER = """
+import os
+import backends
+import sglang.srt.managers.scheduler as scheduler
+from backends.sglang.process import run_scheduler
+name = "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"
+scheduler.run_scheduler_process = lambda: print(os.environ[name])
+run_scheduler()
+"""
+
+
+def test_gpus_of_an_engine_may_hold_unequal_trainers():
+    """SGLang would refuse to start: pipeline stages, say, take unequal memory."""
+    command = [sys.executable, "-c", SCHEDULER]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "0\n", done.stderr

@@ -29,6 +29,9 @@ def run_scheduler(*args, **kwargs) -> None:
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     if not torch.cuda.is_available():
         cpu_sglang.patch_sglang()
+    # SGLang refuses GPUs of which one has 10 % less free memory than another. Trainers on them may
+    # hold pipeline stages of different sizes.
+    os.environ["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
     # All ranks of an engine are on this machine, however many machines the run has.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     listen_on_loopback()

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from conftest import torchrun
 from on_gpu import STAND_IN, Run, evidence, has_gpu
 
 two_gpus = pytest.mark.skipif(
@@ -29,7 +30,7 @@ def last_row(run: Run) -> dict:
         ("loop_sync.py", ["--tp", "2"]),
         ("loop_sync.py", ["--tp", "2", "--engine-tp", "2"]),  # one engine on both
         ("loop_sync.py", ["--pp", "2"]),
-        ("loop_sync.py", ["--cp", "2", "--aggregation", "token_mean"]),
+        ("loop_sync.py", ["--cp", "2"]),
         ("loop_async.py", []),
     ],
 )
@@ -39,5 +40,13 @@ def test_the_toy_learns_on_two(tmp_path, script, flags):
     steps = ["--steps", "30", "--check-sync"]
     row = last_row(Run(tmp_path, script, *flags, *steps, ranks=2))
     shown = {name: row[name] for name in ("held_out", "step_s", "sync_s", "mismatch_abs")}
-    evidence(f"{script} {' '.join(flags)}, two ranks, every byte compared each step", **shown)
+    evidence(f"{' '.join([script, *flags])}, two ranks, every byte compared each step", **shown)
     assert row["held_out"] > 0.5
+
+
+@two_gpus
+def test_the_gate_sees_a_wrong_shard_on_the_second_gpu():
+    """Over NCCL; test_gpu_engine.py asks the same of gloo."""
+    (first,), (second,) = json.loads(torchrun("tests/workers/gate.py", ranks=2).stdout)
+    evidence("an engine of two ranks, the second with other weights", first=first, second=second)
+    assert first == [16, 0, 0] and second[1] > 0

@@ -27,13 +27,17 @@ class Model(torch.nn.Module):
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    has_gpus = torch.cuda.device_count() > 1  # else gloo, on tensors of a CPU
+    dist.init_process_group("nccl" if has_gpus else "gloo")
     rank = dist.get_rank()
-    of_the_caller = torch.full((2, 1, 3), -1, dtype=torch.int64)
+    device = torch.device("cuda", rank) if has_gpus else torch.device("cpu")
+    if has_gpus:
+        torch.cuda.set_device(device)
+    of_the_caller = torch.full((2, 1, 3), -1, dtype=torch.int64, device=device)
     report = of_the_caller if rank == 0 else of_the_caller.clone()
     # Rank 1 holds another weight than it should.
-    named = [("weight", torch.ones(4)), ("report", report)]
-    compare_loader(Model(1.0 + rank), named)
+    named = [("weight", torch.ones(4, device=device)), ("report", report)]
+    compare_loader(Model(1.0 + rank).to(device), named)
     if rank == 0:
         print(json.dumps(of_the_caller.tolist()))
     dist.destroy_process_group()
