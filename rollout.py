@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from backends.sglang.engine import Engine
 from backends.sglang.launch import launch_engine
-from common.distributed import all_gather_bytes
+from common.distributed import all_gather_bytes, free_cached_memory
 from common.errors import EngineDied
 from common.settings import RolloutSettings
 from data.prompts import Data
@@ -40,8 +40,10 @@ def start_engine(run, settings: RolloutSettings) -> "Engine | NoEngine":
     """Start the engine of this rank's group of --engine-tp ranks, on the group's first rank.
 
     It has the model's shapes and no weights yet. All other ranks get a NoEngine. Raises BadInput
-    if the engine's cache has no room for the longest sample. run: harness.start.Run.
+    if the engine's cache has no room for the longest sample. run: harness.start.Run. Collective.
     """
+    if run.is_trainer:
+        free_cached_memory(on_all_ranks=True)  # the engine takes a share of what is free
     if run.engine_index is None:
         return NoEngine()
     load = dict(colocated=run.is_trainer, requests=run.requests, longest=run.longest)

@@ -103,7 +103,8 @@ def send_weights(weights: WeightPath, engine, *, version: int, verify: bool = Fa
             sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
             del bucket  # before the next is made
         if is_colocated:
-            free_cached_memory(on_all_ranks=True)  # for its KV cache
+            engine.settle()  # the last bucket is loaded, and its memory can be freed
+            free_cached_memory(on_all_ranks=True)  # for the engine's KV cache
         engine.end_update(version)
         if is_colocated:
             engine.settle()
@@ -114,6 +115,8 @@ def send_weights(weights: WeightPath, engine, *, version: int, verify: bool = Fa
         raise
     if verify:
         verify_engine_weights(weights, engine)
+        if is_colocated:
+            free_cached_memory()
     return sent_bytes
 
 

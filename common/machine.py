@@ -45,7 +45,7 @@ def check_installation() -> None:
         problem = f"sglang {version} is installed; this project knows {' and '.join(GPU_SGLANG)}"
     elif has_gpu and (tools := missing_tools()):
         problem = f"SGLang and Triton compile kernels on a GPU, and miss {'; '.join(tools)}"
-        fix = "requirements-gpu.txt names an image that has them"
+        fix = "docs/gpu.md says where each comes from"
     else:
         return
     print(f"error: {problem}. {fix}", file=sys.stderr, flush=True)
@@ -62,18 +62,26 @@ def missing_tools() -> list[str]:
     if not shutil.which("ninja") and (beside / "ninja").exists():
         os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
     toolkit = cuda_home()
-    has_toolkit = all((toolkit / file).exists() for file in ("bin/nvcc", "lib64/libcudart.so"))
+    # Linkers find a distribution's own package without a path.
+    libraries = (toolkit / "lib64", Path("/usr/lib/x86_64-linux-gnu"))
+    has_library = any((folder / "libcudart.so").exists() for folder in libraries)
+    has_toolkit = (toolkit / "bin" / "nvcc").exists() and has_library
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
     found = {
-        f"the CUDA 13 toolkit (no nvcc or lib64/libcudart.so in {toolkit}: install it, or set"
+        f"the CUDA toolkit (no bin/nvcc or no lib64/libcudart.so in {toolkit}: install it, or set"
         " CUDA_HOME to its folder)": has_toolkit,
-        "a C compiler (gcc)": shutil.which("gcc") or shutil.which("clang"),
-        "a C++ compiler (g++)": shutil.which("c++") or shutil.which("g++"),
+        "a C compiler (gcc, or CC)": any(map(shutil.which, (_of("CC"), "gcc", "clang"))),
+        "a C++ compiler (c++, or CXX)": shutil.which(_of("CXX") or "c++"),
         "ninja (pip install ninja)": shutil.which("ninja"),
         f"Python.h ({python}-dev)": headers.exists(),
     }
     return [tool for tool, is_there in found.items() if not is_there]
+
+
+def _of(variable: str) -> str:
+    """Return the command that an environment variable names, without its arguments."""
+    return (os.environ.get(variable, "").split() or [""])[0]
 
 
 def cuda_home() -> Path:

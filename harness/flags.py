@@ -78,9 +78,14 @@ def parse_or_exit(settings_class: type, *checks: Callable):
         sys.exit(0)
     try:
         be_the_only_rank()
-        return parse_settings(settings_class, *checks)
+        settings = parse_settings(settings_class, *checks)
     except BadInput as error:
         end_refused(error)
+    if settings.train.tp > 1:
+        # Megatron overlaps communication by the order of launches. CUDA reads it at its first call,
+        # so before torch is imported.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    return settings
 
 
 def be_the_only_rank() -> None:

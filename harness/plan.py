@@ -199,7 +199,7 @@ def _print_engines(
     cache = max(plan.mem_fraction * free - engine.weights, 0)
     sample = engine.token_bytes * plan.longest
     tokens, samples = cache / engine.token_bytes, cache // sample
-    note = f"{tokens:,.0f} tokens: {samples:,.0f} samples of {plan.longest} tokens"
+    note = f"room for {tokens:,.0f} tokens: {samples:,.0f} samples of {plan.longest} tokens"
     _print_row("keys and values", cache, note)
     note = f"if {engine.requests} samples are that long, all at a time"
     _print_row("keys and values of the step", sample * engine.requests, note)

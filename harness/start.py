@@ -4,7 +4,6 @@ settings -> config.json, prompts, machine, checkpoint: all checked, all mistakes
          -> process groups -> run folder -> Run
 """
 
-import os
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,9 +69,11 @@ class Run:
         if checks.is_async(self.settings):
             in_flight = self.settings.in_flight
             steps, more = in_flight.max_staleness + 1, in_flight.oversample
-        of_steps = (rollout.prompts_per_step * steps + more) * rollout.samples_per_prompt
-        held_out = len(self.data.held_out) * rollout.eval_samples_per_prompt
-        return -(-max(of_steps, held_out) // self.engines)
+        engines, groups = self.engines, rollout.prompts_per_step * steps + more
+        of_steps = -(-groups // engines) * rollout.samples_per_prompt
+        held_out = -(-len(self.data.held_out) // engines) * rollout.eval_samples_per_prompt
+        # The asynchronous loop evaluates while its groups go on.
+        return of_steps + held_out if checks.is_async(self.settings) else max(of_steps, held_out)
 
     @property
     def broadcast_group(self) -> dist.ProcessGroup | None:
@@ -100,9 +101,6 @@ def prepare(
     label_problems = None if reward_function else reward.label_problems(settings.reward)
     reward_function = reward_function or reward.REWARDS[settings.reward.reward]
     run_settings, rollout, train = settings.run, settings.rollout, settings.train
-    if train.tp > 1:
-        # Megatron overlaps communication by the order of launches. CUDA reads it at its first call.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     ranks = checks.world_size(settings)
     trainer_ranks, rollout_ranks = checks.split_ranks(settings)
     is_async, is_plan = checks.is_async(settings), checks.is_plan(settings)

@@ -42,13 +42,14 @@ def test_the_memory_saver_finds_libcudart_in_pip_s_packages(monkeypatch, tmp_pat
     assert "LD_LIBRARY_PATH" not in os.environ
 
 
-def test_tensor_parallel_trainers_launch_in_order(monkeypatch):
-    """CUDA reads the variable at its first call. SGLang sets it for its own processes later."""
-    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
-    monkeypatch.setattr(sys, "argv", ["loop.py", "--tp", "2", "--plan", "--plan-gpus", "2"])
-    with pytest.raises(SystemExit):
-        loop_sync.main(flags.parse_settings(loop_sync.Settings))
-    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+@pytest.mark.parametrize("tp, expected", [("2", "1"), ("1", None)])
+def test_tensor_parallel_trainers_launch_in_order(monkeypatch, tp, expected):
+    """CUDA reads the variable at its first call. Flags are read before torch is imported."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
+    monkeypatch.setattr(sys, "argv", ["loop.py", "--tp", tp])
+    flags.parse_or_exit(loop_sync.Settings)
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
 
 
 # --- what is refused ----------------------------------------------------------------------------
@@ -67,6 +68,19 @@ def test_more_ranks_than_gpus(pretend):
     pretend(gpus=1, ranks=2)
     assert "2 ranks on a machine of 1 GPUs" in refused()
     assert "--nproc-per-node" in refused()
+
+
+def test_a_rank_without_a_gpu_of_its_own_whoever_started_it(pretend, monkeypatch):
+    pretend(gpus=2, rank=1)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert refused() == ""
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert "3 ranks on a machine of 2 GPUs" in refused()
+
+
+def test_a_gpu_that_knows_no_bf16(pretend):
+    pretend(capability=(7, 5))
+    assert "SGLang would compute in FP16" in refused(rollout_dtype="bf16")
 
 
 def test_an_engine_that_would_span_two_machines(pretend):
@@ -93,6 +107,8 @@ def test_an_allocator_whose_memory_no_other_process_can_open(pretend, monkeypatc
     pretend()
     monkeypatch.setenv(name, "max_split_size_mb:64, expandable_segments: True")
     assert name in refused() and "unset it" in refused()
+    monkeypatch.setenv(name, "backend:cudaMallocAsync")
+    assert name in refused()
     monkeypatch.setenv(name, "expandable_segments:False")
     assert refused() == ""
 
@@ -120,7 +136,7 @@ def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(machine.sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(machine.sysconfig, "get_path", lambda _: str(tmp_path))
     named = " ".join(machine.missing_tools())
-    assert all(tool in named for tool in ("nvcc", "gcc", "g++", "ninja", "Python.h"))
+    assert all(tool in named for tool in ("nvcc", "gcc", "c++", "ninja", "Python.h"))
 
 
 @pytest.fixture
@@ -128,7 +144,7 @@ def complete(monkeypatch, tmp_path):
     """A machine that has every tool; its toolkit is in tmp_path."""
     for folder in ("bin", "lib64", "venv"):
         (tmp_path / folder).mkdir()
-    for tool in ("nvcc", "gcc", "g++", "ninja"):
+    for tool in ("nvcc", "gcc", "c++", "ninja"):
         (tmp_path / "bin" / tool).touch(mode=0o755)
     for file in ("Python.h", "lib64/libcudart.so"):
         (tmp_path / file).touch()
@@ -139,6 +155,13 @@ def complete(monkeypatch, tmp_path):
     monkeypatch.setattr(machine.sys, "executable", str(tmp_path / "venv" / "python"))
     assert machine.missing_tools() == []
     return tmp_path
+
+
+def test_a_compiler_may_have_another_name(complete, monkeypatch):
+    (complete / "bin" / "c++").rename(complete / "bin" / "x86_64-conda-linux-gnu-c++")
+    assert machine.missing_tools() == ["a C++ compiler (c++, or CXX)"]
+    monkeypatch.setenv("CXX", "x86_64-conda-linux-gnu-c++ -O2")
+    assert machine.missing_tools() == []
 
 
 def test_ninja_is_found_beside_the_interpreter(complete):
@@ -226,3 +249,15 @@ def test_without_a_gpu_its_tests_are_skipped_and_say_why():
     assert done.returncode == 0, done.stdout
     assert "passed" not in done.stdout and "failed" not in done.stdout
     assert "there is no GPU here: torch.cuda.is_available() is False" in done.stdout
+
+
+@pytest.mark.complete
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_cpu_stands_in_for_a_gpu_in_a_rehearsal():
+    """Of the files that start no engine; docs/gpu.md has the command for all."""
+    command = [sys.executable, "-m", "pytest", "-s", "tests/gpu/test_1_ground.py"]
+    command += ["tests/gpu/test_2_trainer.py"]
+    environment = {**os.environ, "GPU_STAND_IN": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "SEEN  kernel bits" in done.stdout and "SEEN  local spec, step 3" in done.stdout

@@ -64,6 +64,7 @@ CURVE = "python tools/plot.py runs/one-rank --out docs/curve.png"
 TESTED_ELSEWHERE = {
     "python -m pytest",  # .ci/run
     "python -m pytest --complete",  # .ci/run
+    "python tests/gpu/make_dump.py",  # it would write what the tests of GPUs compare with
     "python loop_sync.py",  # test_flags.py
     "python loop_sync.py --help",  # test_flags.py
     "torchrun loop_sync.py",  # of the install line: .ci/run, and all that HERE runs
@@ -80,6 +81,7 @@ def test_nothing_is_left_out():
         "python tools/plot.py",
         "python loop_sync.py --plan",
     )
+    kinds += ("python3.12 -m venv .venv", "CPATH=", "python -m pytest tests/gpu", "GPU_STAND_IN=1")
     assert [line for line in LINES if not line.startswith(kinds)] == []
     assert len(HERE) >= 7
     assert len(ELSEWHERE) >= 7

@@ -38,7 +38,6 @@ moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
 MEMORY_FIELDS = """
     recompute_granularity recompute_method recompute_num_layers recompute_modules
     distribute_saved_activations deallocate_pipeline_outputs moe_layer_recompute
-    optimizer_cpu_offload optimizer_offload_fraction
     """
 SPEED_FIELDS = """
     attention_backend masked_softmax_fusion bias_activation_fusion bias_dropout_fusion

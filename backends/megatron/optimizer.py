@@ -84,8 +84,7 @@ def _give_adam_its_state(optimizer: MegatronOptimizer) -> None:
     for chained in optimizer.chained_optimizers:
         adam = chained.optimizer
         if not isinstance(adam, torch.optim.AdamW):
-            if chained.init_state_fn is not None:  # None with --megatron optimizer_cpu_offload
-                chained.init_state_fn(adam, chained.config)
+            chained.init_state_fn(adam, chained.config)
             continue
         for group in adam.param_groups:
             for parameter in group["params"]:

@@ -66,7 +66,7 @@ DECIDED_BY = {
     "load_format": _UPDATE,
     "custom_weight_loader": _UPDATE,
     "weight_version": _UPDATE,
-    "enable_memory_saver": "the kind of machine",
+    "enable_memory_saver": "the loop and the kind of machine",
     "disable_overlap_schedule": "the loop: no update may meet a forward pass that still runs",
     "skip_tokenizer_init": "--model, whose tokenizer runs outside the engine",
     "chat_template": "the model's tokenizer, outside the engine",

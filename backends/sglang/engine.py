@@ -34,7 +34,6 @@ from sglang.srt.utils import MultiprocessingSerializer
 from backends.sglang.buckets import pack, phase
 from backends.sglang.gpu import memory_saver_libraries
 from backends.sglang.process import died_at_start, engine_files, run_scheduler
-from common.distributed import free_cached_memory
 from common.errors import EngineDied, engine_died
 from common.processes import end_signals_blocked, kill_with_children, main_module_hidden
 from common.timeline import Timeline
@@ -50,6 +49,15 @@ BUCKETS = "backends.sglang.buckets"  # where SGLang finds the loaders, by name
 LOOP_ENDS_WITHIN_S = 5.0
 # So soon SIGQUIT reports an engine's death: SGLang's SubprocessWatchdog looks every second.
 SIGQUIT_WITHIN_S = 3.0
+
+
+def held_bytes(name: str, tensor: torch.Tensor) -> int:
+    """Return how many bytes an engine on a GPU holds of a tensor, at least.
+
+    It holds FP8 as it is sent, with FP32 scales, and everything else in 16 bits.
+    """
+    most = 4 if name.endswith("_scale_inv") else 2
+    return tensor.numel() * min(tensor.element_size(), most)
 
 
 class Engine(sglang_engine.Engine):
@@ -299,8 +307,8 @@ class Engine(sglang_engine.Engine):
         """Give back the GPU memory of weights and cache; the next update takes it again.
 
         For a GPU that engine and trainer share. Nothing may be running. Raises RuntimeError if less
-        came back than the weights took. Elsewhere it does nothing: on a CPU the system takes
-        memory that is not used.
+        came back for the weights than they took. Elsewhere it does nothing: on a CPU the system
+        takes memory that is not used.
         """
         if not self.server_args.enable_memory_saver:
             return
@@ -314,15 +322,16 @@ class Engine(sglang_engine.Engine):
                     " nothing is running"
                 )
             time.sleep(0.01)
-        free_before, _ = torch.cuda.mem_get_info()
-        request = io_struct.ReleaseMemoryOccupationReqInput(tags=["kv_cache", "weights"])
-        self.call(self.tokenizer_manager.release_memory_occupation(request, None))
+        for tag in ("kv_cache", "weights"):
+            free_before, _ = torch.cuda.mem_get_info()
+            request = io_struct.ReleaseMemoryOccupationReqInput(tags=[tag])
+            self.call(self.tokenizer_manager.release_memory_occupation(request, None))
+            freed = torch.cuda.mem_get_info()[0] - free_before
         self._released = True
-        freed = torch.cuda.mem_get_info()[0] - free_before
         # Of an engine on several GPUs this sees the first.
         if freed < (expected := self._weight_bytes // self.server_args.tp_size):
             raise RuntimeError(
-                f"the engine has released {freed / 1e6:,.1f} MB of its GPU, and its weights alone"
+                f"the engine has released {freed / 1e6:,.1f} MB of its GPU for its weights, which"
                 f" have {expected / 1e6:,.1f} MB: torch_memory_saver does not work in its process"
             )
 
@@ -360,7 +369,7 @@ class Engine(sglang_engine.Engine):
         header = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         message, loader = [("header", header), ("bytes", flat)], f"{BUCKETS}.load_bucket"
         names = [name for name, _ in named]
-        self._update_bytes += flat.nbytes
+        self._update_bytes += sum(held_bytes(*pair) for pair in named)
         self._enqueue(lambda: self._update(message, loader, version), "load", names)
 
     def end_update(self, version: int) -> None:
@@ -374,7 +383,6 @@ class Engine(sglang_engine.Engine):
                 )
             await self._close_update()
             if self._released:
-                free_cached_memory()  # of the last bucket, which is loaded now
                 await self._resume_memory("kv_cache")
                 self._released = False
             self.version = version

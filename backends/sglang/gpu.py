@@ -21,8 +21,10 @@ from common.settings import RolloutSettings
 MEM_FRACTION_STATIC = 0.5
 # Of the KV cache. It holds every request at its longest, and as much again for cached prefixes.
 CACHE_OF_REQUESTS, LEAST_CACHE = 2, 8192
+BF16_CAPABILITY = 8, 0  # Ampere
 FP8_CAPABILITY = 8, 9  # Ada Lovelace. Below, SGLang repacks FP8 for Marlin: other tensors
 ALLOCATOR_VARIABLES = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+UNSHARED = "expandable_segments:true", "backend:cudamallocasync"
 
 
 def server_args(
@@ -99,10 +101,11 @@ def check_gpus(settings: RolloutSettings, *, has_engine: bool) -> None:
     if not torch.cuda.is_available():
         return
     gpus, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if ranks > gpus:
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", gpus))  # torchrun sets it; others may not
+    if max(ranks, rank + 1) > gpus:
         fix = f"start at most {gpus} on this machine (torchrun --nproc-per-node)"
-        yield f"{ranks} ranks on a machine of {gpus} GPUs, and each needs its own: {fix}"
+        found = f"{max(ranks, rank + 1)} ranks on a machine of {gpus} GPUs"
+        yield f"{found}, and each needs its own: {fix}"
         return
     tp = settings.engine_tp
     if has_engine and rank + tp > ranks:
@@ -112,6 +115,10 @@ def check_gpus(settings: RolloutSettings, *, has_engine: bool) -> None:
             f" has {ranks - rank} left: {fix}"
         )
     capability = torch.cuda.get_device_capability(rank)
+    if capability < BF16_CAPABILITY:
+        has = f"{torch.cuda.get_device_name(rank)} has compute capability {_dotted(capability)}"
+        yield f"{has}, and BF16 needs {_dotted(BF16_CAPABILITY)}: SGLang would compute in FP16"
+        return
     if settings.rollout_dtype == "fp8" and capability < FP8_CAPABILITY:
         has = f"{torch.cuda.get_device_name(rank)} has compute capability {_dotted(capability)}"
         rule = f"needs at least {_dotted(FP8_CAPABILITY)}"
@@ -125,8 +132,9 @@ def check_gpus(settings: RolloutSettings, *, has_engine: bool) -> None:
 def _allocator_problems() -> Iterator[str]:
     """Yield that torch's allocator would make memory that the engine's process cannot open."""
     for name in ALLOCATOR_VARIABLES:
-        if "expandable_segments:true" in os.environ.get(name, "").lower().replace(" ", ""):
-            rule = "the engine's memory saver and CUDA IPC refuse expandable segments"
+        given = os.environ.get(name, "").lower().replace(" ", "")
+        if any(setting in given for setting in UNSHARED):
+            rule = "the engine's process could not open such memory by CUDA IPC"
             yield f"the environment variable {name}={os.environ[name]}: {rule}; unset it"
 
 
