@@ -81,7 +81,7 @@ def parse_or_exit(settings_class: type, *checks: Callable):
         settings = parse_settings(settings_class, *checks)
     except BadInput as error:
         end_refused(error)
-    if settings.train.tp > 1:
+    if getattr(settings, "train", settings).tp > 1:  # tools/export.py has no stages
         # Megatron overlaps communication by the order of launches. CUDA reads it at its first call,
         # so before torch is imported.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -29,14 +29,19 @@ def main() -> None:
         DUMP.mkdir(exist_ok=True)
         for file in sorted((run / "rollouts").iterdir()):
             shutil.copy(file, DUMP)
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
     steps = [{name: row[name] for name in COMPARED} for row in rows if "loss" in row]
     about = dict(date=time.strftime("%Y-%m-%d"), machine=_processor(), flags=FLAGS)
-    (DUMP / "cpu.json").write_text(json.dumps(about | {"steps": steps}, indent=2) + "\n")
+    (DUMP / "cpu.json").write_text(
+        json.dumps(about | {"steps": steps}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next((x.split(":")[1].strip() for x in lines if "model name" in x), platform.machine())
 
 

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, metrics_of
 
 # A rehearsal on a CPU, to find mistakes in these tests before a GPU is at hand.
 STAND_IN = bool(os.environ.get("GPU_STAND_IN"))
@@ -65,7 +65,10 @@ class Run:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         sglang = ["--sglang", *SGLANG] if SGLANG else []
         command = [sys.executable, *launcher, str(ROOT / script), "--name", "run", *flags, *sglang]
-        self.folder, self.output = folder / "runs" / "run", open(folder / "output", "w+")
+        self.folder, self.output = (
+            folder / "runs" / "run",
+            open(folder / "output", "w+", encoding="utf-8"),
+        )
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command,
@@ -82,7 +85,7 @@ class Run:
 
     def rows(self) -> int:
         metrics = self.folder / "metrics.jsonl"
-        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        return len(metrics_of(self.folder)) if metrics.exists() else 0
 
     def wait_for_rows(self, rows: int, within_s: float = 240) -> None:
         end = time.time() + within_s

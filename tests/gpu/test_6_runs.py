@@ -1,6 +1,5 @@
 """Whole runs on one GPU: the toy learns in FP8, a model of real size, and what a kill leaves."""
 
-import json
 import os
 import re
 import signal
@@ -12,7 +11,7 @@ import psutil
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, metrics_of
 from on_gpu import DEVICE, STAND_IN, Run, evidence, has_gpu, on_gpu, on_gpu_only, used_bytes
 
 
@@ -23,7 +22,7 @@ def test_the_toy_learns_in_fp8(tmp_path):
     code = run.process.wait(400)
     took = time.perf_counter() - start
     assert code == 0, run.text()[-6000:]
-    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_of(run.folder)
     steps = [row for row in rows if "loss" in row]
 
     def median(name):
@@ -99,7 +98,7 @@ def test_a_model_of_real_size(tmp_path):
         most = max(most, used_bytes())
         time.sleep(0.02)
     assert run.process.returncode == 0, run.text()[-6000:]
-    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_of(run.folder)
     last = rows[-2]  # after the last step every byte is compared, too
     evidence(
         "Qwen3-1.7B, 128 answers of 512 tokens",

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import torchrun
+from conftest import metrics_of, torchrun
 from on_gpu import STAND_IN, Run, evidence, has_gpu
 
 two_gpus = pytest.mark.skipif(
@@ -19,7 +19,7 @@ two_gpus = pytest.mark.skipif(
 def last_row(run: Run) -> dict:
     code = run.process.wait(400)
     assert code == 0, run.text()[-6000:]
-    return json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return metrics_of(run.folder)[-1]
 
 
 @two_gpus
