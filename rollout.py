@@ -46,8 +46,7 @@ def start_engine(run, settings: RolloutSettings) -> "Engine | NoEngine":
         free_cached_memory(on_all_ranks=True)  # the engine takes a share of what is free
     if run.engine_index is None:
         return NoEngine()
-    load = dict(colocated=run.is_trainer, requests=run.requests, longest=run.longest)
-    return launch_engine(run.model, settings, run.config, seed=run.settings.run.seed, **load)
+    return launch_engine(run.model, settings, run.config, **run.engine_load)
 
 
 class NoEngine:

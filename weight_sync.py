@@ -16,9 +16,11 @@ byte for byte. verify_engine_weights proves it. It computes the expected bytes a
 BF16, then quantize the whole tensor. It sends them through the same loader, in which every write is
 replaced by a comparison with what the engine holds.
 
-An update is all or nothing. A failure in any phase (quantize, gather, send, load, end of update)
-ends the run and names the phase and the tensors. The engine is paused from the first tensor to the
-last, so it never generates with half of the new weights. Memory on top of the model is a few times
+With --sync delta only what has changed since the last update travels (backends/delta.py).
+
+An update is all or nothing. A failure in any phase ends the run and names the phase and the
+tensors. The engine is paused from the first tensor to the last, so it never generates with half of
+the new weights. Memory on top of the model is a few times
 bucket_bytes, or a few times the largest tensor where that is larger; bench/weight_sync.py measures
 it.
 
@@ -33,10 +35,19 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from backends.delta import Sent, Tally, gather_changes, shorter, without_unchanged
 from backends.huggingface.fp8 import describe, fp8_weights
-from backends.huggingface.names import Rule, hf_shapes, parameters_of, rule_of, split_stacked
+from backends.huggingface.names import Rule, parameters_of, rule_of, split_stacked
 from backends.megatron.layout import Layout
-from backends.sglang.buckets import Named, entries, failure_note, pack, phase, unpack
+from backends.sglang.buckets import (
+    Named,
+    check_all_compared,
+    entries,
+    failure_note,
+    pack,
+    phase,
+    unpack,
+)
 from common.distributed import broadcast_bytes, free_cached_memory
 from common.errors import EngineDied
 from fp8_quant import BLOCK, quantize_blockwise
@@ -65,6 +76,8 @@ class WeightPath:
     broadcast_group: dist.ProcessGroup | None = None
     """Asynchronous loop: all ranks; rank 0 sends them every bucket. None where each trainer has its
     engine at its side."""
+    sent: Sent | None = None
+    """What this rank has sent, to send changes only; None with --sync full."""
 
 
 def open_path(run, trainer) -> WeightPath:
@@ -77,30 +90,32 @@ def open_path(run, trainer) -> WeightPath:
     fp8 = fp8_weights(run.config, rollout_dtype=rollout.rollout_dtype, **split)
     run.record.say(describe(run.config, fp8))
     gpt, layout = (trainer.gpt, trainer.layout) if trainer else (None, None)
-    bucket_bytes = run.settings.sync.bucket_bytes
-    return WeightPath(gpt, layout, run.config, fp8, bucket_bytes, run.broadcast_group)
+    sync = run.settings.sync
+    sent = Sent() if sync.sync == "delta" else None
+    return WeightPath(gpt, layout, run.config, fp8, sync.bucket_bytes, run.broadcast_group, sent)
 
 
 # --- into the engine ----------------------------------------------------------------------------
 
 
-def send_weights(weights: WeightPath, engine, *, version: int, verify: bool = False) -> int:
-    """Give the engine this version of the weights; return the bytes sent. Collective.
+def send_weights(weights: WeightPath, engine, *, version: int, verify: bool = False) -> dict:
+    """Give the engine this version of the weights; return metrics. Collective.
 
     The engine pauses at the first bucket and goes on when it has loaded the last. It loads one
     bucket while the next is being sent. In the asynchronous loop training does not wait for the
     last bucket; only new requests do, and they raise what went wrong.
     engine: a NoEngine on ranks without one. verify: compare every byte afterwards.
     """
-    sent_bytes, is_colocated = 0, weights.broadcast_group is None
+    is_colocated, sent = weights.broadcast_group is None, weights.sent
+    tally, base = Tally(weights.config, weights.fp8), sent and sent.begin()
     try:
         if is_colocated:
             free_cached_memory(on_all_ranks=True)  # for the engine's weights
-        for bucket in buckets_of(weights, quantize=True):
-            if not sent_bytes:
+        for bucket in buckets_of(weights, quantize=True, sent=sent):
+            if not tally.buckets:
                 engine.begin_update()
-            engine.load(bucket, version=version)
-            sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
+            engine.load(bucket, version=version, base=base)
+            tally.add(bucket)
             del bucket  # before the next is made
         if is_colocated:
             engine.settle()  # the last bucket is loaded, and its memory can be freed
@@ -113,11 +128,13 @@ def send_weights(weights: WeightPath, engine, *, version: int, verify: bool = Fa
         if engine.last_phase:
             error.add_note(failure_note(*engine.last_phase))
         raise
+    if sent:
+        sent.version = version
     if verify:
         verify_engine_weights(weights, engine)
         if is_colocated:
             free_cached_memory()
-    return sent_bytes
+    return tally.metrics(is_full=base is None)
 
 
 @torch.no_grad()
@@ -149,25 +166,8 @@ def verify_engine_weights(weights: WeightPath, engine) -> int:
         compared_bytes += sum(compared)
         uncompared_bytes = int(report[:, 0, 2].sum())
     if engine.holds_weights:
-        check_all_compared(names, weights, uncompared_bytes)
+        check_all_compared(names, weights.config, uncompared_bytes)
     return compared_bytes
-
-
-def check_all_compared(names: Counter, weights: WeightPath, uncompared_bytes: int) -> None:
-    """Raise RuntimeError unless every tensor was compared once, and every byte of a parameter."""
-    never = sorted(set(hf_shapes(weights.config)) - set(names))
-    twice = sorted(name for name, times in names.items() if times > 1)
-    gaps = {"never compared": never, "compared more than once": twice}
-    found = [
-        f"{what}: {', '.join(tensors[:5])}, {len(tensors)} tensors in all"
-        for what, tensors in gaps.items()
-        if tensors
-    ]
-    if uncompared_bytes:
-        found.append(f"{uncompared_bytes} bytes of the engine's parameters were never compared")
-    if found:
-        found = "; ".join(found)
-        raise RuntimeError(f"read-back failed: the hand-off does not cover the model. {found}")
 
 
 def quantize_named(name: str, tensor: torch.Tensor) -> list[Named]:
@@ -180,18 +180,24 @@ def quantize_named(name: str, tensor: torch.Tensor) -> list[Named]:
 # --- between ranks ------------------------------------------------------------------------------
 
 
-def buckets_of(weights: WeightPath, *, quantize: bool) -> Iterator[list[Named]]:
+def buckets_of(
+    weights: WeightPath, *, quantize: bool, sent: Sent | None = None
+) -> Iterator[list[Named]]:
     """Yield full tensors, about bucket_bytes at a time, on trainers and rollout ranks alike.
 
+    sent: yield only what has changed since, as backends/delta.py codes it, where that is shorter.
     Collective: every rank must iterate to the end.
     """
-    gathered = None if weights.gpt is None else trainer_buckets(weights, quantize=quantize)
+    how = dict(quantize=quantize, sent=sent)
+    gathered = None if weights.gpt is None else trainer_buckets(weights, **how)
     if weights.broadcast_group is None:
         return gathered
     return broadcast_buckets(gathered, weights.broadcast_group)
 
 
-def trainer_buckets(weights: WeightPath, *, quantize: bool) -> Iterator[list[Named]]:
+def trainer_buckets(
+    weights: WeightPath, *, quantize: bool, sent: Sent | None = None
+) -> Iterator[list[Named]]:
     """Yield the whole model on every trainer. Pipeline stages send one after another.
 
     Within a stage, each tensor-parallel rank sends a different 1/TP of the bytes to the other
@@ -201,7 +207,7 @@ def trainer_buckets(weights: WeightPath, *, quantize: bool) -> Iterator[list[Nam
     stages, parts = weights.layout.pp_group, weights.layout.tp_group
     for stage in range(stages.size()):
         is_mine = stage == stages.rank()
-        gathered = gather_buckets(weights, quantize=quantize) if is_mine else None
+        gathered = gather_buckets(weights, quantize=quantize, sent=sent) if is_mine else None
         if stages.size() == 1:
             yield from gathered
         else:
@@ -295,7 +301,9 @@ def shards_in_model_order(weights: WeightPath, *, quantize: bool) -> Iterator[Sh
                 yield Shard(names, part, rule, quantize_whole=True)
 
 
-def gather_buckets(weights: WeightPath, *, quantize: bool) -> Iterator[list[Named]]:
+def gather_buckets(
+    weights: WeightPath, *, quantize: bool, sent: Sent | None
+) -> Iterator[list[Named]]:
     """Yield a pipeline stage's buckets. Collective over its tensor- and expert-parallel ranks."""
     bucket, size = [], 0
     for shard in shards_in_model_order(weights, quantize=quantize):
@@ -304,25 +312,35 @@ def gather_buckets(weights: WeightPath, *, quantize: bool) -> Iterator[list[Name
         copies = weights.layout.group(shard.rule).size() if is_split else len(shard.names)
         size += shard.local.nbytes * copies
         if size >= weights.bucket_bytes:
-            gathered, bucket, size = gather(bucket, weights), [], 0
+            gathered, bucket, size = gather(bucket, weights, sent), [], 0
             yield gathered
             del gathered  # before the next is made: this is what bounds the memory
     if bucket:
-        yield gather(bucket, weights)
+        yield gather(bucket, weights, sent)
 
 
-def gather(bucket: list[Shard], weights: WeightPath) -> list[Named]:
-    """Return the full tensors of a bucket's shards, quantized where the shards could not be."""
-    with phase("gather", [name for shard in bucket for name in shard.names]):
+def gather(bucket: list[Shard], weights: WeightPath, sent: Sent | None) -> list[Named]:
+    """Return the full tensors of a bucket's shards, quantized where the shards could not be.
+
+    sent: return changes instead, where they are shorter.
+    """
+    named, names = [], [name for shard in bucket for name in shard.names]
+    if sent:
+        with phase("compare", names):
+            vocab_size = weights.config["vocab_size"]
+            changes = gather_changes(bucket, weights.layout, sent, vocab_size)
+        named = [pair for found in changes for pair in found or []]
+        bucket = [shard for shard, found in zip(bucket, changes) if found is None]
+    with phase("gather", names):
         full = gather_full_tensors(bucket, weights.layout)
-    named = []
     for shard, tensors in zip(bucket, full):
         for name, tensor in zip(shard.names, tensors):
             if name in ("model.embed_tokens.weight", "lm_head.weight"):
                 # Without the rows that pad the vocabulary to a multiple of tp.
                 tensor = tensor[: weights.config["vocab_size"]]
-            named += quantize_named(name, tensor) if shard.quantize_whole else [(name, tensor)]
-    return named
+            pairs = quantize_named(name, tensor) if shard.quantize_whole else [(name, tensor)]
+            named += shorter(pairs, sent) if sent and shard.quantize_whole else pairs
+    return without_unchanged(named)
 
 
 def gather_full_tensors(bucket: list[Shard], layout: Layout) -> list[list[torch.Tensor]]:

@@ -151,7 +151,9 @@ def bare_stages(settings) -> None:
             (batch,) = batches
             timed("bare Megatron", step_megatron, trainer, settings, batch.microbatches)
             sent = dict(version=version)
-            sync_bytes = timed("hand-off", weight_sync.send_weights, weights, engine, **sent)
+            sync_bytes = timed("hand-off", weight_sync.send_weights, weights, engine, **sent)[
+                "sync_bytes"
+            ]
             timed("settled", engine.settle)
             source, target = np.ones(sync_bytes, np.uint8), np.zeros(sync_bytes, np.uint8)
             timed("memcpy", np.copyto, target, source)

@@ -194,6 +194,9 @@ class TrainSettings:
 class SyncSettings:
     """Weight updates: how weights get from the trainer to the engine"""
 
+    sync: Literal["full", "delta"] = "full"
+    """What an update sends: every weight, or only the elements that have changed since the last
+    one, exactly. delta keeps a copy of what a rank has sent in host memory."""
     bucket_bytes: int = 256 * 2**20
     """Gather and send weights in buckets of about this many bytes. The extra memory at the peak is
     a small multiple of it."""

@@ -414,7 +414,7 @@ def train(run: start.Run) -> None:
                 sent = weight_sync.send_weights(weights, engine, version=step, verify=verify)
 
             metrics |= reward.batch_metrics(samples, version=step - 1)
-            metrics |= record.end_step(step, clock, samples, engine, judge) | {"sync_bytes": sent}
+            metrics |= record.end_step(step, clock, samples, engine, judge) | sent
             if step % settings.run.eval_every == 0 or step == settings.run.steps:
                 metrics |= evaluate.held_out(run, engine, judge, step=step)
             record.log({"step": step, **metrics})

@@ -63,6 +63,8 @@ class Plan:
     mem_fraction: float
     """SGLang's mem_fraction_static: of the memory that is free when an engine starts, the share of
     weights and cache."""
+    keeps_sent: bool
+    """Whether a trainer keeps, in host memory, what it sent last (--sync delta)."""
     recompute: bool
     """Whether the trainer recomputes all activations of a layer in the backward pass."""
 

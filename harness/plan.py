@@ -60,6 +60,7 @@ def plan_of(
         steps_in_flight=settings.in_flight.max_staleness + 1 if is_async(settings) else 1,
         reference=settings.loss.kl_coef > 0 and not settings.train.offload_reference,
         bucket_bytes=settings.sync.bucket_bytes,
+        keeps_sent=settings.sync.sync == "delta",
         mem_fraction=overrides.get("mem_fraction_static", MEM_FRACTION_STATIC),
         recompute=RECOMPUTE in settings.train.megatron,
     )
@@ -224,6 +225,14 @@ def _print_weight_update(plan: Plan, engine: EngineSizes, machine: PlanSettings)
     print("hand-off, checkpoint")
     note = f"{sum(seconds.values()):.2f} s at the given bandwidths, without latencies"
     _print_row("handed over", sum(engine.sent.values()), note)
+    if plan.keeps_sent:
+        note = "of each trainer: its part of the last update, for --sync delta"
+        _print_row("host memory", _kept_bytes(plan, engine), note)
+
+
+def _kept_bytes(plan: Plan, engine: EngineSizes) -> float:
+    """Return what a trainer keeps of the last weight update, where its parts are equally large."""
+    return sum(engine.sent.values()) / (plan.train.tp * plan.train.pp) if plan.keeps_sent else 0
 
 
 def _does_not_fit(
@@ -379,6 +388,7 @@ def _peaks_without_gpu(plan: Plan, trainer: TrainerSizes, engine: EngineSizes) -
     from backends.cpu.sglang import SERVER_ARGS
 
     trainer_bytes = CPU_PROCESS_BYTES + trainer.state + trainer.computing
+    trainer_bytes += _kept_bytes(plan, engine)
     cache_tokens = min(plan.longest * engine.requests, SERVER_ARGS["max_total_tokens"])
     engine_bytes = CPU_PROCESS_BYTES + engine.weights + engine.token_bytes * cache_tokens
     if plan.colocated:

@@ -62,18 +62,24 @@ class Run:
         return not self.resumed_from or self.settings.run.eval_only
 
     @property
-    def requests(self) -> int:
-        """How many samples one engine is asked for at a time, at most: of steps, or held out."""
-        rollout = self.settings.rollout
+    def engine_load(self) -> dict:
+        """What launch_engine must know of the run. requests: at a time, of one engine, at most."""
+        rollout, is_async = self.settings.rollout, checks.is_async(self.settings)
         steps, more = 1, 0
-        if checks.is_async(self.settings):
+        if is_async:
             in_flight = self.settings.in_flight
             steps, more = in_flight.max_staleness + 1, in_flight.oversample
         engines, groups = self.engines, rollout.prompts_per_step * steps + more
         of_steps = -(-groups // engines) * rollout.samples_per_prompt
         held_out = -(-len(self.data.held_out) // engines) * rollout.eval_samples_per_prompt
-        # The asynchronous loop evaluates while its groups go on.
-        return of_steps + held_out if checks.is_async(self.settings) else max(of_steps, held_out)
+        return dict(
+            seed=self.settings.run.seed,
+            longest=self.longest,
+            colocated=self.is_trainer,
+            keeps_weights=self.settings.sync.sync == "delta",
+            # The asynchronous loop evaluates while its groups go on.
+            requests=of_steps + held_out if is_async else max(of_steps, held_out),
+        )
 
     @property
     def broadcast_group(self) -> dist.ProcessGroup | None:

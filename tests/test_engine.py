@@ -19,6 +19,7 @@ import pytest
 import torch
 from sglang.srt.managers import io_struct
 
+from backends.delta import Sent
 from backends.sglang import engine as engine_module
 from backends.sglang.launch import launch_engine
 from harness import exits, export as hf_export
@@ -59,8 +60,13 @@ class Pair:
         )
         fp8 = weight_sync.fp8_weights(self.config, rollout_dtype=rollout_dtype, engine_tp=1)
         self.weights = weight_sync.WeightPath(
-            self.trainer.gpt, self.trainer.layout, self.config, fp8, bucket_bytes=400_000
-        )  # several buckets
+            self.trainer.gpt,
+            self.trainer.layout,
+            self.config,
+            fp8,
+            bucket_bytes=400_000,  # several buckets
+            sent=Sent(),
+        )
         self.engine = launch_engine(folder, self.settings, self.config, seed=1, **load)
         self.sync()
 
@@ -68,6 +74,15 @@ class Pair:
         weight_sync.send_weights(
             self.weights, self.engine, version=self.engine.version + 1, verify=True
         )
+
+    @torch.no_grad()
+    def nudge(self, every: int) -> dict:
+        """Change each every-th weight a little, and send what has changed."""
+        for parameter in self.trainer.gpt.parameters():
+            flat = parameter.view(-1)
+            flat[::every] = flat[::every] * 1.2
+        version = self.engine.version + 1
+        return weight_sync.send_weights(self.weights, self.engine, version=version, verify=True)
 
     def generate(self, prompts: int = 16, n: int = 2, **changes) -> list[rollout.Sample]:
         settings = RolloutSettings(rollout_dtype=self.settings.rollout_dtype, **changes)

@@ -51,6 +51,9 @@ def test_fp8_rollouts_mismatch_by_quantization_alone(start, tmp_path, family, sh
     Qwen2 has biases, the others experts. Random weights are rougher than trained ones.
     """
     pair = start("bf16", "fp8", write_model(tmp_path, family, dtype=torch.bfloat16, **shape))
+    sent = [pair.nudge(every) for every in (100, 20)]
+    assert [metrics["sync_full"] for metrics in sent] == [0, 0]
+    assert sent[0]["sync_bytes"] < sent[1]["sync_bytes"]
     linear = linear_modules(pair.config)
     assert len(pair.weights.fp8) == len(linear) - kept * pair.config["num_hidden_layers"]
     assert 1e-4 < pair.differences(pair.generate()).mean() < 0.2

@@ -22,7 +22,7 @@ import weight_sync
 from backends.huggingface.config import read_config
 from backends.megatron import optimizer, state
 from backends.sglang import buckets, checks, gpu, launch
-from backends.sglang.engine import Engine, held_bytes
+from backends.sglang.engine import Engine
 from common import distributed
 from common.errors import BadInput
 from common.settings import RolloutSettings, TrainSettings
@@ -55,6 +55,12 @@ def arguments(monkeypatch, pretend):
 def test_only_an_engine_that_shares_its_gpu_can_release_its_memory(arguments):
     assert arguments(colocated=True)["enable_memory_saver"] is True
     assert arguments(colocated=False)["enable_memory_saver"] is False
+
+
+def test_released_weights_come_back_where_only_changes_follow(arguments):
+    asked = [(colocated, keeps) for colocated in (True, False) for keeps in (True, False)]
+    found = [arguments(colocated=c, keeps_weights=k)["enable_weights_cpu_backup"] for c, k in asked]
+    assert found == [True, False, False, False]
 
 
 def test_an_engine_that_is_updated_in_flight_runs_nothing_while_it_reads_messages(arguments):
@@ -110,10 +116,10 @@ def test_how_many_requests_an_engine_holds(monkeypatch, loop, given, expected):
     monkeypatch.setattr(sys, "argv", ["loop.py", *given])
     settings = flags.parse_settings(loop.Settings)
     data = SimpleNamespace(held_out=[None] * 8)
-    run = SimpleNamespace(settings=settings, data=data, engines=1)
-    assert start.Run.requests.fget(run) == expected
+    run = SimpleNamespace(settings=settings, data=data, engines=1, longest=9, is_trainer=True)
+    assert start.Run.engine_load.fget(run)["requests"] == expected
     run.engines = 2
-    assert start.Run.requests.fget(run) == expected // 2
+    assert start.Run.engine_load.fget(run)["requests"] == expected // 2
 
 
 # --- an update and a forward pass ---------------------------------------------------------------
@@ -155,7 +161,10 @@ def test_weights_are_written_when_the_gpu_has_finished_and_answered_when_they_ar
     recorder.replace(torch.cuda, "synchronize")
     header, flat = buckets.pack([("weight", torch.ones(2))])
     header = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-    buckets.load_bucket(NotingModel(recorder), [("header", header), ("bytes", flat)])
+    buckets.load_bucket(
+        NotingModel(recorder),
+        [("header", header), ("bytes", flat), ("versions", torch.tensor([-1, 0]))],
+    )
     assert recorder.calls == ["synchronize", "weight", "synchronize"]
 
 
@@ -217,7 +226,8 @@ def test_the_trainer_frees_its_cache_on_every_rank_before_the_engine_takes_memor
     bucket = [("weight", torch.ones(2))]
     monkeypatch.setattr(weight_sync, "buckets_of", lambda *_, **__: iter([bucket, bucket]))
     group = None if colocated else object()
-    weights = weight_sync.WeightPath(None, None, {}, frozenset(), 1, broadcast_group=group)
+    config = read_config(TOY)
+    weights = weight_sync.WeightPath(None, None, config, frozenset(), 1, broadcast_group=group)
     weight_sync.send_weights(weights, NotingEngine(recorder), version=0)
     freed = ["ipc_collect", "empty_cache", "all_gather_bytes"] if colocated else []
     assert recorder.calls == [
@@ -268,7 +278,7 @@ def test_an_engine_that_keeps_its_weights_ends_the_run(monkeypatch, freed, works
     ],
 )
 def test_how_much_an_engine_holds_of_what_is_sent(name, dtype, expected):
-    assert held_bytes(name, torch.zeros(2, 3).to(dtype)) == expected
+    assert gpu.held_bytes(name, torch.zeros(2, 3).to(dtype)) == expected
 
 
 @pytest.mark.parametrize("script", ["loop_sync.py", "examples/ppo_critic.py"])

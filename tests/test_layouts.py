@@ -6,6 +6,7 @@ What must hold, and why it matters:
   temperature are right;
 - handed-over bytes equal quantize(full tensor of the file): the engine cannot tell how the trainer
   was split;
+- updates that send changes alone lead to the bytes of updates that send all;
 - the exported folder holds the very bytes that were loaded: nothing is lost on the way in or out;
 - loss and gradient norm of a batch do not depend on ranks or micro-batches: normalisation is
   global.
@@ -112,6 +113,10 @@ class TestEachLayout:
         errors = [rank["hand_off_errors"] for rank in reports[layout][0][family]]
         assert errors == [[]] * LAYOUTS[layout][0]
 
+    def test_changes_alone_lead_to_the_same_bytes(self, reports, layout, family):
+        errors = [rank["delta_errors"] for rank in reports[layout][0][family]]
+        assert errors == [[]] * LAYOUTS[layout][0]
+
     def test_export_returns_the_loaded_weights(self, reports, models, layout, family):
         folder = reports[layout][1] / family
         source = load_file(models[family] / "model.safetensors")
@@ -158,6 +163,7 @@ def test_four_tensor_parallel_ranks(reports, family):
     ranks = reports["tp 4"][0][family]
     assert max(rank["errors"]["logits"] for rank in ranks) < 1e-5
     assert [rank["hand_off_errors"] for rank in ranks] == [[]] * 4
+    assert [rank["delta_errors"] for rank in ranks] == [[]] * 4
 
 
 PADDED = {"qwen3": (2, 1), "qwen2": (1, 2)}  # tp that writes, tp that reads

@@ -120,6 +120,14 @@ def test_what_does_not_fit_is_refused_and_the_layout_named_instead_fits(
     ).endswith("fits\n")
 
 
+def test_what_delta_keeps_is_planned(monkeypatch, capsys):
+    """Qwen3-4B in FP8, 4.41 GB, over two tensor-parallel ranks."""
+    model = ["--model", str(ROOT / "docs" / "configs" / "Qwen3-4B"), "--tp", "2"]
+    assert "host memory" not in planned(monkeypatch, capsys, loop_sync, *model)
+    shown = planned(monkeypatch, capsys, loop_sync, *model, "--sync", "delta")
+    assert "  host memory                       2.21 GB" in shown
+
+
 @pytest.mark.parametrize("model, code", [("Qwen3-1.7B", 0), ("GLM-4.5", 2)])
 def test_a_plan_is_a_command_without_torchrun(model, code, tmp_path):
     command = [

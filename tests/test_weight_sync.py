@@ -32,23 +32,30 @@ O_PROJ, NORM = "model.layers.0.self_attn.o_proj.weight", "model.norm.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory):
+@pytest.fixture(scope="module", params=["full", "delta"])
+def faults(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("faults") / "report.json"
     done = torchrun(
-        "tests/workers/hand_off_faults.py", out, ranks=2, check=False
+        "tests/workers/hand_off_faults.py", out, request.param, ranks=2, check=False
     )  # the last fault kills the engine under it
-    return json.loads(out.read_text(encoding="utf-8")) | {"output": done.stderr}
+    found = json.loads(out.read_text(encoding="utf-8"))
+    return found | {"output": done.stderr, "sync": request.param}
 
 
 @pytest.mark.parametrize("phase, error, tensors", [
     ("quantize", "NaN or infinity", "model.layers.1.mlp.down_proj.weight."),
+    ("compare", "injected", "tensors."),
     ("gather", "injected", "tensors."),
     ("send", "injected", "tensors."),
     ("end of update", "injected", "version 4."),
 ])  # fmt: skip
 def test_a_fault_leaves_the_engine_paused_and_says_where(faults, phase, error, tensors):
+    if faults["sync"] == "full" and phase == "compare":
+        pytest.skip("nothing is compared")
     fault = faults[phase]
+    if faults["sync"] == "delta":
+        # One fault more comes before the others.
+        tensors = tensors.replace("version 4", "version 5")
     assert error in fault["error"]
     assert len(fault["notes"]) == 1
     assert f"phase {phase!r}" in fault["notes"][0]
@@ -69,6 +76,10 @@ def test_a_tensor_the_engine_refuses_ends_the_engine(faults):
     fault = faults["load"]
     assert "EngineDied" in fault["error"]
     assert "phase 'load': model.layers" in fault["notes"][0]
+    if faults["sync"] == "delta":
+        name = "model.layers.1.input_layernorm.weight (changes)"
+        assert f"The engine failed to load {name}." in faults["output"]
+        return
     assert (
         "Attempted to load weight (torch.Size([127])) into parameter (torch.Size([128]))"
         in faults["output"]
@@ -178,6 +189,7 @@ class Gate:
                 [
                     ("header", torch.frombuffer(bytearray(header), dtype=torch.uint8)),
                     ("bytes", flat),
+                    ("versions", torch.tensor([-1, 0])),
                 ],
             )
 

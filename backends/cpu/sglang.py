@@ -12,6 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from backends.delta import as_integers
+from backends.sglang import in_place
+
 FP8_MAX = 448.0
 
 # ServerArgs without which SGLang does not start on a CPU, or starts something slow.
@@ -42,7 +45,7 @@ def patch_sglang() -> None:
     importlib.import_module("transformers.utils.auto_docstring").print = lambda *_: None
 
     for method, apply in ((fp8.Fp8LinearMethod, fp8_linear), (fp8.Fp8MoEMethod, fp8_experts)):
-        method.process_weights_after_loading_block_quant = _forget_dequantized
+        method.process_weights_after_loading_block_quant = _update_dequantized
         method.apply = apply
     TorchNativeAttnBackend._run_sdpa_forward_decode = functools.partialmethod(
         batched_decode, TorchNativeAttnBackend._run_sdpa_forward_decode
@@ -114,13 +117,27 @@ def multinomial_with_seed(logprobs_BV, seed_B, position_B):
 # --- block FP8 ----------------------------------------------------------------------------------
 
 
-def _forget_dequantized(self, layer) -> None:
-    """Drop a layer's fp32 weights: SGLang calls this at the end of each weight update.
+def _update_dequantized(self, layer) -> None:
+    """Bring a layer's fp32 weights up to date: SGLang calls this at the end of each weight update.
 
-    It replaces code that asserts AMX and repacks the weights. They must stay as delivered, or
-    verification would find other bytes.
+    Where few codes have changed, their fp32 weights are replaced. Otherwise all are dropped, and
+    made again when they are used. This replaces code that asserts AMX and repacks the weights. They
+    must stay as delivered, or verification would find other bytes.
     """
-    layer.__dict__.pop("_dequantized", None)
+    if "_dequantized" not in layer.__dict__:
+        return
+    held = layer.__dict__["_dequantized"]
+    names = ["weight"] if torch.is_tensor(held) else ["w13_weight", "w2_weight"]
+    for fp32, name in zip([held] if torch.is_tensor(held) else held, names):
+        codes, scales = getattr(layer, name), getattr(layer, f"{name}_scale_inv")
+        if in_place.take_written(scales) != [] or (parts := in_place.take_written(codes)) is None:
+            del layer.__dict__["_dequantized"]
+            return
+        for positions in parts:
+            *experts, row, column = np.unravel_index(positions.numpy(), codes.shape)
+            scale = scales[(*experts, row // 128, column // 128)]
+            changed = as_integers(codes).view(-1)[positions].view(codes.dtype)
+            fp32.view(-1)[positions] = changed.float() * scale
 
 
 def fp8_linear(self, layer, x_TK, bias=None):

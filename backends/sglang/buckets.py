@@ -2,7 +2,7 @@
 
     trainers         pack    [(name, tensor), ...] -> a JSON header and one uint8 tensor
     other ranks      unpack  header, bytes -> the same tensors, as views of the bytes
-    engine process   load_bucket     unpack, then SGLang's load_weights
+    engine process   load_bucket     unpack, then SGLang's load_weights, or for changes in_place.py
                      compare_loader  load_weights, with every write replaced by a comparison
 
 SGLang calls the last two by their names (custom_weight_loader), in its scheduler's process.
@@ -17,6 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from backends.delta import CHANGES
+from backends.huggingface.names import hf_shapes
+from backends.sglang.in_place import places_of
 from common.errors import EngineDied
 
 Named = tuple[str, torch.Tensor]
@@ -93,26 +96,55 @@ def phase(name: str, tensors: list[str]):
         raise
 
 
+# --- verification -----------------------------------------------------------------------------
+
+
+def check_all_compared(names: Counter, config: dict, uncompared_bytes: int) -> None:
+    """Raise RuntimeError unless every tensor was compared once, and every byte of a parameter."""
+    never = sorted(set(hf_shapes(config)) - set(names))
+    twice = sorted(name for name, times in names.items() if times > 1)
+    gaps = {"never compared": never, "compared more than once": twice}
+    found = [
+        f"{what}: {', '.join(tensors[:5])}, {len(tensors)} tensors in all"
+        for what, tensors in gaps.items()
+        if tensors
+    ]
+    if uncompared_bytes:
+        found.append(f"{uncompared_bytes} bytes of the engine's parameters were never compared")
+    if found:
+        found = "; ".join(found)
+        raise RuntimeError(f"read-back failed: the hand-off does not cover the model. {found}")
+
+
 # --- in the engine's process --------------------------------------------------------------------
 
 
 def load_bucket(model: torch.nn.Module, message: list[Named]) -> None:
-    """Load a packed bucket by SGLang's own load_weights. message: its header and its bytes.
+    """Load a packed bucket: whole tensors by SGLang's own load_weights, changes in their place.
 
-    Runs in the engine as SGLang's custom_weight_loader.
+    message: its header; its bytes; int64 [2], the version that its changes are of, -1 if it has
+    none, and its own version. Runs in the engine as SGLang's custom_weight_loader.
     """
     _wait_for_gpu()  # for a forward pass that is still running: it reads the weights
-    (_, header), (_, flat) = message
-    last_name = "the first tensor"
+    (_, header), (_, flat), (_, versions) = message
+    base, version = versions.tolist()
+    places, last_name = places_of(model), "the first tensor"
+    places.begin(version, base=base)
+    whole, changes = [], []
+    for name, tensor in unpack(header.cpu().numpy().tobytes(), flat):
+        (changes if name.endswith(CHANGES) else whole).append((name, tensor))
 
-    def named_tensors():
+    def noted(pairs):
         nonlocal last_name
-        for name, tensor in unpack(header.cpu().numpy().tobytes(), flat):
+        for name, tensor in pairs:
             last_name = name
             yield name, tensor
 
     try:
-        model.load_weights(named_tensors())
+        if whole:
+            places.load_whole(model, whole, noted)
+        for name, coded in noted(changes):
+            places.write_changes(model, name.removesuffix(CHANGES), coded)
     except Exception as error:
         error.add_note(f"The engine failed to load {last_name}.")
         raise

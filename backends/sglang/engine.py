@@ -32,7 +32,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import MultiprocessingSerializer
 
 from backends.sglang.buckets import pack, phase
-from backends.sglang.gpu import memory_saver_libraries
+from backends.sglang.gpu import held_bytes, memory_saver_libraries
 from backends.sglang.process import died_at_start, engine_files, run_scheduler
 from common.errors import EngineDied, engine_died
 from common.processes import end_signals_blocked, kill_with_children, main_module_hidden
@@ -49,15 +49,6 @@ BUCKETS = "backends.sglang.buckets"  # where SGLang finds the loaders, by name
 LOOP_ENDS_WITHIN_S = 5.0
 # So soon SIGQUIT reports an engine's death: SGLang's SubprocessWatchdog looks every second.
 SIGQUIT_WITHIN_S = 3.0
-
-
-def held_bytes(name: str, tensor: torch.Tensor) -> int:
-    """Return how many bytes an engine on a GPU holds of a tensor, at least.
-
-    It holds FP8 as it is sent, with FP32 scales, and everything else in 16 bits.
-    """
-    most = 4 if name.endswith("_scale_inv") else 2
-    return tensor.numel() * min(tensor.element_size(), most)
 
 
 class Engine(sglang_engine.Engine):
@@ -358,16 +349,21 @@ class Engine(sglang_engine.Engine):
         self._paused = True
         self._mark()
 
-    def load(self, named: list[tuple[str, torch.Tensor]], *, version: int) -> None:
-        """Load full Hugging Face tensors of this version, after waiting for those given before.
+    def load(
+        self, named: list[tuple[str, torch.Tensor]], *, version: int, base: int | None = None
+    ) -> None:
+        """Load tensors of this version, after waiting for those given before.
 
+        They are full Hugging Face tensors, or changes since the version `base` (backends/delta.py).
         They travel as one message of bytes, in memory shared with the engine.
         """
         if self.last_phase[0] == "load":
             self.settle()
         header, flat = pack(named)
         header = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        message, loader = [("header", header), ("bytes", flat)], f"{BUCKETS}.load_bucket"
+        versions = torch.tensor([-1 if base is None else base, version])
+        message = [("header", header), ("bytes", flat), ("versions", versions)]
+        loader = f"{BUCKETS}.load_bucket"
         names = [name for name, _ in named]
         self._update_bytes += sum(held_bytes(*pair) for pair in named)
         self._enqueue(lambda: self._update(message, loader, version), "load", names)

@@ -28,11 +28,17 @@ UNSHARED = "expandable_segments:true", "backend:cudamallocasync"
 
 
 def server_args(
-    settings: RolloutSettings, *, colocated: bool, requests: int | None, longest: int | None
+    settings: RolloutSettings,
+    *,
+    colocated: bool,
+    keeps_weights: bool = False,
+    requests: int | None,
+    longest: int | None,
 ) -> dict:
     """Return the ServerArgs of an engine on this rank's GPU.
 
-    colocated: whether a trainer computes on the same GPU, between two rollouts.
+    colocated: whether a trainer computes on the same GPU, between two rollouts. keeps_weights:
+    whether released weights must come back as they were.
     requests: how many samples the engine is asked for at a time, at most. longest: tokens of the
     longest, prompt and response. Without them SGLang fills its whole share with its cache.
     """
@@ -41,6 +47,8 @@ def server_args(
         mem_fraction_static=MEM_FRACTION_STATIC,
         # It lets the engine give its memory to the trainer and take it back.
         enable_memory_saver=colocated,
+        # Released weights are lost unless the host keeps a copy. Changes need what they change.
+        enable_weights_cpu_backup=colocated and keeps_weights,
         # With overlap, SGLang launches a batch before it has read its messages. An update that
         # pauses running requests would overwrite the weights under that batch (Scheduler's
         # event_loop_overlap, pause_generation). Colocated engines are idle when they are updated.
@@ -60,6 +68,15 @@ def server_args(
         # Else a colocated engine maps half of the GPU after every step, for a cache it never fills.
         arguments["max_total_tokens"] = max(CACHE_OF_REQUESTS * requests * longest, LEAST_CACHE)
     return arguments
+
+
+def held_bytes(name: str, tensor: torch.Tensor) -> int:
+    """Return how many bytes an engine on a GPU holds of a tensor, at least.
+
+    It holds FP8 as it is sent, with FP32 scales, and everything else in 16 bits.
+    """
+    most = 4 if name.endswith("_scale_inv") else 2
+    return tensor.numel() * min(tensor.element_size(), most)
 
 
 @contextlib.contextmanager

@@ -25,12 +25,13 @@ def launch_engine(
     seed: int,
     longest: int | None = None,
     colocated: bool = False,
+    keeps_weights: bool = False,
     requests: int | None = None,
 ) -> Engine:
     """Start an engine with shapes and quantization of the model, but no weights yet.
 
     longest: prompt and response tokens of the longest possible sample. Raises BadInput if the
-    engine found no memory for so many. colocated, requests: see gpu.server_args.
+    engine found no memory for so many. The others: see gpu.server_args.
     """
     arguments = dict(
         model_path=model_folder,
@@ -45,7 +46,8 @@ def launch_engine(
         log_level="error",
     )
     if torch.cuda.is_available():
-        load = dict(colocated=colocated, requests=requests, longest=longest)
+        load = dict(colocated=colocated, keeps_weights=keeps_weights)
+        load |= dict(requests=requests, longest=longest)
         arguments.update(gpu.server_args(settings, **load))
     else:
         from backends.cpu.sglang import SERVER_ARGS  # here: on a cluster the folder may be gone

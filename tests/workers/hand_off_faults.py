@@ -1,11 +1,12 @@
 """A fault injected into each phase of a hand-off, run under torchrun by test_weight_sync.py: two
 tensor-parallel trainers, an engine beside rank 0.
 
-    torchrun --nproc-per-node 2 hand_off_faults.py OUT_FILE
+    torchrun --nproc-per-node 2 hand_off_faults.py OUT_FILE full
+    torchrun --nproc-per-node 2 hand_off_faults.py OUT_FILE delta
 
-Rank 0 writes {phase: what happened} as JSON. Faults of the trainers are raised on both ranks, so
-that neither waits for the other. The engine is mended by a whole hand-off before the next fault,
-but for the last one, which kills it.
+With delta the faulty updates send changes alone. Rank 0 writes {phase: what happened} as JSON.
+Faults of the trainers are raised on both ranks, so that neither waits for the other. The engine is
+mended by a whole hand-off before the next fault, but for the last one, which kills it.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
+from backends import delta
 from backends.huggingface.config import read_config
 from backends.sglang import buckets
 from backends.sglang.launch import launch_engine
@@ -63,20 +65,28 @@ def not_a_number(trainer):
 @contextlib.contextmanager
 def misshapen(trainer):
     """A tensor that does not fit the engine's parameter: SGLang's loader refuses it in the engine's
-    own process.
+    own process. Of coded changes the last byte is lost.
     """
-    stock = buckets.pack
+    stock, norm = buckets.pack, "model.layers.1.input_layernorm.weight"
 
     def pack(named):
         return stock(
             [
-                (name, tensor[:-1] if name == "model.layers.1.input_layernorm.weight" else tensor)
+                (name, tensor[:-1] if name.removesuffix(delta.CHANGES) == norm else tensor)
                 for name, tensor in named
             ]
         )
 
     with mock.patch("backends.sglang.engine.pack", pack):
         yield
+
+
+@torch.no_grad()
+def nudge(trainer) -> None:
+    """Change each tenth weight a little, so that there are changes to send."""
+    for parameter in trainer.gpt.parameters():
+        flat = parameter.view(-1)
+        flat[::10] = flat[::10] * 1.2
 
 
 def refusing(engine):
@@ -113,6 +123,7 @@ def main() -> None:
         fp8,
         bucket_bytes=100_000,
         broadcast_group=dist.group.WORLD,
+        sent=delta.Sent() if sys.argv[2] == "delta" else None,
     )
     engine = rollout.NoEngine()
     if dist.get_rank() == 0:
@@ -121,7 +132,8 @@ def main() -> None:
     weight_sync.send_weights(weights, engine, version=version)
     faults = {
         "quantize": not_a_number(trainer),
-        "gather": mock.patch("weight_sync.dist.all_gather", failing_from(3, dist.all_gather)),
+        # A bucket of changes has up to three: their sizes, they themselves, whole tensors.
+        "gather": mock.patch("weight_sync.dist.all_gather", failing_from(7, dist.all_gather)),
         "send": mock.patch(
             "weight_sync.broadcast_bytes", failing_from(3, weight_sync.broadcast_bytes)
         ),
@@ -133,8 +145,12 @@ def main() -> None:
         "refusal": refusing(engine) if engine.holds_weights else contextlib.nullcontext(),
         "load": misshapen(trainer),
     }
+    if weights.sent:
+        failing = failing_from(3, weight_sync.gather_changes)
+        faults = {"compare": mock.patch("weight_sync.gather_changes", failing), **faults}
     for fault, injected in faults.items():
         error = None
+        nudge(trainer)
         with injected:
             try:
                 weight_sync.send_weights(weights, engine, version=version + 1)

@@ -24,6 +24,7 @@ from unittest import mock
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
 from groups import drop_megatron
+from backends import delta
 from backends.huggingface.config import read_config
 from backends.megatron.layers import zigzag
 from common import distributed
@@ -161,6 +162,44 @@ def hand_off_errors(weights, folder: str) -> list[str]:
     ]
 
 
+@torch.no_grad()
+def nudge(gpt, every: int) -> None:
+    """Change each every-th element of every parameter, alike on ranks that hold the same."""
+    for parameter in gpt.parameters():
+        flat = parameter.view(-1)
+        flat[::every] = flat[::every] * 1.2
+
+
+def delta_errors(weights) -> list[str]:
+    """Return the names that a receiver of changes holds wrongly, over updates of several densities.
+
+    Compared are the bytes of the same update sent whole, which hand_off_errors has proved. The last
+    update changes everything, and the one before nothing.
+    """
+    weights, held, wrong = replace(weights, sent=delta.Sent()), {}, []
+    for version, every in enumerate((1, 50, 7, None, 1)):
+        if every and version:
+            nudge(weights.gpt, every)
+        base, whole = weights.sent.begin(), 0
+        buckets = weight_sync.buckets_of(weights, quantize=True, sent=weights.sent)
+        for name, tensor in (pair for bucket in buckets for pair in bucket):
+            if not name.endswith(delta.CHANGES):
+                held[name], whole = tensor.clone(), whole + 1
+                continue
+            tensor_held = held[name.removesuffix(delta.CHANGES)]
+            positions, values = delta.decode(tensor, tensor_held.dtype)
+            delta.as_integers(tensor_held).view(-1)[positions] = delta.as_integers(values)
+        weights.sent.version = version
+        assert (base is None) == (version == 0)
+        expected = weight_sync.buckets_of(weights, quantize=True)
+        for name, tensor in (pair for bucket in expected for pair in bucket):
+            if not same_bytes(held[name], tensor):
+                wrong.append(f"{name} at version {version}")
+        if every is None and whole:
+            wrong.append(f"{whole} tensors went whole, and nothing had changed")
+    return wrong
+
+
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (
         a.dtype == b.dtype
@@ -182,8 +221,9 @@ def report_of(folder: str, splits: list[int], out: Path, microbatch_tokens: list
         for tokens in microbatch_tokens:
             trainer.settings = replace(trainer.settings, microbatch_tokens=tokens)
             mine["steps"].append(one_step(trainer))
-        trainer, _ = build(folder, *splits, "bf16")
+        trainer, weights = build(folder, *splits, "bf16")
         mine["step_bf16"] = one_step(trainer)
+    mine["delta_errors"] = delta_errors(weights)  # last: it changes the weights
     return mine
 
 

@@ -1,0 +1,148 @@
+"""Changes of a Hugging Face tensor, written where the engine holds it.
+
+SGLang's load_weights knows where a tensor goes: into a part of a merged layer, a tensor-parallel
+rank's slice, an expert's place. The first time that a tensor comes whole, its writes are watched
+and remembered. Later changes are written to the same places, without load_weights.
+
+Runs in the engine's process. A place is a box of the tensor and the view of a parameter that it was
+copied to. A tensor whose writes were not copies of its boxes is kept, and loaded whole when it
+changes.
+"""
+
+import bisect
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from backends.delta import as_integers, decode
+
+
+# {address of a parameter's storage: positions that this update has written; None: perhaps all}.
+# Without a GPU, the emulation of FP8 layers reads it.
+WRITTEN: dict[int, list[torch.Tensor] | None] = {}
+
+
+def take_written(parameter: torch.Tensor) -> list[torch.Tensor] | None:
+    """Return and forget what was written into a parameter: [] for nothing, None for perhaps all."""
+    return WRITTEN.pop(parameter.untyped_storage().data_ptr(), [])
+
+
+@dataclass
+class Place:
+    """A box of a tensor, and where it is held."""
+
+    held: torch.Tensor
+    """View of a parameter"""
+    offset: int
+    """Of the box's first element in the flattened tensor"""
+    strides: tuple[int, ...]
+    """Of the box in the flattened tensor"""
+
+    def write(self, positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Write those elements that lie in the box. Returns their positions in the storage.
+
+        positions: int64 [n], in the flattened tensor. values: [n], in its dtype.
+        """
+        rest = positions - self.offset
+        inside, index = rest >= 0, []
+        # Of a contiguous tensor, the box's strides fall from one dimension to the next.
+        for size, stride in zip(self.held.shape, self.strides):
+            if size == 1:  # its stride means nothing
+                index.append(torch.zeros_like(rest))
+                continue
+            at = rest // stride
+            rest, inside = rest - at * stride, inside & (at >= 0) & (at < size)
+            index.append(at)
+        inside &= rest == 0
+        index = tuple(at[inside].to(self.held.device) for at in index)
+        values = values[inside].to(self.held.device)
+        if values.dtype == self.held.dtype:
+            as_integers(self.held)[index] = as_integers(values)
+        else:
+            self.held[index] = values.to(self.held.dtype)
+        terms = [at * stride for at, stride in zip(index, self.held.stride())]
+        return sum(terms, torch.tensor(self.held.storage_offset()))
+
+
+class Places:
+    """Where an engine rank holds each Hugging Face tensor, and what was written of late."""
+
+    def __init__(self):
+        self.version = -1
+        self.of: dict[str, list[Place]] = {}
+        self.kept: dict[str, torch.Tensor] = {}
+        """Whole tensors that have no places"""
+        self.dtypes: dict[str, torch.dtype] = {}
+
+    def begin(self, version: int, *, base: int) -> None:
+        """Check that a bucket's changes are of the version that is held: base, -1 for no changes.
+
+        Raises RuntimeError if not. The buckets of one update have one version.
+        """
+        if version != self.version:
+            if base not in (-1, self.version):
+                held = f"the engine holds version {self.version}"
+                raise RuntimeError(f"{held}, and changes of version {base} came: send all of it")
+            self.version = version
+            WRITTEN.clear()
+
+    def load_whole(self, model: torch.nn.Module, named: list, noted=iter) -> None:
+        """Load tensors by load_weights, and remember where those go that are new.
+
+        named: [(name, tensor), ...]. noted: yields them, and may note which one it is at.
+        """
+        new = [pair for pair in named if pair[0] not in self.dtypes]
+        with _WatchCopies(new) as copies:
+            model.load_weights(noted(named))
+        for name, tensor in new:
+            self.dtypes[name], self.of[name] = tensor.dtype, copies.places[name]
+        for name, tensor in named:
+            if not self.of[name]:
+                self.kept[name] = tensor.to("cpu", copy=True)
+            for place in self.of[name]:
+                WRITTEN[place.held.untyped_storage().data_ptr()] = None
+
+    def write_changes(self, model: torch.nn.Module, name: str, coded: torch.Tensor) -> None:
+        """Write coded changes of a tensor that has come whole before."""
+        if name not in self.dtypes:
+            raise RuntimeError(f"changes of {name} came, and the whole tensor never did")
+        positions, values = decode(coded, self.dtypes[name])
+        if name in self.kept:
+            as_integers(self.kept[name]).view(-1)[positions] = as_integers(values)
+            model.load_weights(iter([(name, self.kept[name])]))
+            return
+        for place in self.of[name]:
+            written = place.write(positions, values)
+            parts = WRITTEN.setdefault(place.held.untyped_storage().data_ptr(), [])
+            if parts is not None:
+                parts.append(written)
+
+
+class _WatchCopies(TorchDispatchMode):
+    """Notes which box of which tensor each copy reads, and what it writes."""
+
+    def __init__(self, named: list[tuple[str, torch.Tensor]]):
+        super().__init__()
+        self.named = sorted(named, key=lambda pair: pair[1].data_ptr())
+        self.begins = [tensor.data_ptr() for _, tensor in self.named]
+        self.places: dict[str, list[Place]] = {name: [] for name, _ in named}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.copy_.default and args[0].numel():
+            self._note(*args[:2])
+        return function(*args, **(kwargs or {}))
+
+    def _note(self, held: torch.Tensor, source: torch.Tensor) -> None:
+        at = bisect.bisect_right(self.begins, source.data_ptr()) - 1
+        if at < 0 or source.shape != held.shape:
+            return
+        name, tensor = self.named[at]
+        offset, rest = divmod(source.data_ptr() - self.begins[at], tensor.element_size())
+        if offset < tensor.numel() and not rest and source.dtype == tensor.dtype:
+            self.places[name].append(Place(held.detach(), offset, source.stride()))
+
+
+def places_of(model: torch.nn.Module) -> Places:
+    """Return the model's Places; they live as long as the model."""
+    return vars(model).setdefault("hf_places", Places())

@@ -1,0 +1,218 @@
+"""backends/delta.py and backends/sglang/in_place.py: changes are coded, merged and written exactly.
+
+The whole path, in real runs, is in test_loop_sync.py and test_layouts.py. Not covered: GPUs.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from backends import delta
+from backends.huggingface.names import Rule
+from backends.sglang import in_place
+from fp8_quant import quantize_blockwise
+
+DTYPES = [torch.float8_e4m3fn, torch.bfloat16, torch.float32]
+
+
+def random(shape, dtype, seed=0) -> torch.Tensor:
+    """Random bytes: every pattern, NaN too."""
+    generator = torch.Generator().manual_seed(seed)
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    flat = torch.randint(256, (nbytes,), generator=generator, dtype=torch.uint8)
+    return flat.view(dtype).view(shape)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+# --- coding ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "positions",
+    [
+        [],
+        [0],
+        [0, 1, 2, 3],
+        [253, 254, 255, 256, 511, 512],  # gaps around what a byte holds
+        [65533, 65534, 65535, 131070],
+        [0, 3_000_000_000, 3_000_000_001],  # beyond 2^31
+        [7, 5_000_000_000_000],
+    ],
+)
+def test_what_is_coded_comes_back(positions, dtype):
+    positions, values = torch.tensor(positions, dtype=torch.int64), random((len(positions),), dtype)
+    coded = delta.encode(positions, values)
+    assert delta.count(coded) == len(positions)
+    got = delta.decode(coded, dtype)
+    assert got[0].tolist() == positions.tolist() and same(got[1], values)
+
+
+def test_positions_cost_a_byte_or_two():
+    generator = torch.Generator().manual_seed(1)
+    for share, most in ((0.01, 1.5), (0.0003, 2.3)):
+        positions = (torch.rand(2_000_000, generator=generator) < share).nonzero().flatten()
+        coded = delta.encode(positions, torch.zeros(len(positions), dtype=torch.uint8))
+        assert (len(coded) - delta.HEAD_BYTES) / len(positions) - 1 < most
+
+
+# --- what has changed -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 7, 8, 1001])
+def test_changes_are_those_against_what_was_sent(dtype, n):
+    sent, before = delta.Sent(), random((n,), dtype)
+    assert sent.changes("a", before) is None
+    now = before.clone()
+    places = sorted({0, n // 2, n - 1})
+    delta.as_integers(now)[places] ^= 1
+    for expected in (places, []):  # the second time nothing has changed
+        positions, values = delta.decode(sent.changes("a", now), dtype)
+        assert positions.tolist() == expected and same(values, now[expected])
+
+
+def test_what_was_sent_is_a_copy():
+    sent, weight = delta.Sent(), torch.zeros(4, dtype=torch.bfloat16)
+    sent.changes("a", weight)
+    weight[2] = 1.0
+    assert delta.decode(sent.changes("a", weight), weight.dtype)[0].tolist() == [2]
+
+
+@pytest.mark.parametrize("rows, vocab", [(8, None), (8, 7)])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_changes_of_shards_become_those_of_the_tensor(dim, rows, vocab):
+    """vocab: of 8 rows the last pads the vocabulary, and does not exist in the whole tensor."""
+    if vocab and dim == 1:
+        pytest.skip("a vocabulary is split by rows")
+    before, now = random((rows, 6), torch.bfloat16), random((rows, 6), torch.bfloat16)
+    now[::2] = before[::2]
+    coded = []
+    for old, new in zip(before.chunk(2, dim), now.chunk(2, dim)):
+        sent = delta.Sent()
+        sent.changes("a", old)
+        coded.append(sent.changes("a", new))
+    name = "lm_head.weight" if vocab else "a"
+    shard = SimpleNamespace(
+        names=[name], rule=Rule((name,), tp_dim=dim), local=now.chunk(2, dim)[0]
+    )
+    positions, values = delta.decode(delta._merge(coded, shard, vocab), torch.bfloat16)
+    whole = before[:vocab].clone().contiguous()
+    delta.as_integers(whole).view(-1)[positions] = delta.as_integers(values)
+    assert same(whole, now[:vocab]) and (positions.diff() > 0).all()
+
+
+# --- in the engine --------------------------------------------------------------------------------
+
+
+class Merged(torch.nn.Module):
+    """As an engine's rank 1 of 2 holds it: q above k in one layer, each rank its own half."""
+
+    def __init__(self):
+        super().__init__()
+        zeros = torch.zeros(4, 6, dtype=torch.bfloat16).to(torch.float8_e4m3fn)
+        self.qk = torch.nn.Parameter(zeros, requires_grad=False)
+        self.down = torch.nn.Parameter(torch.zeros(4, 3, dtype=torch.bfloat16))
+        self.norm = torch.nn.Parameter(torch.zeros(6, dtype=torch.float32))
+        self.scaled = torch.nn.Parameter(torch.zeros(6, dtype=torch.bfloat16))
+        self.loaded = []
+
+    def load_weights(self, named):
+        for name, tensor in named:
+            self.loaded.append(name)
+            if name in "qk":
+                at = "qk".index(name) * 2
+                self.qk.data[at : at + 2].copy_(tensor.narrow(0, 2, 2))
+            elif name == "down":
+                self.down.data.copy_(tensor.narrow(1, 3, 3))
+            elif name == "norm":
+                self.norm.data.copy_(tensor)
+            else:
+                self.scaled.data.copy_(tensor * 2)  # no copy of what came
+
+
+SHAPES = {"q": (4, 6), "k": (4, 6), "down": (4, 6), "norm": (6,), "scaled": (6,)}
+
+
+def tensors(seed: int) -> list:
+    fp8 = torch.float8_e4m3fn
+    return [
+        (name, torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)).bfloat16().to(
+            fp8 if name in "qk" else torch.bfloat16
+        ))
+        for i, (name, shape) in enumerate(SHAPES.items())
+    ]  # fmt: skip
+
+
+def test_changes_land_where_the_whole_tensor_did():
+    engine, expected = Merged(), Merged()
+    places, sent = in_place.places_of(engine), delta.Sent()
+    places.begin(0, base=-1)
+    places.load_whole(engine, tensors(1))
+    for name, tensor in tensors(1):
+        sent.changes(name, tensor)
+    engine.loaded.clear()
+    places.begin(1, base=0)
+    for name, tensor in tensors(2):
+        places.write_changes(engine, name, sent.changes(name, tensor))
+    expected.load_weights(tensors(2))
+    assert engine.loaded == ["scaled"]  # the only one that is not held as it came
+    for (name, held), (_, right) in zip(engine.named_parameters(), expected.named_parameters()):
+        assert same(held.data, right.data), name
+
+
+def test_changes_of_another_version_are_refused():
+    places = in_place.Places()
+    places.begin(3, base=-1)
+    places.begin(4, base=3)
+    places.begin(4, base=3)  # the next bucket
+    with pytest.raises(RuntimeError, match="holds version 4, and changes of version 3 came"):
+        places.begin(5, base=3)
+
+
+def test_changes_of_what_never_came_are_refused():
+    with pytest.raises(RuntimeError, match="the whole tensor never did"):
+        in_place.Places().write_changes(None, "a", delta.encode(torch.tensor([]), torch.tensor([])))
+
+
+# --- the emulation of FP8 on a CPU ----------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="backends/cpu is for machines without a GPU")
+@pytest.mark.parametrize("experts", [None, 3])
+@pytest.mark.parametrize("with_scale", [False, True])
+def test_fp32_copies_follow_the_codes(experts, with_scale):
+    from backends.cpu import sglang as cpu
+
+    shape = (256, 130)
+    weights = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    pairs = [quantize_blockwise(weight) for weight in weights]
+    codes, scales = (torch.stack(list(x.view(torch.uint8) for x in xs)) for xs in zip(*pairs))
+    codes = codes.view(torch.float8_e4m3fn)
+    scales = torch.stack([scale for _, scale in pairs])
+    if experts is None:
+        codes, scales = codes[0].clone(), scales[0].clone()
+    layer = SimpleNamespace(weight=codes, weight_scale_inv=scales)
+    names = ["weight"] if experts is None else ["w13_weight", "w2_weight"]
+    for name in names:
+        setattr(layer, name, codes)
+        setattr(layer, f"{name}_scale_inv", scales)
+    held = cpu.dequantize(codes, scales)
+    layer.__dict__["_dequantized"] = held if experts is None else [held, held.clone()]
+    positions = torch.tensor([0, 129, codes.numel() - 1])
+    delta.as_integers(codes).view(-1)[positions] ^= 1
+    in_place.WRITTEN[codes.untyped_storage().data_ptr()] = [positions]
+    if with_scale:
+        scales.view(-1)[0] *= 2
+        in_place.WRITTEN[scales.untyped_storage().data_ptr()] = [torch.tensor([0])]
+    cpu._update_dequantized(None, layer)
+    if with_scale:
+        assert "_dequantized" not in layer.__dict__
+        return
+    kept = layer.__dict__["_dequantized"]
+    kept = kept if experts is None else kept[0]
+    assert torch.equal(kept, cpu.dequantize(codes, scales))
