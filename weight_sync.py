@@ -134,7 +134,7 @@ def send_weights(weights: WeightPath, engine, *, version: int, verify: bool = Fa
         verify_engine_weights(weights, engine)
         if is_colocated:
             free_cached_memory()
-    return tally.metrics(is_full=base is None)
+    return tally.metrics(is_full=base in (None, -1))
 
 
 @torch.no_grad()

@@ -104,14 +104,15 @@ class Sent:
         """Of the weights that they are; None before the first update, and after one that failed"""
         self.kept: dict[str, torch.Tensor] = {}
 
-    def begin(self) -> int | None:
-        """Begin an update; return the version that its changes are of, None if all must be sent.
+    def begin(self) -> int:
+        """Begin an update; return the version that its changes are of, -1 if all must be sent.
 
         The caller sets `version` when the update has ended.
         """
         base, self.version = self.version, None
         if base is None:
             self.kept.clear()
+            return -1
         return base
 
     def changes(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:

@@ -76,6 +76,15 @@ def test_changes_are_those_against_what_was_sent(dtype, n):
         assert positions.tolist() == expected and same(values, now[expected])
 
 
+def test_an_update_that_has_not_ended_is_followed_by_a_whole_one():
+    sent = delta.Sent()
+    assert sent.begin() == -1
+    sent.changes("a", torch.zeros(4))
+    sent.version = 7
+    assert sent.begin() == 7
+    assert sent.begin() == -1 and sent.changes("a", torch.zeros(4)) is None
+
+
 def test_what_was_sent_is_a_copy():
     sent, weight = delta.Sent(), torch.zeros(4, dtype=torch.bfloat16)
     sent.changes("a", weight)
@@ -165,6 +174,14 @@ def test_changes_land_where_the_whole_tensor_did():
         assert same(held.data, right.data), name
 
 
+def test_without_changes_to_come_everything_counts_as_written():
+    parameter = torch.zeros(2)
+    in_place.Places().begin(1, base=-1)
+    assert in_place.take_written(parameter) == []
+    in_place.written_all()
+    assert in_place.take_written(parameter) is None
+
+
 def test_changes_of_another_version_are_refused():
     places = in_place.Places()
     places.begin(3, base=-1)
@@ -205,6 +222,7 @@ def test_fp32_copies_follow_the_codes(experts, with_scale):
     layer.__dict__["_dequantized"] = held if experts is None else [held, held.clone()]
     positions = torch.tensor([0, 129, codes.numel() - 1])
     delta.as_integers(codes).view(-1)[positions] ^= 1
+    in_place.WRITTEN.clear()
     in_place.WRITTEN[codes.untyped_storage().data_ptr()] = [positions]
     if with_scale:
         scales.view(-1)[0] *= 2

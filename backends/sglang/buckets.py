@@ -19,10 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from backends.delta import CHANGES
 from backends.huggingface.names import hf_shapes
-from backends.sglang.in_place import places_of
+from backends.sglang.in_place import places_of, written_all
 from common.errors import EngineDied
 
 Named = tuple[str, torch.Tensor]
+NO_CHANGES = -2  # in place of a version: --sync full
 
 # --- messages -----------------------------------------------------------------------------------
 
@@ -122,14 +123,16 @@ def check_all_compared(names: Counter, config: dict, uncompared_bytes: int) -> N
 def load_bucket(model: torch.nn.Module, message: list[Named]) -> None:
     """Load a packed bucket: whole tensors by SGLang's own load_weights, changes in their place.
 
-    message: its header; its bytes; int64 [2], the version that its changes are of, -1 if it has
-    none, and its own version. Runs in the engine as SGLang's custom_weight_loader.
+    message: its header; its bytes; int64 [2], the version that its changes are of and its own. The
+    first is -1 if all is sent, and NO_CHANGES if changes will never follow. Runs in the engine as
+    SGLang's custom_weight_loader.
     """
     _wait_for_gpu()  # for a forward pass that is still running: it reads the weights
     (_, header), (_, flat), (_, versions) = message
     base, version = versions.tolist()
     places, last_name = places_of(model), "the first tensor"
-    places.begin(version, base=base)
+    if base != NO_CHANGES:
+        places.begin(version, base=base)
     whole, changes = [], []
     for name, tensor in unpack(header.cpu().numpy().tobytes(), flat):
         (changes if name.endswith(CHANGES) else whole).append((name, tensor))
@@ -141,7 +144,10 @@ def load_bucket(model: torch.nn.Module, message: list[Named]) -> None:
             yield name, tensor
 
     try:
-        if whole:
+        if base == NO_CHANGES:
+            written_all()
+            model.load_weights(noted(whole))
+        elif whole:
             places.load_whole(model, whole, noted)
         for name, coded in noted(changes):
             places.write_changes(model, name.removesuffix(CHANGES), coded)

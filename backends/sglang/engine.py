@@ -31,7 +31,7 @@ from sglang.srt.managers import io_struct
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import MultiprocessingSerializer
 
-from backends.sglang.buckets import pack, phase
+from backends.sglang.buckets import NO_CHANGES, pack, phase
 from backends.sglang.gpu import held_bytes, memory_saver_libraries
 from backends.sglang.process import died_at_start, engine_files, run_scheduler
 from common.errors import EngineDied, engine_died
@@ -355,13 +355,14 @@ class Engine(sglang_engine.Engine):
         """Load tensors of this version, after waiting for those given before.
 
         They are full Hugging Face tensors, or changes since the version `base` (backends/delta.py).
-        They travel as one message of bytes, in memory shared with the engine.
+        base: -1 where all is sent and changes will follow, None where none ever will. They travel
+        as one message of bytes, in memory shared with the engine.
         """
         if self.last_phase[0] == "load":
             self.settle()
         header, flat = pack(named)
         header = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        versions = torch.tensor([-1 if base is None else base, version])
+        versions = torch.tensor([NO_CHANGES if base is None else base, version])
         message = [("header", header), ("bytes", flat), ("versions", versions)]
         loader = f"{BUCKETS}.load_bucket"
         names = [name for name, _ in named]

@@ -10,6 +10,7 @@ changes.
 """
 
 import bisect
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +24,19 @@ from backends.delta import as_integers, decode
 WRITTEN: dict[int, list[torch.Tensor] | None] = {}
 
 
+_ALL = -1  # the only entry of WRITTEN where every parameter may have been written
+
+
+def written_all() -> None:
+    """Note that every parameter may have been written, as an update without changes does."""
+    WRITTEN.clear()
+    WRITTEN[_ALL] = None
+
+
 def take_written(parameter: torch.Tensor) -> list[torch.Tensor] | None:
     """Return and forget what was written into a parameter: [] for nothing, None for perhaps all."""
+    if _ALL in WRITTEN:
+        return None
     return WRITTEN.pop(parameter.untyped_storage().data_ptr(), [])
 
 
@@ -93,7 +105,7 @@ class Places:
         named: [(name, tensor), ...]. noted: yields them, and may note which one it is at.
         """
         new = [pair for pair in named if pair[0] not in self.dtypes]
-        with _WatchCopies(new) as copies:
+        with _WatchCopies(new) if new else contextlib.nullcontext() as copies:
             model.load_weights(noted(named))
         for name, tensor in new:
             self.dtypes[name], self.of[name] = tensor.dtype, copies.places[name]

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from backends.sglang.buckets import compare_loader
+from common import distributed
+from harness import exits
 
 
 class Model(torch.nn.Module):
@@ -26,13 +28,10 @@ class Model(torch.nn.Module):
             self.weight.data.copy_(tensor)
 
 
-if __name__ == "__main__":
-    has_gpus = torch.cuda.device_count() > 1  # else gloo, on tensors of a CPU
-    dist.init_process_group("nccl" if has_gpus else "gloo")
-    rank = dist.get_rank()
+def main() -> None:
+    distributed.init_distributed()  # NCCL for tensors on GPUs, gloo for others
+    rank, has_gpus = dist.get_rank(), torch.cuda.device_count() > 1
     device = torch.device("cuda", rank) if has_gpus else torch.device("cpu")
-    if has_gpus:
-        torch.cuda.set_device(device)
     of_the_caller = torch.full((2, 1, 3), -1, dtype=torch.int64, device=device)
     report = of_the_caller if rank == 0 else of_the_caller.clone()
     # Rank 1 holds another weight than it should.
@@ -40,4 +39,7 @@ if __name__ == "__main__":
     compare_loader(Model(1.0 + rank).to(device), named)
     if rank == 0:
         print(json.dumps(of_the_caller.tolist()))
-    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    exits.run_main(main)

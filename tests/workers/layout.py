@@ -190,7 +190,7 @@ def delta_errors(weights) -> list[str]:
             positions, values = delta.decode(tensor, tensor_held.dtype)
             delta.as_integers(tensor_held).view(-1)[positions] = delta.as_integers(values)
         weights.sent.version = version
-        assert (base is None) == (version == 0)
+        assert (base == -1) == (version == 0)
         expected = weight_sync.buckets_of(weights, quantize=True)
         for name, tensor in (pair for bucket in expected for pair in bucket):
             if not same_bytes(held[name], tensor):
