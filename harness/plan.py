@@ -282,7 +282,9 @@ def check_machine(
         element_bytes=4 if settings.rollout.rollout_dtype == "fp32" else 2,
         engines_here=0 if settings.run.load_rollouts else engines,
     )
+    others = len(found.texts)
     found.collect(check_gpus, settings.rollout, has_engine=_has_engine(settings, rollout_ranks))
+    has_gpu = len(found.texts) == others
     yield from found.texts
     if config is None:
         return
@@ -294,7 +296,7 @@ def check_machine(
         longest=longest,
     )
     plan = _plan_if_possible(settings, config, **load)
-    if plan is not None and not found.texts:  # a rank without a GPU has no memory to ask for
+    if plan is not None and has_gpu:  # else there is no memory to ask for
         yield from _memory_problems(plan, local_ranks=local_ranks)
 
 

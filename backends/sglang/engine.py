@@ -81,7 +81,7 @@ class Engine(sglang_engine.Engine):
         self.version, self.answer_timeout_s = -1, answer_timeout_s
         self.timeline = Timeline()
         self._requests, self._paused, self._released = 0, False, False
-        self._update_bytes = self._weight_bytes = 0  # given so far; of the last whole update
+        self._update_bytes = self._weight_bytes = 0  # held of this update; of the largest
         self._last_part, self.last_phase = None, ("start", ["no weights yet"])
         # The loop's thread and the judges' threads share the interpreter with the main thread,
         # which other ranks wait for in collectives. So it must get its turn often.
@@ -371,7 +371,8 @@ class Engine(sglang_engine.Engine):
 
     def end_update(self, version: int) -> None:
         """Finish the update and let requests go on: from then on the engine has this version."""
-        self._weight_bytes, self._update_bytes = self._update_bytes, 0
+        self._weight_bytes = max(self._weight_bytes, self._update_bytes)
+        self._update_bytes = 0
 
         async def part():
             if version <= self.version:
