@@ -146,6 +146,7 @@ def load_bucket(model: torch.nn.Module, message: list[Named]) -> None:
     try:
         if base == NO_CHANGES:
             written_all()
+            places.version = version
             model.load_weights(noted(whole))
         elif whole:
             places.load_whole(model, whole, noted)

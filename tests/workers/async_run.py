@@ -50,9 +50,9 @@ async def recorded_generate(self, prompts_ids, sampling, *, request_ids, cache="
     return outputs
 
 
-def slow_load(self, named, *, version):
+def slow_load(self, named, *, version, **base):
     time.sleep(0.5 if "sync" in SLOW and version % 3 == 0 else 0)
-    load(self, named, version=version)
+    load(self, named, version=version, **base)
 
 
 def slow_train(trainer, samples, settings, **arguments):
