@@ -20,9 +20,8 @@ With --sync delta only what has changed since the last update travels (backends/
 
 An update is all or nothing. A failure in any phase ends the run and names the phase and the
 tensors. The engine is paused from the first tensor to the last, so it never generates with half of
-the new weights. Memory on top of the model is a few times
-bucket_bytes, or a few times the largest tensor where that is larger; bench/weight_sync.py measures
-it.
+the new weights. Memory on top of the model is a few times bucket_bytes, or a few times the largest
+tensor where that is larger; bench/weight_sync.py measures it.
 
 Unlike in slime, the engine loads no weights by itself, and no converted checkpoint is needed. It
 starts empty, and its first weights come on this path.
@@ -37,7 +36,7 @@ import torch.distributed as dist
 
 from backends.delta import Sent, Tally, gather_changes, shorter, without_unchanged
 from backends.huggingface.fp8 import describe, fp8_weights
-from backends.huggingface.names import Rule, parameters_of, rule_of, split_stacked
+from backends.huggingface.names import VOCABULARY, Rule, parameters_of, rule_of, split_stacked
 from backends.megatron.layout import Layout
 from backends.sglang.buckets import (
     Named,
@@ -335,8 +334,7 @@ def gather(bucket: list[Shard], weights: WeightPath, sent: Sent | None) -> list[
         full = gather_full_tensors(bucket, weights.layout)
     for shard, tensors in zip(bucket, full):
         for name, tensor in zip(shard.names, tensors):
-            if name in ("model.embed_tokens.weight", "lm_head.weight"):
-                # Without the rows that pad the vocabulary to a multiple of tp.
+            if name in VOCABULARY:  # without the rows that pad it
                 tensor = tensor[: weights.config["vocab_size"]]
             pairs = quantize_named(name, tensor) if shard.quantize_whole else [(name, tensor)]
             named += shorter(pairs, sent) if sent and shard.quantize_whole else pairs

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from backends.huggingface.names import hf_shapes
+from backends.huggingface.names import VOCABULARY, hf_shapes
 
 CHANGES = " (changes)"  # ends the name of a bucket's entry that holds coded changes
 HEAD_BYTES = 18
@@ -159,7 +159,7 @@ def gather_changes(bucket: list, layout, sent: Sent, vocab_size: int) -> list[li
         group = layout.group(shard.rule)
         if shard.rule.tp_dim is not None and group.size() > 1:
             splits.setdefault(group, []).append(i)
-        elif coded[i] is not None and len(coded[i]) < shard.local.nbytes:
+        elif _is_shorter(coded[i], shard.local):
             found[i] = [_entry(shard.names[0], coded[i], shard.local.device)]
     for group, split in splits.items():
         for i, parts in _exchange(bucket, coded, split, group).items():
@@ -171,6 +171,10 @@ def gather_changes(bucket: list, layout, sent: Sent, vocab_size: int) -> list[li
     return found
 
 
+def _is_shorter(coded: torch.Tensor | None, tensor: torch.Tensor) -> bool:
+    return coded is not None and len(coded) < tensor.nbytes
+
+
 def _entry(name: str, coded: torch.Tensor, device: torch.device) -> tuple[str, torch.Tensor]:
     return name + CHANGES, coded.to(device)
 
@@ -178,16 +182,16 @@ def _entry(name: str, coded: torch.Tensor, device: torch.device) -> tuple[str, t
 def _exchange(bucket: list, coded: list, split: list[int], group) -> dict[int, list[torch.Tensor]]:
     """Return {shard: the coded changes of every rank's part}, of those that save bytes."""
     device = bucket[split[0]].local.device
+    # What was never sent counts as whole, on every rank, and is not chosen.
     sizes = [bucket[i].local.nbytes if coded[i] is None else len(coded[i]) for i in split]
     mine = torch.tensor(sizes, device=device)
     theirs = torch.empty(group.size(), len(split), dtype=mine.dtype, device=device)
     dist.all_gather(list(theirs), mine, group=group)
     theirs = theirs.tolist()
-    is_first = [coded[i] is None for i in split]  # so it is on every rank
     chosen = [
         k
         for k, i in enumerate(split)
-        if not is_first[k] and sum(row[k] for row in theirs) < bucket[i].local.nbytes * len(theirs)
+        if sum(row[k] for row in theirs) < bucket[i].local.nbytes * len(theirs)
     ]
     if not chosen:
         return {}
@@ -210,11 +214,13 @@ def _merge(parts: list[torch.Tensor], shard, vocab_size: int) -> torch.Tensor:
 
     Rows that pad the vocabulary are left out.
     """
+    if len(parts) == 1:  # an expert that no rank shares
+        return parts[0]
     shape, dim = shard.local.shape, shard.rule.tp_dim
     columns = shape[1:].numel()
     wide = columns * (len(parts) if dim else 1)
     rows = shape[0] * (1 if dim else len(parts))
-    if shard.names[0] in ("model.embed_tokens.weight", "lm_head.weight"):
+    if shard.names[0] in VOCABULARY:
         rows = vocab_size
     found = []
     for rank, part in enumerate(parts):
@@ -236,8 +242,10 @@ def shorter(pairs: list[tuple[str, torch.Tensor]], sent: Sent) -> list[tuple[str
     found = []
     for name, tensor in pairs:
         coded = sent.changes(name, tensor)
-        is_shorter = coded is not None and len(coded) < tensor.nbytes
-        found.append(_entry(name, coded, tensor.device) if is_shorter else (name, tensor))
+        entry = (name, tensor)
+        if _is_shorter(coded, tensor):
+            entry = _entry(name, coded, tensor.device)
+        found.append(entry)
     return found
 
 

@@ -150,10 +150,9 @@ def bare_stages(settings) -> None:
             timed("train", train_step.update_policy, trainer, batches, settings.loss)
             (batch,) = batches
             timed("bare Megatron", step_megatron, trainer, settings, batch.microbatches)
-            sent = dict(version=version)
-            sync_bytes = timed("hand-off", weight_sync.send_weights, weights, engine, **sent)[
-                "sync_bytes"
-            ]
+            about = dict(version=version)
+            sent = timed("hand-off", weight_sync.send_weights, weights, engine, **about)
+            sync_bytes = sent["sync_bytes"]
             timed("settled", engine.settle)
             source, target = np.ones(sync_bytes, np.uint8), np.zeros(sync_bytes, np.uint8)
             timed("memcpy", np.copyto, target, source)

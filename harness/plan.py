@@ -283,7 +283,9 @@ def check_machine(
         engines_here=0 if settings.run.load_rollouts else engines,
     )
     others = len(found.texts)
-    found.collect(check_gpus, settings.rollout, has_engine=_has_engine(settings, rollout_ranks))
+    rank = int(os.environ.get("RANK", 0))
+    index = engine_index(settings, rank, ranks=world_size, rollout_ranks=rollout_ranks)
+    found.collect(check_gpus, settings.rollout, has_engine=index is not None)
     has_gpu = len(found.texts) == others
     yield from found.texts
     if config is None:
@@ -300,12 +302,13 @@ def check_machine(
         yield from _memory_problems(plan, local_ranks=local_ranks)
 
 
-def _has_engine(settings, rollout_ranks: int) -> bool:
-    """Tell whether this rank starts an engine: the first of each --engine-tp rollout ranks does."""
-    ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    place = rank - (ranks - rollout_ranks)
-    generates = place >= 0 and not settings.run.load_rollouts
-    return generates and place % max(settings.rollout.engine_tp, 1) == 0
+def engine_index(settings, rank: int, *, ranks: int, rollout_ranks: int) -> int | None:
+    """Return which of the engines a rank starts; None if it starts none.
+
+    The last rollout_ranks of all ranks generate; the first of each --engine-tp starts an engine.
+    """
+    index, place = divmod(rank - (ranks - rollout_ranks), max(settings.rollout.engine_tp, 1))
+    return index if index >= 0 and place == 0 and not settings.run.load_rollouts else None
 
 
 def _writable_folder(name: str) -> Path:

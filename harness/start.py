@@ -144,8 +144,7 @@ def prepare(
     separate = rollout_ranks if is_async else 0
     group = distributed.init_distributed(separate, wait_s=wait_s)
     is_trainer = group.rank() < trainer_ranks
-    engine_tp, rank = rollout.engine_tp, dist.get_rank()  # in the default world of its side
-    generates = not (is_async and is_trainer) and not run_settings.load_rollouts
+    split = dict(ranks=ranks, rollout_ranks=rollout_ranks)
     return Run(
         settings,
         model,
@@ -155,8 +154,8 @@ def prepare(
         reward_function,
         group,
         is_trainer,
-        engine_index=rank // engine_tp if generates and rank % engine_tp == 0 else None,
-        engines=rollout_ranks // engine_tp,
+        engine_index=plan.engine_index(settings, group.rank(), **split),
+        engines=rollout_ranks // rollout.engine_tp,
         record=Record(settings, loop, group, is_trainer, resumed=resumed),
         inputs=inputs,
         resumed_from=resumed,

@@ -247,20 +247,20 @@ def metrics_of(folder: Path) -> list[dict]:
 
 
 class Started:
-    """A long run on two ranks, in a process group of its own as a terminal gives it, waited for
-    until rows lines of metrics are there.
+    """A long run, on two ranks unless told, in a process group of its own as a terminal gives it.
 
-    rows=0: only until both ranks have begun to start.
+    It is waited for until rows lines of metrics are there. rows=0: only until all ranks have begun
+    to start.
     """
 
-    def __init__(self, folder: Path, script: str, *flags: str, rows: int):
+    def __init__(self, folder: Path, script: str, *flags: str, rows: int, ranks: int = 2):
         command = [
             sys.executable,
             "-m",
             "torch.distributed.run",
             "--standalone",
             "--nproc-per-node",
-            "2",
+            str(ranks),
             str(ROOT / script),
         ]
         command += ["--steps", "5000", "--name", "long", *flags]
@@ -333,8 +333,8 @@ def start_loop(tmp_path):
     """Start a loop that would run for hours; whatever is left of it at the end is killed."""
     runs = []
 
-    def start(script: str, *flags: str, rows: int) -> Started:
-        runs.append(Started(tmp_path, script, *flags, rows=rows))
+    def start(script: str, *flags: str, **how: int) -> Started:
+        runs.append(Started(tmp_path, script, *flags, **how))
         return runs[-1]
 
     yield start

@@ -70,17 +70,7 @@ class Pair:
         self.engine = launch_engine(folder, self.settings, self.config, seed=1, **load)
         self.sync()
 
-    def sync(self) -> None:
-        weight_sync.send_weights(
-            self.weights, self.engine, version=self.engine.version + 1, verify=True
-        )
-
-    @torch.no_grad()
-    def nudge(self, every: int) -> dict:
-        """Change each every-th weight a little, and send what has changed."""
-        for parameter in self.trainer.gpt.parameters():
-            flat = parameter.view(-1)
-            flat[::every] = flat[::every] * 1.2
+    def sync(self) -> dict:
         version = self.engine.version + 1
         return weight_sync.send_weights(self.weights, self.engine, version=version, verify=True)
 

@@ -119,15 +119,15 @@ def test_without_a_gpu_none_of_it_is_asked():
 
 @pytest.mark.parametrize(
     "rank, rollout_ranks, engine_tp, expected",
-    [(0, 2, 1, True), (1, 2, 2, False), (0, 1, 1, False), (1, 1, 1, True)],
+    [(0, 2, 1, 0), (1, 2, 1, 1), (1, 2, 2, None), (0, 1, 1, None), (1, 1, 1, 0)],
 )
-def test_which_ranks_start_an_engine(monkeypatch, rank, rollout_ranks, engine_tp, expected):
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    settings = SimpleNamespace(
-        rollout=RolloutSettings(engine_tp=engine_tp), run=SimpleNamespace(load_rollouts="")
-    )
-    assert plan._has_engine(settings, rollout_ranks) is expected
+def test_which_ranks_start_an_engine(rank, rollout_ranks, engine_tp, expected):
+    run = SimpleNamespace(load_rollouts="")
+    settings = SimpleNamespace(rollout=RolloutSettings(engine_tp=engine_tp), run=run)
+    split = dict(ranks=2, rollout_ranks=rollout_ranks)
+    assert plan.engine_index(settings, rank, **split) == expected
+    run.load_rollouts = "a folder"
+    assert plan.engine_index(settings, rank, **split) is None
 
 
 def test_a_missing_compiler_is_named(monkeypatch, tmp_path):

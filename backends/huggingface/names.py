@@ -82,6 +82,10 @@ def hf_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+# Tensors with a row for each token. Megatron pads them to a multiple of the tensor-parallel size.
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
+
 # --- names --------------------------------------------------------------------------------------
 
 

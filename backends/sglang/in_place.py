@@ -52,9 +52,10 @@ class Place:
     """Of the box in the flattened tensor"""
 
     def write(self, positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Write those elements that lie in the box. Returns their positions in the storage.
+        """Write those elements that lie in the box.
 
-        positions: int64 [n], in the flattened tensor. values: [n], in its dtype.
+        positions: int64 [n], in the flattened tensor. values: [n], in its dtype. Returns the
+        positions in the storage, on a CPU: nobody asks for them on a GPU.
         """
         rest = positions - self.offset
         inside, index = rest >= 0, []
@@ -73,6 +74,8 @@ class Place:
             as_integers(self.held)[index] = as_integers(values)
         else:
             self.held[index] = values.to(self.held.dtype)
+        if self.held.is_cuda:
+            return torch.empty(0, dtype=torch.int64)
         terms = [at * stride for at, stride in zip(index, self.held.stride())]
         return sum(terms, torch.tensor(self.held.storage_offset()))
 

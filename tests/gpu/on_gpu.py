@@ -5,15 +5,16 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 import torch
-from conftest import ROOT, metrics_of
+import weight_sync
+from conftest import ROOT
 
 # A rehearsal on a CPU, to find mistakes in these tests before a GPU is at hand.
 STAND_IN = bool(os.environ.get("GPU_STAND_IN"))
 # Further ServerArgs of every engine here, as for --sglang: an attention backend, say.
 SGLANG = tuple(os.environ.get("SGLANG_FLAGS", "").split())
+FLAGS = ["--sglang", *SGLANG] if SGLANG else []
 
 has_gpu = torch.cuda.is_available()
 DEVICE = "cuda" if has_gpu else "cpu"
@@ -58,17 +59,23 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+def timed_hand_off(pair) -> tuple[int, float]:
+    """Send every weight to the engine of a test_engine.Pair; return (bytes, milliseconds)."""
+    pair.weights.sent.version = None  # so that all is sent
+    start, version = time.perf_counter(), pair.engine.version + 1
+    sent = weight_sync.send_weights(pair.weights, pair.engine, version=version)
+    wait()
+    return sent["sync_bytes"], (time.perf_counter() - start) * 1e3
+
+
 class Run:
     """A loop under torchrun on so many ranks, in a process group of its own, in `folder`."""
 
     def __init__(self, folder, script: str, *flags: str, ranks: int = 1):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        sglang = ["--sglang", *SGLANG] if SGLANG else []
-        command = [sys.executable, *launcher, str(ROOT / script), "--name", "run", *flags, *sglang]
-        self.folder, self.output = (
-            folder / "runs" / "run",
-            open(folder / "output", "w+", encoding="utf-8"),
-        )
+        command = [sys.executable, *launcher, str(ROOT / script), "--name", "run", *flags, *FLAGS]
+        self.folder = folder / "runs" / "run"
+        self.output = open(folder / "output", "w+", encoding="utf-8")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command,
@@ -82,16 +89,3 @@ class Run:
     def text(self) -> str:
         self.output.seek(0)
         return self.output.read()
-
-    def rows(self) -> int:
-        metrics = self.folder / "metrics.jsonl"
-        return len(metrics_of(self.folder)) if metrics.exists() else 0
-
-    def wait_for_rows(self, rows: int, within_s: float = 240) -> None:
-        end = time.time() + within_s
-        while self.rows() < rows:
-            assert self.process.poll() is None and time.time() < end, self.text()[-6000:]
-            time.sleep(0.2)
-
-    def family(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)

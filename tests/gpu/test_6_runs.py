@@ -7,12 +7,11 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 import torch
 import transformers
 from conftest import ROOT, metrics_of
-from on_gpu import DEVICE, STAND_IN, Run, evidence, has_gpu, on_gpu, on_gpu_only, used_bytes
+from on_gpu import DEVICE, FLAGS, STAND_IN, Run, evidence, has_gpu, on_gpu, on_gpu_only, used_bytes
 
 
 @on_gpu
@@ -113,18 +112,13 @@ def test_a_model_of_real_size(tmp_path):
 
 @on_gpu
 @pytest.mark.parametrize("victim", ["scheduler", "torchrun"])
-def test_a_kill_leaves_no_process_and_no_memory(tmp_path, victim):
+def test_a_kill_leaves_no_process_and_no_memory(start_loop, victim):
     used = used_bytes()
-    run = Run(tmp_path, "loop_sync.py", "--steps", "5000")
-    run.wait_for_rows(2)
-    family, during = run.family(), used_bytes()
-    process = run.process
-    if victim == "scheduler":
-        process = next(p for p in family if p.cmdline()[0].startswith("sglang::scheduler"))
+    started = start_loop("loop_sync.py", *FLAGS, rows=2, ranks=1)
+    during = used_bytes()
+    process = started.engine() if victim == "scheduler" else started.process
     os.kill(process.pid, signal.SIGKILL)
-    assert run.process.wait(90) != 0
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert not alive, [process.cmdline() for process in alive]
+    assert started.end(90) != 0
     end = time.time() + 30
     while used_bytes() > used + 50e6 and time.time() < end:
         time.sleep(0.5)
@@ -137,4 +131,4 @@ def test_a_kill_leaves_no_process_and_no_memory(tmp_path, victim):
     )
     assert used_bytes() < used + 50e6
     if victim == "scheduler":
-        assert "a process of the SGLang engine" in run.text()
+        assert "a process of the SGLang engine" in started.whole_output()

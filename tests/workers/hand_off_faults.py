@@ -28,6 +28,7 @@ from harness import exits
 import rollout
 import train_step
 import weight_sync
+from tests.nudge import nudge
 
 import torch
 import torch.distributed as dist
@@ -79,14 +80,6 @@ def misshapen(trainer):
 
     with mock.patch("backends.sglang.engine.pack", pack):
         yield
-
-
-@torch.no_grad()
-def nudge(trainer) -> None:
-    """Change each tenth weight a little, so that there are changes to send."""
-    for parameter in trainer.gpt.parameters():
-        flat = parameter.view(-1)
-        flat[::10] = flat[::10] * 1.2
 
 
 def refusing(engine):
@@ -150,7 +143,7 @@ def main() -> None:
         faults = {"compare": mock.patch("weight_sync.gather_changes", failing), **faults}
     for fault, injected in faults.items():
         error = None
-        nudge(trainer)
+        nudge(trainer.gpt, 10)  # so that there are changes to send
         with injected:
             try:
                 weight_sync.send_weights(weights, engine, version=version + 1)

@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from backends.huggingface.config import read_config
+from backends.huggingface.names import VOCABULARY
 from common.settings import TrainSettings
 from harness import model_checks
 import weight_sync
@@ -62,7 +63,7 @@ def delivered_by(folder: str, tp: int, ep: int, pp: int) -> dict[str, list[int]]
             shape = list(shard.local.shape)
             if shard.rule.tp_dim is not None:
                 shape[shard.rule.tp_dim] *= layout.tp(shard.rule)
-            if shard.names[0] in ("model.embed_tokens.weight", "lm_head.weight"):
+            if shard.names[0] in VOCABULARY:
                 shape[0] = min(shape[0], config["vocab_size"])
             for name in shard.names:
                 assert name not in delivered, name

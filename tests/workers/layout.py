@@ -35,6 +35,7 @@ from losses import LossSettings
 import rollout
 import train_step
 import weight_sync
+from tests.nudge import nudge
 
 import torch
 import torch.distributed as dist
@@ -160,14 +161,6 @@ def hand_off_errors(weights, folder: str) -> list[str]:
     return sorted(set(got) ^ set(expected)) + [
         name for name in got.keys() & expected.keys() if not same_bytes(got[name], expected[name])
     ]
-
-
-@torch.no_grad()
-def nudge(gpt, every: int) -> None:
-    """Change each every-th element of every parameter, alike on ranks that hold the same."""
-    for parameter in gpt.parameters():
-        flat = parameter.view(-1)
-        flat[::every] = flat[::every] * 1.2
 
 
 def delta_errors(weights) -> list[str]:
