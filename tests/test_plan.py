@@ -20,6 +20,7 @@ from backends.huggingface.config import read_config
 from common.errors import BadInput
 from conftest import ROOT, start_main
 from harness import layouts, plan
+from harness.flags import parse_settings
 
 CONFIGS = ROOT / "docs" / "configs"
 
@@ -126,6 +127,19 @@ def test_what_delta_keeps_is_planned(monkeypatch, capsys):
     assert "host memory" not in planned(monkeypatch, capsys, loop_sync, *model)
     shown = planned(monkeypatch, capsys, loop_sync, *model, "--sync", "delta")
     assert "  host memory                       2.21 GB" in shown
+
+
+def test_and_counted_in_the_memory_of_a_machine_without_a_gpu(monkeypatch):
+    peaks, sent = {}, 0
+    for sync in ("full", "delta"):
+        monkeypatch.setattr("sys.argv", ["loop.py", "--sync", sync])
+        settings = parse_settings(loop_sync.Settings)
+        ranks = dict(world_size=1, trainer_ranks=1, rollout_ranks=1)
+        load = plan.plan_of(settings, read_config(ROOT / "toy"), **ranks, longest=20)
+        trainer, engine = layouts.trainer_sizes(load), layouts.engine_sizes(load)
+        peaks[sync] = plan._peaks_without_gpu(load, trainer, engine)["train"]
+        sent = sum(engine.sent.values())
+    assert peaks["delta"] - peaks["full"] == sent > 1e6
 
 
 @pytest.mark.parametrize("model, code", [("Qwen3-1.7B", 0), ("GLM-4.5", 2)])
