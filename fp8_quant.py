@@ -98,7 +98,7 @@ def quantize_slab(weight_NK: torch.Tensor, codes_NK: torch.Tensor, scale_nk: tor
     blocks_nBkB = padded_NK.view(_blocks(N), BLOCK, _blocks(K), BLOCK)
     amax_nk = blocks_nBkB.abs().amax(dim=(1, 3))
     torch.div(amax_nk.clamp(min=AMAX_FLOOR), FP8_MAX, out=scale_nk)
-    scaled_nBkB = (blocks_nBkB / scale_nk[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX)
+    scaled_nBkB = (blocks_nBkB / scale_nk[:, None, :, None]).clamp_(-FP8_MAX, FP8_MAX)
     codes_NK.copy_(scaled_nBkB.view(padded_NK.shape)[:N, :K])  # the copy rounds to e4m3
 
 

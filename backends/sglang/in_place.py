@@ -54,30 +54,34 @@ class Place:
     def write(self, positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Write those elements that lie in the box.
 
-        positions: int64 [n], in the flattened tensor. values: [n], in its dtype. Returns the
-        positions in the storage, on a CPU: nobody asks for them on a GPU.
+        positions: int64 [n], ascending, in the flattened tensor. values: [n], in its dtype. Both
+        on the CPU. Returns the positions in the parameter's storage.
         """
-        rest = positions - self.offset
-        inside, index = rest >= 0, []
-        # Of a contiguous tensor, the box's strides fall from one dimension to the next.
-        for size, stride in zip(self.held.shape, self.strides):
-            if size == 1:  # its stride means nothing
-                index.append(torch.zeros_like(rest))
-                continue
-            at = rest // stride
-            rest, inside = rest - at * stride, inside & (at >= 0) & (at < size)
-            index.append(at)
-        inside &= rest == 0
-        index = tuple(at[inside].to(self.held.device) for at in index)
-        values = values[inside].to(self.held.device)
-        if values.dtype == self.held.dtype:
-            as_integers(self.held)[index] = as_integers(values)
+        if self.held.is_contiguous() and self.strides == self.held.stride():  # whole rows
+            ends = torch.tensor([self.offset, self.offset + self.held.numel()])
+            begin, end = torch.searchsorted(positions, ends)
+            at, values = positions[begin:end] - self.offset, values[begin:end]
         else:
-            self.held[index] = values.to(self.held.dtype)
-        if self.held.is_cuda:
-            return torch.empty(0, dtype=torch.int64)
-        terms = [at * stride for at, stride in zip(index, self.held.stride())]
-        return sum(terms, torch.tensor(self.held.storage_offset()))
+            inside, at = self._find(positions)
+            at, values = at[inside], values[inside]
+        at += self.held.storage_offset()
+        length = self.held.untyped_storage().nbytes() // self.held.element_size()
+        stored = self.held.as_strided((length,), (1,), 0)
+        values = values.to(self.held.device, self.held.dtype)
+        as_integers(stored).index_copy_(0, at.to(self.held.device), as_integers(values))
+        return at
+
+    def _find(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (whether it lies in the box, bool [n], where in the held view, int64 [n])."""
+        rest = positions - self.offset
+        inside, found = rest >= 0, torch.zeros_like(rest)
+        # Of a contiguous tensor, the box's strides fall from one dimension to the next.
+        for size, stride, held_stride in zip(self.held.shape, self.strides, self.held.stride()):
+            if size > 1:  # of one element the stride means nothing
+                at = rest // stride
+                rest, inside = rest - at * stride, inside & (at >= 0) & (at < size)
+                found += at * held_stride
+        return inside & (rest == 0), found
 
 
 class Places:
