@@ -34,7 +34,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from backends.delta import Sent, Tally, gather_changes, shorter, without_unchanged
+from backends.delta import CHANGES, Sent, Tally
+from backends.delta_gather import compare, gather_changes
 from backends.huggingface.fp8 import describe, fp8_weights
 from backends.huggingface.names import VOCABULARY, Rule, parameters_of, rule_of, split_stacked
 from backends.megatron.layout import Layout
@@ -323,22 +324,24 @@ def gather(bucket: list[Shard], weights: WeightPath, sent: Sent | None) -> list[
 
     sent: return changes instead, where they are shorter.
     """
-    named, names = [], [name for shard in bucket for name in shard.names]
+    named, late, names = [], [], [name for shard in bucket for name in shard.names]
     if sent:
         with phase("compare", names):
             vocab_size = weights.config["vocab_size"]
-            changes = gather_changes(bucket, weights.layout, sent, vocab_size)
-        named = [pair for found in changes for pair in found or []]
-        bucket = [shard for shard, found in zip(bucket, changes) if found is None]
+            named, bucket = gather_changes(bucket, weights.layout, sent, vocab_size)
     with phase("gather", names):
         full = gather_full_tensors(bucket, weights.layout)
     for shard, tensors in zip(bucket, full):
         for name, tensor in zip(shard.names, tensors):
             if name in VOCABULARY:  # without the rows that pad it
                 tensor = tensor[: weights.config["vocab_size"]]
-            pairs = quantize_named(name, tensor) if shard.quantize_whole else [(name, tensor)]
-            named += shorter(pairs, sent) if sent and shard.quantize_whole else pairs
-    return without_unchanged(named)
+            if shard.quantize_whole:
+                late += quantize_named(name, tensor)
+            else:
+                named.append((name, tensor))
+    named += compare(late, sent) if sent else late
+    # A bucket without any entry would be the last.
+    return named or [(CHANGES, torch.empty(0, dtype=torch.uint8, device=_device()))]
 
 
 def gather_full_tensors(bucket: list[Shard], layout: Layout) -> list[list[torch.Tensor]]:

@@ -1,15 +1,17 @@
 """Only what changed: tensors compared with what was sent last, coded as positions and values.
 
-    encode   positions and values of one tensor -> bytes
-    decode   the same, back
-    Sent     what this rank has sent, in host memory; tells what has changed since
-    gather_changes   the changes of all ranks' shards -> those of whole tensors
-    Tally    what one update has sent, for the metrics
+    Sent             what this rank has sent, in host memory; tells what has changed since
+    encode, decode   positions and values <-> bytes
+    Tally            what one update has sent, for the metrics
+
+backends/delta_gather.py makes changes of whole tensors from those of their shards.
 
 Rounding to FP8 swallows nearly every small update, so few codes change in a step. Nothing is lost:
 values travel as their bytes, and verify_engine_weights of weight_sync.py proves every byte.
 
-One coded tensor, little-endian:
+The tensors of one dtype in a bucket are compared and coded together, as if laid end to end: small
+ones cost more in calls than in bytes. A bucket's entry of changes has the tensors' names in its
+name, and these bytes, little-endian:
 
     int64 n            changes
     int64 escapes      gaps that do not fit in the width
@@ -17,17 +19,27 @@ One coded tensor, little-endian:
     uint8 wide         bytes of an escaped gap: 2, 4 or 8
     n gaps             from one changed position to the next; the first from -1
     escapes gaps       each where a gap is written as the largest number of its width
-    n values           the bytes of the tensor's dtype
+    n values           the bytes of the tensors' dtype
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from backends.huggingface.names import VOCABULARY, hf_shapes
+from backends.huggingface.names import hf_shapes
 
-CHANGES = " (changes)"  # ends the name of a bucket's entry that holds coded changes
+Named = tuple[str, torch.Tensor]
+CHANGES = "changes of "  # begins the name of an entry that holds them; the tensors' names follow
 HEAD_BYTES = 18
+# Smaller tensors are laid end to end before they are compared: a copy that saves many calls.
+LAID_OUT_BYTES = 2**20
+# Larger ones are compared in pieces, which on a CPU fit in its cache.
+PIECE_BYTES = {"cpu": 2**20, "cuda": 2**26}
+# Changes are sent that have at most this share of a tensor's bytes. Beyond it, coding takes more
+# time and memory than it saves bytes.
+MOST_BYTES = 0.25
 UNSIGNED = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 # Tensors of one size of element, compared and written as integers: not every kernel knows float8.
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -36,6 +48,11 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 def as_integers(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor's elements as integers of the same size; a view."""
     return tensor.view(INTEGERS[tensor.element_size()])
+
+
+def names_in(entry: str) -> list[str]:
+    """Return the names of the tensors that a bucket's entry is about."""
+    return entry.removeprefix(CHANGES).split() if entry.startswith(CHANGES) else [entry]
 
 
 # --- coding -------------------------------------------------------------------------------------
@@ -96,13 +113,70 @@ def count(coded: torch.Tensor) -> int:
 # --- what was sent ------------------------------------------------------------------------------
 
 
+@dataclass
+class Changes:
+    """Changed elements of tensors of one dtype, as if these were laid end to end. On the CPU."""
+
+    names: list[str]
+    sizes: torch.Tensor
+    """Elements of each tensor, int64 [tensors]"""
+    positions: torch.Tensor
+    """int64 [n], ascending"""
+    values: torch.Tensor
+    """[n], as integers of the dtype's size"""
+    too_many: torch.Tensor
+    """Tensors of which there are no positions, because too much has changed; bool [tensors]"""
+
+    def counts(self) -> torch.Tensor:
+        """Return how many changes of each tensor there are here, int64 [tensors]."""
+        ends = torch.searchsorted(self.positions, self.sizes.cumsum(0))
+        return ends.diff(prepend=ends.new_zeros(1))
+
+    def counts_of_all(self) -> torch.Tensor:
+        """Return the same, and for too many so many that they are too many of any shards."""
+        return self.counts().masked_fill(self.too_many, 2**50)
+
+    def tensors(self) -> torch.Tensor:
+        """Return which tensor each change is of, int64 [n]."""
+        return torch.arange(len(self.sizes)).repeat_interleave(self.counts())
+
+    def only(self, chosen: torch.Tensor) -> "Changes":
+        """Return the changes of some of the tensors. chosen: bool [tensors]."""
+        if chosen.all():
+            return self
+        left_out = torch.where(chosen, 0, self.sizes).cumsum(0)
+        of = self.tensors()
+        here = chosen[of]
+        names = [name for name, is_chosen in zip(self.names, chosen.tolist()) if is_chosen]
+        positions = self.positions - left_out[of]
+        few, too_many = self.values[here], self.too_many[chosen]
+        return Changes(names, self.sizes[chosen], positions[here], few, too_many)
+
+    def are_few(self, counts: torch.Tensor, *, shards: int = 1) -> torch.Tensor:
+        """Tell of each tensor whether its changes are to be sent in its place, bool [tensors].
+
+        counts: of each tensor, int64 [tensors]; of so many shards together, all as large as ours.
+        """
+        width = self.values.element_size()
+        return counts <= (self.sizes * shards * most_changed(width)).long()
+
+    def entries(self, device: torch.device) -> list[Named]:
+        """Return what a bucket holds of the changes: one entry, none if there are none."""
+        if not len(self.positions):
+            return []
+        of_changed = self.only(self.counts() > 0)
+        coded = encode(of_changed.positions, of_changed.values)
+        return [(CHANGES + " ".join(of_changed.names), coded.to(device))]
+
+
 class Sent:
-    """This rank's tensors as they were sent last, in host memory, by name."""
+    """This rank's tensors as they were sent last, in host memory."""
 
     def __init__(self):
         self.version: int | None = None
         """Of the weights that they are; None before the first update, and after one that failed"""
         self.kept: dict[str, torch.Tensor] = {}
+        """As integers, by the name of the first of the tensors that are laid out together"""
 
     def begin(self) -> int:
         """Begin an update; return the version that its changes are of, -1 if all must be sent.
@@ -115,17 +189,72 @@ class Sent:
             return -1
         return base
 
-    def changes(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Return what has changed, coded, and keep the tensor; None if it was never sent."""
-        kept = self.kept.get(name)
-        if kept is None:
-            self.kept[name] = tensor.detach().contiguous().to("cpu", copy=True)
+    def changes(self, named: list[Named]) -> Changes | None:
+        """Return what has changed, and keep the tensors; None if they were never sent.
+
+        named: tensors of one dtype, the same ones in every update.
+        """
+        found, too_many, start = [], [], 0
+        for names, now in _laid_out(named):
+            kept = self.kept.get(names[0])
+            if kept is None:
+                # Page-locked, so that a GPU copies it without a stop in between.
+                kept = torch.empty_like(now, device="cpu", pin_memory=now.is_cuda)
+                self.kept[names[0]] = kept.copy_(now)
+                continue
+            most = len(now) * most_changed(now.element_size()) if len(names) == 1 else len(now)
+            pieces = list(_update(kept, now, int(most)))
+            too_many += [None in pieces] * len(names)
+            if None not in pieces:
+                found += [(start + positions, values) for positions, values in pieces]
+            start += len(now)
+        if not start:
             return None
-        now = as_integers(tensor.detach().contiguous()).flatten()
-        kept = as_integers(kept).view(-1)
-        positions, values = changed(now, kept.to(now.device))
-        kept.index_copy_(0, positions.cpu(), values.cpu())
-        return encode(positions, values)
+        nothing = torch.empty(0, dtype=torch.int64), as_integers(named[0][1][:0].cpu()).flatten()
+        positions, values = map(torch.cat, zip(nothing, *found))
+        sizes = torch.tensor([tensor.numel() for _, tensor in named])
+        names = [name for name, _ in named]
+        return Changes(names, sizes, positions, values, torch.tensor(too_many))
+
+
+def most_changed(element_bytes: int) -> float:
+    """Return up to which share of changed elements changes are sent. A gap counts two bytes."""
+    return MOST_BYTES * element_bytes / (2 + element_bytes)
+
+
+def _update(kept: torch.Tensor, now: torch.Tensor, most: int) -> Iterator[tuple | None]:
+    """Bring what is kept up to date; yield (positions, values) of changes, piece by piece.
+
+    The last one is None if there are more than `most`. Nobody needs their positions then.
+    """
+    step, n = PIECE_BYTES[now.device.type] // now.element_size(), 0
+    for start in range(0, len(now), step):
+        was, new = kept[start : start + step], now[start : start + step]
+        positions, values = changed(new, was.to(now.device))
+        n += len(positions)
+        if n > most:
+            kept[start:].copy_(now[start:])
+            yield None
+            return
+        positions, values = positions.cpu(), values.cpu()
+        was.index_copy_(0, positions, values)
+        yield start + positions, values
+
+
+def _laid_out(named: list[Named]) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Yield (names, vector of integers) of large tensors, and of small ones laid end to end."""
+    names, small, nbytes = [], [], 0
+    for name, tensor in named:
+        vector = as_integers(tensor.detach().contiguous()).flatten()
+        if names and nbytes + vector.nbytes > LAID_OUT_BYTES:
+            yield names, torch.cat(small)
+            names, small, nbytes = [], [], 0
+        if vector.nbytes > LAID_OUT_BYTES:
+            yield [name], vector
+        else:
+            names, small, nbytes = [*names, name], [*small, vector], nbytes + vector.nbytes
+    if names:
+        yield names, torch.cat(small)
 
 
 def changed(now: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,122 +282,6 @@ def _nonzero(mask: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.flatnonzero(mask.numpy()))  # in half of torch's time
 
 
-# --- between ranks ------------------------------------------------------------------------------
-
-
-def gather_changes(bucket: list, layout, sent: Sent, vocab_size: int) -> list[list | None]:
-    """Return each shard's changes, as entries of a bucket; None where tensors must go whole.
-
-    They must where a rank has not sent its part before, or where the changes have more bytes. What
-    must be quantized as a whole is compared later, see shorter(). Collective.
-    bucket: weight_sync.Shard of each tensor. layout: backends.megatron.layout.Layout.
-    """
-    coded = [
-        None if shard.quantize_whole else sent.changes(shard.names[0], shard.local)
-        for shard in bucket
-    ]
-    found = [None] * len(bucket)
-    splits = {}
-    for i, shard in enumerate(bucket):
-        group = layout.group(shard.rule)
-        if shard.rule.tp_dim is not None and group.size() > 1:
-            splits.setdefault(group, []).append(i)
-        elif _is_shorter(coded[i], shard.local):
-            found[i] = [_entry(shard.names[0], coded[i], shard.local.device)]
-    for group, split in splits.items():
-        for i, parts in _exchange(bucket, coded, split, group).items():
-            shard, tp = bucket[i], layout.tp(bucket[i].rule)
-            whole = [parts[at : at + tp] for at in range(0, len(parts), tp)]
-            merged = [_merge(of_one, shard, vocab_size) for of_one in whole]
-            device = shard.local.device
-            found[i] = [_entry(*pair, device) for pair in zip(shard.names, merged)]
-    return found
-
-
-def _is_shorter(coded: torch.Tensor | None, tensor: torch.Tensor) -> bool:
-    return coded is not None and len(coded) < tensor.nbytes
-
-
-def _entry(name: str, coded: torch.Tensor, device: torch.device) -> tuple[str, torch.Tensor]:
-    return name + CHANGES, coded.to(device)
-
-
-def _exchange(bucket: list, coded: list, split: list[int], group) -> dict[int, list[torch.Tensor]]:
-    """Return {shard: the coded changes of every rank's part}, of those that save bytes."""
-    device = bucket[split[0]].local.device
-    # What was never sent counts as whole, on every rank, and is not chosen.
-    sizes = [bucket[i].local.nbytes if coded[i] is None else len(coded[i]) for i in split]
-    mine = torch.tensor(sizes, device=device)
-    theirs = torch.empty(group.size(), len(split), dtype=mine.dtype, device=device)
-    dist.all_gather(list(theirs), mine, group=group)
-    theirs = theirs.tolist()
-    chosen = [
-        k
-        for k, i in enumerate(split)
-        if sum(row[k] for row in theirs) < bucket[i].local.nbytes * len(theirs)
-    ]
-    if not chosen:
-        return {}
-    message = torch.cat([coded[split[k]] for k in chosen])
-    lengths = [sum(row[k] for k in chosen) for row in theirs]
-    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
-    padded[: len(message)] = message.to(device)
-    rows = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(rows, padded, group=group)
-    parts = {split[k]: [] for k in chosen}
-    for row, of_rank in zip(rows, theirs):
-        pieces = row.cpu()[: sum(of_rank[k] for k in chosen)].split([of_rank[k] for k in chosen])
-        for k, piece in zip(chosen, pieces):
-            parts[split[k]].append(piece)
-    return parts
-
-
-def _merge(parts: list[torch.Tensor], shard, vocab_size: int) -> torch.Tensor:
-    """Return the coded changes of a whole tensor from those of its shards, by rank.
-
-    Rows that pad the vocabulary are left out.
-    """
-    if len(parts) == 1:  # an expert that no rank shares
-        return parts[0]
-    shape, dim = shard.local.shape, shard.rule.tp_dim
-    columns = shape[1:].numel()
-    wide = columns * (len(parts) if dim else 1)
-    rows = shape[0] * (1 if dim else len(parts))
-    if shard.names[0] in VOCABULARY:
-        rows = vocab_size
-    found = []
-    for rank, part in enumerate(parts):
-        positions, values = decode(part, INTEGERS[shard.local.element_size()])
-        row, column = positions // columns, positions % columns
-        if dim:
-            column = column + rank * columns
-        else:
-            row = row + rank * shape[0]
-        found.append((row * wide + column, values))
-    positions, values = map(torch.cat, zip(*found))
-    positions, order = positions.sort()
-    inside = positions < rows * wide
-    return encode(positions[inside], values[order][inside])
-
-
-def shorter(pairs: list[tuple[str, torch.Tensor]], sent: Sent) -> list[tuple[str, torch.Tensor]]:
-    """Return whole tensors that every rank has, or where that is shorter their changes."""
-    found = []
-    for name, tensor in pairs:
-        coded = sent.changes(name, tensor)
-        entry = (name, tensor)
-        if _is_shorter(coded, tensor):
-            entry = _entry(name, coded, tensor.device)
-        found.append(entry)
-    return found
-
-
-def without_unchanged(named: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
-    """Leave out changes of nothing. One entry stays: a bucket without any would be the last."""
-    changed = [pair for pair in named if not pair[0].endswith(CHANGES) or len(pair[1])]
-    return changed or named[:1]
-
-
 # --- for the metrics ----------------------------------------------------------------------------
 
 
@@ -285,15 +298,15 @@ class Tally:
     def _kind(self, name: str) -> str:
         return "fp8" if name in self.fp8 else "bf16"
 
-    def add(self, bucket: list[tuple[str, torch.Tensor]]) -> None:
+    def add(self, bucket: list[Named]) -> None:
         """Count a bucket. A tensor that was sent whole counts as changed."""
         self.buckets += 1
-        for name, tensor in bucket:
-            is_whole = not name.endswith(CHANGES)
+        for entry, tensor in bucket:
             self.bytes += tensor.nbytes
-            if "_scale_inv" not in name:
-                n = tensor.numel() if is_whole else count(tensor)
-                self.changed[self._kind(name.removesuffix(CHANGES))] += n
+            n = count(tensor) if entry.startswith(CHANGES) else tensor.numel()
+            name = next(iter(names_in(entry)), "")  # the others are of the same kind
+            if n and not name.endswith("_scale_inv"):
+                self.changed[self._kind(name)] += n
 
     def metrics(self, *, is_full: bool) -> dict[str, float]:
         """Return what metrics.jsonl logs. is_full: whether no tensor was compared."""

@@ -9,9 +9,9 @@
         GLM-4.5 355B on 64 GPUs on paper: bytes from formulas, seconds from stated bandwidths
 
 The usual path all-gathers each BF16 parameter, quantizes on the first trainer, and sends tensor by
-tensor. Ours quantizes before it gathers, and sends buckets. Each measurement is one run of tp
-trainers and one rank that receives, over gloo. It alternates between the two paths. Neither path
-has an engine at its end.
+tensor. Ours quantizes before it gathers, and sends buckets. The third path sends what changed: one
+weight in a thousand. Each measurement is one run of tp trainers and one rank that receives, over
+gloo. It alternates between the paths. No path has an engine at its end.
 
 Printed for each path are the bytes that the tensor-parallel ranks gather, the bytes sent, and the
 median seconds. Printed too is how far the peak of resident memory grows on the first trainer and on
@@ -147,7 +147,9 @@ def copy_seconds(nbytes: int, rounds: int) -> float:
 
 def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
     """Run one rank of tp trainers and a receiver. Rank 0 prints the measurements as JSON."""
+    from backends.delta import Sent
     from common import distributed
+    import torch
     import torch.distributed as dist
     import weight_sync
 
@@ -161,6 +163,14 @@ def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
 
     dist.all_gather = counted
 
+    def changed_buckets():
+        with torch.no_grad():
+            for parameter in weights.gpt.parameters() if weights.gpt else ():
+                parameter.view(-1)[::1000] *= 0.8  # no block's scale grows
+        sent.begin()
+        yield from weight_sync.buckets_of(weights, quantize=True, sent=sent)
+        sent.version = 0
+
     def usual_buckets():
         mine = None if weights.gpt is None else usual(weights)
         return weight_sync.broadcast_buckets(mine, everyone)
@@ -168,23 +178,28 @@ def worker(size: str, tp: int, bucket_bytes: int, rounds: int) -> None:
     paths = {
         "usual": usual_buckets,
         "ours": lambda: weight_sync.buckets_of(weights, quantize=True),
+        "changes": changed_buckets,
     }
-    runs = {path: {"seconds": [], "peak": []} for path in paths}
-    for i in range(rounds + 1):  # the first round warms up
+    sent, runs = Sent(), {path: {"seconds": [], "peak": []} for path in paths}
+    for i in range(rounds + 1):  # the first round warms up, and sends everything
         for path, buckets in paths.items():
-            gathered[0] = sent = messages = 0
+            gathered[0] = nbytes = messages = 0
             dist.barrier(everyone)
             reset_peak()
             before, started = peak_bytes(), time.perf_counter()
             for bucket in buckets():
-                sent += sum(tensor.nbytes for _, tensor in bucket)
+                nbytes += sum(tensor.nbytes for _, tensor in bucket)
                 messages += 1
                 del bucket
             dist.barrier(everyone)
+            growth = peak_bytes() - before
             if i:
                 runs[path]["seconds"].append(time.perf_counter() - started)
-                runs[path]["peak"].append(peak_bytes() - before)
-            runs[path] |= {"gathered": gathered[0], "sent": sent, "messages": messages}
+                runs[path]["peak"].append(growth)
+            else:
+                runs[path]["first_peak"] = growth
+            runs[path] |= {"gathered": gathered[0], "sent": nbytes, "messages": messages}
+    runs["changes"]["kept"] = sum(tensor.nbytes for tensor in sent.kept.values())
     floor = copy_seconds(runs["ours"]["sent"], rounds)
     mine = {
         path: {**run, "seconds": statistics.median(run["seconds"]), "peak": max(run["peak"])}
@@ -218,13 +233,19 @@ def main() -> None:
     for size in SIZES:
         for tp in (1, 2, 4):
             report = measure(size, tp)
-            for path in ("usual", "ours"):
-                print(f"{size:>5} tp {tp}  {path:5}  {line_of(report[path])}")
+            for path in ("usual", "ours", "changes"):
+                print(f"{size:>5} tp {tp}  {path:7}  {line_of(report[path])}")
             usual, ours = report["usual"], report["ours"]
             ratio = f"seconds {ours['seconds'] / usual['seconds']:.2f}"
             if tp > 1:
                 ratio = f"bytes gathered {ours['gathered'] / usual['gathered']:.3f}, {ratio}"
             floor = f"memcpy of what is sent {report['floor']:.3f} s"
+            changes = report["changes"]
+            print(
+                f"{size:>5} tp {tp}  to send changes, trainer 0 keeps"
+                f" {changes['kept'] / 1e6:.1f} MB; the first time its peak grows by"
+                f" {changes['first_peak'] / 2**20:.0f} MiB"
+            )
             print(f"{size:>5} tp {tp}  ours / usual: {ratio};  {floor}", flush=True)
 
 

@@ -4,8 +4,8 @@ import torch
 
 
 @torch.no_grad()
-def nudge(gpt: torch.nn.Module, every: int) -> None:
+def nudge(gpt: torch.nn.Module, every: int, factor: float = 1.2) -> None:
     """Change each every-th element of every parameter, alike on ranks that hold the same."""
     for parameter in gpt.parameters():
         flat = parameter.view(-1)
-        flat[::every] = flat[::every] * 1.2
+        flat[::every] = flat[::every] * factor

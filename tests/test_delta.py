@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from backends import delta
+from backends import delta, delta_gather
 from backends.huggingface.names import Rule
 from backends.sglang import in_place
 from fp8_quant import quantize_blockwise
@@ -63,56 +63,134 @@ def test_positions_cost_a_byte_or_two():
 # --- what has changed -----------------------------------------------------------------------------
 
 
+def merged(changes: delta.Changes, before: list) -> list[torch.Tensor]:
+    """The tensors with the changes written into them, in the order of their names."""
+    flat = torch.cat([delta.as_integers(tensor).flatten() for tensor in before])
+    flat[changes.positions] = changes.values
+    parts = flat.split(changes.sizes.tolist())
+    return [part.view(x.dtype).view(x.shape) for part, x in zip(parts, before)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 7, 8, 1001])
+@pytest.mark.parametrize("n", [64, 65, 71, 1001])
 def test_changes_are_those_against_what_was_sent(dtype, n):
     sent, before = delta.Sent(), random((n,), dtype)
-    assert sent.changes("a", before) is None
+    assert sent.changes([("a", before)]) is None
     now = before.clone()
     places = sorted({0, n // 2, n - 1})
     delta.as_integers(now)[places] ^= 1
     for expected in (places, []):  # the second time nothing has changed
-        positions, values = delta.decode(sent.changes("a", now), dtype)
-        assert positions.tolist() == expected and same(values, now[expected])
+        changes = sent.changes([("a", now)])
+        assert changes.positions.tolist() == expected
+        assert same(changes.values.view(dtype), now[expected])
+
+
+@pytest.mark.parametrize("together", [0, 20, 2**20])
+def test_tensors_that_are_compared_together_are_told_apart(monkeypatch, together):
+    monkeypatch.setattr(delta, "LAID_OUT_BYTES", together)
+    monkeypatch.setattr(delta, "MOST_BYTES", 1.0)
+    shapes = {"a": (3,), "b": (2, 5), "c": (1,), "d": (40,), "e": (2,)}
+    before = [random(shape, torch.uint8, i) for i, shape in enumerate(shapes.values())]
+    now = [tensor.clone() for tensor in before]
+    now[1][1, 4] ^= 1
+    now[3][::7] ^= 1
+    sent = delta.Sent()
+    assert sent.changes(list(zip(shapes, before))) is None
+    changes = sent.changes(list(zip(shapes, now)))
+    assert changes.counts().tolist() == [0, 1, 0, 6, 0]
+    assert all(map(same, merged(changes, before), now))
+    chosen = torch.tensor([True, False, False, True, True])
+    few = changes.only(chosen)
+    assert few.names == ["a", "d", "e"] and few.counts().tolist() == [0, 6, 0]
+    assert all(map(same, merged(few, [before[0], *before[3:]]), [now[0], *now[3:]]))
 
 
 def test_an_update_that_has_not_ended_is_followed_by_a_whole_one():
-    sent = delta.Sent()
+    sent, named = delta.Sent(), [("a", torch.zeros(4))]
     assert sent.begin() == -1
-    sent.changes("a", torch.zeros(4))
+    sent.changes(named)
     sent.version = 7
     assert sent.begin() == 7
-    assert sent.begin() == -1 and sent.changes("a", torch.zeros(4)) is None
+    assert sent.begin() == -1 and sent.changes(named) is None
 
 
-def test_what_was_sent_is_a_copy():
-    sent, weight = delta.Sent(), torch.zeros(4, dtype=torch.bfloat16)
-    sent.changes("a", weight)
-    weight[2] = 1.0
-    assert delta.decode(sent.changes("a", weight), weight.dtype)[0].tolist() == [2]
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_what_was_sent_is_a_copy(names):
+    sent = delta.Sent()
+    named = [(name, torch.zeros(99, dtype=torch.bfloat16)) for name in names]
+    sent.changes(named)
+    named[0][1][2] = 1.0
+    assert sent.changes(named).positions.tolist() == [2]
+
+
+@pytest.mark.parametrize("changed, is_whole", [(8, False), (9, True)])
+def test_a_tensor_goes_whole_where_changes_have_more_than_a_quarter_of_its_bytes(changed, is_whole):
+    """Of 100 bytes each change counts three: its own, and two for its position."""
+    sent, weight = delta.Sent(), torch.zeros(100, dtype=torch.uint8)
+    assert delta_gather.compare([("a", weight)], sent) == [("a", weight)]
+    weight[:changed] = 1
+    (entry, tensor), *more = delta_gather.compare([("a", weight)], sent)
+    assert not more and entry == ("a" if is_whole else f"{delta.CHANGES}a")
+    assert tensor.nbytes <= 1.01 * weight.nbytes + delta.HEAD_BYTES
+
+
+@pytest.mark.parametrize("changed, is_few", [(2_000, True), (200_000, False)])
+def test_no_positions_are_kept_of_what_goes_whole(monkeypatch, changed, is_few):
+    """Changes of a large tensor are counted piece by piece; beyond the bound nobody needs them."""
+    monkeypatch.setitem(delta.PIECE_BYTES, "cpu", 2**16)
+    monkeypatch.setattr(delta, "LAID_OUT_BYTES", 2**10)
+    sent, weight = delta.Sent(), torch.zeros(2**20, dtype=torch.uint8)
+    sent.changes([("a", weight)])
+    weight[-changed:] = 1
+    changes = sent.changes([("a", weight)])
+    assert len(changes.positions) == (changed if is_few else 0)
+    assert changes.are_few(changes.counts_of_all()).tolist() == [is_few]
+    assert changes.are_few(changes.counts_of_all(), shards=64).tolist() == [is_few]
+    assert not len(sent.changes([("a", weight)]).positions)  # it is kept as it was sent
+
+
+def test_what_has_not_changed_is_not_named():
+    sent = delta.Sent()
+    named = [(name, torch.zeros(100, dtype=torch.uint8)) for name in "abc"]
+    delta_gather.compare(named, sent)
+    assert delta_gather.compare(named, sent) == []
+    named[1][1][7] = 1
+    ((entry, _),) = delta_gather.compare(named, sent)
+    assert delta.names_in(entry) == ["b"]
 
 
 @pytest.mark.parametrize("rows, vocab", [(8, None), (8, 7)])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_changes_of_shards_become_those_of_the_tensor(dim, rows, vocab):
-    """vocab: of 8 rows the last pads the vocabulary, and does not exist in the whole tensor."""
+@pytest.mark.parametrize("copies", [1, 2])
+def test_changes_of_shards_become_those_of_the_tensors(dim, rows, vocab, copies):
+    """vocab: of 8 rows the last pads the vocabulary, and does not exist in the whole tensor.
+
+    copies: as of experts, ranks 0 and 1 hold one tensor, and 2 and 3 another.
+    """
     if vocab and dim == 1:
         pytest.skip("a vocabulary is split by rows")
-    before, now = (random((rows, 6), torch.bfloat16, seed) for seed in (0, 1))
-    now[::2] = before[::2]
-    coded = []
-    for old, new in zip(before.chunk(2, dim), now.chunk(2, dim)):
-        sent = delta.Sent()
-        sent.changes("a", old)
-        coded.append(sent.changes("a", new))
-    name = "lm_head.weight" if vocab else "a"
-    shard = SimpleNamespace(
-        names=[name], rule=Rule((name,), tp_dim=dim), local=now.chunk(2, dim)[0]
-    )
-    positions, values = delta.decode(delta._merge(coded, shard, vocab), torch.bfloat16)
-    whole = before[:vocab].clone().contiguous()
-    delta.as_integers(whole).view(-1)[positions] = delta.as_integers(values)
-    assert same(whole, now[:vocab]) and (positions.diff() > 0).all()
+    names = ["lm_head.weight"] if vocab else [f"{i}" for i in range(copies)]
+    befores = [random((rows, 6), torch.bfloat16, seed) for seed in range(copies)]
+    nows = [random((rows, 6), torch.bfloat16, seed + 10) for seed in range(copies)]
+    parts = []
+    for before, now in list(zip(befores, nows))[: len(names)]:
+        now[::2] = before[::2]
+        for old, new in zip(before.chunk(2, dim), now.chunk(2, dim)):
+            sent = delta.Sent()
+            sent.changes([("first", torch.zeros(3).bfloat16()), ("a", old)])
+            parts.append(sent.changes([("first", torch.ones(3).bfloat16()), ("a", new)]))
+    shards = [
+        SimpleNamespace(names=names, rule=Rule(("a",), tp_dim=dim), local=tensor)
+        for tensor in (torch.zeros(3, 1), befores[0].chunk(2, dim)[0])
+    ]
+    if vocab:
+        shards[0].names = ["first"]
+    changes = delta_gather._merge(parts, shards, 2, vocab)
+    wholes = [before[:vocab].clone().contiguous() for before in befores][: len(names)]
+    firsts = [torch.zeros(6).bfloat16() for _ in names]
+    got = merged(changes, [*firsts, *wholes])[len(names) :]
+    assert all(map(same, got, (now[:vocab] for now in nows)))
+    assert (changes.positions.diff() > 0).all()
 
 
 # --- in the engine --------------------------------------------------------------------------------
@@ -157,18 +235,22 @@ def tensors(seed: int) -> list:
     ]  # fmt: skip
 
 
-def test_changes_land_where_the_whole_tensor_did():
+def test_changes_land_where_the_whole_tensor_did(monkeypatch):
+    monkeypatch.setattr(delta, "MOST_BYTES", 1.0)
     engine, expected = Merged(), Merged()
     places, sent = in_place.places_of(engine), delta.Sent()
     places.begin(0, base=-1)
     places.load_whole(engine, tensors(1))
-    for name, tensor in tensors(1):
-        sent.changes(name, tensor)
+    delta_gather.compare(tensors(1), sent)
     engine.loaded.clear()
     places.begin(1, base=0)
-    for name, tensor in tensors(2):
-        places.write_changes(engine, name, sent.changes(name, tensor))
-    expected.load_weights(tensors(2))
+    nudged = [(name, tensor.clone()) for name, tensor in tensors(1)]
+    for (_, tensor), (_, other) in zip(nudged, tensors(2)):
+        as_integers, every = delta.as_integers, slice(1, None, 4)
+        as_integers(tensor).view(-1)[every] = as_integers(other).view(-1)[every]
+    for entry, coded in delta_gather.compare(nudged, sent):
+        places.write_changes(engine, delta.names_in(entry), coded)
+    expected.load_weights(nudged)
     assert engine.loaded == ["scaled"]  # the only one that is not held as it came
     for (name, held), (_, right) in zip(engine.named_parameters(), expected.named_parameters()):
         assert same(held.data, right.data), name
@@ -193,7 +275,7 @@ def test_changes_of_another_version_are_refused():
 
 def test_changes_of_what_never_came_are_refused():
     with pytest.raises(RuntimeError, match="the whole tensor never did"):
-        in_place.Places().write_changes(None, "a", delta.encode(torch.tensor([]), torch.tensor([])))
+        in_place.Places().write_changes(None, ["a"], torch.empty(0, dtype=torch.uint8))
 
 
 # --- the emulation of FP8 on a CPU ----------------------------------------------------------------
@@ -201,8 +283,8 @@ def test_changes_of_what_never_came_are_refused():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="backends/cpu is for machines without a GPU")
 @pytest.mark.parametrize("experts", [None, 3])
-@pytest.mark.parametrize("with_scale", [False, True])
-def test_fp32_copies_follow_the_codes(experts, with_scale):
+@pytest.mark.parametrize("change", ["few codes", "a scale", "many codes"])
+def test_fp32_copies_follow_the_codes(experts, change):
     from backends.cpu import sglang as cpu
 
     shape = (256, 130)
@@ -221,14 +303,16 @@ def test_fp32_copies_follow_the_codes(experts, with_scale):
     held = cpu.dequantize(codes, scales)
     layer.__dict__["_dequantized"] = held if experts is None else [held, held.clone()]
     positions = torch.tensor([0, 129, codes.numel() - 1])
+    if change == "many codes":
+        positions = torch.arange(0, codes.numel(), 50)
     delta.as_integers(codes).view(-1)[positions] ^= 1
     in_place.WRITTEN.clear()
     in_place.WRITTEN[codes.untyped_storage().data_ptr()] = [positions]
-    if with_scale:
+    if change == "a scale":
         scales.view(-1)[0] *= 2
         in_place.WRITTEN[scales.untyped_storage().data_ptr()] = [torch.tensor([0])]
     cpu._update_dequantized(None, layer)
-    if with_scale:
+    if change != "few codes":  # all are made again when they are used
         assert "_dequantized" not in layer.__dict__
         return
     kept = layer.__dict__["_dequantized"]

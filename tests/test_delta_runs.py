@@ -65,3 +65,19 @@ def test_experts_over_two_ranks(tmp_path):
     flags = ["--model", str(folder), "--steps", "3", "--ep", "2", "--lr", "1e-5"]
     full = run(tmp_path, "full", "loop_sync.py", *flags, ranks=2)
     assert alike(full) == alike(run(tmp_path, "delta", "loop_sync.py", *flags, ranks=2))
+
+
+@pytest.mark.complete
+def test_a_resumed_run_begins_with_everything(tmp_path):
+    """At another layout, too: what a rank has sent is in no checkpoint."""
+    script = ROOT / "tests" / "workers" / "logged_hand_offs.py"
+    flags = [*SMALL.split(), "--check-sync", "--sync", "delta", "--name", "run"]
+    first = torchrun(script, *flags, "--steps", "2", "--save-every", "2", ranks=1, cwd=tmp_path)
+    flags += ["--steps", "4", "--resume", "--tp", "2"]
+    resumed = torchrun(script, *flags, ranks=2, cwd=tmp_path)
+
+    def sent(run):
+        return sorted(set(re.findall(r"sent version \d+, full \d", run.stdout)))
+
+    assert sent(first) == [f"sent version {v}, full {int(v == 0)}" for v in range(3)]
+    assert sent(resumed) == [f"sent version {v}, full {int(v == 2)}" for v in (2, 3, 4)]

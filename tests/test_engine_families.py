@@ -53,10 +53,10 @@ def test_fp8_rollouts_mismatch_by_quantization_alone(start, tmp_path, family, sh
     """
     pair = start("bf16", "fp8", write_model(tmp_path, family, dtype=torch.bfloat16, **shape))
     sent = []
-    for every in (100, 20):
-        nudge(pair.trainer.gpt, every)
+    for every, factor in ((100, 1.2), (20, 1.2), *((every, 0.97) for every in range(41, 59))):
+        nudge(pair.trainer.gpt, every, factor)
         sent.append(pair.sync())
-    assert [metrics["sync_full"] for metrics in sent] == [0, 0]
+    assert {metrics["sync_full"] for metrics in sent} == {0}
     assert sent[0]["sync_bytes"] < sent[1]["sync_bytes"]
     linear = linear_modules(pair.config)
     assert len(pair.weights.fp8) == len(linear) - kept * pair.config["num_hidden_layers"]

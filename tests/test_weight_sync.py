@@ -77,8 +77,7 @@ def test_a_tensor_the_engine_refuses_ends_the_engine(faults):
     assert "EngineDied" in fault["error"]
     assert "phase 'load': model.layers" in fault["notes"][0]
     if faults["sync"] == "delta":
-        name = "model.layers.1.input_layernorm.weight (changes)"
-        assert f"The engine failed to load {name}." in faults["output"]
+        assert "The engine failed to load changes of model.layers.1." in faults["output"]
         return
     assert (
         "Attempted to load weight (torch.Size([127])) into parameter (torch.Size([128]))"
@@ -110,6 +109,12 @@ def test_memory_is_that_of_buckets_not_of_the_model():
     assert ours["gathered"] <= 0.52 * usual["gathered"]  # FP8 with its scales instead of BF16
     assert ours["peak"] < 0.6 * ours["sent"]
     assert ours["receiver_peak"] < 0.3 * ours["sent"]
+    changes = report["changes"]
+    # Each rank keeps its own half of what is sent; norms, of which both have all, are small.
+    assert 0.5 * ours["sent"] <= changes["kept"] < 0.51 * ours["sent"]
+    assert changes["first_peak"] < changes["kept"] + 0.75 * ours["sent"]
+    assert changes["peak"] < 0.6 * ours["sent"]
+    assert changes["sent"] < 0.02 * ours["sent"]
 
 
 class HeldModel(torch.nn.Module):

@@ -16,6 +16,8 @@ from backends.delta import as_integers
 from backends.sglang import in_place
 
 FP8_MAX = 448.0
+# Up to this share of a layer's codes, replacing their fp32 weights is faster than making all again.
+FEW_CODES = 0.01
 
 # ServerArgs without which SGLang does not start on a CPU, or starts something slow.
 SERVER_ARGS = dict(
@@ -130,7 +132,8 @@ def _update_dequantized(self, layer) -> None:
     names = ["weight"] if torch.is_tensor(held) else ["w13_weight", "w2_weight"]
     for fp32, name in zip([held] if torch.is_tensor(held) else held, names):
         codes, scales = getattr(layer, name), getattr(layer, f"{name}_scale_inv")
-        if in_place.take_written(scales) != [] or (parts := in_place.take_written(codes)) is None:
+        new_scales, parts = in_place.take_written(scales), in_place.take_written(codes)
+        if new_scales != [] or parts is None or sum(map(len, parts)) > codes.numel() * FEW_CODES:
             del layer.__dict__["_dequantized"]
             return
         for positions in parts:

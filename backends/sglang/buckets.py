@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backends.delta import CHANGES
+from backends.delta import CHANGES, names_in
 from backends.huggingface.names import hf_shapes
 from backends.sglang.in_place import places_of, written_all
 from common.errors import EngineDied
@@ -71,7 +71,11 @@ def unpack(header: bytes, flat: torch.Tensor) -> list[Named]:
 
 
 def failure_note(name: str, tensors: list[str]) -> str:
-    """Return the note about a failure: the phase of the weight update and its tensors."""
+    """Return the note about a failure: the phase of the weight update and its tensors.
+
+    tensors: names, of tensors or of a bucket's entries.
+    """
+    tensors = [name for entry in tensors for name in names_in(entry)] or ["no changes"]
     about = tensors[0]
     if len(tensors) > 1:
         about = f"{tensors[0]} to {tensors[-1]}, {len(tensors)} tensors"
@@ -135,7 +139,7 @@ def load_bucket(model: torch.nn.Module, message: list[Named]) -> None:
         places.begin(version, base=base)
     whole, changes = [], []
     for name, tensor in unpack(header.cpu().numpy().tobytes(), flat):
-        (changes if name.endswith(CHANGES) else whole).append((name, tensor))
+        (changes if name.startswith(CHANGES) else whole).append((name, tensor))
 
     def noted(pairs):
         nonlocal last_name
@@ -150,8 +154,10 @@ def load_bucket(model: torch.nn.Module, message: list[Named]) -> None:
             model.load_weights(noted(whole))
         elif whole:
             places.load_whole(model, whole, noted)
-        for name, coded in noted(changes):
-            places.write_changes(model, name.removesuffix(CHANGES), coded)
+        for entry, coded in changes:
+            names = names_in(entry)
+            last_name = CHANGES + " to ".join([*names[:1], *names[1:][-1:]])
+            places.write_changes(model, names, coded, noted)
     except Exception as error:
         error.add_note(f"The engine failed to load {last_name}.")
         raise

@@ -31,7 +31,7 @@ from sglang.srt.managers import io_struct
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import MultiprocessingSerializer
 
-from backends.sglang.buckets import NO_CHANGES, pack, phase
+from backends.sglang.buckets import NO_CHANGES, Named, pack, phase
 from backends.sglang.gpu import held_bytes, memory_saver_libraries
 from backends.sglang.process import died_at_start, engine_files, run_scheduler
 from common.errors import EngineDied, engine_died
@@ -49,6 +49,8 @@ BUCKETS = "backends.sglang.buckets"  # where SGLang finds the loaders, by name
 LOOP_ENDS_WITHIN_S = 5.0
 # So soon SIGQUIT reports an engine's death: SGLang's SubprocessWatchdog looks every second.
 SIGQUIT_WITHIN_S = 3.0
+# What an engine's process may take of its GPU while it releases its weights: kernels that it loads.
+RELEASE_SLACK_BYTES = 64 * 2**20
 
 
 class Engine(sglang_engine.Engine):
@@ -320,7 +322,8 @@ class Engine(sglang_engine.Engine):
             freed = torch.cuda.mem_get_info()[0] - free_before
         self._released = True
         # Of an engine on several GPUs this sees the first.
-        if freed < (expected := self._weight_bytes // self.server_args.tp_size):
+        expected = self._weight_bytes // self.server_args.tp_size
+        if freed < expected - RELEASE_SLACK_BYTES:
             raise RuntimeError(
                 f"the engine has released {freed / 1e6:,.1f} MB of its GPU for its weights, which"
                 f" have {expected / 1e6:,.1f} MB: torch_memory_saver does not work in its process"
@@ -349,15 +352,16 @@ class Engine(sglang_engine.Engine):
         self._paused = True
         self._mark()
 
-    def load(
-        self, named: list[tuple[str, torch.Tensor]], *, version: int, base: int | None = None
-    ) -> None:
+    def load(self, named: list[Named], *, version: int, base: int | None = None) -> None:
         """Load tensors of this version, after waiting for those given before.
 
-        They are full Hugging Face tensors, or changes since the version `base` (backends/delta.py).
-        base: -1 where all is sent and changes will follow, None where none ever will. They travel
-        as one message of bytes, in memory shared with the engine.
+        They are full Hugging Face tensors, or changes since the version `base` (backends/delta.py),
+        and travel as one message, in memory shared with the engine. base: -1 where all is sent and
+        changes will follow, None where none ever will.
         """
+        has = self.server_args
+        if has.enable_memory_saver and not has.enable_weights_cpu_backup and base not in (None, -1):
+            raise RuntimeError("changes came for an engine whose memory keeps no weights")
         if self.last_phase[0] == "load":
             self.settle()
         header, flat = pack(named)
@@ -388,7 +392,7 @@ class Engine(sglang_engine.Engine):
 
         self._enqueue(part, "end of update", [f"version {version}"])
 
-    def compare(self, named: list[tuple[str, torch.Tensor]]) -> torch.Tensor:
+    def compare(self, named: list[Named]) -> torch.Tensor:
         """Return buckets.compare_loader's report about tensors: int64 [engine tp, tensors, 3].
 
         The engine's weights stay as they are.

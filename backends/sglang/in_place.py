@@ -93,6 +93,8 @@ class Places:
         self.kept: dict[str, torch.Tensor] = {}
         """Whole tensors that have no places"""
         self.dtypes: dict[str, torch.dtype] = {}
+        self.sizes: dict[str, int] = {}
+        """Elements of each tensor"""
 
     def begin(self, version: int, *, base: int) -> None:
         """Check that a bucket's changes are of the version that is held: base, -1 for no changes.
@@ -115,18 +117,35 @@ class Places:
         with _WatchCopies(new) if new else contextlib.nullcontext() as copies:
             model.load_weights(noted(named))
         for name, tensor in new:
-            self.dtypes[name], self.of[name] = tensor.dtype, copies.places[name]
+            self.dtypes[name], self.sizes[name] = tensor.dtype, tensor.numel()
+            self.of[name] = copies.places[name]
         for name, tensor in named:
             if not self.of[name]:
                 self.kept[name] = tensor.to("cpu", copy=True)
             for place in self.of[name]:
                 WRITTEN[place.held.untyped_storage().data_ptr()] = None
 
-    def write_changes(self, model: torch.nn.Module, name: str, coded: torch.Tensor) -> None:
-        """Write coded changes of a tensor that has come whole before."""
-        if name not in self.dtypes:
-            raise RuntimeError(f"changes of {name} came, and the whole tensor never did")
-        positions, values = decode(coded, self.dtypes[name])
+    def write_changes(
+        self, model: torch.nn.Module, names: list[str], coded: torch.Tensor, noted=iter
+    ) -> None:
+        """Write coded changes of tensors of one dtype that have come whole before.
+
+        Positions are in the tensors laid end to end. noted: as for load_whole().
+        """
+        if missing := [name for name in names if name not in self.sizes]:
+            raise RuntimeError(f"changes of {missing[0]} came, and the whole tensor never did")
+        if not names:
+            return
+        positions, values = decode(coded, self.dtypes[names[0]])
+        ends = torch.tensor([self.sizes[name] for name in names]).cumsum(0)
+        cuts = torch.searchsorted(positions, ends).tolist()
+        starts = [0, *ends.tolist()]
+        for (name, start), begin, end in zip(noted(zip(names, starts)), [0, *cuts], cuts):
+            self._write(model, name, positions[begin:end] - start, values[begin:end])
+
+    def _write(
+        self, model: torch.nn.Module, name: str, positions: torch.Tensor, values: torch.Tensor
+    ) -> None:
         if name in self.kept:
             as_integers(self.kept[name]).view(-1)[positions] = as_integers(values)
             model.load_weights(iter([(name, self.kept[name])]))

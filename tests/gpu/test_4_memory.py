@@ -14,7 +14,7 @@ import weight_sync
 @pytest.fixture(scope="module")
 def pair(one_rank):
     start = time.perf_counter()
-    load = dict(colocated=True, requests=512, longest=64)
+    load = dict(colocated=True, keeps_weights=True, requests=512, longest=64)
     pair = Pair("bf16", "fp8", sglang=SGLANG, **load)
     arguments = pair.engine.server_args
     kernel = getattr(arguments, "fp8_gemm_runner_backend", "")

@@ -66,14 +66,14 @@ def not_a_number(trainer):
 @contextlib.contextmanager
 def misshapen(trainer):
     """A tensor that does not fit the engine's parameter: SGLang's loader refuses it in the engine's
-    own process. Of coded changes the last byte is lost.
+    own process. Of the changes with which that tensor's travel the last byte is lost.
     """
     stock, norm = buckets.pack, "model.layers.1.input_layernorm.weight"
 
     def pack(named):
         return stock(
             [
-                (name, tensor[:-1] if name.removesuffix(delta.CHANGES) == norm else tensor)
+                (name, tensor[:-1] if norm in delta.names_in(name) else tensor)
                 for name, tensor in named
             ]
         )
