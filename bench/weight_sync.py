@@ -1,10 +1,7 @@
-"""What a weight update costs: this project's path against the usual one, and changes against all.
+"""What a weight update costs: this project's path against the usual one.
 
     python bench/weight_sync.py
         three model sizes at tensor parallelism 1, 2 and 4; about ten minutes
-    python bench/weight_sync.py delta [--model FOLDER] [loop_async.py's flags]
-        --sync delta against full, as training goes on; without --model the toy, and a model of 102M
-        parameters at tensor parallelism 1, 2 and 4; about ten minutes
     python bench/weight_sync.py estimate
         GLM-4.5 355B on 64 GPUs on paper: bytes from formulas, seconds from stated bandwidths
 
@@ -18,29 +15,14 @@ median seconds. Printed too is how far the peak of resident memory grows on the 
 the receiver.
 The floor is the seconds that one copy of the sent bytes takes in memory. The vocabulary is small:
 embeddings stay BF16, and should have no larger share of the weights than in large models.
-
-`delta` is one run of loop_async.py with a real engine. Every step sends its weights twice: what
-changed, and then everything. Rewards are a rule that differs from answer to answer, so that every
-step learns. Seconds are those of rank 0 from the first byte until the engine goes on. Phases:
-
-    quantize, compare, gather     on rank 0; gather waits for the other trainers
-    send                          rank 0 gives the buckets to the engine's rank
-    apply                         the engine writes; most of it while the next bucket is on its way
-    first token                   after the update, one token of one request; without a GPU the
-                                  engine then dequantizes what was written
 """
 
-import contextlib
 import ctypes
 import json
-import os
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -257,146 +239,6 @@ def line_of(row: dict) -> str:
     return f"{row['seconds']:6.3f} s   {moved}   {peaks}"
 
 
-# --- changes against everything -----------------------------------------------------------------
-
-PHASES = ("quantize", "compare", "gather", "send", "apply", "first token")
-DELTA_FLAGS = "--prompts-per-step 2 --samples-per-prompt 4 --max-response-tokens 24 --steps 10"
-DELTA_FLAGS += " --eval-samples 2 --eval-every 10 --max-staleness 0 --export --sync delta"
-FROM_STEP = 3  # Adam's first steps move more
-
-
-def delta_worker(arguments: list[str]) -> None:
-    """Run one rank of loop_async.py, whose every step sends its weights by both ways.
-
-    Rank 0 prints [{way: {"bytes": …, "seconds": …, phase: seconds}}, one for each step] as JSON.
-    """
-    import torch.distributed as dist
-    import weight_sync
-    from backends.sglang.engine import Engine
-    from common import distributed
-    from dataclasses import replace
-    from harness import checks, exits, flags
-    import reward
-
-    spent, stock_phase, stock_send = Counter(), weight_sync.phase, weight_sync.send_weights
-    stock_update, rows = Engine._update, []
-
-    @contextlib.contextmanager
-    def timed_phase(name, tensors):
-        started, inner = time.perf_counter(), sum(spent.values())
-        with stock_phase(name, tensors):
-            yield
-        spent[name] += time.perf_counter() - started - (sum(spent.values()) - inner)
-
-    async def timed_update(self, *payload):
-        started = time.perf_counter()
-        await stock_update(self, *payload)
-        spent["apply"] += time.perf_counter() - started
-
-    def hand_off(weights, engine, version) -> dict:
-        """Send once. Return what it took, with what the last rank's engine took."""
-        group = weights.broadcast_group
-        spent.clear()
-        dist.barrier(group)
-        started = time.perf_counter()
-        sent = stock_send(weights, engine, version=version)
-        engine.settle()
-        dist.barrier(group)
-        seconds, mine = time.perf_counter() - started, dict(spent)
-        asked = time.perf_counter()
-        if engine.holds_weights:
-            one = dict(max_new_tokens=1, temperature=1.0)
-            engine.call(engine.generate([[5, 6, 7]], [one], request_ids=[f"after {asked}"]))
-        mine["first token"] = time.perf_counter() - asked
-        theirs = json.loads(distributed.all_gather_bytes(json.dumps(mine).encode(), group)[-1])
-        mine |= {name: theirs.get(name, 0.0) for name in ("apply", "first token")}
-        return {"seconds": seconds, "bytes": sent["sync_bytes"], **mine}
-
-    def send_both(weights, engine, *, version, verify=False):
-        if version == 0:  # the engine's first weights: everything, both ways
-            return stock_send(weights, engine, version=version, verify=True)
-        if engine.holds_weights:
-            engine.call(engine.drain())
-        row = {"delta": hand_off(weights, engine, version)}
-        if engine.holds_weights:
-            engine.version = version - 1  # the same weights once more
-        row["full"] = hand_off(replace(weights, sent=None), engine, version)
-        rows.append(row)
-        if verify:
-            weight_sync.verify_engine_weights(weights, engine)
-        return {}
-
-    weight_sync.phase, weight_sync.send_weights = timed_phase, send_both
-    Engine._update = timed_update
-    reward.REWARDS["exact"] = lambda sample: float(sum(sample.response_ids) % 2)
-    sys.argv = ["loop_async.py", *arguments]
-    import loop_async
-
-    def main():
-        loop_async.main(settings)
-        if os.environ["RANK"] == "0":
-            print("\n" + json.dumps(rows), flush=True)
-
-    settings = flags.parse_or_exit(loop_async.Settings, checks.check_flags)
-    exits.run_main(main)
-
-
-def write_model(folder: Path, size: str) -> Path:
-    """Write a model of random weights as a Hugging Face folder, with the toy's tokenizer."""
-    import torch
-
-    import backends  # noqa: F401  before transformers
-    import transformers
-
-    torch.manual_seed(0)
-    config = {name: x for name, x in config_of(size).items() if name != "num_experts"}
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(**config), dtype=torch.bfloat16
-    )
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ROOT / "toy" / name, folder)
-    return folder
-
-
-def delta(what: str, flags: list[str], *, tp: int = 1) -> None:
-    """Measure one model, and print both ways and their ratios."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(tp + 1), __file__, "delta_worker"]
-        command += [*DELTA_FLAGS.split(), "--tp", str(tp), *flags]
-        quiet = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        done = subprocess.run(command, cwd=folder, **quiet)
-    if done.returncode:
-        sys.exit(f"{what} at tp {tp} ended with {done.returncode}:\n{done.stderr[-5000:]}")
-    printed = reversed(done.stdout.splitlines())
-    rows = json.loads(next(line for line in printed if line.startswith("[{")))[FROM_STEP - 1 :]
-    middle = {}
-    for way in ("full", "delta"):
-        keys = ("seconds", "bytes", *PHASES)
-        middle[way] = {
-            key: statistics.median(row[way].get(key, 0.0) for row in rows) for key in keys
-        }
-        phases = "  ".join(f"{name} {middle[way][name]:.3f}" for name in PHASES)
-        row = f"{middle[way]['seconds']:6.3f} s  {middle[way]['bytes'] / 1e6:8.3f} MB   {phases}"
-        print(f"{what:>8} tp {tp}  {way:5}  {row}")
-    ratios = [row["delta"]["seconds"] / row["full"]["seconds"] for row in rows]
-    ratio = f"seconds {statistics.mean(ratios):.2f} (deviation {statistics.stdev(ratios):.2f},"
-    bytes_ratio = middle["delta"]["bytes"] / middle["full"]["bytes"]
-    steps = f"steps {FROM_STEP} to {FROM_STEP + len(rows) - 1}"
-    print(f"{what:>8} tp {tp}  delta / full: bytes {bytes_ratio:.4f}, {ratio} {steps})", flush=True)
-
-
-def delta_main(flags: list[str]) -> None:
-    if "--model" in flags:
-        return delta(Path(flags[flags.index("--model") + 1]).name, flags)
-    delta("toy", flags)
-    with tempfile.TemporaryDirectory() as folder:
-        model = write_model(Path(folder), "102M")
-        for tp in (1, 2, 4):
-            delta("102M", ["--model", str(model), "--lr", "1e-6", *flags], tp=tp)
-
-
 # --- on paper -----------------------------------------------------------------------------------
 
 
@@ -437,10 +279,6 @@ def estimate() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         worker(sys.argv[2], *map(int, sys.argv[3:6]))
-    elif sys.argv[1:2] == ["delta_worker"]:
-        delta_worker(sys.argv[2:])
-    elif sys.argv[1:2] == ["delta"]:
-        delta_main(sys.argv[2:])
     elif sys.argv[1:] == ["estimate"]:
         estimate()
     else:

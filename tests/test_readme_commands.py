@@ -264,6 +264,8 @@ def test_one_picture_of_two_runs(tmp_path):
 BENCHMARKS = {  # the command in docs/: what makes it short
     "bench/algorithms.py figure docs/mismatch.png": "--steps 1 --seeds 1",
     "bench/algorithms.py table": "RLOO --steps 1 --seeds 1",
+    "bench/changes.py": f"--model {ROOT / 'toy'} --steps 4",
+    "bench/changes.py estimate": "",
     "bench/cpu_attention.py": "--requests 16 --rounds 1",
     "bench/long_run.py sync": (
         "--steps 10 --prompts-per-step 4 --samples-per-prompt 8 --eval-samples 2"

@@ -34,6 +34,7 @@ RUN_BY = {
     "examples/tool_use_async.py": "test_tool_use.py",
     "toy/make_toy.py": "test_scripts.py",
     "bench/algorithms.py": "test_readme_commands.py",
+    "bench/changes.py": "test_readme_commands.py",
     "bench/cpu_attention.py": "test_readme_commands.py",
     "bench/long_run.py": "test_readme_commands.py",
     "bench/no_bf16.py": "test_readme_commands.py",
