@@ -264,6 +264,8 @@ def changed(now: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torc
     """
     n = 8 // now.element_size()
     whole = len(now) // n * n
+    if now.data_ptr() % 8:  # a part of a merged parameter may begin at any element
+        now = now.clone()
     # Eight bytes at a time: nearly all are equal.
     words, words_before = (x[:whole].view(torch.int64) for x in (now, before))
     at = _nonzero(words != words_before)

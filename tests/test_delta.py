@@ -85,6 +85,17 @@ def test_changes_are_those_against_what_was_sent(dtype, n):
         assert same(changes.values.view(dtype), now[expected])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_part_may_begin_anywhere_in_its_parameter(monkeypatch, dtype):
+    """The gate of a merged layer with an odd number of elements: up begins at no whole word."""
+    monkeypatch.setattr(delta, "LAID_OUT_BYTES", 0)
+    merged = random((2, 101), dtype)
+    sent = delta.Sent()
+    sent.changes([("up", merged[1])])
+    delta.as_integers(merged)[1, 7] ^= 1
+    assert sent.changes([("up", merged[1])]).positions.tolist() == [7]
+
+
 @pytest.mark.parametrize("together", [0, 20, 2**20])
 def test_tensors_that_are_compared_together_are_told_apart(monkeypatch, together):
     monkeypatch.setattr(delta, "LAID_OUT_BYTES", together)
