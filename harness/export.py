@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from backends.huggingface.folder import INDEX, files_to_export
+from backends.huggingface.folder import INDEX, HFWeights, files_to_export, is_of_mtp
 from backends.huggingface.names import fp8_config
 from common.errors import BadInput, ExportError, read_json
 from weight_sync import WeightPath, fp8_weights, quantize_named, trainer_buckets
@@ -54,7 +54,7 @@ def export_hf(weights: WeightPath, target: Path, *, source: str | Path, dtype: s
 
     dtype: "bf16", which transformers and SGLang load, or "fp8", block-scaled e4m3 with a
     quantization_config in config.json, which SGLang loads. Config, tokenizer and templates are
-    copied from source.
+    copied from source; so are layers of multi-token prediction, unchanged, as nothing trains them.
 
     Weights are written to files named *.part. These replace an older export in target only when all
     of them are complete. config.json is written last: a folder that has one is complete. If another
@@ -75,12 +75,18 @@ def export_hf(weights: WeightPath, target: Path, *, source: str | Path, dtype: s
                 writer.add(written_name, value)
     if writer is None:
         return
+    held = HFWeights(source)
+    untrained = [name for name in held.file_of if is_of_mtp(name, weights.config)]
+    for name in untrained:
+        writer.add(name, held.slice(name, None, 0, 0))
     config = read_json(Path(source) / "config.json")
     config.pop("torch_dtype", None)  # the older name of dtype
     config.pop("quantization_config", None)  # may be there, as null
     config["dtype"] = "bfloat16"
     if dtype == "fp8":
         config["quantization_config"] = fp8_config(weights.config, engine_tp=1)
+        kept = config["quantization_config"]["modules_to_not_convert"]
+        kept += sorted({name.rpartition(".")[0] for name in untrained})
     writer.finish(config, Path(source))
 
 

@@ -208,8 +208,11 @@ def export(monkeypatch, tmp_path, models):
     shutil.copytree(models["qwen3"], source)
     weights = SimpleNamespace(config=read_config(source))
 
+    untrained = set()
+
     def buckets(*_, **__):
-        return ([pair] for pair in load_file(source / "model.safetensors").items())
+        held = load_file(source / "model.safetensors")
+        return ([pair] for pair in held.items() if pair[0] not in untrained)
 
     monkeypatch.setattr(hf_export.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(hf_export, "trainer_buckets", buckets)
@@ -218,7 +221,7 @@ def export(monkeypatch, tmp_path, models):
         monkeypatch.setattr(hf_export, "MAX_FILE_BYTES", max_file_bytes)
         export_hf(weights, target, source=source, dtype=dtype)
 
-    call.source, call.weights = source, weights
+    call.source, call.weights, call.buckets_without = source, weights, untrained.update
     return call
 
 
@@ -249,6 +252,32 @@ def test_an_export_over_one_that_was_split_otherwise_leaves_nothing_of_it(
     )
     assert {file.name for file in target.glob("*.safetensors")} == named
     assert not list(target.glob("*.part")) and not (target / "vocab.json").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_layers_of_multi_token_prediction_are_copied_as_they_are(export, tmp_path, dtype):
+    """Nothing trains them; speculation needs them. In an FP8 export they stay unquantized."""
+    config = json.loads((export.source / "config.json").read_text(encoding="utf-8"))
+    layer = f"model.layers.{config['num_hidden_layers']}"
+    more = {
+        f"{layer}.eh_proj.weight": torch.randn(128, 256),  # in fp32, of a model in BF16
+        f"{layer}.mlp.experts.0.up_proj.weight": torch.randn(128, 128).bfloat16(),
+    }
+    held = load_file(export.source / "model.safetensors") | more
+    save_file(held, export.source / "model.safetensors", metadata={"format": "pt"})
+    changed = json.dumps(config | {"num_nextn_predict_layers": 1})
+    (export.source / "config.json").write_text(changed, encoding="utf-8")
+    export.weights.config["num_nextn_predict_layers"] = 1
+    export.buckets_without(more)
+    export(tmp_path / "out", dtype=dtype)
+    written = tensors_of(tmp_path / "out")
+    assert held.keys() <= written.keys()
+    for name, tensor in more.items():
+        assert written[name].dtype == tensor.dtype and torch.equal(written[name], tensor)
+    if dtype == "fp8":
+        config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+        kept = config["quantization_config"]["modules_to_not_convert"]
+        assert {name.removesuffix(".weight") for name in more} <= set(kept)
 
 
 def test_folders_named_like_tokenizer_files_do_not_end_an_export(export, tmp_path):

@@ -159,11 +159,13 @@ def _may_be_left_out(name: str, config: dict) -> bool:
         return True
     if name.endswith("rotary_emb.inv_freq"):
         return True
+    return is_of_mtp(name, config)
+
+
+def is_of_mtp(name: str, config: dict) -> bool:
+    """Tell whether a tensor is of a layer of multi-token prediction, after the model's own."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
-    if layer is None:
-        return False
-    # Layers of multi-token prediction follow the model's own.
-    beyond = int(layer[1]) - config["num_hidden_layers"]
+    beyond = int(layer[1]) - config["num_hidden_layers"] if layer else -1
     return 0 <= beyond < (config.get("num_nextn_predict_layers") or 0)
 
 
