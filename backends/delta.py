@@ -158,7 +158,9 @@ class Changes:
         counts: of each tensor, int64 [tensors]; of so many shards together, all as large as ours.
         """
         width = self.values.element_size()
-        return counts <= (self.sizes * shards * most_changed(width)).long()
+        is_shorter = HEAD_BYTES + counts * (2 + width) <= self.sizes * width * shards
+        few = counts <= (self.sizes * shards * most_changed(width)).long()
+        return (counts == 0) | (few & is_shorter)
 
     def entries(self, device: torch.device) -> list[Named]:
         """Return what a bucket holds of the changes: one entry, none if there are none."""
@@ -195,6 +197,7 @@ class Sent:
         named: tensors of one dtype, the same ones in every update.
         """
         found, too_many, start = [], [], 0
+        sizes = torch.tensor([tensor.numel() for _, tensor in named])
         for names, now in _laid_out(named):
             kept = self.kept.get(names[0])
             if kept is None:
@@ -202,17 +205,15 @@ class Sent:
                 kept = torch.empty_like(now, device="cpu", pin_memory=now.is_cuda)
                 self.kept[names[0]] = kept.copy_(now)
                 continue
-            most = len(now) * most_changed(now.element_size()) if len(names) == 1 else len(now)
-            pieces = list(_update(kept, now, int(most)))
-            too_many += [None in pieces] * len(names)
-            if None not in pieces:
-                found += [(start + positions, values) for positions, values in pieces]
+            of_group = sizes[len(too_many) : len(too_many) + len(names)]
+            pieces, are_too_many = _update(kept, now, of_group)
+            found += [(start + positions, values) for positions, values in pieces]
+            too_many += are_too_many
             start += len(now)
         if not start:
             return None
         nothing = torch.empty(0, dtype=torch.int64), as_integers(named[0][1][:0].cpu()).flatten()
         positions, values = map(torch.cat, zip(nothing, *found))
-        sizes = torch.tensor([tensor.numel() for _, tensor in named])
         names = [name for name, _ in named]
         return Changes(names, sizes, positions, values, torch.tensor(too_many))
 
@@ -222,23 +223,32 @@ def most_changed(element_bytes: int) -> float:
     return MOST_BYTES * element_bytes / (2 + element_bytes)
 
 
-def _update(kept: torch.Tensor, now: torch.Tensor, most: int) -> Iterator[tuple | None]:
-    """Bring what is kept up to date; yield (positions, values) of changes, piece by piece.
+def _update(kept: torch.Tensor, now: torch.Tensor, sizes: torch.Tensor) -> tuple[list, list[bool]]:
+    """Bring what is kept up to date; return what has changed.
 
-    The last one is None if there are more than `most`. Nobody needs their positions then.
+    sizes: of the tensors that are laid end to end, int64. Returns [(positions, values)] of a large
+    tensor's pieces or of small ones together, and of each tensor whether it has too many changes:
+    their positions are left out, because nobody needs them and they take many times its memory.
     """
-    step, n = PIECE_BYTES[now.device.type] // now.element_size(), 0
+    share, step = most_changed(now.element_size()), PIECE_BYTES[now.device.type]
+    if len(sizes) > 1:
+        positions, values = (x.cpu() for x in changed(now, kept.to(now.device)))
+        kept.index_copy_(0, positions, values)
+        counts = torch.searchsorted(positions, sizes.cumsum(0)).diff(prepend=sizes.new_zeros(1))
+        too_many = counts > sizes * share
+        few = ~too_many.repeat_interleave(counts)
+        return [(positions[few], values[few])], too_many.tolist()
+    found, n, step = [], 0, step // now.element_size()
     for start in range(0, len(now), step):
         was, new = kept[start : start + step], now[start : start + step]
-        positions, values = changed(new, was.to(now.device))
+        positions, values = (x.cpu() for x in changed(new, was.to(now.device)))
         n += len(positions)
-        if n > most:
+        if n > len(now) * share:
             kept[start:].copy_(now[start:])
-            yield None
-            return
-        positions, values = positions.cpu(), values.cpu()
+            return [], [True]
         was.index_copy_(0, positions, values)
-        yield start + positions, values
+        found.append((start + positions, values))
+    return found, [False]
 
 
 def _laid_out(named: list[Named]) -> Iterator[tuple[list[str], torch.Tensor]]:
@@ -264,7 +274,8 @@ def changed(now: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torc
     """
     n = 8 // now.element_size()
     whole = len(now) // n * n
-    if now.data_ptr() % 8:  # a part of a merged parameter may begin at any element
+    # A part of a merged parameter may begin at any element.
+    if now.data_ptr() % 8 or now.storage_offset() % n:
         now = now.clone()
     # Eight bytes at a time: nearly all are equal.
     words, words_before = (x[:whole].view(torch.int64) for x in (now, before))

@@ -60,12 +60,10 @@ def check_flags(settings) -> None:
     if not is_plan(settings):  # a plan reads no prompts
         found.collect(check_prompt_files, settings.rollout)
     found.collect(check_reward_flags, settings.reward, settings.rollout)
-    steps = settings.run.steps
-    found.collect(
-        check_train_flags, settings.train, settings.loss, steps=steps, ranks=trainer_ranks
-    )
+    trained = dict(steps=settings.run.steps, ranks=trainer_ranks)
+    found.collect(check_train_flags, settings.train, settings.loss, **trained)
     found.collect(check_loss_settings, settings.loss)
-    found.collect(check_sync_flags, settings.sync)
+    found.collect(check_sync_flags, settings.sync, settings.rollout)
     found.collect(check_modes, settings)
     if not settings.run.load_rollouts:  # model_checks.longest_of_dumps checks the loaded ones
         answers = settings.rollout.prompts_per_step * settings.rollout.samples_per_prompt
@@ -110,7 +108,7 @@ def check_modes(settings) -> None:
         kind = "--load-rollouts"
         idle = [(run, "check_sync"), (settings.reward, "dynamic_sampling")]
         idle += [(rollout, "sglang"), (rollout, "eval_prompts")]
-    for stage, name in idle:
+    for stage, name in [*idle, (settings.sync, "sync")] if kind else []:
         given, default = getattr(stage, name), getattr(type(stage)(), name)
         if given != default:
             shown = " ".join(map(str, given)) if isinstance(given, tuple) else given
@@ -366,11 +364,13 @@ def check_minibatches(n: int, *, answers: int) -> None:
 
 
 @all_problems
-def check_sync_flags(settings: SyncSettings) -> None:
-    """Refuse a bucket size that cannot work."""
-    if settings.bucket_bytes < 1:
-        given = f"--bucket-bytes {settings.bucket_bytes}"
-        yield f"{given} must be at least 1; leave it out for 256 MiB"
+def check_sync_flags(settings: SyncSettings, rollout: RolloutSettings) -> None:
+    """Refuse a bucket size that cannot work, and changes where they would fill the memory."""
+    if (given := settings.bucket_bytes) < 1:
+        yield f"--bucket-bytes {given} must be at least 1; leave it out for 256 MiB"
+    if settings.sync == "delta" and (ep := rollout.engine_ep) > 1:
+        rule = "each engine rank would keep the others' experts in host memory: use --sync full"
+        yield f"--sync delta does not go with --engine-ep {ep}: {rule}"
 
 
 # --- the loss -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 
 from backends import delta, delta_gather
 from backends.huggingface.names import Rule
-from backends.sglang import in_place
+from backends.sglang import buckets, in_place
 from fp8_quant import quantize_blockwise
 
 DTYPES = [torch.float8_e4m3fn, torch.bfloat16, torch.float32]
@@ -134,6 +134,17 @@ def test_what_was_sent_is_a_copy(names):
     assert sent.changes(named).positions.tolist() == [2]
 
 
+def test_small_tensors_that_change_too_much_are_told_apart_at_once():
+    sent = delta.Sent()
+    named = [(name, torch.zeros(999, dtype=torch.uint8)) for name in "abc"]
+    sent.changes(named)
+    named[1][1][:] = 1
+    named[2][1][5] = 1
+    changes = sent.changes(named)
+    assert changes.too_many.tolist() == [False, True, False]
+    assert changes.positions.tolist() == [2 * 999 + 5]
+
+
 @pytest.mark.parametrize("changed, is_whole", [(8, False), (9, True)])
 def test_a_tensor_goes_whole_where_changes_have_more_than_a_quarter_of_its_bytes(changed, is_whole):
     """Of 100 bytes each change counts three: its own, and two for its position."""
@@ -173,13 +184,14 @@ def test_what_has_not_changed_is_not_named():
 @pytest.mark.parametrize("rows, vocab", [(8, None), (8, 7)])
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("copies", [1, 2])
-def test_changes_of_shards_become_those_of_the_tensors(dim, rows, vocab, copies):
+def test_changes_of_shards_become_those_of_the_tensors(monkeypatch, dim, rows, vocab, copies):
     """vocab: of 8 rows the last pads the vocabulary, and does not exist in the whole tensor.
 
     copies: as of experts, ranks 0 and 1 hold one tensor, and 2 and 3 another.
     """
     if vocab and dim == 1:
         pytest.skip("a vocabulary is split by rows")
+    monkeypatch.setattr(delta, "MOST_BYTES", 10.0)  # however much has changed
     names = ["lm_head.weight"] if vocab else [f"{i}" for i in range(copies)]
     befores = [random((rows, 6), torch.bfloat16, seed) for seed in range(copies)]
     nows = [random((rows, 6), torch.bfloat16, seed + 10) for seed in range(copies)]
@@ -212,11 +224,11 @@ class Merged(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        zeros = torch.zeros(4, 6, dtype=torch.bfloat16).to(torch.float8_e4m3fn)
+        zeros = torch.zeros(4, 60, dtype=torch.bfloat16).to(torch.float8_e4m3fn)
         self.qk = torch.nn.Parameter(zeros, requires_grad=False)
-        self.down = torch.nn.Parameter(torch.zeros(4, 3, dtype=torch.bfloat16))
-        self.norm = torch.nn.Parameter(torch.zeros(6, dtype=torch.float32))
-        self.scaled = torch.nn.Parameter(torch.zeros(6, dtype=torch.bfloat16))
+        self.down = torch.nn.Parameter(torch.zeros(4, 30, dtype=torch.bfloat16))
+        self.norm = torch.nn.Parameter(torch.zeros(60, dtype=torch.float32))
+        self.scaled = torch.nn.Parameter(torch.zeros(60, dtype=torch.bfloat16))
         self.loaded = []
 
     def load_weights(self, named):
@@ -226,14 +238,14 @@ class Merged(torch.nn.Module):
                 at = "qk".index(name) * 2
                 self.qk.data[at : at + 2].copy_(tensor.narrow(0, 2, 2))
             elif name == "down":
-                self.down.data.copy_(tensor.narrow(1, 3, 3))
+                self.down.data.copy_(tensor.narrow(1, 30, 30))
             elif name == "norm":
                 self.norm.data.copy_(tensor)
             else:
                 self.scaled.data.copy_(tensor * 2)  # no copy of what came
 
 
-SHAPES = {"q": (4, 6), "k": (4, 6), "down": (4, 6), "norm": (6,), "scaled": (6,)}
+SHAPES = {"q": (4, 60), "k": (4, 60), "down": (4, 60), "norm": (60,), "scaled": (60,)}
 
 
 def tensors(seed: int) -> list:
@@ -267,6 +279,63 @@ def test_changes_land_where_the_whole_tensor_did(monkeypatch):
         assert same(held.data, right.data), name
 
 
+class Loads(torch.nn.Module):
+    """Holds one tensor of 16 x 96, written as `load` says: load(parameter, tensor)."""
+
+    def __init__(self, load, shape=(16, 96)):
+        super().__init__()
+        self.held = torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
+        self.load = load
+
+    def load_weights(self, named):
+        for _, tensor in named:
+            self.load(self.held.data, tensor)
+
+
+def in_halves(held, tensor):
+    held[:8].copy_(tensor[:8])
+    held[8:].copy_(tensor[8:].float().bfloat16())  # no box of what came
+
+
+def through_a_buffer(held, tensor):
+    held.copy_(torch.empty_like(tensor).copy_(tensor) * 1)
+
+
+@pytest.mark.parametrize(
+    "load, shape, is_kept",
+    [
+        (lambda held, tensor: held.copy_(tensor), (16, 96), False),
+        (
+            lambda held, tensor: held.copy_(tensor.t()),
+            (96, 16),
+            False,
+        ),  # as triton_kernel's experts
+        (lambda held, x: held.copy_(x.view(4, 4, 96).transpose(0, 1)), (4, 4, 96), False),
+        (lambda held, tensor: held.t().copy_(tensor.t()), (16, 96), False),
+        (in_halves, (16, 96), True),
+        (through_a_buffer, (16, 96), True),
+        (lambda held, tensor: held.index_copy_(0, torch.arange(16), tensor), (16, 96), True),
+        (lambda held, tensor: held.copy_(tensor[3]), (16, 96), True),
+        (lambda held, tensor: held.copy_(tensor[3].expand(16, 96)), (16, 96), True),
+    ],
+)
+def test_what_no_loader_says_plainly_is_loaded_whole(load, shape, is_kept):
+    """A tensor whose writes were not copies of its boxes is kept, and loaded when it changes."""
+    engine, expected, sent = Loads(load, shape), Loads(load, shape), delta.Sent()
+    weight = random((16, 96), torch.uint8).view(16, 96).to(torch.bfloat16)
+    places = in_place.places_of(engine)
+    places.begin(0, base=-1)
+    places.load_whole(engine, delta_gather.compare([("a", weight)], sent))
+    assert bool(places.kept) == is_kept
+    weight.view(-1)[::50] += 1
+    weight[3] += 1
+    places.begin(1, base=0)
+    for entry, coded in delta_gather.compare([("a", weight)], sent):
+        places.write_changes(engine, delta.names_in(entry), coded)
+    expected.load_weights([("a", weight)])
+    assert same(engine.held.data, expected.held.data)
+
+
 def test_without_changes_to_come_everything_counts_as_written():
     parameter = torch.zeros(2)
     in_place.Places().begin(1, base=-1)
@@ -282,6 +351,34 @@ def test_changes_of_another_version_are_refused():
     places.begin(4, base=3)  # the next bucket
     with pytest.raises(RuntimeError, match="holds version 4, and changes of version 3 came"):
         places.begin(5, base=3)
+
+
+def test_a_version_has_one_base():
+    places = in_place.Places()
+    places.begin(3, base=-1)
+    places.begin(4, base=3)
+    for base in (2, 4):
+        with pytest.raises(RuntimeError, match="send all of it"):
+            places.begin(4, base=base)
+
+
+def test_half_of_an_update_is_the_base_of_none():
+    engine = Loads(lambda held, tensor: held.copy_(tensor))
+    weight, sent = torch.zeros(16, 96, dtype=torch.bfloat16), delta.Sent()
+
+    def load(named, base, version):
+        header, flat = buckets.pack(named)
+        header = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        message = [("header", header), ("bytes", flat), ("v", torch.tensor([base, version]))]
+        buckets.load_bucket(engine, message)
+
+    load(delta_gather.compare([("a", weight)], sent), -1, 0)
+    weight[0, :9] += 1
+    ((entry, coded),) = delta_gather.compare([("a", weight)], sent)
+    with pytest.raises((RuntimeError, ValueError)):
+        load([(entry, coded[:-3])], 0, 1)
+    with pytest.raises(RuntimeError, match="send all of it"):
+        load([(entry, coded)], 1, 2)
 
 
 def test_changes_of_what_never_came_are_refused():

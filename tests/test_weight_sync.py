@@ -21,7 +21,7 @@ from backends.huggingface.config import read_config
 from backends.huggingface.names import hf_shapes
 from backends.sglang.buckets import compare_loader, failure_note, load_bucket, pack, phase, unpack
 from common.errors import BadInput
-from common.settings import REPOSITORY, SyncSettings
+from common.settings import REPOSITORY, RolloutSettings, SyncSettings
 from fp8_quant import quantize_blockwise
 from harness.checks import check_sync_flags
 import weight_sync
@@ -343,8 +343,16 @@ def test_a_message_gives_back_its_tensors(multiple_of):
 @pytest.mark.parametrize("bucket_bytes", [0, -1])
 def test_a_bucket_of_nothing_is_refused(bucket_bytes):
     with pytest.raises(BadInput, match=f"--bucket-bytes {bucket_bytes} must be at least 1"):
-        check_sync_flags(SyncSettings(bucket_bytes=bucket_bytes))
+        check_sync_flags(SyncSettings(bucket_bytes=bucket_bytes), RolloutSettings())
 
 
 def test_the_smallest_bucket_holds_one_tensor():
-    check_sync_flags(SyncSettings(bucket_bytes=1))
+    check_sync_flags(SyncSettings(bucket_bytes=1), RolloutSettings())
+
+
+def test_changes_do_not_go_to_an_engine_that_splits_experts():
+    """SGLang's loader passes over experts of other ranks; in_place.py would keep them all."""
+    split = RolloutSettings(engine_tp=2, engine_ep=2)
+    with pytest.raises(BadInput, match="--sync delta does not go with --engine-ep 2"):
+        check_sync_flags(SyncSettings(sync="delta"), split)
+    check_sync_flags(SyncSettings(), split)

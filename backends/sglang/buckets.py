@@ -150,7 +150,8 @@ def load_bucket(model: torch.nn.Module, message: list[Named]) -> None:
     try:
         if base == NO_CHANGES:
             written_all()
-            places.version = version
+            # Whole tensors that were kept are older now.
+            places.version = -1 if places.kept else version
             model.load_weights(noted(whole))
         elif whole:
             places.load_whole(model, whole, noted)
@@ -159,6 +160,7 @@ def load_bucket(model: torch.nn.Module, message: list[Named]) -> None:
             last_name = CHANGES + " to ".join([*names[:1], *names[1:][-1:]])
             places.write_changes(model, names, coded, noted)
     except Exception as error:
+        places.version = -1  # half of an update is the base of none
         error.add_note(f"The engine failed to load {last_name}.")
         raise
     # The sender uses the memory for the next bucket when this returns, so the copies must be done.

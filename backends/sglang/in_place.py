@@ -88,7 +88,7 @@ class Places:
     """Where an engine rank holds each Hugging Face tensor, and what was written of late."""
 
     def __init__(self):
-        self.version = -1
+        self.version, self.base = -1, -1
         self.of: dict[str, list[Place]] = {}
         self.kept: dict[str, torch.Tensor] = {}
         """Whole tensors that have no places"""
@@ -101,11 +101,12 @@ class Places:
 
         Raises RuntimeError if not. The buckets of one update have one version.
         """
+        expected = self.base if version == self.version else self.version
+        if base not in (-1, expected):
+            held = f"the engine holds version {expected}"
+            raise RuntimeError(f"{held}, and changes of version {base} came: send all of it")
         if version != self.version:
-            if base not in (-1, self.version):
-                held = f"the engine holds version {self.version}"
-                raise RuntimeError(f"{held}, and changes of version {base} came: send all of it")
-            self.version = version
+            self.version, self.base = version, base
             WRITTEN.clear()
 
     def load_whole(self, model: torch.nn.Module, named: list, noted=iter) -> None:
@@ -114,11 +115,16 @@ class Places:
         named: [(name, tensor), ...]. noted: yields them, and may note which one it is at.
         """
         new = [pair for pair in named if pair[0] not in self.dtypes]
-        with _WatchCopies(new) if new else contextlib.nullcontext() as copies:
+        with _WatchCopies(model, named) if new else contextlib.nullcontext() as copies:
             model.load_weights(noted(named))
         for name, tensor in new:
+            if not copies.is_clear:  # of which tensor the other writes were, only one alone tells
+                with _WatchCopies(model, [(name, tensor)]) as copies_of_one:
+                    model.load_weights(noted([(name, tensor)]))
+                self.of[name] = copies_of_one.places[name] if copies_of_one.is_clear else []
+            else:
+                self.of[name] = copies.places[name]
             self.dtypes[name], self.sizes[name] = tensor.dtype, tensor.numel()
-            self.of[name] = copies.places[name]
         for name, tensor in named:
             if not self.of[name]:
                 self.kept[name] = tensor.to("cpu", copy=True)
@@ -152,33 +158,66 @@ class Places:
             return
         for place in self.of[name]:
             written = place.write(positions, values)
+            if not len(written) or not _is_emulated(name, place.held):
+                continue
             parts = WRITTEN.setdefault(place.held.untyped_storage().data_ptr(), [])
             if parts is not None:
                 parts.append(written)
 
 
 class _WatchCopies(TorchDispatchMode):
-    """Notes which box of which tensor each copy reads, and what it writes."""
+    """Notes which box of which tensor each copy reads, and what it writes.
 
-    def __init__(self, named: list[tuple[str, torch.Tensor]]):
+    is_clear: whether all that was written into the model's parameters were such copies, and zeros.
+    """
+
+    def __init__(self, model: torch.nn.Module, named: list[tuple[str, torch.Tensor]]):
         super().__init__()
+        parameters = [*model.parameters(), *model.buffers()]
+        self.storages = {x.untyped_storage().data_ptr() for x in parameters}
         self.named = sorted(named, key=lambda pair: pair[1].data_ptr())
         self.begins = [tensor.data_ptr() for _, tensor in self.named]
         self.places: dict[str, list[Place]] = {name: [] for name, _ in named}
+        self.is_clear = True
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.copy_.default and args[0].numel():
-            self._note(*args[:2])
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if function not in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default):
+            for argument, value in zip(function._schema.arguments, args):
+                self._look_at(function, argument, value, args)
+            for argument in function._schema.arguments:
+                self._look_at(function, argument, kwargs.get(argument.name), args)
+        return function(*args, **kwargs)
 
-    def _note(self, held: torch.Tensor, source: torch.Tensor) -> None:
+    def _look_at(self, function, argument, value, args) -> None:
+        """Note an argument that is written, if it is a part of a parameter."""
+        is_written = argument.alias_info is not None and argument.alias_info.is_write
+        if not is_written or not torch.is_tensor(value) or not value.numel():
+            return
+        if value.untyped_storage().data_ptr() in self.storages:
+            is_copy = function is torch.ops.aten.copy_.default
+            self.is_clear &= is_copy and self._note(value, torch.as_tensor(args[1]))
+
+    def _note(self, held: torch.Tensor, source: torch.Tensor) -> bool:
+        """Note a copy; return whether it was one of a box of a tensor."""
         at = bisect.bisect_right(self.begins, source.data_ptr()) - 1
         if at < 0 or source.shape != held.shape:
-            return
+            return False
         name, tensor = self.named[at]
         offset, rest = divmod(source.data_ptr() - self.begins[at], tensor.element_size())
-        if offset < tensor.numel() and not rest and source.dtype == tensor.dtype:
-            self.places[name].append(Place(held.detach(), offset, source.stride()))
+        is_repeated = any(n > 1 and not s for n, s in zip(source.shape, source.stride()))
+        if offset >= tensor.numel() or rest or source.dtype != tensor.dtype or is_repeated:
+            return False
+        # A loader may transpose. A box's strides fall from one dimension to the next.
+        order = sorted(range(source.dim()), key=lambda dim: -source.stride(dim))
+        held, source = held.detach().permute(order), source.permute(order)
+        self.places[name].append(Place(held, offset, source.stride()))
+        return True
+
+
+def _is_emulated(name: str, held: torch.Tensor) -> bool:
+    """Tell whether a layer without a GPU keeps fp32 weights that are made of this parameter."""
+    return not held.is_cuda and (held.element_size() == 1 or name.endswith("_scale_inv"))
 
 
 def places_of(model: torch.nn.Module) -> Places:

@@ -160,6 +160,8 @@ def main() -> None:
             engine._last_part = None
             engine.call(engine._close_update())
         version += 1
+        if weights.sent:
+            weights.sent.version = None
         weight_sync.send_weights(weights, engine, version=version)
         report[fault]["answers_when_mended"] = not engine.holds_weights or answers(engine)
     if engine.holds_weights:
