@@ -68,6 +68,7 @@ TESTED_ELSEWHERE = {
     "python loop_sync.py",  # test_flags.py
     "python loop_sync.py --help",  # test_flags.py
     "torchrun loop_sync.py",  # of the install line: .ci/run, and all that HERE runs
+    "torchrun loop_sync.py --model toy/glm",  # test_glm_toy.py
     "torchrun --nproc-per-node N",  # HERE
     "torchrun --nproc-per-node 2 examples/tool_use_async.py",  # test_tool_use.py
     "torchrun --max-restarts N",  # test_process_groups.py

@@ -176,10 +176,11 @@ def test_get_smollm2_writes_a_folder_of_what_it_downloads(tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
-def test_make_toy_writes_a_model_and_its_tokenizer(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["", "glm"])
+def test_make_toy_writes_a_model_and_its_tokenizer(tmp_path, monkeypatch, name):
     monkeypatch.setattr(make_toy, "FOLDER", tmp_path)
     monkeypatch.setattr(make_toy, "WARM_STEPS", 2)
     monkeypatch.setattr(make_toy, "DOUBT_STEPS", 1)
-    make_toy.main()
-    written = {path.name for path in tmp_path.iterdir()}
+    make_toy.main(name)
+    written = {path.name for path in (tmp_path / name).iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= written

@@ -1,0 +1,46 @@
+"""toy/glm: GLM-4.5's architecture, small enough to learn on two cores. Made by toy/make_toy.py."""
+
+import pytest
+import torch
+from backends.huggingface.config import read_config
+from backends.huggingface.folder import HFWeights, check_model_folder
+from backends.huggingface.fp8 import linear_modules
+from conftest import ROOT, metrics_of, torchrun
+
+import weight_sync
+
+GLM = ROOT / "toy" / "glm"
+
+
+def test_it_is_a_small_mixture_of_experts():
+    config = read_config(GLM)
+    check_model_folder(GLM, config, None, stop=())
+    assert config["architectures"] == ["Glm4MoeForCausalLM"]
+    assert (config["num_experts"], config["num_experts_per_tok"]) == (8, 2)
+    assert config["first_k_dense_replace"] == config["n_shared_experts"] == 1
+    assert sum(path.stat().st_size for path in GLM.iterdir()) < 6 * 2**20
+
+
+def test_experts_and_attention_are_held_in_fp8():
+    config = read_config(GLM)
+    fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
+    assert len(fp8) == len(linear_modules(config))
+
+
+def test_the_correction_bias_has_been_trained():
+    """It stays in fp32, as GLM-4.5's does, and differs from expert to expert."""
+    held = HFWeights(GLM)
+    biases = [name for name in held.file_of if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 3
+    for name in biases:
+        bias = held.slice(name, None, 0, 0)
+        assert bias.dtype == torch.float32 and bias.unique().numel() > 2
+
+
+@pytest.mark.complete
+@pytest.mark.parametrize("ranks, flags", [(1, []), (2, ["--ep", "2"])])
+def test_it_learns(tmp_path, ranks, flags):
+    given = ["--model", GLM, "--steps", "40", "--name", "glm", "--export", *flags]
+    torchrun(ROOT / "loop_sync.py", *given, ranks=ranks, cwd=tmp_path)
+    rows = metrics_of(tmp_path / "runs" / "glm")
+    assert 0.2 < rows[0]["held_out"] < 0.55 and rows[-1]["held_out"] > 0.8
