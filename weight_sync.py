@@ -185,7 +185,7 @@ def buckets_of(
 ) -> Iterator[list[Named]]:
     """Yield full tensors, about bucket_bytes at a time, on trainers and rollout ranks alike.
 
-    sent: yield only what has changed since, as backends/delta.py codes it, where that is shorter.
+    sent: yield only what has changed since, where that is little, as backends/delta.py codes it.
     Collective: every rank must iterate to the end.
     """
     how = dict(quantize=quantize, sent=sent)
@@ -322,7 +322,7 @@ def gather_buckets(
 def gather(bucket: list[Shard], weights: WeightPath, sent: Sent | None) -> list[Named]:
     """Return the full tensors of a bucket's shards, quantized where the shards could not be.
 
-    sent: return changes instead, where they are shorter.
+    sent: return changes instead, where they are few.
     """
     named, late, names = [], [], [name for shard in bucket for name in shard.names]
     if sent:
@@ -339,7 +339,10 @@ def gather(bucket: list[Shard], weights: WeightPath, sent: Sent | None) -> list[
                 late += quantize_named(name, tensor)
             else:
                 named.append((name, tensor))
-    named += compare(late, sent) if sent else late
+    if sent:
+        with phase("compare", names):
+            late = compare(late, sent)
+    named += late
     # A bucket without any entry would be the last.
     return named or [(CHANGES, torch.empty(0, dtype=torch.uint8, device=_device()))]
 
