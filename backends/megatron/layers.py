@@ -35,7 +35,6 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x):
-        # x is fp32 already with fp32_residual_connection.
         normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
         return normed.to(self.weight.dtype) * self.weight
 

@@ -46,8 +46,10 @@ SPEED_FIELDS = """
     moe_token_dispatcher_type moe_grouped_gemm moe_permute_fusion moe_shared_expert_overlap
     moe_enable_deepep moe_deepep_num_sms
     """
+# Not fp32_residual_connection: megatron-core 0.16.1 casts the residual back wherever it is added
+# (fusions/fused_bias_dropout.py), and the flag changes nothing.
 ROUNDING_FIELDS = """
-    fp32_residual_connection attention_softmax_in_fp32 moe_router_dtype
+    attention_softmax_in_fp32 moe_router_dtype
     use_precision_aware_optimizer main_grads_dtype main_params_dtype exp_avg_dtype exp_avg_sq_dtype
     """
 ADAM_FIELDS = "adam_beta1 adam_eps"  # those without a flag of their own
