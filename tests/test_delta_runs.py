@@ -29,9 +29,9 @@ def alike(rows: list[dict]) -> list[dict]:
     "script, ranks, flags",
     [
         ("loop_sync.py", 1, ["--steps", "20"]),
-        ("loop_sync.py", 2, ["--steps", "6", "--tp", "2"]),
-        ("loop_sync.py", 2, ["--steps", "6", "--pp", "2"]),
-        ("loop_sync.py", 2, ["--steps", "6", "--cp", "2"]),
+        ("loop_sync.py", 2, ["--steps", "20", "--tp", "2"]),
+        ("loop_sync.py", 2, ["--steps", "20", "--pp", "2"]),
+        ("loop_sync.py", 2, ["--steps", "20", "--cp", "2"]),
         ("loop_sync.py", 1, ["--steps", "3", "--rollout-dtype", "bf16"]),
         ("loop_async.py", 2, ["--steps", "20", "--max-staleness", "0"]),
     ],
@@ -58,13 +58,27 @@ def test_where_everything_moves_whole_tensors_go(tmp_path):
 
 
 @pytest.mark.complete
-def test_experts_over_two_ranks(tmp_path):
+@pytest.mark.parametrize("ranks, flags", [(2, ["--ep", "2"]), (4, ["--tp", "2", "--ep", "2"])])
+def test_experts_over_ranks(tmp_path, ranks, flags):
     folder = write_model(
         tmp_path / "model", "qwen3_moe", dtype=torch.bfloat16, max_position_embeddings=512
     )
-    flags = ["--model", str(folder), "--steps", "3", "--ep", "2", "--lr", "1e-5"]
-    full = run(tmp_path, "full", "loop_sync.py", *flags, ranks=2)
-    assert alike(full) == alike(run(tmp_path, "delta", "loop_sync.py", *flags, ranks=2))
+    flags = ["--model", str(folder), "--steps", "20", "--lr", "1e-5", *flags]
+    full = run(tmp_path, "full", "loop_sync.py", *flags, ranks=ranks)
+    assert alike(full) == alike(run(tmp_path, "delta", "loop_sync.py", *flags, ranks=ranks))
+
+
+@pytest.mark.complete
+def test_four_tensor_parallel_trainers_and_an_engine(tmp_path):
+    """Every byte is compared after every step.
+
+    The engine's batches follow time, so that no two asynchronous runs of this model are alike.
+    """
+    fields = dict(max_position_embeddings=512, num_key_value_heads=4)
+    folder = write_model(tmp_path / "model", "qwen3", dtype=torch.bfloat16, **fields)
+    flags = ["--model", str(folder), "--steps", "20", "--lr", "1e-5", "--tp", "4"]
+    rows = run(tmp_path, "delta", "loop_async.py", *flags, ranks=5)
+    assert [row["sync_full"] for row in rows[1:]] == [0] * 20
 
 
 @pytest.mark.complete
