@@ -32,7 +32,7 @@ def alike(rows: list[dict]) -> list[dict]:
         ("loop_sync.py", 2, ["--steps", "20", "--tp", "2"]),
         ("loop_sync.py", 2, ["--steps", "20", "--pp", "2"]),
         ("loop_sync.py", 2, ["--steps", "20", "--cp", "2"]),
-        ("loop_sync.py", 1, ["--steps", "3", "--rollout-dtype", "bf16"]),
+        ("loop_sync.py", 1, ["--steps", "3", "--rollout-dtype", "bf16", "--lr", "1e-6"]),
         ("loop_async.py", 2, ["--steps", "20", "--max-staleness", "0"]),
     ],
 )
