@@ -129,8 +129,7 @@ class Changes:
 
     def counts(self) -> torch.Tensor:
         """Return how many changes of each tensor there are here, int64 [tensors]."""
-        ends = torch.searchsorted(self.positions, self.sizes.cumsum(0))
-        return ends.diff(prepend=ends.new_zeros(1))
+        return _counts(self.positions, self.sizes)
 
     def counts_of_all(self) -> torch.Tensor:
         """Return the same, and for too many so many that they are too many of any shards."""
@@ -155,12 +154,11 @@ class Changes:
     def are_few(self, counts: torch.Tensor, *, shards: int = 1) -> torch.Tensor:
         """Tell of each tensor whether its changes are to be sent in its place, bool [tensors].
 
-        counts: of each tensor, int64 [tensors]; of so many shards together, all as large as ours.
+        counts: counts_of_all() of each tensor, or their sum over so many shards, all as large as
+        ours. What is beyond MOST_BYTES is too many already; of a tiny tensor the head counts.
         """
         width = self.values.element_size()
-        is_shorter = HEAD_BYTES + counts * (2 + width) <= self.sizes * width * shards
-        few = counts <= (self.sizes * shards * most_changed(width)).long()
-        return (counts == 0) | (few & is_shorter)
+        return (counts == 0) | (HEAD_BYTES + counts * (2 + width) <= self.sizes * width * shards)
 
     def entries(self, device: torch.device) -> list[Named]:
         """Return what a bucket holds of the changes: one entry, none if there are none."""
@@ -169,6 +167,12 @@ class Changes:
         of_changed = self.only(self.counts() > 0)
         coded = encode(of_changed.positions, of_changed.values)
         return [(CHANGES + " ".join(of_changed.names), coded.to(device))]
+
+
+def _counts(positions: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Return how many positions lie in each of the tensors that are laid end to end."""
+    ends = torch.searchsorted(positions, sizes.cumsum(0))
+    return ends.diff(prepend=ends.new_zeros(1))
 
 
 class Sent:
@@ -230,15 +234,15 @@ def _update(kept: torch.Tensor, now: torch.Tensor, sizes: torch.Tensor) -> tuple
     tensor's pieces or of small ones together, and of each tensor whether it has too many changes:
     their positions are left out, because nobody needs them and they take many times its memory.
     """
-    share, step = most_changed(now.element_size()), PIECE_BYTES[now.device.type]
+    share = most_changed(now.element_size())
     if len(sizes) > 1:
         positions, values = (x.cpu() for x in changed(now, kept.to(now.device)))
         kept.index_copy_(0, positions, values)
-        counts = torch.searchsorted(positions, sizes.cumsum(0)).diff(prepend=sizes.new_zeros(1))
+        counts = _counts(positions, sizes)
         too_many = counts > sizes * share
         few = ~too_many.repeat_interleave(counts)
         return [(positions[few], values[few])], too_many.tolist()
-    found, n, step = [], 0, step // now.element_size()
+    found, n, step = [], 0, PIECE_BYTES[now.device.type] // now.element_size()
     for start in range(0, len(now), step):
         was, new = kept[start : start + step], now[start : start + step]
         positions, values = (x.cpu() for x in changed(new, was.to(now.device)))

@@ -28,9 +28,9 @@ def gather_changes(bucket: list, layout, sent: Sent, vocab_size: int) -> tuple[l
         if shard.quantize_whole:
             whole.append(shard)
             continue
-        group = layout.group(shard.rule) if shard.rule.tp_dim is not None else None
-        group = group if group is not None and group.size() > 1 else None
-        tp = layout.tp(shard.rule) if group else 1
+        group, tp = layout.group(shard.rule), layout.tp(shard.rule)
+        if shard.rule.tp_dim is None or group.size() == 1:
+            group, tp = None, 1
         kinds.setdefault((group, tp), {}).setdefault(shard.local.dtype, []).append(shard)
     for (group, tp), of_dtypes in kinds.items():
         shards_of, changes_of = [], []
@@ -100,9 +100,8 @@ def _merge(parts: list[Changes], shards: list, tp: int, vocab_size: int) -> Chan
     names = [name for shard in shards for name in shard.names[:copies]]
     sizes = []
     for shard in shards:
-        rows, *columns = shard.local.shape
         is_vocabulary = shard.names[0] in VOCABULARY
-        size = vocab_size * columns[0] if is_vocabulary else shard.local.numel() * tp
+        size = vocab_size * shard.local.shape[1] if is_vocabulary else shard.local.numel() * tp
         sizes += [size] * copies
     sizes = torch.tensor(sizes, dtype=torch.int64)
     if len(parts) == 1 and torch.equal(sizes, parts[0].sizes):  # nothing is split or padded

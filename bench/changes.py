@@ -206,20 +206,17 @@ def estimate() -> None:
     parameters, bf16 = memory.parameters(config)[0], 2 * config["vocab_size"]
     bf16 *= config["hidden_size"]  # embeddings; norms and routers are small beside them
     changes = {"fp8": DENSITY["fp8"] * (parameters - bf16), "bf16": DENSITY["bf16"] * bf16}
-    sent = (
-        changes["fp8"] * 3 + changes["bf16"] * 3
-    )  # a gap of two bytes, or of one and a value of 2
-    print(
-        f"GLM-4.5, {parameters / 1e9:.0f}e9 parameters; assumed: {DENSITY['fp8']:.2%} of FP8 codes"
-    )
+    n = sum(changes.values())
+    sent = 3 * n  # bytes: a gap of two and a code, or a gap of one and a BF16 value
+    assumed = f"assumed: {DENSITY['fp8']:.2%} of FP8 codes"
+    print(f"GLM-4.5, {parameters / 1e9:.0f}e9 parameters; {assumed}")
     print(f"change and {DENSITY['bf16']:.1%} of the values kept in BF16, as in SmolLM2 at 1e-6")
     print(f"  {total / 1e9:7.2f} GB  everything in FP8")
     print(f"  {sent / 1e9:7.2f} GB  changes, {sent / total:.5f} of it")
-    n, (code_s, decode_s) = sum(changes.values()), coding_seconds(density=DENSITY["fp8"])
+    code_s, decode_s = coding_seconds(density=DENSITY["fp8"])
+    kept = total / ranks
     rows = {
-        "compare: what was sent, from host memory, over PCIe at 50 GB/s": total
-        / ranks
-        / pcie_bytes_s,
+        "compare: what was sent, from host memory, over PCIe at 50 GB/s": kept / pcie_bytes_s,
         f"code a rank's part of {n / 1e6:.0f} million changes on one CPU core": n / ranks * code_s,
         "other stages' and all engines' part over the network at 40 GB/s": sent / network_bytes_s,
         "decode all of them, on each engine rank's CPU core": n * decode_s,

@@ -104,13 +104,13 @@ def hand_off_bits(path) -> dict[tuple[str, str], torch.Tensor]:
 
     kind: of KINDS. Copies; codes uint8 [N, K], scales int32 [n, k], BF16 values int16.
     """
+    from backends.delta import as_integers
     from weight_sync import shards_in_model_order
 
     found = {}
 
     def keep(kind: str, name: str, tensor: torch.Tensor) -> None:
-        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
-        found[kind, name] = tensor.clone(memory_format=torch.contiguous_format).view(integer)
+        found[kind, name] = as_integers(tensor.clone(memory_format=torch.contiguous_format))
 
     for shard in shards_in_model_order(path, quantize=True):
         (name,) = shard.names  # one rank: no other rank's experts

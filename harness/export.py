@@ -75,8 +75,10 @@ def export_hf(weights: WeightPath, target: Path, *, source: str | Path, dtype: s
                 writer.add(written_name, value)
     if writer is None:
         return
-    held = HFWeights(source)
-    untrained = [name for name in held.file_of if is_of_mtp(name, weights.config)]
+    untrained = []
+    if weights.config.get("num_nextn_predict_layers"):
+        held = HFWeights(source)
+        untrained = [name for name in held.file_of if is_of_mtp(name, weights.config)]
     for name in untrained:
         writer.add(name, held.slice(name, None, 0, 0))
     config = read_json(Path(source) / "config.json")

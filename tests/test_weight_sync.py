@@ -17,14 +17,16 @@ import pytest
 import torch
 from conftest import ROOT, torchrun
 
+from backends.delta import CHANGES, Sent, names_in
 from backends.huggingface.config import read_config
 from backends.huggingface.names import hf_shapes
 from backends.sglang.buckets import compare_loader, failure_note, load_bucket, pack, phase, unpack
 from common.errors import BadInput
-from common.settings import REPOSITORY, RolloutSettings, SyncSettings
+from common.settings import REPOSITORY, RolloutSettings, SyncSettings, TrainSettings
 from fp8_quant import quantize_blockwise
 from harness.checks import check_sync_flags
 import weight_sync
+from train_step import build_trainer
 
 TOY = read_config(REPOSITORY / "toy")
 K_NORM, Q_NORM = (f"model.layers.0.self_attn.{which}_norm.weight" for which in "kq")  # of one shape
@@ -86,6 +88,19 @@ def test_a_tensor_the_engine_refuses_ends_the_engine(faults):
     assert "The engine failed to load model.layers.1.input_layernorm.weight." in faults["output"]
 
 
+@pytest.mark.parametrize(
+    "about, told",
+    [
+        (["version 5"], ": version 5."),
+        (["a", "b"], ": a to b, 2 tensors."),
+        ([f"{CHANGES}a b", "c"], ": a to c, 3 tensors."),
+        ([CHANGES], ": no changes."),
+    ],
+)
+def test_a_note_names_the_tensors_of_a_bucket(about, told):
+    assert told in failure_note("load", about)
+
+
 def test_the_innermost_phase_tells():
     with pytest.raises(ValueError) as raised:
         with phase("send", ["a", "b"]), phase("quantize", ["c"]):
@@ -115,6 +130,33 @@ def test_memory_is_that_of_buckets_not_of_the_model():
     assert changes["first_peak"] < changes["kept"] + 0.75 * ours["sent"]
     assert changes["peak"] < 0.6 * ours["sent"]
     assert changes["sent"] < 0.02 * ours["sent"]
+
+
+def test_a_bucket_in_which_nothing_changed_is_not_the_last(fresh_megatron):
+    """A bucket without entries would end the stream for all who receive it."""
+    trainer = build_trainer(
+        str(REPOSITORY / "toy"), TrainSettings(), TOY, steps=1, seed=1, temperature=1.0,
+        max_response_tokens=8,
+    )  # fmt: skip
+    fp8 = weight_sync.fp8_weights(TOY, rollout_dtype="fp8", engine_tp=1)
+    how = dict(bucket_bytes=100_000, sent=Sent())
+    weights = weight_sync.WeightPath(trainer.gpt, trainer.layout, TOY, fp8, **how)
+
+    def names_of_buckets(version: int) -> list[list[str]]:
+        weights.sent.begin()
+        buckets = weight_sync.buckets_of(weights, quantize=True, sent=weights.sent)
+        found = [[name for entry, _ in bucket for name in names_in(entry)] for bucket in buckets]
+        weights.sent.version = version
+        return found
+
+    whole = names_of_buckets(0)
+    with torch.no_grad():
+        trainer.gpt.decoder.final_layernorm.weight[5] += 1
+    changes = names_of_buckets(1)
+    assert len(changes) == len(whole) > 3
+    assert sum(changes, []) == ["model.norm.weight"]
+    for bucket in weight_sync.buckets_of(weights, quantize=True, sent=weights.sent):
+        assert len(bucket) == 1  # an entry of no changes
 
 
 class HeldModel(torch.nn.Module):

@@ -183,20 +183,14 @@ class _WatchCopies(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function not in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default):
-            for argument, value in zip(function._schema.arguments, args):
-                self._look_at(function, argument, value, args)
-            for argument in function._schema.arguments:
-                self._look_at(function, argument, kwargs.get(argument.name), args)
+            if any(map(self._is_held, _written(function, args, kwargs))):
+                is_copy = function is torch.ops.aten.copy_.default
+                self.is_clear &= is_copy and self._note(*args[:2])
         return function(*args, **kwargs)
 
-    def _look_at(self, function, argument, value, args) -> None:
-        """Note an argument that is written, if it is a part of a parameter."""
-        is_written = argument.alias_info is not None and argument.alias_info.is_write
-        if not is_written or not torch.is_tensor(value) or not value.numel():
-            return
-        if value.untyped_storage().data_ptr() in self.storages:
-            is_copy = function is torch.ops.aten.copy_.default
-            self.is_clear &= is_copy and self._note(value, torch.as_tensor(args[1]))
+    def _is_held(self, tensor: torch.Tensor) -> bool:
+        """Tell whether a tensor is a part of a parameter, and not an empty one."""
+        return tensor.numel() > 0 and tensor.untyped_storage().data_ptr() in self.storages
 
     def _note(self, held: torch.Tensor, source: torch.Tensor) -> bool:
         """Note a copy; return whether it was one of a box of a tensor."""
@@ -213,6 +207,14 @@ class _WatchCopies(TorchDispatchMode):
         held, source = held.detach().permute(order), source.permute(order)
         self.places[name].append(Place(held, offset, source.stride()))
         return True
+
+
+def _written(function, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """Return the tensors that a call of an operator writes."""
+    schema = function._schema.arguments
+    given = dict(zip((argument.name for argument in schema), args)) | kwargs
+    writes = [argument.name for argument in schema if argument.is_write]
+    return [given[name] for name in writes if torch.is_tensor(given.get(name))]
 
 
 def _is_emulated(name: str, held: torch.Tensor) -> bool:

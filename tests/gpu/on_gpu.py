@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+import transformers
 import weight_sync
 from conftest import ROOT
 
@@ -16,6 +17,7 @@ STAND_IN = bool(os.environ.get("GPU_STAND_IN"))
 SGLANG = tuple(os.environ.get("SGLANG_FLAGS", "").split())
 FLAGS = ["--sglang", *SGLANG] if SGLANG else []
 
+QWEN3_1_7B = ROOT / "docs" / "configs" / "Qwen3-1.7B"
 has_gpu = torch.cuda.is_available()
 DEVICE = "cuda" if has_gpu else "cpu"
 NO_GPU = "there is no GPU here: torch.cuda.is_available() is False"
@@ -66,6 +68,27 @@ def timed_hand_off(pair) -> tuple[int, float]:
     sent = weight_sync.send_weights(pair.weights, pair.engine, version=version)
     wait()
     return sent["sync_bytes"], (time.perf_counter() - start) * 1e3
+
+
+def write_qwen3_1_7b(folder) -> None:
+    """Write Qwen3-1.7B with random weights; a smaller one for a rehearsal.
+
+    It has the toy's tokenizer, and so the toy's end of a sequence.
+    """
+    config = transformers.AutoConfig.from_pretrained(QWEN3_1_7B)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0
+    if STAND_IN:
+        config.update(dict(hidden_size=256, num_hidden_layers=1, num_key_value_heads=2))
+        config.update(dict(intermediate_size=512, vocab_size=1000, num_attention_heads=4))
+        config.layer_types = ["full_attention"]
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(ROOT / "toy").save_pretrained(folder)
+    del model
+    if has_gpu:
+        torch.cuda.empty_cache()
 
 
 class Run:

@@ -9,9 +9,18 @@ import time
 
 import pytest
 import torch
-import transformers
 from conftest import ROOT, metrics_of
-from on_gpu import DEVICE, FLAGS, STAND_IN, Run, evidence, has_gpu, on_gpu, on_gpu_only, used_bytes
+from on_gpu import (
+    FLAGS,
+    QWEN3_1_7B,
+    Run,
+    evidence,
+    has_gpu,
+    on_gpu,
+    on_gpu_only,
+    used_bytes,
+    write_qwen3_1_7b,
+)
 
 
 @on_gpu
@@ -50,7 +59,6 @@ def test_two_ranks_on_one_gpu_are_refused(tmp_path):
     assert "2 ranks on a machine of 1 GPUs" in said and "exitcode  : 2" in run.text()
 
 
-MODEL = ROOT / "docs" / "configs" / "Qwen3-1.7B"
 LOAD = "--prompts-per-step 16 --samples-per-prompt 8 --max-response-tokens 512"
 LOAD += " --microbatch-tokens 8192 --lr 1e-6 --steps 4 --eval-samples 8"
 PLANNED = "--plan-gpus 1 --plan-gpu-gb 141 --plan-prompt-tokens 9".split()
@@ -58,31 +66,15 @@ PLANNED = "--plan-gpus 1 --plan-gpu-gb 141 --plan-prompt-tokens 9".split()
 
 @on_gpu
 def test_a_model_of_real_size(tmp_path):
-    """Qwen3-1.7B with random weights: seconds of each stage, and memory beside the plan's.
-
-    It has the toy's tokenizer, and so the toy's end of a sequence.
-    """
-    config = transformers.AutoConfig.from_pretrained(MODEL)
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0
-    if STAND_IN:
-        config.update(dict(hidden_size=256, num_hidden_layers=1, num_key_value_heads=2))
-        config.update(dict(intermediate_size=512, vocab_size=1000, num_attention_heads=4))
-        config.layer_types = ["full_attention"]
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path / "model")
-    transformers.AutoTokenizer.from_pretrained(ROOT / "toy").save_pretrained(tmp_path / "model")
-    del model
-    if has_gpu:
-        torch.cuda.empty_cache()
+    """Qwen3-1.7B with random weights: seconds of each stage, and memory beside the plan's."""
+    write_qwen3_1_7b(tmp_path / "model")
     planned = subprocess.run(
         [
             sys.executable,
             ROOT / "loop_sync.py",
             "--plan",
             "--model",
-            MODEL,
+            QWEN3_1_7B,
             *PLANNED,
             *LOAD.split(),
         ],

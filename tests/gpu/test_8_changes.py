@@ -5,39 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
-from conftest import ROOT
-from on_gpu import DEVICE, SGLANG, STAND_IN, evidence, has_gpu, on_gpu, wait
+from on_gpu import SGLANG, evidence, on_gpu, wait, write_qwen3_1_7b
 from test_engine import Pair
 
 import weight_sync
 
-MODEL = ROOT / "docs" / "configs" / "Qwen3-1.7B"
-
 
 @pytest.fixture(scope="module")
 def pair(one_rank, tmp_path_factory):
-    """A trainer and an engine of Qwen3-1.7B with random weights and the toy's tokenizer."""
+    """A trainer and an engine of Qwen3-1.7B with random weights."""
     folder = tmp_path_factory.mktemp("model")
-    config = transformers.AutoConfig.from_pretrained(MODEL)
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0
-    if STAND_IN:
-        config.update(dict(hidden_size=256, num_hidden_layers=1, num_key_value_heads=2))
-        config.update(dict(intermediate_size=512, vocab_size=1000, num_attention_heads=4))
-        config.layer_types = ["full_attention"]
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(ROOT / "toy").save_pretrained(folder)
-    del model
-    if has_gpu:
-        torch.cuda.empty_cache()
+    write_qwen3_1_7b(folder)
     load = dict(colocated=True, requests=16, longest=64, keeps_weights=True)
     pair = Pair("bf16", "fp8", str(folder), sglang=SGLANG, **load)
     pair.weights = replace(pair.weights, bucket_bytes=2**28)
     pair.weights.sent.version = None  # buckets are others now: begin with everything
-    pair.weights.sent.kept.clear()
     pair.sync()
     yield pair
     pair.engine.shutdown()
