@@ -205,6 +205,7 @@ def write_outputs(samples: list[Sample], outputs: list[dict], data: Data) -> Non
         sample.rollout_logprobs = [logprob for logprob, *_ in meta["output_token_logprobs"]]
         sample.loss_mask = [1] * len(sample.response_ids)
         sample.weight_versions = output["weight_versions"]
+        sample.routed_experts = output["routed_experts"]
         said = list(sample.response_ids)
         if sample.finish_reason == "stop" and said and said[-1] in data.end_ids:
             said.pop()

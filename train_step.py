@@ -18,6 +18,7 @@ rank.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,11 +40,12 @@ from backends.megatron.batches import (
     global_sums,
     has_old_logprobs,
     pack,
-    pack_batch,
 )
 from backends.megatron.layout import Layout
 from backends.megatron.logprobs import logprobs_and_entropy
-from backends.megatron.optimizer import build_optimizer, wrap_data_parallel
+from backends.megatron.not_finite import explain_not_finite
+from backends.megatron.optimizer import build_optimizer, gradient_norm, wrap_data_parallel
+from backends.megatron.routing_replay import RoutingReplay, build_replay, routed_as_the_engine
 from common.settings import TrainSettings
 from losses import (
     AGGREGATIONS,
@@ -74,6 +76,7 @@ class Trainer:
     dp_cp_group: dist.ProcessGroup  # both: sums over tokens go over it
     temperature: float  # of the rollout: log-probs are of the distribution that was sampled from
     max_response_tokens: int
+    replay: RoutingReplay | None = None  # of the engine's experts, with --routing-replay
     reference: torch.nn.Module | None = None  # as ddp.module, with the reference's weights
 
 
@@ -140,6 +143,7 @@ def build_trainer(
         dp_cp_group=mpu.get_data_parallel_group(with_context_parallel=True),
         temperature=temperature,
         max_response_tokens=max_response_tokens,
+        replay=None if head else build_replay(gpt, settings, config, layout),
         reference=reference,
     )
 
@@ -166,7 +170,9 @@ def run_schedule(
 
     def forward_step(iterator, model):
         batch = next(iterator)
-        output_1TX = model(batch.tokens_T[None], None, None, packed_seq_params=batch.packed, **more)
+        packed = dict(packed_seq_params=batch.packed, **more)
+        with routed_as_the_engine(trainer.replay, batch, is_training=not forward_only):
+            output_1TX = model(batch.tokens_T[None], None, None, **packed)
         return output_1TX, lambda output_1TX: loss_function(batch, output_1TX[0])
 
     return get_forward_backward_func()(
@@ -324,8 +330,10 @@ def update_policy(
         if not batch.has_tokens:
             continue
         totals.append(backward(trainer, batch, settings))
-        if not np.isfinite(totals[-1]["loss"]) or not np.isfinite(gradient_norm(trainer)):
-            raise RuntimeError(explain_not_finite(trainer, batch, settings))
+        found = totals[-1]["loss"], gradient_norm(trainer.optimizer)
+        if not np.isfinite(found).all():
+            alone = partial(backward, trainer, settings=settings)
+            raise RuntimeError(explain_not_finite(trainer, batch, alone))
         grad_norms.append(float(trainer.optimizer.step()[1]))
     trainer.scheduler.step(1)
     if not totals:
@@ -338,34 +346,6 @@ def update_policy(
         **{name: value / tokens for name, value in sums.items()},
         "mismatch_max": max(total["mismatch_max"] for total in totals),
         "grad_norm": sum(grad_norms) / len(grad_norms),
+        **(trainer.replay.mismatch() if trainer.replay else {}),
         "lr": lr,
     }
-
-
-def gradient_norm(trainer: Trainer) -> float:
-    """Return the global norm of the gradient, before it is clipped and used. Collective."""
-    trainer.optimizer.prepare_grads()
-    return float(trainer.optimizer.get_grad_norm())
-
-
-def explain_not_finite(trainer: Trainer, batch: Batch, settings: LossSettings) -> str:
-    """Say which sample makes loss or gradient not finite, in which step, on which rank. Collective.
-
-    All ranks try each sample alone, until one does.
-    """
-    step = trainer.scheduler.num_steps + 1
-    for i, sample in enumerate(batch.samples):
-        loss = backward(trainer, pack_batch(trainer, [sample]), settings)["loss"]
-        norm = gradient_norm(trainer)
-        if np.isfinite(loss) and np.isfinite(norm):
-            continue
-        dp_rank = next(
-            rank for rank, bins in enumerate(batch.plan) if any(i in bin for bin in bins)
-        )
-        rank = dist.get_process_group_ranks(trainer.dp_group)[dp_rank]
-        culprit = f"step {step}, rank {rank}: sample {sample.index} of group {sample.group}"
-        return f"{culprit} has loss {loss} and gradient norm {norm}; the weights are unchanged"
-    return (
-        f"step {step}: loss or gradient of {len(batch.samples)} samples together is not finite, "
-        "though each sample's alone is; the weights are unchanged"
-    )

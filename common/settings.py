@@ -184,6 +184,9 @@ class TrainSettings:
     Loaded only with --kl-coef."""
     offload_reference: bool = False
     """Keep the reference model in CPU memory, and on the GPU only during its forward pass."""
+    routing_replay: Literal["none", "compare", "rollout"] = "none"
+    """Experts of a token in the trainer. rollout: those that the engine took (R3, routing replay).
+    compare: the trainer's own choice; route_mismatch counts how often the engine took others."""
     megatron: tuple[str, ...] = ()
     """Fields of Megatron's TransformerConfig or OptimizerConfig, key=value, for memory, speed,
     rounding and Adam; for instance recompute_granularity=full. See TUNABLE in

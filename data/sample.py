@@ -1,5 +1,6 @@
 """A Sample is one prompt and its response. read_dump reads the samples that a run has saved."""
 
+import base64
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,9 @@ class Sample:
     ref_logprobs: Sequence[float] = per_token_field()
     """By the frozen reference model, if there is one."""
     advantages: Sequence[float] = per_token_field()
+    routed_experts: bytes = b""
+    """Which experts each token of prompt and response took in the engine, but the last tokens that
+    nothing was sampled after; see backends/routed_experts.py. Only with --routing-replay."""
     metadata: dict = field(default_factory=dict)
     """The row's object of that name, as it was read. The program never writes to it."""
     source: str = ""
@@ -69,6 +73,10 @@ class Sample:
     metrics: dict[str, float] = field(default_factory=dict)
     """Numbers from a rollout; each step logs their means over its samples."""
 
+    def __post_init__(self):
+        if isinstance(self.routed_experts, str):  # as it stands in JSON
+            self.routed_experts = base64.b64decode(self.routed_experts, validate=True)
+
     @classmethod
     def per_token_names(cls) -> tuple[str, ...]:
         """Return the names of the fields that per_token_field() declares."""
@@ -76,13 +84,20 @@ class Sample:
         return tuple(spec.name for spec in specs if spec.metadata.get("per_token"))
 
     def to_json(self) -> bytes:
-        """Return the sample as one line of JSON, without the line break."""
-        return orjson.dumps(self, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+        """Return the sample as one line of JSON, without the line break. Bytes become base64."""
+        option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+        return orjson.dumps(self, default=_as_base64, option=option)
 
     @classmethod
     def from_json(cls, line: bytes | str) -> "Sample":
         """Return the sample that to_json wrote."""
         return cls(**orjson.loads(line))
+
+
+def _as_base64(value: Any) -> str:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    raise TypeError(f"JSON cannot hold a {type(value).__name__}")
 
 
 def read_dump(path: str | Path, *, vocab_size: int | None = None) -> list[Sample]:
@@ -148,9 +163,14 @@ def _dump_problems(row: Any, vocab_size: int | None) -> Iterator[str]:
     kinds = dict(prompt=str, response=str, source=str, error=str, finish_reason=str)
     kinds |= dict(group=int, index=int, discarded=str, metadata=dict, notes=dict, metrics=dict)
     kinds |= dict(reward=(int, float, type(None)), answer=(str, type(None)))
+    kinds |= dict(routed_experts=str)
     for name, kind in kinds.items():
         if not isinstance(row[name], kind) or isinstance(row[name], bool):
             yield f"{name} is a {type(row[name]).__name__}"
+    try:
+        base64.b64decode(row["routed_experts"], validate=True)
+    except (TypeError, ValueError):  # binascii.Error is a ValueError
+        yield "routed_experts is not base64"
     for name, value in row["metrics"].items():
         if not isinstance(value, (int, float)):
             yield f"metrics holds {value!r} for {name}, which is not a number"

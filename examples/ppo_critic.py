@@ -153,6 +153,7 @@ import train_step
 import weight_sync
 from advantages import gae, overlong_penalty, whiten
 from backends.megatron.batches import Batch, give_to_samples
+from backends.megatron.optimizer import gradient_norm
 from data.sample import Sample, per_token_field
 from harness import evaluate, export, start
 from harness.exits import run_main
@@ -312,7 +313,7 @@ def critic_step(
     loss, tokens, grad_norms = 0.0, 0.0, []
     for batch in settings.critic_epochs * [batch for batch in batches if batch.has_tokens]:
         batch_loss, batch_tokens = critic_backward(critic, batch, value_clip=settings.value_clip)
-        grad_norms.append(train_step.gradient_norm(critic))
+        grad_norms.append(gradient_norm(critic.optimizer))
         if not np.isfinite(batch_loss) or not np.isfinite(grad_norms[-1]):
             mean, norm = batch_loss / batch_tokens, grad_norms[-1]
             raise RuntimeError(

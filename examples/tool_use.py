@@ -152,6 +152,8 @@ def end_turn(
     text = turn.response + CALL_END if is_call else turn.response
     spoken = dict(logprobs=turn.rollout_logprobs, versions=turn.weight_versions, mask=1)
     say(sample, turn.response_ids, text, **spoken)
+    # With --routing-replay. A turn reports all tokens before it, and they stay as they were taken.
+    sample.routed_experts += turn.routed_experts[len(sample.routed_experts) :]
     if not is_call:
         sample.finish_reason, sample.answer = turn.finish_reason, turn.response
         sample.error = turn.error
@@ -234,7 +236,7 @@ def warm_start(run: start.Run) -> str:
     schedule = dict(lr=tools.warm_lr, lr_schedule="linear", lr_warmup_steps=0, min_lr=0.0)
     trainer = train_step.build_trainer(
         run.model,
-        replace(settings.train, **schedule, minibatches=1),
+        replace(settings.train, **schedule, minibatches=1, routing_replay="none"),
         run.config,
         steps=tools.warm_steps,
         seed=settings.run.seed,

@@ -103,7 +103,7 @@ def check_modes(settings) -> None:
         kind = "--eval-only" if run.eval_only else "--debug-rollout-only"
         idle = [(settings.loss, "kl_coef"), (settings.train, "minibatches")]
         if run.eval_only:
-            idle += [(settings.reward, "dynamic_sampling")]
+            idle += [(settings.reward, "dynamic_sampling"), (settings.train, "routing_replay")]
     elif run.load_rollouts:
         kind = "--load-rollouts"
         idle = [(run, "check_sync"), (settings.reward, "dynamic_sampling")]

@@ -15,6 +15,7 @@ from backends.huggingface.folder import HFWeights, check_shapes
 from backends.megatron.batches import padded_length
 from backends.megatron.model import check_overrides, overrides
 from backends.sglang.checks import server_overrides
+from backends.routed_experts import unpack
 from common.errors import ProblemList, all_problems
 from common.settings import RolloutSettings, RunSettings, TrainSettings
 from data.prompts import ENGINE_KEEPS
@@ -61,6 +62,13 @@ def longest_of_dumps(settings, config: dict | None) -> int:
             break  # checks.check_run_flags names it
         dump, _ = split_discarded(read_dump(file, vocab_size=vocab_size))
         longest = max([longest, *(len(s.prompt_ids) + len(s.response_ids) for s in dump)])
+        if settings.train.routing_replay != "none" and config and config["num_experts"]:
+            for sample in dump:
+                try:
+                    unpack(sample, config)
+                except ValueError as error:
+                    yield f"{file}: {error}: use a dump of a run with --routing-replay"
+                    break
         if len(dump) < minibatches:
             yield (
                 f"{file} has {len(dump)} answers to train on, --minibatches is {minibatches}: use "
@@ -165,6 +173,11 @@ def check_train_settings(
     if config:
         split = dict(tp=settings.tp, pp=settings.pp, cp=settings.cp, ep=settings.ep)
         found.collect(check_layout, config, world_size=world_size, **split)
+        if settings.routing_replay != "none" and not config["num_experts"]:
+            yield (
+                f"--routing-replay {settings.routing_replay} needs a model with experts, and this"
+                " one is dense: leave it out"
+            )
         found.collect(overrides, settings, config, TransformerConfig)
         if settings.megatron and not found.texts:
             found.collect(check_overrides, settings, config)

@@ -77,6 +77,7 @@ class Run:
             longest=self.longest,
             colocated=self.is_trainer,
             keeps_weights=self.settings.sync.sync == "delta",
+            reports_experts=self.settings.train.routing_replay != "none",
             # The asynchronous loop evaluates while its groups go on.
             requests=of_steps + held_out if is_async else max(of_steps, held_out),
         )

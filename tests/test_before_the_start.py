@@ -52,6 +52,7 @@ def start(monkeypatch, tmp_path):
     (["--megatron", "adam_eps=NaN"], "--megatron adam_eps=nan must be finite"),
     (["--megatron", "adam_eps=1e-9", "adam_eps=1e-8"], "--megatron adam_eps is given twice"),
     (["--sglang", "log_level=info", "log_level=info"], "--sglang log_level is given twice"),
+    (["--routing-replay", "compare"], "--routing-replay compare needs a model with experts"),
     (["--load-rollouts", "none", "--steps", str(10**12)], "none has no step-000001.jsonl"),
 ])  # fmt: skip
 def test_flags_that_are_refused(start, flags, message):

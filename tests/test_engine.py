@@ -19,6 +19,7 @@ import pytest
 import torch
 from sglang.srt.managers import io_struct
 
+from backends.megatron.batches import pack_batch
 from backends.delta import Sent
 from backends.sglang import engine as engine_module
 from backends.sglang.launch import launch_engine
@@ -81,7 +82,7 @@ class Pair:
     def differences(self, samples: list[rollout.Sample], temperature: float = 1.0) -> np.ndarray:
         """|log-prob by the trainer - by the engine| of every response token."""
         self.trainer.temperature = temperature
-        batch = train_step.pack_batch(self.trainer, samples)
+        batch = pack_batch(self.trainer, samples)
         batch.read_samples()
         logprobs = train_step.compute_logprobs(self.trainer, batch.microbatches)
         return np.concatenate(

@@ -54,8 +54,14 @@ class StandIn:
             "finish_reason": {"type": "stop"},
             "output_token_logprobs": [(-1.0, 5, None), (-1.0, 2, None)],
         }
+        versions = [first, self.version]
         return [
-            {"output_ids": [5, 2], "meta_info": meta, "weight_versions": [first, self.version]}
+            dict(
+                output_ids=[5, 2],
+                meta_info=meta,
+                weight_versions=versions,
+                routed_experts=b"\x00\xff",
+            )
             for _ in prompts_ids
         ]
 

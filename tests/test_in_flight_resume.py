@@ -119,7 +119,10 @@ def test_a_checkpoint_keeps_answers_as_they_were_judged(one_rank):
         async def generate(self, prompts_ids, sampling, *, request_ids, cache=""):
             outputs = await super().generate(prompts_ids, sampling, request_ids=request_ids)
             meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": []}
-            return [{"output_ids": [], "meta_info": meta, "weight_versions": []}, *outputs[1:]]
+            return [
+                {"output_ids": [], "meta_info": meta, "weight_versions": [], "routed_experts": b""},
+                *outputs[1:],
+            ]
 
     engine = Empty(lambda group: 0)
     groups = new_queue(engine, judge=judge, max_staleness=1)

@@ -58,6 +58,7 @@ def test_the_token_that_ends_a_response_is_not_in_its_text(tokenizer):
             "output_ids": ids,
             "meta_info": {"finish_reason": {"type": reason}, "output_token_logprobs": logprobs},
             "weight_versions": [0] * len(ids),
+            "routed_experts": b"",
         }
         write_outputs([sample], [output], ended)
         assert sample.response_ids == ids  # the trainer gets every token
@@ -77,12 +78,12 @@ def dump_line(**changes) -> dict:
     sample.response_ids, sample.response, sample.reward = [6, 2], "4", 0.5
     sample.rollout_logprobs, sample.loss_mask = [-0.5, -1.0], [1, 1]
     sample.weight_versions = [3, 3]
-    return {**asdict(sample), **changes}
+    return {**asdict(sample), "routed_experts": "", **changes}
 
 
 def test_a_dump_comes_back_as_it_was_written(tmp_path):
     samples = [
-        Sample(**dump_line()),
+        Sample(**dump_line(routed_experts=bytes(range(256)))),
         Sample(**dump_line(response="a\u2028b\r\n", reward=None)),
         Sample([1], discarded="dropped"),
     ]
@@ -113,6 +114,8 @@ def test_a_dump_comes_back_as_it_was_written(tmp_path):
     (dump_line(old_logprobs=[-1.0]), "old_logprobs has 1 values for 2 response tokens"),
     (dump_line(reward="1"), "reward is a str"),
     (dump_line(group=None), "group is a NoneType"),
+    (dump_line(routed_experts="AA=A"), "routed_experts is not base64"),
+    (dump_line(routed_experts=[1, 2]), "routed_experts is a list"),
     (dump_line(metadata=[]), "metadata is a list"),
     (dump_line(metrics={"calls": None}), "metrics holds None for calls, which is not a number"),
 ])  # fmt: skip

@@ -64,11 +64,11 @@ class Scripted:
         said = self.script[turn - 1]
         assert len(said) == len(prompts_ids) == len(sampling)
         return [
-            self.output(turn, ids[: params["max_new_tokens"]], params)
-            for ids, params in zip(said, sampling)
+            self.output(turn, ids[: params["max_new_tokens"]], params, prompt)
+            for ids, params, prompt in zip(said, sampling, prompts_ids)
         ]
 
-    def output(self, turn, ids, params):
+    def output(self, turn, ids, params, prompt):
         reason = (
             "abort" if self.abort else "stop" if ids[-1] in params["stop_token_ids"] else "length"
         )
@@ -81,6 +81,7 @@ class Scripted:
             "output_ids": ids,
             "meta_info": meta,
             "weight_versions": [turn + 4] * len(ids),
+            "routed_experts": bytes([turn]) * (len(prompt) + len(ids) - 1),
         }  # as if new weights had come in between
 
 
@@ -126,6 +127,8 @@ def test_two_turns_by_hand(data):
     assert (
         sample.weight_versions == [5] * 13 + [6] * 4
     )  # the result is as old as the turn that asked for it
+    # Each token took its experts in the turn that first saw it: SUM's last has taken none.
+    assert sample.routed_experts == bytes([1] * (9 + 8) + [2] * (1 + 4 + 3))
     assert sample.response == "+046+789=[5380]538"
     assert sample.finish_reason == "stop"
     assert sample.metrics == {"tool_calls": 1, "tool_share": 1, "tool_errors": 0}

@@ -57,6 +57,7 @@ def patch_sglang() -> None:
     )
     _seed_each_request()
     _sleep_while_paused()
+    _hold_routed_experts()
 
 
 # --- the scheduler ------------------------------------------------------------------------------
@@ -77,6 +78,16 @@ def _sleep_while_paused() -> None:
         self.idle_sleeper.maybe_sleep()  # until a message arrives
 
     Scheduler._record_scheduler_state_for_paused_engine = record_and_sleep
+
+
+def _hold_routed_experts() -> None:
+    """Hold SGLang's table of routed experts in plain memory: stock code registers it with CUDA."""
+    from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS
+
+    def allocate(dims, dtype, **_):
+        return torch.empty(dims, dtype=dtype)
+
+    ALLOC_MEMORY_FUNCS["cpu"] = allocate
 
 
 def _seed_each_request() -> None:

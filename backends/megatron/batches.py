@@ -43,6 +43,8 @@ class MicroBatch:
     """float32: tokens of each sample that count, on all context-parallel ranks"""
     packed: PackedSeqParams
     """Bounds of the sequences; of whole ones under context parallelism"""
+    experts_TLK: torch.Tensor | None = None
+    """int16, on the CPU: the engine's experts in this stage's layers; -1: it reported none"""
     cp_group: dist.ProcessGroup | None = None
     """Ranks that hold other tokens of the same sequences; None: there are none"""
     per_token: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -131,6 +133,7 @@ def pack_batch(trainer, samples: list) -> Batch:
     starts = np.cumsum([0, *response_lengths(samples)]).tolist()
     device = next(trainer.gpt.parameters()).device
     split = dict(tp=tp, cp=cp, cp_rank=trainer.cp_group.rank(), device=device)
+    split |= dict(replay=trainer.replay)
     microbatches = []
     for indices in plan[trainer.dp_group.rank()]:
         chosen, begins = [samples[i] for i in indices], [starts[i] for i in indices]
@@ -212,6 +215,7 @@ def collate(
     cp: int = 1,
     cp_rank: int = 0,
     device: torch.device,
+    replay=None,
 ) -> MicroBatch:
     """Concatenate prompt and response of each sample.
 
@@ -222,6 +226,7 @@ def collate(
     Under context parallelism the tensors hold this rank's tokens of every sequence.
 
     starts: where each sample's response begins among the R response tokens of the batch.
+    replay: a RoutingReplay, if the engine's experts are to be at hand.
     """
     sequences = [
         np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64)
@@ -250,6 +255,7 @@ def collate(
     def held_tokens(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)[held].to(device)
 
+    experts_TLK = replay and torch.from_numpy(replay.experts_of(samples, lengths))[held]
     return MicroBatch(
         tokens_T=held_tokens(tokens),
         labels_T=held_tokens(labels),
@@ -260,6 +266,7 @@ def collate(
         packed=PackedSeqParams(
             "thd", bounds, bounds, bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest
         ),
+        experts_TLK=experts_TLK,
     )
 
 

@@ -74,6 +74,12 @@ def build_optimizer(
     return optimizer, scheduler
 
 
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Return the global norm of the gradient, before it is clipped and used. Collective."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
 def _give_adam_its_state(optimizer: MegatronOptimizer) -> None:
     """Create Adam's moments now: every Adam makes them in its first step only.
 

@@ -31,8 +31,9 @@ from sglang.srt.managers import io_struct
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import MultiprocessingSerializer
 
+from backends.routed_experts import pack_reported
 from backends.sglang.buckets import NO_CHANGES, Named, pack, phase
-from backends.sglang.gpu import held_bytes, memory_saver_libraries
+from backends.sglang.gpu import check_released, held_bytes, memory_saver_libraries
 from backends.sglang.process import died_at_start, engine_files, run_scheduler
 from common.errors import EngineDied, engine_died
 from common.processes import end_signals_blocked, kill_with_children, main_module_hidden
@@ -49,8 +50,6 @@ BUCKETS = "backends.sglang.buckets"  # where SGLang finds the loaders, by name
 LOOP_ENDS_WITHIN_S = 5.0
 # So soon SIGQUIT reports an engine's death: SGLang's SubprocessWatchdog looks every second.
 SIGQUIT_WITHIN_S = 3.0
-# What an engine's process may take of its GPU while it releases its weights: kernels that it loads.
-RELEASE_SLACK_BYTES = 64 * 2**20
 
 
 class Engine(sglang_engine.Engine):
@@ -60,11 +59,11 @@ class Engine(sglang_engine.Engine):
     holds_weights = True
     _starting: "Engine"  # SGLang launches by methods of the class, which find it here
 
-    def __init__(self, answer_timeout_s: float = 3600.0, **server_args):
+    def __init__(self, config: dict, answer_timeout_s: float = 3600.0, **server_args):
         """Start the engine, without weights. Raises EngineDied if one of its processes ends.
 
-        answer_timeout_s: an engine that takes longer for a request, or for a part of an update,
-        counts as dead.
+        config: config.json of its model. answer_timeout_s: an engine that takes longer for a
+        request, or for a part of an update, counts as dead.
         """
         # It reports that it installs its SIGQUIT handler as if that were an error.
         logging.getLogger("sglang.srt.entrypoints.engine").addFilter(
@@ -80,7 +79,7 @@ class Engine(sglang_engine.Engine):
             if any(code is not None for code in exit_codes) and isinstance(error, Exception):
                 raise died_at_start(exit_codes) from error
             raise
-        self.version, self.answer_timeout_s = -1, answer_timeout_s
+        self.config, self.version, self.answer_timeout_s = config, -1, answer_timeout_s
         self.timeline = Timeline()
         self._requests, self._paused, self._released = 0, False, False
         self._update_bytes = self._weight_bytes = 0  # held of this update; of the largest
@@ -183,7 +182,8 @@ class Engine(sglang_engine.Engine):
     ) -> list[dict]:
         """Return one response per prompt, in order, as SGLang's dicts.
 
-        They hold output_ids, meta_info, and weight_versions, one per token.
+        They hold output_ids, meta_info, weight_versions, one per token, and routed_experts, bytes
+        as in a Sample; b"" unless the engine was started to report them.
 
         cache: calls share cached prefixes if they have the same cache name and weight version.
         """
@@ -203,17 +203,21 @@ class Engine(sglang_engine.Engine):
                 sampling_params=sampling,
                 rid=request_ids,
                 return_logprob=True,
+                return_routed_experts=self.server_args.enable_return_routed_experts,
                 stream=not REPORTS_VERSIONS,
             )
             outputs = await self._ask(request, cache)
         finally:
             self._count_requests(-len(prompts_ids))
-        if REPORTS_VERSIONS:
-            for output in outputs:
-                versions = []
-                for span in output["meta_info"]["weight_versions"]:
-                    versions += [int(span["version"])] * (span["end"] - span["start"])
-                output["weight_versions"] = versions
+        for output in outputs:
+            reported = output["meta_info"].pop("routed_experts", None)
+            output["routed_experts"] = pack_reported(reported, self.config) if reported else b""
+            if REPORTS_VERSIONS:
+                spans = output["meta_info"]["weight_versions"]
+                versions = [
+                    [int(span["version"])] * (span["end"] - span["start"]) for span in spans
+                ]
+                output["weight_versions"] = sum(versions, [])
         return outputs
 
     async def _ask(self, request, cache: str) -> list[dict]:
@@ -322,12 +326,7 @@ class Engine(sglang_engine.Engine):
             freed = torch.cuda.mem_get_info()[0] - free_before
         self._released = True
         # Of an engine on several GPUs this sees the first.
-        expected = self._weight_bytes // self.server_args.tp_size
-        if freed < expected - RELEASE_SLACK_BYTES:
-            raise RuntimeError(
-                f"the engine has released {freed / 1e6:,.1f} MB of its GPU for its weights, which"
-                f" have {expected / 1e6:,.1f} MB: torch_memory_saver does not work in its process"
-            )
+        check_released(freed, of=self._weight_bytes // self.server_args.tp_size)
 
     async def _resume_memory(self, tag: str) -> None:
         request = io_struct.ResumeMemoryOccupationReqInput(tags=[tag])

@@ -24,6 +24,8 @@ CACHE_OF_REQUESTS, LEAST_CACHE = 2, 8192
 BF16_CAPABILITY = 8, 0  # Ampere
 FP8_CAPABILITY = 8, 9  # Ada Lovelace. Below, SGLang repacks FP8 for Marlin: other tensors
 ALLOCATOR_VARIABLES = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+# What an engine's process may take of its GPU while it releases its weights: kernels that it loads.
+RELEASE_SLACK_BYTES = 64 * 2**20
 UNSHARED = "expandable_segments:true", "backend:cudamallocasync"
 
 
@@ -77,6 +79,15 @@ def held_bytes(name: str, tensor: torch.Tensor) -> int:
     """
     most = 4 if name.endswith("_scale_inv") else 2
     return tensor.numel() * min(tensor.element_size(), most)
+
+
+def check_released(freed: int, *, of: int) -> None:
+    """Raise RuntimeError if an engine's GPU got back less than the bytes of its weights."""
+    if freed < of - RELEASE_SLACK_BYTES:
+        raise RuntimeError(
+            f"the engine has released {freed / 1e6:,.1f} MB of its GPU for its weights, which"
+            f" have {of / 1e6:,.1f} MB: torch_memory_saver does not work in its process"
+        )
 
 
 @contextlib.contextmanager

@@ -27,11 +27,13 @@ def launch_engine(
     colocated: bool = False,
     keeps_weights: bool = False,
     requests: int | None = None,
+    reports_experts: bool = False,
 ) -> Engine:
     """Start an engine with shapes and quantization of the model, but no weights yet.
 
     longest: prompt and response tokens of the longest possible sample. Raises BadInput if the
-    engine found no memory for so many. The others: see gpu.server_args.
+    engine found no memory for so many. reports_experts: whether answers tell which experts each
+    token took. The others: see gpu.server_args.
     """
     arguments = dict(
         model_path=model_folder,
@@ -44,6 +46,7 @@ def launch_engine(
         custom_sigquit_handler=signal.getsignal(signal.SIGQUIT),
         random_seed=seed + dist.get_rank(),
         log_level="error",
+        enable_return_routed_experts=reports_experts,
     )
     if torch.cuda.is_available():
         load = dict(colocated=colocated, keeps_weights=keeps_weights)
@@ -58,7 +61,7 @@ def launch_engine(
         overrides = {"quantization_config": fp8_config(config, **split)}
         arguments["json_model_override_args"] = json.dumps(overrides)
     arguments |= server_overrides(settings.sglang, on_gpu=torch.cuda.is_available())
-    engine = Engine(settings.answer_timeout_s, **arguments)
+    engine = Engine(config, settings.answer_timeout_s, **arguments)
     # SGLang's TpModelWorker takes off 5 for a prompt; of these the last position stays free.
     room = engine.tokenizer_manager.max_req_input_len + 4
     if longest is not None and longest > room:

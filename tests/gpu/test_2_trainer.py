@@ -13,6 +13,7 @@ from on_gpu import DEVICE, evidence, has_gpu, on_gpu, on_gpu_only
 
 import reward
 import train_step
+from backends.megatron.batches import pack_batch
 from backends.huggingface.config import read_config
 from backends.megatron import model, state
 from common.settings import TrainSettings
@@ -119,7 +120,7 @@ def test_both_specs_compute_the_same(one_rank, monkeypatch, tmp_path):
         for use_te in (False, True):
             monkeypatch.setattr(model, "has_transformer_engine", lambda use_te=use_te: use_te)
             trainer = new_trainer(folder)
-            batch = train_step.pack_batch(trainer, read_dump(DUMP / "step-000001.jsonl"))
+            batch = pack_batch(trainer, read_dump(DUMP / "step-000001.jsonl"))
             rows = train_step.compute_logprobs(trainer, batch.microbatches)
             found.append(torch.cat([row for row in rows]).float().cpu())
         difference = (found[0] - found[1]).abs()

@@ -25,6 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
 from groups import drop_megatron
 from backends import delta
+from backends.megatron.batches import pack_batch
 from backends.huggingface.config import read_config
 from backends.megatron.layers import zigzag
 from common import distributed
@@ -109,7 +110,7 @@ def errors(trainer, folder: str, temperature: float) -> dict[str, float]:
     reference = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    batch = train_step.pack_batch(trainer, fixed_samples(trainer.config["vocab_size"]))
+    batch = pack_batch(trainer, fixed_samples(trainer.config["vocab_size"]))
     batches, trainer.temperature = batch.microbatches, temperature
     seen, stock = [], train_step.logprobs_and_entropy
 
