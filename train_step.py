@@ -92,6 +92,7 @@ def start_trainer(run) -> Trainer | None:
         run.model,
         settings.train,
         run.config,
+        fp8=run.fp8,
         steps=settings.run.steps,
         seed=settings.run.seed,
         temperature=settings.rollout.temperature,
@@ -109,6 +110,7 @@ def build_trainer(
     seed: int,
     temperature: float,
     max_response_tokens: int,
+    fp8: frozenset[str] = frozenset(),
     with_reference: bool = False,
     head: Callable | None = None,
 ) -> Trainer:
@@ -117,14 +119,15 @@ def build_trainer(
     Collective. head(transformer_config) -> module: replaces the output layer of a model that
     computes something else than logits, such as a critic.
     temperature: of the rollout. max_response_tokens: the aggregation "constant" divides by it.
+    fp8: weights that the engine holds in FP8, for --train-numerics fp8.
     """
     init_parallel(settings, seed=seed)
-    gpt, layout, module = load_model(model_folder, settings, config)
+    gpt, layout, module = load_model(model_folder, settings, config, fp8=fp8)
     if head is not None and gpt.post_process:
         gpt.output_layer = head(gpt.config)
     reference = None
     if with_reference:
-        _, _, reference = load_model(settings.reference or model_folder, settings, config)
+        _, _, reference = load_model(settings.reference or model_folder, settings, config, fp8=fp8)
         reference.requires_grad_(False)
         if settings.offload_reference:
             reference.to("cpu")

@@ -36,7 +36,7 @@ import torch.distributed as dist
 
 from backends.delta import CHANGES, Sent, Tally
 from backends.delta_gather import compare, gather_changes
-from backends.huggingface.fp8 import describe, fp8_weights
+from backends.huggingface.fp8 import describe
 from backends.huggingface.names import VOCABULARY, Rule, parameters_of, rule_of, split_stacked
 from backends.megatron.layout import Layout
 from backends.sglang.buckets import (
@@ -85,14 +85,13 @@ def open_path(run, trainer) -> WeightPath:
 
     run: harness.start.Run. trainer: None on rollout ranks.
     """
-    rollout = run.settings.rollout
-    split = dict(engine_tp=rollout.engine_tp, engine_ep=rollout.engine_ep)
-    fp8 = fp8_weights(run.config, rollout_dtype=rollout.rollout_dtype, **split)
-    run.record.say(describe(run.config, fp8))
+    run.record.say(describe(run.config, run.fp8))
     gpt, layout = (trainer.gpt, trainer.layout) if trainer else (None, None)
     sync = run.settings.sync
     sent = Sent() if sync.sync == "delta" else None
-    return WeightPath(gpt, layout, run.config, fp8, sync.bucket_bytes, run.broadcast_group, sent)
+    return WeightPath(
+        gpt, layout, run.config, run.fp8, sync.bucket_bytes, run.broadcast_group, sent
+    )
 
 
 # --- into the engine ----------------------------------------------------------------------------

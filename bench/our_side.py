@@ -100,6 +100,7 @@ def bare_stages(settings) -> None:
     """
     import numpy as np
     from backends.huggingface.config import read_config
+    from backends.huggingface.fp8 import fp8_weights
     from backends.sglang.launch import launch_engine
     from common import distributed
     import reward
@@ -112,7 +113,7 @@ def bare_stages(settings) -> None:
     n = settings.rollout.samples_per_prompt
     data = load_data(settings.run.model, settings.rollout, config, seed=1)
     everyone = distributed.init_distributed()
-    fp8 = weight_sync.fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=1)
+    fp8 = fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=1)
     limits = dict(max_response_tokens=settings.rollout.max_response_tokens)
     asked = dict(steps=rounds, seed=1, temperature=settings.rollout.temperature, **limits)
     trainer = train_step.build_trainer(settings.run.model, settings.train, config, **asked)

@@ -100,6 +100,7 @@ def config_of(size: str) -> dict:
 
 def build_path(size: str, tp: int, bucket_bytes: int, everyone):
     """Return this rank's weight_sync.WeightPath. The last rank receives and has no trainer."""
+    from backends.huggingface.fp8 import fp8_weights
     from backends.megatron import model as megatron_model
     from common.settings import TrainSettings
     import weight_sync
@@ -111,7 +112,7 @@ def build_path(size: str, tp: int, bucket_bytes: int, everyone):
         mpu.initialize_model_parallel(tp)
         model_parallel_cuda_manual_seed(1)
         gpt, layout = megatron_model.build_gpt(TrainSettings(tp=tp), config)
-    fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
+    fp8 = fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
     return weight_sync.WeightPath(gpt, layout, config, fp8, bucket_bytes, broadcast_group=everyone)
 
 

@@ -184,6 +184,9 @@ class TrainSettings:
     Loaded only with --kl-coef."""
     offload_reference: bool = False
     """Keep the reference model in CPU memory, and on the GPU only during its forward pass."""
+    train_numerics: Literal["plain", "fp8"] = "plain"
+    """Rounding in the trainer's forward pass. plain: that of --train-dtype. fp8: linear layers see
+    weights and activations as the FP8 engine rounds them; gradients ignore the rounding."""
     routing_replay: Literal["none", "compare", "rollout"] = "none"
     """Experts of a token in the trainer. rollout: those that the engine took (R3, routing replay).
     compare: the trainer's own choice; route_mismatch counts how often the engine took others."""

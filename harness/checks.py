@@ -97,13 +97,13 @@ def is_plan(settings) -> bool:
 @all_problems
 def check_modes(settings) -> None:
     """Refuse flags that would do nothing in a run of this kind. settings: a loop's."""
-    run, rollout = settings.run, settings.rollout
+    run, rollout, train = settings.run, settings.rollout, settings.train
     kind, idle = "", []
     if run.eval_only or run.debug_rollout_only:
         kind = "--eval-only" if run.eval_only else "--debug-rollout-only"
-        idle = [(settings.loss, "kl_coef"), (settings.train, "minibatches")]
+        idle = [(settings.loss, "kl_coef"), (train, "minibatches"), (train, "train_numerics")]
         if run.eval_only:
-            idle += [(settings.reward, "dynamic_sampling"), (settings.train, "routing_replay")]
+            idle += [(settings.reward, "dynamic_sampling"), (train, "routing_replay")]
     elif run.load_rollouts:
         kind = "--load-rollouts"
         idle = [(run, "check_sync"), (settings.reward, "dynamic_sampling")]

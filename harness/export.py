@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from backends.huggingface.folder import INDEX, HFWeights, files_to_export, is_of_mtp
+from backends.huggingface.fp8 import fp8_weights
 from backends.huggingface.names import fp8_config
 from common.errors import BadInput, ExportError, read_json
-from weight_sync import WeightPath, fp8_weights, quantize_named, trainer_buckets
+from weight_sync import WeightPath, quantize_named, trainer_buckets
 
 MAX_FILE_BYTES = 4 * 2**30  # a file is closed when it has grown beyond this
 

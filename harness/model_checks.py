@@ -12,8 +12,10 @@ import torch
 
 from backends.huggingface.config import check_layout, megatron_arguments, read_config
 from backends.huggingface.folder import HFWeights, check_shapes
+from backends.huggingface.fp8 import fp8_weights
 from backends.megatron.batches import padded_length
-from backends.megatron.model import check_overrides, overrides
+from backends.megatron.fp8_numerics import check_numerics
+from backends.megatron.model import check_overrides, has_transformer_engine, overrides
 from backends.sglang.checks import server_overrides
 from backends.routed_experts import unpack
 from common.errors import ProblemList, all_problems
@@ -189,6 +191,27 @@ def check_train_settings(
                 f"{room} is less than the longest possible sample, {needed} tokens: raise one of"
                 " them"
             )
+    yield from found.texts
+
+
+@all_problems
+def check_rounding(settings, config: dict | None) -> None:
+    """Refuse --train-numerics fp8 where it cannot be the engine's rounding. settings: a loop's."""
+    rollout, train = settings.rollout, settings.train
+    if train.train_numerics != "fp8":
+        return
+    found = ProblemList()
+    for flag, given, needed in (
+        ("--rollout-dtype", rollout.rollout_dtype, "fp8"),
+        ("--train-dtype", train.train_dtype, "bf16"),
+    ):
+        if given != needed:
+            yield f"--train-numerics fp8 rounds as FP8 engines do: it needs {flag} {needed}"
+    if config and min(train.tp, rollout.engine_tp, rollout.engine_ep) > 0:
+        split = dict(engine_tp=rollout.engine_tp, engine_ep=rollout.engine_ep)
+        fp8 = fp8_weights(config, rollout_dtype="fp8", **split)
+        has_te = checks.is_plan(settings) or has_transformer_engine()
+        found.collect(check_numerics, config, fp8, tp=train.tp, ep=train.ep, has_te=has_te)
     yield from found.texts
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from backends.huggingface.config import read_config
 from backends.huggingface.folder import check_model_folder
+from backends.huggingface.fp8 import fp8_weights
 from common import distributed, process_groups
 from common.errors import ProblemList
 from data.prompts import Data, load_data
@@ -50,6 +51,13 @@ class Run:
     def trains(self) -> bool:
         """Whether this rank learns from samples."""
         return self.is_trainer and not self.settings.run.debug_rollout_only
+
+    @property
+    def fp8(self) -> frozenset[str]:
+        """The weights that the engines hold in FP8, by their Hugging Face names."""
+        rollout = self.settings.rollout
+        split = dict(engine_tp=rollout.engine_tp, engine_ep=rollout.engine_ep)
+        return fp8_weights(self.config, rollout_dtype=rollout.rollout_dtype, **split)
 
     @property
     def first_step(self) -> int:
@@ -125,6 +133,7 @@ def prepare(
     found.collect(model_checks.check_rollout_settings, rollout, config, **planned)
     sizes = dict(world_size=trainer_ranks, longest=longest)
     found.collect(model_checks.check_train_settings, train, config, **sizes)
+    found.collect(model_checks.check_rounding, settings, config)
     load = dict(world_size=ranks, trainer_ranks=trainer_ranks, rollout_ranks=rollout_ranks)
     if is_plan:
         found.raise_if_any()

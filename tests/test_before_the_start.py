@@ -53,6 +53,8 @@ def start(monkeypatch, tmp_path):
     (["--megatron", "adam_eps=1e-9", "adam_eps=1e-8"], "--megatron adam_eps is given twice"),
     (["--sglang", "log_level=info", "log_level=info"], "--sglang log_level is given twice"),
     (["--routing-replay", "compare"], "--routing-replay compare needs a model with experts"),
+    (["--train-numerics", "fp8", "--rollout-dtype", "bf16"], "it needs --rollout-dtype fp8"),
+    (["--train-numerics", "fp8", "--train-dtype", "fp32"], "it needs --train-dtype bf16"),
     (["--load-rollouts", "none", "--steps", str(10**12)], "none has no step-000001.jsonl"),
 ])  # fmt: skip
 def test_flags_that_are_refused(start, flags, message):
@@ -62,7 +64,7 @@ def test_flags_that_are_refused(start, flags, message):
 
 @pytest.mark.parametrize("flags", [
     ["--seed", str(2**31 - 1)], ["--seed", "0"], ["--minibatches", "256"],
-    ["--megatron", "adam_eps=1e-9", "adam_beta1=0.8"],
+    ["--megatron", "adam_eps=1e-9", "adam_beta1=0.8"], ["--train-numerics", "fp8"],
     ["--megatron", "recompute_granularity=full", "recompute_method=uniform",
      "recompute_num_layers=1"],
 ])  # fmt: skip

@@ -28,6 +28,7 @@ import rollout
 import train_step
 import weight_sync
 from backends.huggingface.config import read_config
+from backends.huggingface.fp8 import fp8_weights
 from common.errors import BadInput, EngineDied
 from common.settings import REPOSITORY, RolloutSettings, TrainSettings
 from conftest import seed_megatron
@@ -59,7 +60,7 @@ class Pair:
             temperature=1.0,
             max_response_tokens=8,
         )
-        fp8 = weight_sync.fp8_weights(self.config, rollout_dtype=rollout_dtype, engine_tp=1)
+        fp8 = fp8_weights(self.config, rollout_dtype=rollout_dtype, engine_tp=1)
         self.weights = weight_sync.WeightPath(
             self.trainer.gpt,
             self.trainer.layout,

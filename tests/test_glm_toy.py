@@ -6,10 +6,9 @@ import pytest
 import torch
 from backends.huggingface.config import read_config
 from backends.huggingface.folder import HFWeights, check_model_folder
-from backends.huggingface.fp8 import linear_modules
+from backends.huggingface.fp8 import fp8_weights, linear_modules
 from conftest import ROOT, metrics_of, torchrun
 
-import weight_sync
 
 GLM = ROOT / "toy" / "glm"
 
@@ -25,7 +24,7 @@ def test_it_is_a_small_mixture_of_experts():
 
 def test_experts_and_attention_are_held_in_fp8():
     config = read_config(GLM)
-    fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
+    fp8 = fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
     assert len(fp8) == len(linear_modules(config))
 
 

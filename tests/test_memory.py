@@ -16,6 +16,7 @@ import torch
 import train_step
 import weight_sync
 from backends.huggingface.config import read_config
+from backends.huggingface.fp8 import fp8_weights
 from backends.huggingface.names import hf_shapes, layer_shapes
 from backends.megatron.batches import collate
 from common.settings import TrainSettings
@@ -168,7 +169,7 @@ def test_the_bytes_of_a_hand_off(fresh_megatron, models, family, dtype):
         temperature=1.0,
         max_response_tokens=8,
     )
-    fp8 = weight_sync.fp8_weights(config, rollout_dtype=dtype, engine_tp=1)
+    fp8 = fp8_weights(config, rollout_dtype=dtype, engine_tp=1)
     weights = weight_sync.WeightPath(trainer.gpt, trainer.layout, config, fp8, 10**6)
     sent = sum(
         tensor.nbytes
@@ -197,7 +198,7 @@ def test_a_block_that_is_begun_has_a_scale_too(tmp_path):
     """SmolLM2's proportions: 192 columns are two blocks, and the 192 rows of q stay BF16."""
     sizes = dict(hidden_size=192, num_attention_heads=3, num_key_value_heads=1, head_dim=64)
     config = read_config(write_model(tmp_path, "llama", **sizes))
-    fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
+    fp8 = fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
     sent = 0
     for name, shape in hf_shapes(config).items():
         scales = 4 * math.prod(-(-size // 128) for size in shape)

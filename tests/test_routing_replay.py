@@ -179,11 +179,13 @@ def measured(engines_samples, folders, tmp_path_factory):
             for layout, (of_ranks, splits, megatron) in LAYOUTS.items():
                 if of_ranks != ranks:
                     continue
+                train = dict(train_dtype="fp32", routing_replay="rollout", megatron=megatron)
                 for noise in (0, NOISE):
-                    case = dict(splits=splits, megatron=megatron, noise=noise, mode="rollout")
+                    case = dict(splits=splits, train=train, noise=noise)
                     cases[f"{family}|{layout}|{noise}"] = common | case
             if ranks == 1:
-                case = dict(splits=[1, 1, 1, 1], megatron=[], noise=NOISE, mode="compare")
+                train = dict(train_dtype="fp32", routing_replay="compare")
+                case = dict(splits=[1, 1, 1, 1], train=train, noise=NOISE)
                 cases[f"{family}|without|{NOISE}"] = common | case
         found |= measure(cases, tmp_path_factory.mktemp("routed"), ranks=ranks)
     return {tuple(name.split("|")): value for name, value in found.items()}

@@ -19,6 +19,7 @@ from conftest import ROOT, torchrun
 
 from backends.delta import CHANGES, Sent, names_in
 from backends.huggingface.config import read_config
+from backends.huggingface.fp8 import fp8_weights
 from backends.huggingface.names import hf_shapes
 from backends.sglang.buckets import compare_loader, failure_note, load_bucket, pack, phase, unpack
 from common.errors import BadInput
@@ -138,7 +139,7 @@ def test_a_bucket_in_which_nothing_changed_is_not_the_last(fresh_megatron):
         str(REPOSITORY / "toy"), TrainSettings(), TOY, steps=1, seed=1, temperature=1.0,
         max_response_tokens=8,
     )  # fmt: skip
-    fp8 = weight_sync.fp8_weights(TOY, rollout_dtype="fp8", engine_tp=1)
+    fp8 = fp8_weights(TOY, rollout_dtype="fp8", engine_tp=1)
     how = dict(bucket_bytes=100_000, sent=Sent())
     weights = weight_sync.WeightPath(trainer.gpt, trainer.layout, TOY, fp8, **how)
 
@@ -209,7 +210,7 @@ class Gate:
     """The toy's tensors, handed to a HeldModel in buckets of five."""
 
     def __init__(self, rollout_dtype: str):
-        fp8 = weight_sync.fp8_weights(TOY, rollout_dtype=rollout_dtype, engine_tp=1)
+        fp8 = fp8_weights(TOY, rollout_dtype=rollout_dtype, engine_tp=1)
         self.weights = weight_sync.WeightPath(None, None, TOY, fp8, bucket_bytes=1)
         self.model = HeldModel(fp8)
         generator = torch.Generator().manual_seed(0)

@@ -216,7 +216,7 @@ def table(one_rank, models):
     gpt, layout = megatron_model.build_gpt(settings, config)
     model = Table(gpt.config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_step, "load_model", lambda *_: (model, layout, model))
+        patch.setattr(train_step, "load_model", lambda *_, **__: (model, layout, model))
         return train_step.build_trainer("", settings, config, steps=9, seed=1, **LIMITS)
 
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from backends.delta import as_integers
+from backends.fp8_activations import through_fp8
 from backends.sglang import in_place
 
-FP8_MAX = 448.0
 # Up to this share of a layer's codes, replacing their fp32 weights is faster than making all again.
 FEW_CODES = 0.01
 
@@ -195,39 +195,19 @@ def dequantize(codes_NK, scale_inv):
     return codes_NK.float() * scale_NK
 
 
-def through_fp8(x_TK):
-    """Return activations in fp32, rounded as the GPU kernels do: e4m3, a scale per 128 features."""
-    T, K = x_TK.shape
-    groups = F.pad(x_TK.float(), (0, -K % 128)).view(T, -1, 128)
-    scale = groups.abs().amax(-1, keepdim=True).clamp_(min=1e-10) / FP8_MAX
-    return (round_to_e4m3(groups / scale) * scale).view(T, -1)[:, :K].to(x_TK.dtype).float()
-
-
-def round_to_e4m3(x):
-    """Round fp32 numbers of at most 448 to the nearest that e4m3 has, ties to even.
-
-    Equals x.to(torch.float8_e4m3fn).float(), whose way back to fp32 goes number by number.
-    """
-    # Add and subtract 1.5 * 2**20 times x's power of two. In that sum fp32 has room for three bits
-    # behind x's first, so the addition rounds. Below 2**-6 e4m3's steps are all alike.
-    power = x.view(torch.int32).bitwise_and(0x7F800000).clamp_(min=(127 - 6) << 23)
-    large = power.add_((20 << 23) + (1 << 22)).view(torch.float32)
-    return large.add(x).sub_(large)
-
-
 # --- attention ----------------------------------------------------------------------------------
 
 
-def _gather_kv(k_cache, v_cache, req_to_token, req_pool_indices, seq_lens_B, dtype):
-    """Return the cached keys and values of all requests, [B, H, L, D], and live_BL.
+def _gather_kv(k_cache, v_cache, req_to_token, req_pool_indices, seq_lens_B):
+    """Return the cached keys and values of all requests, float32 [B, H, L, D], and live_BL.
 
     live_BL tells which of the L places a request really has.
     """
     L = int(seq_lens_B.max())
     live_BL = torch.arange(L) < seq_lens_B[:, None]
     slots_BL = req_to_token[req_pool_indices, :L].masked_fill(~live_BL, 0)
-    k_BHLD = k_cache[slots_BL].transpose(1, 2).to(dtype)
-    v_BHLD = v_cache[slots_BL].transpose(1, 2).to(dtype)
+    k_BHLD = k_cache[slots_BL].transpose(1, 2).float()
+    v_BHLD = v_cache[slots_BL].transpose(1, 2).float()
     return k_BHLD, v_BHLD, live_BL
 
 
@@ -248,9 +228,10 @@ def batched_decode(
     is_cross_attn=False,
     sliding_window_size=None,
 ):
-    """Attend from one new token per request, many requests a call.
+    """Attend from one new token per request, many requests a call, in fp32.
 
-    Stock code makes one attention call per request and layer.
+    In BF16 the last bit would depend on how long the other requests are, and FP8 layers amplify
+    that: see backends/megatron/fp8_numerics.py. Stock code makes one call per request and layer.
     """
     cache = (k_cache, v_cache, req_to_token)
     if encoder_lens is not None or sliding_window_size is not None:
@@ -261,18 +242,16 @@ def batched_decode(
     classes_B = (seq_lens - 1).clamp(min=31).log2().int()
     for length_class in classes_B.unique():
         rows = (classes_B == length_class).nonzero()[:, 0]
-        k_BHLD, v_BHLD, live_BL = _gather_kv(
-            *cache, req_pool_indices[rows], seq_lens[rows], query_BHD.dtype
-        )
+        k_BHLD, v_BHLD, live_BL = _gather_kv(*cache, req_pool_indices[rows], seq_lens[rows])
         out_BH1D = F.scaled_dot_product_attention(
-            query_BHD[rows, :, None],
+            query_BHD[rows, :, None].float(),
             k_BHLD,
             v_BHLD,
             attn_mask=live_BL[:, None, None],
             scale=scaling,
             enable_gqa=enable_gqa,
         )
-        output[rows] = out_BH1D[:, :, 0]
+        output[rows] = out_BH1D[:, :, 0].to(output.dtype)
     return output
 
 
@@ -310,10 +289,10 @@ def batched_extend(
         lengths = (extend_prefix_lens, extend_seq_lens)
         rest = (encoder_lens, scaling, enable_gqa, causal, is_cross_attn, sliding_window_size)
         return stock(self, query_THD, output, *cache, *lengths, *rest)
-    k_BHLD, v_BHLD, live_BL = _gather_kv(*cache, query_THD.dtype)
+    k_BHLD, v_BHLD, live_BL = _gather_kv(*cache)
     real_BN = torch.arange(N) < extend_seq_lens[:, None]
-    query_BNHD = query_THD.new_zeros(B, N, *query_THD.shape[1:])
-    query_BNHD[real_BN] = query_THD
+    query_BNHD = query_THD.new_zeros(B, N, *query_THD.shape[1:], dtype=torch.float32)
+    query_BNHD[real_BN] = query_THD.float()
     position_BN = extend_prefix_lens[:, None] + torch.arange(N)
     mask_BNL = (torch.arange(L) <= position_BN[:, :, None]) & live_BL[:, None]
     out_BHND = F.scaled_dot_product_attention(

@@ -129,6 +129,8 @@ def pack_batch(trainer, samples: list) -> Batch:
     Raises ValueError, naming index and group, if a sample is longer than a micro-batch may be.
     """
     tp, cp = trainer.settings.tp, trainer.settings.cp
+    if trainer.gpt.config.fp8:  # Transformer Engine's products take a multiple of 16 tokens
+        tp *= 16
     plan = microbatch_plan(trainer, samples)
     starts = np.cumsum([0, *response_lengths(samples)]).tolist()
     device = next(trainer.gpt.parameters()).device

@@ -23,7 +23,7 @@ if torch.cuda.is_available():
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm, computed in fp32."""
+    """Root-mean-square norm, computed in fp32 and rounded once, as SGLang and TE do."""
 
     def __init__(self, config, hidden_size, eps=1e-6, **_):
         super().__init__()
@@ -35,8 +35,8 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x):
-        normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
-        return normed.to(self.weight.dtype) * self.weight
+        normed = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return normed.to(self.weight.dtype)
 
 
 def zigzag(lengths: list[int], cp: int, rank: int) -> torch.Tensor:
@@ -134,7 +134,8 @@ class PackedAttention(torch.nn.Module):
         cp, place_L = self.cp_group.size(), torch.arange(int(lengths_B.max()), device=q_THD.device)
         is_key_BL = place_L < lengths_B[:, None]
         is_query_BL = place_L[: len(place_L) // cp] < lengths_B[:, None] // cp
-        # On a CPU the backward pass of PyTorch's BF16 attention is several times slower than fp32.
+        # On a CPU the backward pass of PyTorch's BF16 attention is several times slower than fp32,
+        # and backends/cpu lets the engine attend in fp32 too.
         dtype = q_THD.dtype if q_THD.is_cuda else torch.float32
 
         def pad(x_T, is_real_BL, dtype=dtype):
@@ -160,16 +161,33 @@ class PackedAttention(torch.nn.Module):
         return out_BHLD.transpose(1, 2)[is_query_BL].to(q_THD.dtype)
 
 
+def add_in_fp32(training: bool, fused: bool):
+    """Return what adds a layer's output to the residual stream, as SGLang's norm does.
+
+    It stands where Megatron's spec has get_bias_dropout_add. Both come in BF16, or are rounded to
+    it. The norm behind sees their sum in fp32. Models here have neither dropout nor such a bias.
+    """
+
+    def add(output_with_bias, residual, dropout):
+        output, _ = output_with_bias
+        return residual.bfloat16().float() + output.bfloat16().float()
+
+    return add
+
+
 def complete_local_spec(
-    block: TransformerBlockSubmodules, *, qk_layernorm: bool
+    block: TransformerBlockSubmodules, *, qk_layernorm: bool, as_engine: bool = False
 ) -> TransformerBlockSubmodules:
     """Put both modules into a block spec.
 
-    block: from get_gpt_decoder_block_spec(use_transformer_engine=False).
+    block: from get_gpt_decoder_block_spec(use_transformer_engine=False). as_engine: add to the
+    residual stream as SGLang does.
     """
     block.layer_norm = RMSNorm
     for layer in block.layer_specs:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        if as_engine:
+            layer.submodules.self_attn_bda = layer.submodules.mlp_bda = add_in_fp32
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PackedAttention
         if qk_layernorm:

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from backends.huggingface.config import layers_in_last_stage, megatron_arguments
 from backends.huggingface.folder import HFWeights, check_shapes
 from backends.huggingface.names import parameters_of, rule_of, split_stacked, stack_parts
+from backends.megatron.fp8_numerics import round_as_engine, te_arguments
 from backends.megatron.layers import complete_local_spec
 from backends.megatron.layout import Layout
 from common import process_groups
@@ -216,23 +217,32 @@ def transformer_config(settings, config: dict) -> TransformerConfig:
         moe_grouped_gemm=use_te,
         persist_layer_norm=use_te,
     )
+    if settings.train_numerics == "fp8" and use_te:
+        common |= te_arguments(config)
+    elif settings.train_numerics == "fp8":
+        common["pipeline_dtype"] = torch.float32  # the residual stream, see layers.add_in_fp32
     given = overrides(settings, config, TransformerConfig)
     return TransformerConfig(**{**model_arguments, **common, **given})
 
 
-def build_gpt(settings, config: dict) -> tuple[GPTModel, Layout]:
+def build_gpt(
+    settings, config: dict, *, fp8: frozenset[str] = frozenset()
+) -> tuple[GPTModel, Layout]:
     """Return this rank's part of the model, not yet filled, and how the whole is split.
 
-    Megatron's process groups must exist.
+    Megatron's process groups must exist. fp8: Hugging Face names of the weights that the engine
+    holds in FP8, for --train-numerics fp8.
     """
     use_te = has_transformer_engine()
+    as_engine = settings.train_numerics == "fp8" and not use_te
     transformer = transformer_config(settings, config)
     _, gpt_arguments = megatron_arguments(config, tp=settings.tp)
     spec = get_gpt_decoder_block_spec(
         transformer, use_transformer_engine=use_te, normalization="RMSNorm"
     )
     if not use_te:
-        spec = complete_local_spec(spec, qk_layernorm=transformer.qk_layernorm)
+        norms = dict(qk_layernorm=transformer.qk_layernorm)
+        spec = complete_local_spec(spec, **norms, as_engine=as_engine)
     gpt = GPTModel(
         transformer,
         spec,
@@ -247,15 +257,19 @@ def build_gpt(settings, config: dict) -> tuple[GPTModel, Layout]:
         pp_group=mpu.get_pipeline_model_parallel_group(),
         first_layer=get_transformer_layer_offset(transformer),
     )
+    if as_engine:
+        round_as_engine(gpt, config, layout, fp8)
     return gpt, layout
 
 
-def load_model(folder: str, settings, config: dict) -> tuple[GPTModel, Layout, torch.nn.Module]:
+def load_model(
+    folder: str, settings, config: dict, *, fp8: frozenset[str] = frozenset()
+) -> tuple[GPTModel, Layout, torch.nn.Module]:
     """Return a model with a folder's weights, how it is split, and the model as schedules call it.
 
-    It is on this rank's device. Megatron's process groups must exist.
+    It is on this rank's device. Megatron's process groups must exist. fp8: as for build_gpt.
     """
-    gpt, layout = build_gpt(settings, config)
+    gpt, layout = build_gpt(settings, config, fp8=fp8)
     if torch.cuda.is_available():
         gpt.cuda(torch.cuda.current_device())
     wrapped = Float16Module(gpt.config, gpt) if settings.train_dtype == "bf16" else gpt

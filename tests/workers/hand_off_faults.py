@@ -20,6 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
 from backends import delta
 from backends.huggingface.config import read_config
+from backends.huggingface.fp8 import fp8_weights
 from backends.sglang import buckets
 from backends.sglang.launch import launch_engine
 from common import distributed, errors
@@ -108,7 +109,7 @@ def main() -> None:
     trainer = train_step.build_trainer(
         TOY, TrainSettings(tp=2), config, steps=1, seed=1, temperature=1.0, max_response_tokens=8
     )
-    fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
+    fp8 = fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
     weights = weight_sync.WeightPath(
         trainer.gpt,
         trainer.layout,

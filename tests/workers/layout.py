@@ -27,6 +27,7 @@ from groups import drop_megatron
 from backends import delta
 from backends.megatron.batches import pack_batch
 from backends.huggingface.config import read_config
+from backends.huggingface.fp8 import fp8_weights
 from backends.megatron.layers import zigzag
 from common import distributed
 from common.settings import TrainSettings
@@ -77,7 +78,7 @@ def build(folder: str, tp: int, ep: int, pp: int, cp: int, dtype: str):
     trainer = train_step.build_trainer(
         folder, settings, config, steps=4, seed=1, temperature=1.0, max_response_tokens=8
     )
-    fp8 = weight_sync.fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
+    fp8 = fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
     return trainer, weight_sync.WeightPath(
         trainer.gpt,
         trainer.layout,

@@ -1,11 +1,13 @@
-"""Routing replay at parallel layouts, run under torchrun by test_routing_replay.py.
+"""Log-probs and gradients of an engine's samples at parallel layouts.
+
+Run under torchrun by test_routing_replay.py and test_fp8_numerics.py:
 
     torchrun --nproc-per-node N routed.py OUT_FOLDER CASES_FILE
 
 CASES_FILE holds as JSON, of each case:
 
-    {"folder": model, "samples": dump with the engine's experts and log-probs in fp32,
-     "splits": [tp, ep, pp, cp], "megatron": [--megatron values], "mode": of --routing-replay,
+    {"folder": model, "samples": dump with the engine's experts and log-probs,
+     "splits": [tp, ep, pp, cp], "train": {field of TrainSettings: value},
      "noise": standard deviation of what is added to every router's weights}
 
 Rank 0 writes OUT_FOLDER/CASE.json, {"largest" and "mean": of |log-prob here - engine's|,
@@ -20,6 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
 from groups import drop_megatron
 from backends.huggingface.config import read_config
+from backends.huggingface.fp8 import fp8_weights
 from common import distributed
 from common.settings import TrainSettings
 from data.sample import read_dump
@@ -37,14 +40,13 @@ from safetensors.torch import save_file
 def build(case: dict) -> tuple[train_step.Trainer, weight_sync.WeightPath]:
     """Return a trainer whose routers are disturbed, alike at every layout, and its weights."""
     tp, ep, pp, cp = case["splits"]
-    settings = TrainSettings(
-        tp=tp, ep=ep, pp=pp, cp=cp, train_dtype="fp32", microbatch_tokens=128,
-        routing_replay=case["mode"], megatron=tuple(case["megatron"]),
-    )  # fmt: skip
+    split = dict(tp=tp, ep=ep, pp=pp, cp=cp, microbatch_tokens=128)
+    settings = TrainSettings(**split, **case["train"])
     config = read_config(case["folder"])
     trainer = train_step.build_trainer(
-        case["folder"], settings, config, steps=4, seed=1, temperature=1.0, max_response_tokens=8
-    )
+        case["folder"], settings, config, steps=4, seed=1, temperature=1.0, max_response_tokens=8,
+        fp8=fp8_weights(config, rollout_dtype="fp8", engine_tp=1),
+    )  # fmt: skip
     for router in (module for module in trainer.gpt.modules() if isinstance(module, TopKRouter)):
         generator = torch.Generator().manual_seed(router.layer_number)
         noise = torch.randn(router.weight.shape, generator=generator) * case["noise"]
@@ -87,8 +89,9 @@ def measure(case: dict) -> tuple[dict, dict]:
     ]
     train_step.backward(trainer, batches[0], LossSettings())
     report = {"largest": max(differs), "mean": sum(differs) / len(differs)}
-    report |= trainer.replay.mismatch()
-    left = [choice for choice in trainer.replay.choices if choice.recomputed]
+    report |= trainer.replay.mismatch() if trainer.replay else {}
+    choices = trainer.replay.choices if trainer.replay else []
+    left = [choice for choice in choices if choice.recomputed]
     assert not left, "experts that no recomputation has asked for"
     return report, whole_gradient(trainer, weights)
 
