@@ -33,6 +33,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from backends.megatron.balancing import balance_metrics, padding_of, scale_aux_loss
 from backends.megatron.batches import (
     Batch,
     MicroBatch,
@@ -173,7 +174,7 @@ def run_schedule(
 
     def forward_step(iterator, model):
         batch = next(iterator)
-        packed = dict(packed_seq_params=batch.packed, **more)
+        packed = dict(packed_seq_params=batch.packed, **more, **padding_of(trainer, batch))
         with routed_as_the_engine(trainer.replay, batch, is_training=not forward_only):
             output_1TX = model(batch.tokens_T[None], None, None, **packed)
         return output_1TX, lambda output_1TX: loss_function(batch, output_1TX[0])
@@ -308,6 +309,7 @@ def backward(trainer: Trainer, batch: Batch, settings: LossSettings) -> dict[str
         largest = (mismatch_T["mismatch_abs"] * mask_T).max()
         return loss, units.int(), {"sums": sums, "max": largest}
 
+    scale_aux_loss(trainer, batch, aggregate)
     trainer.ddp.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     reports = run_schedule(trainer, batch.microbatches, loss_function, forward_only=False)
@@ -350,5 +352,6 @@ def update_policy(
         "mismatch_max": max(total["mismatch_max"] for total in totals),
         "grad_norm": sum(grad_norms) / len(grad_norms),
         **(trainer.replay.mismatch() if trainer.replay else {}),
+        **balance_metrics(trainer, sum(len(batch.microbatches) for batch in batches)),
         "lr": lr,
     }

@@ -190,10 +190,12 @@ class TrainSettings:
     routing_replay: Literal["none", "compare", "rollout"] = "none"
     """Experts of a token in the trainer. rollout: those that the engine took (R3, routing replay).
     compare: the trainer's own choice; route_mismatch counts how often the engine took others."""
+    freeze_moe_router: bool = False
+    """Leave the weights of a mixture of experts' routers as they are."""
     megatron: tuple[str, ...] = ()
     """Fields of Megatron's TransformerConfig or OptimizerConfig, key=value, for memory, speed,
-    rounding and Adam; for instance recompute_granularity=full. See TUNABLE in
-    backends/megatron/model.py."""
+    rounding, Adam and the balance of experts; for instance recompute_granularity=full. See TUNABLE
+    in backends/megatron/model.py."""
 
 
 @dataclass(frozen=True)

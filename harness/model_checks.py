@@ -180,6 +180,8 @@ def check_train_settings(
                 f"--routing-replay {settings.routing_replay} needs a model with experts, and this"
                 " one is dense: leave it out"
             )
+        if settings.freeze_moe_router and not config["num_experts"]:
+            yield "--freeze-moe-router needs a model with experts, and this one is dense"
         found.collect(overrides, settings, config, TransformerConfig)
         if settings.megatron and not found.texts:
             found.collect(check_overrides, settings, config)

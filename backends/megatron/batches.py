@@ -51,6 +51,11 @@ class MicroBatch:
     """float32 [T] of each per-token field of Sample, by its name; see Batch.read_samples"""
 
     @property
+    def is_filler_T(self) -> torch.Tensor:
+        """Return which tokens are of no sample."""
+        return self.sample_T == len(self.counts_N) - 1
+
+    @property
     def sequences(self) -> Sequences:
         """Return which token belongs to which sample, as losses.py takes it."""
         return Sequences(self.sample_T, self.mask_T, self.counts_N, self.cp_group)

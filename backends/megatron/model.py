@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from backends.huggingface.config import layers_in_last_stage, megatron_arguments
 from backends.huggingface.folder import HFWeights, check_shapes
 from backends.huggingface.names import parameters_of, rule_of, split_stacked, stack_parts
+from backends.megatron.balancing import balancing_fields, balancing_problems, freeze_routers
 from backends.megatron.fp8_numerics import round_as_engine, te_arguments
 from backends.megatron.layers import complete_local_spec
 from backends.megatron.layout import Layout
@@ -75,7 +76,7 @@ def overrides(settings, config: dict, config_class: type) -> dict:
         for cls in (TransformerConfig, OptimizerConfig)
         for field in dataclasses.fields(cls)
     }
-    free = TUNABLE & existing - set(megatron_arguments(config, tp=1)[0])
+    free = TUNABLE & existing - set(megatron_arguments(config, tp=1)[0]) | balancing_fields(config)
     given = parse_overrides(settings.megatron, flag="--megatron", fields=sorted(free))
     own = config_class.__dataclass_fields__
     return {name: value for name, value in given.items() if name in own}
@@ -103,6 +104,7 @@ def check_overrides(settings, config: dict) -> None:
                 wrong.append(f"{found}: {rule}")
             elif isinstance(value, float) and not math.isfinite(value):
                 wrong.append(f"--megatron {name}={value!r} must be finite")
+    wrong += balancing_problems(overrides(settings, config, TransformerConfig))
     yield from wrong
     if wrong:
         return
@@ -274,10 +276,12 @@ def load_model(
         gpt.cuda(torch.cuda.current_device())
     wrapped = Float16Module(gpt.config, gpt) if settings.train_dtype == "bf16" else gpt
     for name, buffer in gpt.named_buffers():
-        # Float16Module makes this bias BF16. The router adds it to its scores in FP32, and a
-        # rounded bias chooses other experts.
-        if name.endswith("router.expert_bias"):
+        # Float16Module makes them BF16. The router adds its bias to its scores in FP32, and a
+        # rounded bias chooses other experts; a rounded count of tokens moves the bias wrongly.
+        if ".router." in name:
             buffer.data = buffer.float()
+    if settings.freeze_moe_router:
+        freeze_routers(gpt)
     # Now: an optimizer that is built later copies FP32 main weights from the filled model.
     load_hf(gpt, folder, config, layout=layout)
     return gpt, layout, wrapped

@@ -23,6 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 from groups import drop_megatron
 from backends.huggingface.config import read_config
 from backends.huggingface.fp8 import fp8_weights
+from backends.megatron.balancing import balance_metrics
 from common import distributed
 from common.settings import TrainSettings
 from data.sample import read_dump
@@ -41,7 +42,7 @@ def build(case: dict) -> tuple[train_step.Trainer, weight_sync.WeightPath]:
     """Return a trainer whose routers are disturbed, alike at every layout, and its weights."""
     tp, ep, pp, cp = case["splits"]
     split = dict(tp=tp, ep=ep, pp=pp, cp=cp, microbatch_tokens=128)
-    settings = TrainSettings(**split, **case["train"])
+    settings = TrainSettings(**split | case["train"])
     config = read_config(case["folder"])
     trainer = train_step.build_trainer(
         case["folder"], settings, config, steps=4, seed=1, temperature=1.0, max_response_tokens=8,
@@ -90,6 +91,7 @@ def measure(case: dict) -> tuple[dict, dict]:
     train_step.backward(trainer, batches[0], LossSettings())
     report = {"largest": max(differs), "mean": sum(differs) / len(differs)}
     report |= trainer.replay.mismatch() if trainer.replay else {}
+    report |= balance_metrics(trainer, len(batches[0].microbatches))
     choices = trainer.replay.choices if trainer.replay else []
     left = [choice for choice in choices if choice.recomputed]
     assert not left, "experts that no recomputation has asked for"

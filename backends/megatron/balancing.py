@@ -1,0 +1,138 @@
+"""What keeps the experts of a mixture equally busy, by --megatron and --freeze-moe-router.
+
+    moe_router_load_balancing_type=aux_loss moe_aux_loss_coeff=0.001
+        A second loss for the routers: E sum_i f_i P_i over the E experts, where f_i is the share of
+        tokens that expert i would get and P_i its mean score; 1 if all are alike (Switch
+        Transformer, arXiv 2101.03961, equation 4). f_i is counted over a micro-batch on the ranks
+        that share it, so the gradient depends on how a batch is split. global_aux_loss counts over
+        all data-parallel ranks, and over the micro-batches so far (arXiv 2501.11873).
+    moe_router_bias_update_rate=0.001
+        After each batch GLM-4.5's correction bias rises by this for an expert with fewer tokens
+        than the mean and falls for one with more (arXiv 2408.15664). The engine gets the bias with
+        the other weights, and checkpoints hold it.
+    --freeze-moe-router
+        The routers' weights stay as they are.
+
+Tokens are those of prompts and responses; filler does not count.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe.router import TopKRouter
+
+from common.overrides import parse_overrides
+
+KIND, COEFFICIENT = "moe_router_load_balancing_type", "moe_aux_loss_coeff"
+RATE = "moe_router_bias_update_rate"
+KINDS = ("none", "aux_loss", "global_aux_loss")
+
+
+def balancing_fields(config: dict) -> set[str]:
+    """Return the fields of --megatron that a model has a use for."""
+    has_bias = config["model_type"] == "glm4_moe"
+    return ({KIND, COEFFICIENT} if config["num_experts"] else set()) | (
+        {RATE} if has_bias else set()
+    )
+
+
+def balancing_problems(given: dict) -> Iterator[str]:
+    """Yield values of --megatron that cannot work, or would do nothing. given: as overrides()."""
+    kind, coefficient = given.get(KIND, "none"), given.get(COEFFICIENT, 0)
+    if kind not in KINDS:
+        why = ""
+        if kind == "seq_aux_loss":
+            why = ": Megatron would take a packed micro-batch for one sequence"
+        yield f"--megatron {KIND}={kind} is none of {', '.join(KINDS)}{why}"
+    for name in (COEFFICIENT, RATE):
+        value = given.get(name, 0)
+        if type(value) not in (int, float) or not 0 <= value < 1e6:
+            yield f"--megatron {name}={value} must be a number, and not negative"
+            return
+    if (kind != "none") != (coefficient > 0):
+        yield f"--megatron {KIND}={kind} with {COEFFICIENT}={coefficient}: give both, or neither"
+
+
+def freeze_routers(gpt: torch.nn.Module) -> None:
+    """Let the routers' weights have no gradient, and no optimizer state."""
+    for module in gpt.modules():
+        if isinstance(module, TopKRouter):
+            module.weight.requires_grad_(False)
+
+
+def _has_aux_loss(config) -> bool:
+    return bool(config.num_moe_experts) and config.moe_router_load_balancing_type != "none"
+
+
+def padding_of(trainer, batch) -> dict:
+    """Return GPTModel's argument that keeps filler out of what is counted; {} for a dense model.
+
+    batch: a MicroBatch.
+    """
+    if not trainer.gpt.config.num_moe_experts:
+        return {}
+    is_filler_1T = batch.is_filler_T[None]
+    if not trainer.gpt.pre_process and trainer.settings.tp > 1:
+        # Megatron splits it over sequence-parallel ranks in the first stage only.
+        tp = trainer.layout.tp_group
+        is_filler_1T = is_filler_1T.chunk(tp.size(), dim=1)[tp.rank()].contiguous()
+    return {"padding_mask": is_filler_1T}
+
+
+def scale_aux_loss(trainer, batch, aggregate: Callable) -> None:
+    """Make the auxiliary loss a mean over tokens, at any layout and aggregation. Collective.
+
+    Megatron sums it over tokens, and divides the sum by what the policy loss is divided by, the
+    units of the aggregation. Those may be sequences.
+
+    trainer: a train_step.Trainer. batch: a Batch. aggregate: of losses.AGGREGATIONS.
+    """
+    config = trainer.gpt.config
+    if not _has_aux_loss(config):
+        return
+    given = parse_overrides(trainer.settings.megatron, flag="--megatron", fields=None)[COEFFICIENT]
+    limit = dict(max_response_tokens=trainer.max_response_tokens)
+    sums = torch.zeros(2, dtype=torch.float64, device=next(trainer.gpt.parameters()).device)
+    for microbatch in batch.microbatches:
+        sums[0] += (~microbatch.is_filler_T).sum()
+        if trainer.cp_group.rank() == 0:  # its ranks share the samples: they count once
+            sums[1] += aggregate(microbatch.sequences, **limit)[1].sum()
+    dist.all_reduce(sums, group=trainer.dp_cp_group)
+    tokens, units = sums.tolist()
+    config.moe_aux_loss_coeff = given * units / tokens
+
+
+def balance_metrics(trainer, passes: int) -> dict[str, float]:
+    """Return {"moe_aux_loss": mean over layers} since the last call, without its coefficient.
+
+    passes: micro-batches of a rank. Collective. (Megatron's track_moe_metrics needs NCCL.)
+    """
+    config, tracker = trainer.gpt.config, get_moe_layer_wise_logging_tracker()
+    if not _has_aux_loss(config):
+        return {}
+    is_global = config.moe_router_load_balancing_type == "global_aux_loss"
+    name = "global_load_balancing_loss" if is_global else "load_balancing_loss"
+    device = next(trainer.gpt.parameters()).device
+    nothing = {"values": torch.zeros(1, device=device)}  # of a stage without experts
+    total = tracker.pop(name, nothing)["values"].sum()
+    for group in (trainer.layout.pp_group, trainer.layout.tp_group, trainer.dp_cp_group):
+        dist.all_reduce(total, group=group)
+    # A sum over ranks that share a micro-batch is the loss; other ranks have others.
+    batches = 1 if is_global else trainer.dp_group.size()
+    return {"moe_aux_loss": float(total) / (sum(config.moe_layer_freq) * passes * batches)}
+
+
+# --- a patch of megatron-core -------------------------------------------------------------------
+
+_stock_count = TopKRouter._apply_expert_bias
+
+
+def _count_tokens(self, routing_map_TE, padding_mask=None) -> None:
+    """Count tokens per expert. megatron-core 0.16.1 cannot mask [T, E] by [T] where it does so."""
+    mask_T1 = None if padding_mask is None else padding_mask[:, None]
+    _stock_count(self, routing_map_TE, padding_mask=mask_T1)
+
+
+TopKRouter._apply_expert_bias = _count_tokens
