@@ -111,7 +111,7 @@ def build_trainer(
     seed: int,
     temperature: float,
     max_response_tokens: int,
-    fp8: frozenset[str] = frozenset(),
+    fp8: frozenset[str] | None = None,
     with_reference: bool = False,
     head: Callable | None = None,
 ) -> Trainer:
@@ -330,11 +330,12 @@ def update_policy(
     A batch in which no token counts has no gradient. Weights and optimizer stay as they are, the
     schedule goes on, and the metrics are {"tokens": 0, "lr": lr}: the caller says so.
     """
-    totals, grad_norms, lr = [], [], trainer.optimizer.param_groups[0]["lr"]
+    totals, routes, grad_norms, lr = [], [], [], trainer.optimizer.param_groups[0]["lr"]
     for batch in batches:
         if not batch.has_tokens:
             continue
         totals.append(backward(trainer, batch, settings))
+        routes.append(trainer.replay.mismatch() if trainer.replay else {})
         found = totals[-1]["loss"], gradient_norm(trainer.optimizer)
         if not np.isfinite(found).all():
             alone = partial(backward, trainer, settings=settings)
@@ -351,7 +352,7 @@ def update_policy(
         **{name: value / tokens for name, value in sums.items()},
         "mismatch_max": max(total["mismatch_max"] for total in totals),
         "grad_norm": sum(grad_norms) / len(grad_norms),
-        **(trainer.replay.mismatch() if trainer.replay else {}),
-        **balance_metrics(trainer, sum(len(batch.microbatches) for batch in batches)),
+        **routes[0],  # later mini-batches have other weights than the engine
+        **balance_metrics(trainer, [batch for batch in batches if batch.has_tokens]),
         "lr": lr,
     }

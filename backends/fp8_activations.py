@@ -15,9 +15,10 @@ from fp8_quant import BLOCK, FP8_MAX
 def through_fp8(x_TK: torch.Tensor) -> torch.Tensor:
     """Return activations rounded to e4m3 and back, float32 [T, K]."""
     T, K = x_TK.shape
-    groups = F.pad(x_TK.float(), (0, -K % BLOCK)).view(T, -1, BLOCK)
+    padded = -(-K // BLOCK) * BLOCK
+    groups = F.pad(x_TK.float(), (0, padded - K)).view(T, padded // BLOCK, BLOCK)
     scale = groups.abs().amax(-1, keepdim=True).clamp_(min=1e-10) / FP8_MAX
-    return (round_to_e4m3(groups / scale) * scale).view(T, -1)[:, :K]
+    return (round_to_e4m3(groups / scale) * scale).view(T, padded)[:, :K]
 
 
 def round_to_e4m3(x: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,12 @@ def unpack(sample, config: dict) -> np.ndarray:
     if experts_TLK.size and (largest := experts_TLK.max()) >= (experts := config["num_experts"]):
         found = f"routed_experts names expert {largest} of {experts}"
         raise ValueError(f"{name}: {found}: it is of another model")
+    ordered_TLK = np.sort(experts_TLK, axis=-1)
+    if (ordered_TLK[..., 1:] == ordered_TLK[..., :-1]).any():
+        raise ValueError(
+            f"{name}: routed_experts names an expert twice for one token: does the engine's"
+            " --sglang moe_runner_backend report them?"
+        )
     counted = np.flatnonzero(sample.loss_mask)
     least = len(sample.prompt_ids) + int(counted[-1]) if len(counted) else 0
     tokens = len(sample.prompt_ids) + len(sample.response_ids)

@@ -1,10 +1,7 @@
-"""Whether each algorithm learns, and what FP8 rollouts cost: runs of the toy, three seeds each.
+"""Whether each algorithm learns: runs of the toy, three seeds each.
 
-    python bench/algorithms.py table [NAME …]
-        held-out reward before and after 40 steps, mean and standard deviation; about 30 s a run
-    python bench/algorithms.py figure OUT.png
-        mismatch and accuracy over 80 steps: BF16 rollouts, FP8 rollouts, FP8 rollouts with TIS
-    both take [--steps N] [--seeds 3]
+    python bench/algorithms.py table [NAME …] [--steps 40] [--seeds 3]
+        held-out reward before and after, mean and standard deviation; about 30 s a run
 
 Each run has one rank. Two runs share two cores, since trainer and engine of a synchronous run take
 turns. The runs are compared by accuracy, which does not depend on speed. It is measured on 1,024
@@ -45,11 +42,6 @@ ALGORITHMS = {
     "KL to the start, unbiased k3": "--kl-coef 0.01 --kl-estimator unbiased_k3",
     "entropy bonus": "--entropy-coef 0.003",
     "PPO with a critic": "examples/ppo_critic.py",
-}
-ROLLOUTS = {
-    "BF16 rollout": "--rollout-dtype bf16 --correction none",
-    "FP8 rollout": "--correction none",
-    "FP8 rollout + TIS": "--correction tis",
 }
 
 
@@ -105,53 +97,20 @@ def table(names: list[str], *, seeds: int, steps: int) -> None:
         print(f"| {name} | {flags} | {rewards} | {max(end):.3f}, {min(end):.3f} |", flush=True)
 
 
-def figure(path: str, *, seeds: int, steps: int) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawing, (mean_abs, k3, accuracy) = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
-    for color, (name, runs) in zip(
-        ("C0", "C1", "C2"), all_runs(ROLLOUTS, seeds=seeds, steps=steps, every=10)
-    ):
-        for axis, key in ((mean_abs, "mismatch_abs"), (k3, "mismatch_k3"), (accuracy, "held_out")):
-            steps_of = [row["step"] for row in runs[0] if key in row]
-            columns = list(zip(*([row[key] for row in rows if key in row] for rows in runs)))
-            middle = [statistics.mean(column) for column in columns]
-            lowest, highest = list(map(min, columns)), list(map(max, columns))
-            axis.plot(steps_of, middle, color=color, label=name)
-            axis.fill_between(steps_of, lowest, highest, color=color, alpha=0.2)
-            print(f"{name:18} {key:12}  first {middle[0]:.5f}  last {middle[-1]:.5f}", flush=True)
-    mean_abs.set(title="mean |log-prob of trainer - of engine|", xlabel="step", yscale="log")
-    k3.set(title="k3 between trainer and engine", xlabel="step", yscale="log")
-    accuracy.set(title="held-out reward", xlabel="step")
-    for axis in (mean_abs, k3, accuracy):
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
-    drawing.suptitle(f"mean of {seeds} seeds, and their range", fontsize=10)
-    drawing.savefig(path, dpi=90)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["table", "figure"])
-    parser.add_argument("names", nargs="*", metavar="NAME|OUT.png")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("what", choices=["table"])
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     flags = parser.parse_args()
-    if flags.what == "figure" and len(flags.names) != 1:
-        parser.error("figure takes one file to draw to")
-    if flags.what == "table" and (unknown := set(flags.names) - set(ALGORITHMS)):
+    if unknown := set(flags.names) - set(ALGORITHMS):
         parser.error(
             f"{', '.join(map(repr, unknown))} is none of: {', '.join(map(repr, ALGORITHMS))}"
         )
-    if flags.what == "table":
-        table(flags.names, seeds=flags.seeds, steps=flags.steps or 40)
-    else:
-        figure(flags.names[0], seeds=flags.seeds, steps=flags.steps or 80)
+    table(flags.names, seeds=flags.seeds, steps=flags.steps)
 
 
 if __name__ == "__main__":

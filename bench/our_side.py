@@ -116,7 +116,7 @@ def bare_stages(settings) -> None:
     fp8 = fp8_weights(config, rollout_dtype=settings.rollout.rollout_dtype, engine_tp=1)
     limits = dict(max_response_tokens=settings.rollout.max_response_tokens)
     asked = dict(steps=rounds, seed=1, temperature=settings.rollout.temperature, **limits)
-    trainer = train_step.build_trainer(settings.run.model, settings.train, config, **asked)
+    trainer = train_step.build_trainer(settings.run.model, settings.train, config, fp8=fp8, **asked)
     weights = weight_sync.WeightPath(
         trainer.gpt, trainer.layout, config, fp8, settings.sync.bucket_bytes
     )

@@ -152,6 +152,7 @@ import rollout
 import train_step
 import weight_sync
 from advantages import gae, overlong_penalty, whiten
+from backends.megatron.balancing import without_balancing
 from backends.megatron.batches import Batch, give_to_samples
 from backends.megatron.optimizer import gradient_norm
 from data.sample import Sample, per_token_field
@@ -360,13 +361,14 @@ def build_models(run: start.Run) -> tuple[Trainer, Trainer]:
         run.config,
         steps=policy_steps,
         with_reference=settings.loss.kl_coef > 0,
+        fp8=run.fp8,
         **common,
     )
     constant = dict(lr=critic.critic_lr, lr_schedule="constant", lr_warmup_steps=0, min_lr=0.0)
-    critic_train = dataclasses.replace(settings.train, **constant)
+    critic_train = dataclasses.replace(without_balancing(settings.train), **constant)
     steps = settings.run.steps
     return trainer, train_step.build_trainer(
-        run.model, critic_train, run.config, steps=steps, head=ValueHead, **common
+        run.model, critic_train, run.config, steps=steps, head=ValueHead, fp8=run.fp8, **common
     )
 
 

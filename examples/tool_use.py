@@ -239,6 +239,7 @@ def warm_start(run: start.Run) -> str:
         replace(settings.train, **schedule, minibatches=1, routing_replay="none"),
         run.config,
         steps=tools.warm_steps,
+        fp8=run.fp8,
         seed=settings.run.seed,
         temperature=settings.rollout.temperature,
         max_response_tokens=LONGEST_DEMONSTRATION,

@@ -52,6 +52,7 @@ MUST_AGREE = (
     ("rollout", "samples_per_prompt"),
     ("reward", "reward"),
     ("train", "train_dtype"),
+    ("train", "freeze_moe_router"),  # frozen weights have no optimizer state
 )
 # With other values the groups in flight would have no place, be too old, or be sampled otherwise.
 ASYNC_MUST_AGREE = (
@@ -61,6 +62,7 @@ ASYNC_MUST_AGREE = (
     ("rollout", "temperature"),
     ("rollout", "max_response_tokens"),
     ("rollout", "stop"),
+    ("train", "routing_replay"),
     ("tools", "max_turns"),  # of examples/tool_use_async.py; the loops have none
 )
 READ_FILES = ("*.safetensors", "*.json", "tokenizer*", "chat_template*", "vocab.*", "merges.txt")

@@ -36,9 +36,8 @@ from reward import RewardSettings
 SEEDS = 2**31
 NOT_IN_PROJECTS = "/\\#?%:"  # W&B itself refuses them only after the run has begun
 EXTRAS = {"tensorboard": "tensorboard==2.21.0", "wandb": "wandb==0.31.0"}  # not in requirements.txt
-# Below 1e-6 SGLang samples greedily and reports log-probs of temperature 1 (SamplingParams). Above
-# it, the temperature divides the rounding errors of BF16 logits. Below 0.01 these errors are larger
-# than the differences of log-probs that matter.
+# Below 1e-6 SGLang samples greedily and reports log-probs of temperature 1 (SamplingParams). Below
+# 0.01 the rounding errors of BF16 logits are larger than differences of log-probs that matter.
 TEMPERATURES = 0.01, 100.0
 MOST_EVAL_SAMPLES = 100_000  # a generated held-out set has no end
 
@@ -102,6 +101,7 @@ def check_modes(settings) -> None:
     if run.eval_only or run.debug_rollout_only:
         kind = "--eval-only" if run.eval_only else "--debug-rollout-only"
         idle = [(settings.loss, "kl_coef"), (train, "minibatches"), (train, "train_numerics")]
+        idle += [(train, "freeze_moe_router")]
         if run.eval_only:
             idle += [(settings.reward, "dynamic_sampling"), (train, "routing_replay")]
     elif run.load_rollouts:

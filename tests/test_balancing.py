@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 import train_step
 from backends.huggingface.config import read_config
 from backends.huggingface.folder import HFWeights
-from backends.megatron.balancing import balance_metrics
+from backends.megatron.balancing import balance_metrics, without_balancing
+from backends.megatron.batches import collate
 from backends.megatron.model import check_overrides
 from common.errors import BadInput
 from common.settings import TrainSettings
@@ -105,10 +106,32 @@ def test_it_depends_on_the_split_into_micro_batches(fresh_megatron):
 
 def test_its_mean_is_a_metric(fresh_megatron):
     trainer = build(*AUX)
-    balance_metrics(trainer, 1)  # of what ran before
+    batches = train_step.pack(trainer, samples())
+    balance_metrics(trainer, batches)  # of what ran before
     gradient(trainer)
-    assert 1 <= balance_metrics(trainer, 1)["moe_aux_loss"] < 2
-    assert balance_metrics(build(), 1) == {}
+    assert 1 <= balance_metrics(trainer, batches)["moe_aux_loss"] < 2
+    assert balance_metrics(build(), batches) == {}
+
+
+def test_mini_batches_without_tokens_are_not_in_the_mean(fresh_megatron):
+    trainer, answers = build(*AUX, minibatches=2), samples()
+    for sample in answers[8:]:
+        sample.loss_mask = [0] * len(sample.loss_mask)
+    balance_metrics(trainer, train_step.pack(trainer, answers))
+    metrics = train_step.update_policy(trainer, train_step.pack(trainer, answers), LossSettings())
+    assert 1 <= metrics["moe_aux_loss"] < 2
+
+
+def test_a_micro_batch_of_filler_has_no_auxiliary_loss(fresh_megatron):
+    """A data-parallel rank has one where there are fewer samples than ranks."""
+    trainer = build(*AUX)
+    (batch,) = train_step.pack(trainer, samples())
+    empty = collate([], [], device=torch.device("cpu"))
+    batch.microbatches.append(empty)
+    train_step.backward(trainer, batch, LossSettings())
+    with_filler = [router.weight.main_grad.clone() for router in routers(trainer)]
+    for a, b in zip(with_filler, gradient(trainer)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +180,22 @@ def test_the_bias_rises_where_an_expert_has_few_tokens(fresh_megatron):
         moved = (count.float().mean() - count).sign() * 0.25
         torch.testing.assert_close(router.expert_bias, bias + moved)
         assert moved.abs().sum() > 0
+
+
+@pytest.mark.complete
+def test_the_bias_is_alike_on_all_ranks_and_counts_their_tokens(tmp_path):
+    """--check-sync: every rank's engine gets the same; the last exported bias is one rank's."""
+    given = ["--model", GLM, "--megatron", "moe_router_bias_update_rate=0.01", "--check-sync"]
+    given += ["--prompts-per-step", "4", "--eval-samples", "16", "--steps", "1", "--name"]
+    biases = {}
+    for name, ranks, more in (("one", 1, []), ("ep", 2, ["--ep", "2"]), ("pp", 2, ["--pp", "2"])):
+        run = [*given, name, *more, "--rollout-dtype", "fp32", "--train-dtype", "fp32"]
+        torchrun(ROOT / "loop_sync.py", *run, ranks=ranks, cwd=tmp_path)
+        export = HFWeights(tmp_path / "runs" / name / "model-bf16")
+        names = sorted(name for name in export.file_of if name.endswith(BIAS))
+        biases[name] = torch.stack([export.slice(name, None, 0, 0) for name in names])
+    torch.testing.assert_close(biases["pp"], biases["one"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(biases["ep"], biases["one"], rtol=0, atol=1e-6)
 
 
 def test_tokens_are_counted_exactly_in_bf16_too(fresh_megatron):
@@ -211,7 +250,8 @@ def test_frozen_routers_stay_and_the_rest_learns(fresh_megatron):
     (["moe_aux_loss_coeff=0.1"], "give both, or neither"),
     (["moe_router_load_balancing_type=aux_loss"], "give both, or neither"),
     (["moe_router_load_balancing_type=seq_aux_loss", "moe_aux_loss_coeff=0.1"], "for one sequence"),
-    (["moe_router_load_balancing_type=sinkhorn"], "sinkhorn is none of none, aux_loss, global_aux"),
+    (["moe_router_load_balancing_type=global_aux_loss", "moe_aux_loss_coeff=0.1"], "tokens of one"),
+    (["moe_router_load_balancing_type=sinkhorn"], "sinkhorn is none of none, aux_loss"),
     (["moe_router_load_balancing_type=aux_loss", "moe_aux_loss_coeff=-1"], "not negative"),
     (["moe_router_bias_update_rate=NaN"], "must be"),
     (["moe_router_bias_update_rate=x"], "wrong type"),
@@ -219,6 +259,16 @@ def test_frozen_routers_stay_and_the_rest_learns(fresh_megatron):
 def test_what_would_do_nothing_or_harm_is_refused(megatron, message):
     with pytest.raises(BadInput, match=message):
         check_overrides(TrainSettings(megatron=tuple(megatron)), read_config(GLM))
+
+
+def test_frozen_routers_have_no_use_for_an_auxiliary_loss():
+    with pytest.raises(BadInput, match="--freeze-moe-router does not: give one"):
+        check_overrides(TrainSettings(megatron=AUX, freeze_moe_router=True), read_config(GLM))
+
+
+def test_a_critic_has_none_of_it():
+    given = TrainSettings(megatron=(*AUX, "adam_eps=1e-9"), freeze_moe_router=True)
+    assert without_balancing(given) == TrainSettings(megatron=("adam_eps=1e-9",))
 
 
 def test_a_model_without_such_a_part_is_refused(models):

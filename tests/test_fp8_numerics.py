@@ -13,11 +13,13 @@ from conftest import ROOT, metrics_of, torchrun
 from safetensors.torch import load_file
 from test_engine import Pair
 
+import train_step
 from backends.fp8_activations import through_fp8
 from backends.huggingface.config import read_config
 from backends.huggingface.fp8 import fp8_weights
 from backends.megatron.fp8_numerics import RoundedLinear, check_numerics
 from common.errors import BadInput
+from common.settings import TrainSettings
 from fp8_quant import dequantize_blockwise, quantize_blockwise
 
 MODELS = {"toy": ROOT / "toy", "glm": ROOT / "toy" / "glm"}
@@ -60,12 +62,29 @@ def test_gradients_pass_straight_through_the_rounding():
     torch.testing.assert_close(weight_NK.grad, grad_TN.T @ through_fp8(x_TK))
 
 
+def test_an_expert_may_have_no_tokens():
+    assert through_fp8(torch.zeros(0, 200)).shape == (0, 200)
+    weight_NK = torch.ones(8, 128, requires_grad=True)
+    output_TN = RoundedLinear.apply(torch.zeros(0, 128), weight_NK, torch.ones(8, 128))
+    output_TN.sum().backward()
+    assert output_TN.shape == (0, 8) and not weight_NK.grad.any()
+
+
+def test_a_trainer_must_know_what_the_engine_rounds(fresh_megatron):
+    config = read_config(MODELS["toy"])
+    with pytest.raises(ValueError, match="which weights does the engine hold in FP8"):
+        train_step.build_trainer(
+            str(MODELS["toy"]), TrainSettings(train_numerics="fp8"), config, steps=1, seed=1,
+            temperature=1.0, max_response_tokens=8,
+        )  # fmt: skip
+
+
 # --- refused --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model, split, has_te, message", [
     ("toy", dict(tp=4), False, "o_proj has 64 of its columns on each rank of --tp 4"),
-    ("glm", dict(tp=2), False, "an expert's down_proj has 64 of its columns"),
+    ("glm", dict(tp=2), False, "--tp 2 would split each expert"),
     ("glm", dict(tp=2, ep=2), False, "a shared expert's down_proj has 64 of its columns"),
     ("glm", dict(tp=1, ep=2), False, ""),
     ("toy", dict(tp=2), False, ""),

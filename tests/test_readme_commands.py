@@ -263,13 +263,15 @@ def test_one_picture_of_two_runs(tmp_path):
 
 
 BENCHMARKS = {  # the command in docs/: what makes it short
-    "bench/algorithms.py figure docs/mismatch.png": "--steps 1 --seeds 1",
     "bench/algorithms.py table": "RLOO --steps 1 --seeds 1",
     "bench/changes.py": f"--model {ROOT / 'toy'} --steps 4",
     "bench/changes.py estimate": "",
     "bench/cpu_attention.py": "--requests 16 --rounds 1",
     "bench/density.py": "--steps 2 --lr 1e-6 --out density.png",
     "bench/density.py lag": "--steps 2 --out density.png",
+    "bench/mismatch.py cost": "--steps 3",
+    "bench/mismatch.py runs --model toy --steps 20": "--steps 1 --seeds 1",
+    "bench/mismatch.py runs --out docs/mismatch.png": "--steps 1 --seeds 1",
     "bench/long_run.py sync": (
         "--steps 10 --prompts-per-step 4 --samples-per-prompt 8 --eval-samples 2"
     ),

@@ -15,7 +15,7 @@ from conftest import start_main
 from torch.distributed.checkpoint.metadata import Metadata
 
 from common.errors import BadInput
-from common.settings import RolloutSettings, RunSettings
+from common.settings import RolloutSettings, RunSettings, TrainSettings
 from harness import checkpoint
 
 
@@ -46,9 +46,10 @@ def write(monkeypatch, tmp_path):
     return write
 
 
-def resume(loop="sync", rollout=None, **changes):
+def resume(loop="sync", rollout=None, train=None, **changes):
     settings = dict(sync=loop_sync, **{"async": loop_async})[loop].Settings
     parts = dict(run=RunSettings(name="old", **changes), rollout=rollout or RolloutSettings())
+    parts |= dict(train=train or TrainSettings())
     return checkpoint.find_latest_checkpoint(settings(**parts), loop, {})
 
 
@@ -102,6 +103,19 @@ def test_finished_groups_in_flight_were_answered_as_the_run_goes_on(write, chang
     write("async")
     with pytest.raises(BadInput, match="it must stay the same"):
         resume("async", RolloutSettings(**changes))
+
+
+def test_finished_groups_without_experts_cannot_be_replayed(write):
+    write("async")
+    with pytest.raises(BadInput, match="--routing-replay.* it must stay the same"):
+        resume("async", train=TrainSettings(routing_replay="rollout"))
+
+
+def test_frozen_routers_stay_frozen(write):
+    """They have no optimizer state, which those that train need."""
+    write(asked=loop_sync.Settings(train=TrainSettings(freeze_moe_router=True)))
+    with pytest.raises(BadInput, match="--freeze-moe-router.* it must stay the same"):
+        resume()
 
 
 def test_the_synchronous_loop_may_go_on_with_longer_answers(write):

@@ -56,7 +56,8 @@ def report(experts_TLK: np.ndarray) -> str:
 
 def test_a_sample_holds_one_byte_an_expert_and_no_dense_layer(tmp_path):
     config = config_of(tmp_path, "glm4_moe")
-    experts_TLK = np.random.default_rng(0).integers(0, 4, (5, config["num_hidden_layers"], 2))
+    random = np.random.default_rng(0)
+    experts_TLK = random.permuted(np.tile(np.arange(4), (5, 2, 1)), axis=-1)[..., :2]
     packed = pack_reported(report(experts_TLK), config)
     assert len(packed) == 5 * (config["num_hidden_layers"] - 1) * 2
     sample = Sample([1, 2, 3], response_ids=[4, 5, 6], loss_mask=[1, 1, 1], routed_experts=packed)
@@ -65,10 +66,11 @@ def test_a_sample_holds_one_byte_an_expert_and_no_dense_layer(tmp_path):
 
 def test_beyond_256_experts_it_holds_two_bytes(tmp_path):
     config = config_of(tmp_path, "qwen3_moe", num_experts=300, num_local_experts=300)
-    experts_TLK = np.full((1, config["num_hidden_layers"], 2), 299)
+    experts_TLK = np.array([[[299, 3], [0, 298]]])
     packed = pack_reported(report(experts_TLK), config)
     assert len(packed) == 2 * experts_TLK.size
-    assert (unpack(Sample([1], response_ids=[2], routed_experts=packed), config) == 299).all()
+    sample = Sample([1], response_ids=[2], routed_experts=packed)
+    assert np.array_equal(unpack(sample, config), experts_TLK)
 
 
 @pytest.mark.parametrize("tokens, mask, message", [
@@ -80,7 +82,7 @@ def test_beyond_256_experts_it_holds_two_bytes(tmp_path):
 ])  # fmt: skip
 def test_experts_must_cover_what_was_sampled_behind_them(tmp_path, tokens, mask, message):
     config = config_of(tmp_path, "qwen3_moe")
-    experts_TLK = np.zeros((tokens, config["num_hidden_layers"], 2))
+    experts_TLK = np.tile([1, 3], (tokens, config["num_hidden_layers"], 1))
     packed = pack_reported(report(experts_TLK), config)
     sample = Sample([1, 2, 3], response_ids=[4, 5, 6], loss_mask=mask, routed_experts=packed)
     if not message:
@@ -93,7 +95,9 @@ def test_experts_must_cover_what_was_sampled_behind_them(tmp_path, tokens, mask,
 def test_experts_of_another_model_are_refused(tmp_path):
     config = config_of(tmp_path, "qwen3_moe")
     row = config["num_hidden_layers"] * 2
-    for packed, message in ((bytes(row + 1), "no multiple"), (bytes([4]) * row, "expert 4 of 4")):
+    cases = ((bytes(row + 1), "no multiple"), (bytes([4]) * row, "expert 4 of 4"))
+    cases += ((bytes(row), "names an expert twice"),)  # a table that nothing was written to
+    for packed, message in cases:
         with pytest.raises(ValueError, match=message):
             unpack(Sample([1], response_ids=[2], routed_experts=packed), config)
 

@@ -39,6 +39,7 @@ RUN_BY = {
     "bench/density.py": "test_readme_commands.py",
     "bench/density_run.py": "",  # bench/density.py starts it.
     "bench/long_run.py": "test_readme_commands.py",
+    "bench/mismatch.py": "test_readme_commands.py",
     "bench/no_bf16.py": "test_readme_commands.py",
     "bench/overlap.py": "test_readme_commands.py",
     "bench/peers.py": "test_readme_commands.py",

@@ -13,7 +13,7 @@ are read, not the optimizer state.
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -100,7 +100,8 @@ def main(settings: ExportSettings) -> None:
 
     distributed.init_distributed()
     megatron_model.init_parallel(train, seed=1)
-    gpt, layout, _ = megatron_model.load_model(model, train, config)
+    plain = replace(train, train_numerics="plain")  # weights are not rounded, and nothing computes
+    gpt, layout, _ = megatron_model.load_model(model, plain, config)
     load_weights(gpt, saved.folder / "model")
     weights = WeightPath(gpt, layout, config, frozenset(), BUCKET_BYTES)
     hf_export.export_all(weights, targets, source=model)

@@ -3,7 +3,12 @@
 Without a GPU, megatron-core is patched here, before anything imports it.
 """
 
+import os
+
 import torch
+
+# Transformer Engine reads it when it is imported. See backends/megatron/fp8_numerics.py.
+os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
 
 if not torch.cuda.is_available():
     from backends.cpu.megatron import patch_megatron

@@ -4,8 +4,7 @@
         A second loss for the routers: E sum_i f_i P_i over the E experts, where f_i is the share of
         tokens that expert i would get and P_i its mean score; 1 if all are alike (Switch
         Transformer, arXiv 2101.03961, equation 4). f_i is counted over a micro-batch on the ranks
-        that share it, so the gradient depends on how a batch is split. global_aux_loss counts over
-        all data-parallel ranks, and over the micro-batches so far (arXiv 2501.11873).
+        that share it, so the gradient depends on how a batch is split.
     moe_router_bias_update_rate=0.001
         After each batch GLM-4.5's correction bias rises by this for an expert with fewer tokens
         than the mean and falls for one with more (arXiv 2408.15664). The engine gets the bias with
@@ -17,9 +16,11 @@ Tokens are those of prompts and responses; filler does not count.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe import router as megatron_router
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
@@ -27,7 +28,12 @@ from common.overrides import parse_overrides
 
 KIND, COEFFICIENT = "moe_router_load_balancing_type", "moe_aux_loss_coeff"
 RATE = "moe_router_bias_update_rate"
-KINDS = ("none", "aux_loss", "global_aux_loss")
+WHY_NOT = {
+    "seq_aux_loss": ": Megatron would take a packed micro-batch for one sequence",
+    "global_aux_loss": (
+        ": megatron-core 0.16.1 divides counts of several micro-batches by the tokens of one"
+    ),
+}
 
 
 def balancing_fields(config: dict) -> set[str]:
@@ -38,14 +44,14 @@ def balancing_fields(config: dict) -> set[str]:
     )
 
 
-def balancing_problems(given: dict) -> Iterator[str]:
-    """Yield values of --megatron that cannot work, or would do nothing. given: as overrides()."""
+def balancing_problems(given: dict, *, is_frozen: bool) -> Iterator[str]:
+    """Yield values of --megatron that cannot work, or would do nothing.
+
+    given: as overrides(). is_frozen: --freeze-moe-router.
+    """
     kind, coefficient = given.get(KIND, "none"), given.get(COEFFICIENT, 0)
-    if kind not in KINDS:
-        why = ""
-        if kind == "seq_aux_loss":
-            why = ": Megatron would take a packed micro-batch for one sequence"
-        yield f"--megatron {KIND}={kind} is none of {', '.join(KINDS)}{why}"
+    if kind not in ("none", "aux_loss"):
+        yield f"--megatron {KIND}={kind} is none of none, aux_loss{WHY_NOT.get(kind, '')}"
     for name in (COEFFICIENT, RATE):
         value = given.get(name, 0)
         if type(value) not in (int, float) or not 0 <= value < 1e6:
@@ -53,6 +59,15 @@ def balancing_problems(given: dict) -> Iterator[str]:
             return
     if (kind != "none") != (coefficient > 0):
         yield f"--megatron {KIND}={kind} with {COEFFICIENT}={coefficient}: give both, or neither"
+    elif kind != "none" and is_frozen:
+        yield f"--megatron {KIND}={kind} trains routers, --freeze-moe-router does not: give one"
+
+
+def without_balancing(settings):
+    """Return TrainSettings without any of this: for a model that is no policy, such as a critic."""
+    fields = (KIND, COEFFICIENT, RATE)
+    pairs = (pair for pair in settings.megatron if pair.partition("=")[0] not in fields)
+    return replace(settings, megatron=tuple(pairs), freeze_moe_router=False)
 
 
 def freeze_routers(gpt: torch.nn.Module) -> None:
@@ -104,29 +119,31 @@ def scale_aux_loss(trainer, batch, aggregate: Callable) -> None:
     config.moe_aux_loss_coeff = given * units / tokens
 
 
-def balance_metrics(trainer, passes: int) -> dict[str, float]:
-    """Return {"moe_aux_loss": mean over layers} since the last call, without its coefficient.
+def balance_metrics(trainer, batches: list) -> dict[str, float]:
+    """Return {"moe_aux_loss": mean over layers and micro-batches}, without its coefficient.
 
-    passes: micro-batches of a rank. Collective. (Megatron's track_moe_metrics needs NCCL.)
+    batches: those that have had a backward pass since the last call. Collective. (Megatron's
+    track_moe_metrics needs NCCL.)
     """
     config, tracker = trainer.gpt.config, get_moe_layer_wise_logging_tracker()
     if not _has_aux_loss(config):
         return {}
-    is_global = config.moe_router_load_balancing_type == "global_aux_loss"
-    name = "global_load_balancing_loss" if is_global else "load_balancing_loss"
     device = next(trainer.gpt.parameters()).device
     nothing = {"values": torch.zeros(1, device=device)}  # of a stage without experts
-    total = tracker.pop(name, nothing)["values"].sum()
+    total = tracker.pop("load_balancing_loss", nothing)["values"].sum()
+    # Ranks that share a micro-batch have a part of its loss each.
     for group in (trainer.layout.pp_group, trainer.layout.tp_group, trainer.dp_cp_group):
         dist.all_reduce(total, group=group)
-    # A sum over ranks that share a micro-batch is the loss; other ranks have others.
-    batches = 1 if is_global else trainer.dp_group.size()
-    return {"moe_aux_loss": float(total) / (sum(config.moe_layer_freq) * passes * batches)}
+    filled = sum(bool(bin) for batch in batches for bins in batch.plan for bin in bins)
+    return {"moe_aux_loss": float(total) / (sum(config.moe_layer_freq) * filled)}
 
 
-# --- a patch of megatron-core -------------------------------------------------------------------
+# --- patches of megatron-core -------------------------------------------------------------------
 
-_stock_count = TopKRouter._apply_expert_bias
+_stock_count, _stock_counts = (
+    TopKRouter._apply_expert_bias,
+    megatron_router.get_tokens_per_expert_and_token_count,
+)
 
 
 def _count_tokens(self, routing_map_TE, padding_mask=None) -> None:
@@ -135,4 +152,11 @@ def _count_tokens(self, routing_map_TE, padding_mask=None) -> None:
     _stock_count(self, routing_map_TE, padding_mask=mask_T1)
 
 
+def _counts(*args, **more) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Let the auxiliary loss of a micro-batch of filler be 0; it would be 0 times infinity."""
+    per_expert, local_tokens, tokens = _stock_counts(*args, **more)
+    return per_expert, local_tokens, torch.as_tensor(tokens).clamp(min=1)
+
+
 TopKRouter._apply_expert_bias = _count_tokens
+megatron_router.get_tokens_per_expert_and_token_count = _counts

@@ -37,20 +37,23 @@ from common.errors import all_problems
 from fp8_quant import BLOCK, dequantize_blockwise, quantize_blockwise
 
 
+FP32_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+
+
 class RoundedLinear(torch.autograd.Function):
     """x [..., K] times a weight [N, K], both rounded to FP8; the gradient of the plain product."""
 
     @staticmethod
     def forward(ctx, x, weight_NK, rounded_NK):
-        x_TK = through_fp8(x.reshape(-1, x.shape[-1]))
+        x_TK = through_fp8(x.flatten(0, -2))  # an expert may have no tokens
         ctx.save_for_backward(x_TK, rounded_NK)
         ctx.shape, ctx.dtypes = x.shape, (x.dtype, weight_NK.dtype)
-        return F.linear(x_TK, rounded_NK).view(*x.shape[:-1], -1)
+        return F.linear(x_TK, rounded_NK).view(*x.shape[:-1], len(rounded_NK))
 
     @staticmethod
     def backward(ctx, grad):
         x_TK, rounded_NK = ctx.saved_tensors
-        grad_TN = grad.reshape(-1, grad.shape[-1]).float()
+        grad_TN = grad.flatten(0, -2).float()
         x_dtype, weight_dtype = ctx.dtypes
         grad_x = (grad_TN @ rounded_NK).view(ctx.shape).to(x_dtype)
         return grad_x, (grad_TN.T @ x_TK).to(weight_dtype), None
@@ -99,13 +102,11 @@ def _weigh_as_engine(layer: MoELayer) -> None:
     """
     factor = layer.config.moe_router_topk_scaling_factor or 1.0
     dtype = layer.config.params_dtype
-    is_whole = layer.config.expert_tensor_parallel_size == 1  # else a part of a sum over ranks
 
     def weighted(expert):
         def forward(hidden, weight_T):
             output, bias = MLP.forward(expert, hidden)
-            output = output.to(dtype).float() if is_whole else output
-            return output * (weight_T / factor)[:, None], bias
+            return output.to(dtype).float() * (weight_T / factor)[:, None], bias
 
         return forward
 
@@ -145,11 +146,14 @@ def rounded_shard(weight_NK: torch.Tensor, rule, config: dict, layout) -> torch.
 @all_problems
 def check_numerics(config: dict, fp8: frozenset[str], *, tp: int, ep: int, has_te: bool) -> None:
     """Refuse a split by which this trainer would round otherwise than the engine."""
-    expert_tp = 1 if ep > 1 else tp
+    if config["num_experts"] and tp > 1 and ep == 1:
+        yield (
+            f"--train-numerics fp8: --tp {tp} would split each expert, and its parts cannot be"
+            " rounded before they are weighed: use --ep, which spreads whole experts"
+        )
     columns = {"o_proj": config["num_attention_heads"] * config["head_dim"] // tp}
     columns["down_proj"] = config["intermediate_size"] // tp
     if config["num_experts"]:
-        columns["an expert's down_proj"] = config["moe_intermediate_size"] // expert_tp
         if shared := config.get("n_shared_experts"):
             columns["a shared expert's down_proj"] = shared * config["moe_intermediate_size"] // tp
     for name, size in columns.items():
@@ -160,6 +164,11 @@ def check_numerics(config: dict, fp8: frozenset[str], *, tp: int, ep: int, has_t
             )
     if not has_te:
         return
+    if os.environ.get(FP32_SCALES) != "1":
+        yield (
+            f"--train-numerics fp8: the environment variable {FP32_SCALES} must be 1: else"
+            " Transformer Engine rounds scales to powers of two, and SGLang does not"
+        )
     modules = linear_modules(config)
     if kept := [name for name in modules if f"{name}.weight" not in fp8]:
         yield (
@@ -183,9 +192,9 @@ def _parts(config: dict, layer: int) -> list[int]:
 def te_arguments(config: dict) -> dict:
     """Return TransformerConfig's arguments of Transformer Engine's blockwise FP8 recipe.
 
-    Its blocks are the engine's: 128 x 128 of a weight, 128 features of a token. It rounds scales up
-    to powers of two unless this variable says otherwise, which it reads at its import.
+    Its blocks are the engine's: 128 x 128 of a weight, 128 features of a token. In the backward
+    pass it rounds gradients to FP8, too. It rounds scales up to powers of two, unless FP32_SCALES
+    is set when it is imported; backends/megatron/__init__.py does so.
     """
-    os.environ["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"
     padding = dict(moe_router_padding_for_fp8=True) if config["num_experts"] else {}
     return dict(fp8="e4m3", fp8_recipe="blockwise", **padding)

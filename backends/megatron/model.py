@@ -104,7 +104,8 @@ def check_overrides(settings, config: dict) -> None:
                 wrong.append(f"{found}: {rule}")
             elif isinstance(value, float) and not math.isfinite(value):
                 wrong.append(f"--megatron {name}={value!r} must be finite")
-    wrong += balancing_problems(overrides(settings, config, TransformerConfig))
+    given = overrides(settings, config, TransformerConfig)
+    wrong += balancing_problems(given, is_frozen=settings.freeze_moe_router)
     yield from wrong
     if wrong:
         return
@@ -228,7 +229,7 @@ def transformer_config(settings, config: dict) -> TransformerConfig:
 
 
 def build_gpt(
-    settings, config: dict, *, fp8: frozenset[str] = frozenset()
+    settings, config: dict, *, fp8: frozenset[str] | None = None
 ) -> tuple[GPTModel, Layout]:
     """Return this rank's part of the model, not yet filled, and how the whole is split.
 
@@ -237,6 +238,8 @@ def build_gpt(
     """
     use_te = has_transformer_engine()
     as_engine = settings.train_numerics == "fp8" and not use_te
+    if as_engine and fp8 is None:
+        raise ValueError("--train-numerics fp8: which weights does the engine hold in FP8?")
     transformer = transformer_config(settings, config)
     _, gpt_arguments = megatron_arguments(config, tp=settings.tp)
     spec = get_gpt_decoder_block_spec(
@@ -265,7 +268,7 @@ def build_gpt(
 
 
 def load_model(
-    folder: str, settings, config: dict, *, fp8: frozenset[str] = frozenset()
+    folder: str, settings, config: dict, *, fp8: frozenset[str] | None = None
 ) -> tuple[GPTModel, Layout, torch.nn.Module]:
     """Return a model with a folder's weights, how it is split, and the model as schedules call it.
 

@@ -70,6 +70,7 @@ class Engine(sglang_engine.Engine):
             lambda record: "SIGQUIT handler" not in record.getMessage()
         )
         Engine._starting, self.files, self.processes = self, [], set()
+        asyncio.set_event_loop(asyncio.new_event_loop())  # else it takes another engine's
         try:
             with main_module_hidden():
                 super().__init__(weight_version="-1", **server_args)

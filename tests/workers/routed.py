@@ -91,7 +91,7 @@ def measure(case: dict) -> tuple[dict, dict]:
     train_step.backward(trainer, batches[0], LossSettings())
     report = {"largest": max(differs), "mean": sum(differs) / len(differs)}
     report |= trainer.replay.mismatch() if trainer.replay else {}
-    report |= balance_metrics(trainer, len(batches[0].microbatches))
+    report |= balance_metrics(trainer, batches)
     choices = trainer.replay.choices if trainer.replay else []
     left = [choice for choice in choices if choice.recomputed]
     assert not left, "experts that no recomputation has asked for"
