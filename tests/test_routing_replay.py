@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from test_engine import Pair
 
 import rollout
+import train_step
 import weight_sync
 from backends.huggingface.config import read_config
 from backends.megatron.routing_replay import ReplayedTopK
 from backends.routed_experts import pack_reported, unpack
+from common.settings import TrainSettings
 from data.sample import Sample
 from tests.test_problems import changed_config
 
@@ -128,6 +130,34 @@ def test_sets_of_experts_are_compared_not_their_order():
     _, index_TK = choose(choice, torch.tensor([[0.3, 0.2, 0.1]] * 4))
     assert index_TK.tolist() == [[0, 1]] * 4  # compared only
     assert choice.counts.tolist() == [1, 3]
+
+
+def test_the_frozen_reference_chooses_its_own_experts(fresh_megatron, tmp_path):
+    """It is another model. The policy takes the given ones, which are drawn at random here."""
+    folder, random = str(ROOT / "toy" / "glm"), np.random.default_rng(0)
+    config = read_config(folder)
+    ids = random.integers(3, 15, (8, 9)).tolist()
+    experts = random.permuted(np.tile(np.arange(8), (8, 8, 3, 1)), axis=-1)[..., :2]
+    samples = [
+        Sample(row[:5], response_ids=row[5:], loss_mask=[1] * 4, rollout_logprobs=[-1.0] * 4,
+               routed_experts=taken.astype(np.uint8).tobytes())
+        for row, taken in zip(ids, experts)
+    ]  # fmt: skip
+    found = {}
+    for mode in ("none", "rollout"):
+        settings = TrainSettings(train_dtype="fp32", routing_replay=mode)
+        trainer = train_step.build_trainer(
+            folder, settings, config, steps=1, seed=1, temperature=1.0, max_response_tokens=8,
+            with_reference=True,
+        )  # fmt: skip
+        train_step.add_logprobs(trainer, train_step.pack(trainer, samples))
+        found[mode] = [
+            np.concatenate([getattr(sample, name) for sample in samples])
+            for name in ("old_logprobs", "ref_logprobs")
+        ]
+    (own, reference), (replayed, same_reference) = found["none"], found["rollout"]
+    assert np.array_equal(reference, same_reference) and np.array_equal(own, reference)
+    assert np.abs(replayed - own).mean() > 0.1
 
 
 # --- real engines, and every layout ---------------------------------------------------------------

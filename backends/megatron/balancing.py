@@ -37,11 +37,10 @@ WHY_NOT = {
 
 
 def balancing_fields(config: dict) -> set[str]:
-    """Return the fields of --megatron that a model has a use for."""
-    has_bias = config["model_type"] == "glm4_moe"
-    return ({KIND, COEFFICIENT} if config["num_experts"] else set()) | (
-        {RATE} if has_bias else set()
-    )
+    """Return the fields of --megatron that a model has a use for. Only GLM-4.5 has a bias."""
+    if not config["num_experts"]:
+        return set()
+    return {KIND, COEFFICIENT, RATE} if config["model_type"] == "glm4_moe" else {KIND, COEFFICIENT}
 
 
 def balancing_problems(given: dict, *, is_frozen: bool) -> Iterator[str]:
@@ -140,10 +139,8 @@ def balance_metrics(trainer, batches: list) -> dict[str, float]:
 
 # --- patches of megatron-core -------------------------------------------------------------------
 
-_stock_count, _stock_counts = (
-    TopKRouter._apply_expert_bias,
-    megatron_router.get_tokens_per_expert_and_token_count,
-)
+_stock_count = TopKRouter._apply_expert_bias
+_stock_counts = megatron_router.get_tokens_per_expert_and_token_count
 
 
 def _count_tokens(self, routing_map_TE, padding_mask=None) -> None:

@@ -36,7 +36,6 @@ from backends.huggingface.names import merged_linears, rule_of, split_stacked, s
 from common.errors import all_problems
 from fp8_quant import BLOCK, dequantize_blockwise, quantize_blockwise
 
-
 FP32_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
 
 
