@@ -47,6 +47,7 @@ def measure(attention: str, requests: list[int]) -> None:
     Runs in a process of its own, with one engine. A speed is the best of BEST_OF.
     """
     import cpu_attention
+    from backends.huggingface.config import read_config
     from backends.sglang.engine import Engine
     import torch
 
@@ -62,7 +63,7 @@ def measure(attention: str, requests: list[int]) -> None:
         log_level="error",
         **cpu_sglang.SERVER_ARGS,
     )
-    with Engine(**arguments) as engine:
+    with Engine(read_config(ROOT / "toy"), **arguments) as engine:
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(3, 15, (max(64, *requests), 16), generator=generator).tolist()
         length, speed = {"max_new_tokens": TOKENS, "ignore_eos": True}, {}

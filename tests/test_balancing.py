@@ -128,7 +128,10 @@ def test_a_micro_batch_of_filler_has_no_auxiliary_loss(fresh_megatron):
     (batch,) = train_step.pack(trainer, samples())
     empty = collate([], [], device=torch.device("cpu"))
     batch.microbatches.append(empty)
+    batch.plan[0].append([])
+    balance_metrics(trainer, [batch])  # of what ran before
     train_step.backward(trainer, batch, LossSettings())
+    assert 1 <= balance_metrics(trainer, [batch])["moe_aux_loss"] < 2
     with_filler = [router.weight.main_grad.clone() for router in routers(trainer)]
     for a, b in zip(with_filler, gradient(trainer)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
@@ -175,7 +178,9 @@ def test_the_bias_rises_where_an_expert_has_few_tokens(fresh_megatron):
     counts, before = [], [router.expert_bias.clone() for router in routers(trainer)]
     for router in routers(trainer):
         router.register_forward_hook(lambda _, __, output: counts.append(output[1].sum(0)))
-    gradient(trainer)
+    (batch,) = train_step.pack(trainer, samples())
+    batch.microbatches.append(collate([], [], tp=64, device=torch.device("cpu")))  # all filler
+    train_step.backward(trainer, batch, LossSettings())
     for router, count, bias in zip(routers(trainer), counts, before):
         moved = (count.float().mean() - count).sign() * 0.25
         torch.testing.assert_close(router.expert_bias, bias + moved)

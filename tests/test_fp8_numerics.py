@@ -49,6 +49,12 @@ def test_activations_have_a_scale_per_128_features_of_a_token():
         assert alone == pytest.approx(1.1, rel=1e-6)
 
 
+def test_small_activations_keep_their_digits():
+    x_TK = torch.full((1, 128), 1e-6)
+    torch.testing.assert_close(through_fp8(x_TK), x_TK)
+    assert not through_fp8(torch.zeros(1, 128)).any()
+
+
 def test_gradients_pass_straight_through_the_rounding():
     generator = torch.Generator().manual_seed(0)
     x_TK, weight_NK = (torch.randn(n, 256, generator=generator) for n in (5, 128))

@@ -132,10 +132,34 @@ def test_sets_of_experts_are_compared_not_their_order():
     assert choice.counts.tolist() == [1, 3]
 
 
-def test_the_frozen_reference_chooses_its_own_experts(fresh_megatron, tmp_path):
+def test_packed_samples_keep_their_own_experts(fresh_megatron):
+    """Between them lies what has none: a last token, and padding."""
+    trainer = build_glm(routing_replay="compare")
+    samples = []
+    for first in (0, 4):
+        taken = np.tile([[first, first + 1]], (2, 3, 1)).astype(np.uint8)
+        fields = dict(response_ids=[3, 4], loss_mask=[1, 1], routed_experts=taken.tobytes())
+        samples.append(Sample([5], **fields))
+    experts_TLK = trainer.replay.experts_of(samples, [4, 3, 2])
+    assert experts_TLK[:, 0, 0].tolist() == [0, 0, -1, -1, 4, 4, -1, -1, -1]
+
+
+def test_a_critic_chooses_its_own_experts(fresh_megatron):
+    head = build_glm(routing_replay="rollout", head=lambda config: torch.nn.Identity())
+    assert head.replay is None
+
+
+def build_glm(*, head=None, with_reference=False, **settings) -> train_step.Trainer:
+    folder, settings = str(ROOT / "toy" / "glm"), TrainSettings(train_dtype="fp32", **settings)
+    return train_step.build_trainer(
+        folder, settings, read_config(folder), steps=1, seed=1, temperature=1.0,
+        max_response_tokens=8, head=head, with_reference=with_reference,
+    )  # fmt: skip
+
+
+def test_the_frozen_reference_chooses_its_own_experts(fresh_megatron):
     """It is another model. The policy takes the given ones, which are drawn at random here."""
-    folder, random = str(ROOT / "toy" / "glm"), np.random.default_rng(0)
-    config = read_config(folder)
+    random = np.random.default_rng(0)
     ids = random.integers(3, 15, (8, 9)).tolist()
     experts = random.permuted(np.tile(np.arange(8), (8, 8, 3, 1)), axis=-1)[..., :2]
     samples = [
@@ -145,11 +169,7 @@ def test_the_frozen_reference_chooses_its_own_experts(fresh_megatron, tmp_path):
     ]  # fmt: skip
     found = {}
     for mode in ("none", "rollout"):
-        settings = TrainSettings(train_dtype="fp32", routing_replay=mode)
-        trainer = train_step.build_trainer(
-            folder, settings, config, steps=1, seed=1, temperature=1.0, max_response_tokens=8,
-            with_reference=True,
-        )  # fmt: skip
+        trainer = build_glm(routing_replay=mode, with_reference=True)
         train_step.add_logprobs(trainer, train_step.pack(trainer, samples))
         found[mode] = [
             np.concatenate([getattr(sample, name) for sample in samples])
