@@ -26,8 +26,8 @@ def explain_not_finite(trainer, batch: Batch, backward: Callable[[Batch], dict])
         )
         rank = dist.get_process_group_ranks(trainer.dp_group)[dp_rank]
         culprit = f"step {step}, rank {rank}: sample {sample.index} of group {sample.group}"
-        return f"{culprit} has loss {loss} and gradient norm {norm}; the weights are unchanged"
+        return f"{culprit} has loss {loss} and gradient norm {norm}; the optimizer has made no step"
     return (
         f"step {step}: loss or gradient of {len(batch.samples)} samples together is not finite, "
-        "though each sample's alone is; the weights are unchanged"
+        "though each sample's alone is; the optimizer has made no step"
     )
