@@ -22,8 +22,10 @@ class Taught(Sample):
 
 def packed(*samples: Sample):
     alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    gpt = SimpleNamespace(parameters=lambda: iter([torch.zeros(1)]))
-    trainer = SimpleNamespace(settings=TrainSettings(), gpt=gpt, dp_group=alone, cp_group=alone)
+    config = SimpleNamespace(fp8=None)
+    gpt = SimpleNamespace(parameters=lambda: iter([torch.zeros(1)]), config=config)
+    groups = dict(dp_group=alone, cp_group=alone)
+    trainer = SimpleNamespace(settings=TrainSettings(), gpt=gpt, replay=None, **groups)
     return pack_batch(trainer, list(samples))
 
 
