@@ -81,9 +81,9 @@ def all_runs(variants: dict[str, str], *, seeds: int, steps: int, every: int):
             yield name, [future.result() for future in runs]
 
 
-def spread(values: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation}"
+def spread(values: list[float], digits: str = ".3f") -> str:
+    deviation = f" ± {statistics.stdev(values):{digits}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{digits}}{deviation}"
 
 
 def table(names: list[str], *, seeds: int, steps: int) -> None:

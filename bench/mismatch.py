@@ -7,8 +7,8 @@
 
 `runs` starts runs of loop_sync.py on one rank, two at a time, since trainer and engine take turns.
 Rows say mean ± standard deviation over the seeds. Held-out reward is that of 1,024 prompts with one
-answer each, so its standard error is 0.01. All variants but the last row's are without TIS unless
-they name it. "routed otherwise": route_mismatch, see docs/metrics.md.
+answer each, so its standard error is 0.01. A variant has TIS only if it names it. "routed
+otherwise": route_mismatch, see docs/metrics.md.
 
 `cost` has three trainers with their engines in one process, and lets them take turns, step by
 step. The learning rate is 0, so all always have the same prompts and the same weights.
@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from algorithms import all_runs
+from algorithms import all_runs, spread
 
 FIRST = 20  # steps that the means are over
 BF16, FP8 = "--rollout-dtype bf16 --correction none", "--correction none"
@@ -52,18 +52,13 @@ KEYS = {
 }
 
 
-def spread(values: list[float], digits: str) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{digits}} ± {deviation:{digits}}"
-
-
 def print_row(name: str, runs: list[list[dict]]) -> None:
     """Print one variant. runs: the rows of metrics.jsonl of each seed."""
     cells = []
     for key in ("mismatch_abs", "mismatch_k3", "route_mismatch"):
         firsts = [[row[key] for row in rows if key in row][:FIRST] for rows in runs]
         cells.append(spread(list(map(statistics.mean, firsts)), ".2e") if firsts[0] else "")
-    cells.append(spread([rows[-1]["held_out"] for rows in runs], ".3f"))
+    cells.append(spread([rows[-1]["held_out"] for rows in runs]))
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

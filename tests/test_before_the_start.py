@@ -52,6 +52,7 @@ def start(monkeypatch, tmp_path):
     (["--megatron", "adam_eps=NaN"], "--megatron adam_eps=nan must be finite"),
     (["--megatron", "adam_eps=1e-9", "adam_eps=1e-8"], "--megatron adam_eps is given twice"),
     (["--sglang", "log_level=info", "log_level=info"], "--sglang log_level is given twice"),
+    (["--freeze-moe-router"], "--freeze-moe-router needs a model with experts"),
     (["--routing-replay", "compare"], "--routing-replay compare needs a model with experts"),
     (["--train-numerics", "fp8", "--rollout-dtype", "bf16"], "it needs --rollout-dtype fp8"),
     (["--train-numerics", "fp8", "--train-dtype", "fp32"], "it needs --train-dtype bf16"),

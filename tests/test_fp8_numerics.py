@@ -17,6 +17,7 @@ import train_step
 from backends.fp8_activations import through_fp8
 from backends.huggingface.config import read_config
 from backends.huggingface.fp8 import fp8_weights
+from backends.megatron import FP32_SCALES
 from backends.megatron.fp8_numerics import RoundedLinear, check_numerics
 from common.errors import BadInput
 from common.settings import TrainSettings
@@ -51,7 +52,7 @@ def test_activations_have_a_scale_per_128_features_of_a_token():
 
 def test_small_activations_keep_their_digits():
     x_TK = torch.full((1, 128), 1e-6)
-    torch.testing.assert_close(through_fp8(x_TK), x_TK)
+    torch.testing.assert_close(through_fp8(x_TK), x_TK, rtol=1e-6, atol=0)
     assert not through_fp8(torch.zeros(1, 128)).any()
 
 
@@ -105,6 +106,15 @@ def test_a_split_that_would_round_otherwise_is_refused(model, split, has_te, mes
         return
     with pytest.raises(BadInput, match=message):
         check_numerics(config, fp8, **split, has_te=has_te)
+
+
+def test_transformer_engine_must_not_round_scales(monkeypatch):
+    """It is told so when it is imported: an environment that says otherwise is refused."""
+    config = read_config(MODELS["toy"])
+    fp8 = fp8_weights(config, rollout_dtype="fp8", engine_tp=1)
+    monkeypatch.setenv(FP32_SCALES, "0")
+    with pytest.raises(BadInput, match=f"{FP32_SCALES} must be 1"):
+        check_numerics(config, fp8, tp=1, ep=1, has_te=True)
 
 
 # --- real engines ---------------------------------------------------------------------------------

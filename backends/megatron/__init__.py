@@ -8,7 +8,8 @@ import os
 import torch
 
 # Transformer Engine reads it when it is imported. See backends/megatron/fp8_numerics.py.
-os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
+FP32_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+os.environ.setdefault(FP32_SCALES, "1")
 
 if not torch.cuda.is_available():
     from backends.cpu.megatron import patch_megatron

@@ -33,10 +33,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from backends.fp8_activations import through_fp8
 from backends.huggingface.fp8 import linear_modules
 from backends.huggingface.names import merged_linears, rule_of, split_stacked, stack_parts
+from backends.megatron import FP32_SCALES
 from common.errors import all_problems
 from fp8_quant import BLOCK, dequantize_blockwise, quantize_blockwise
-
-FP32_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
 
 
 class RoundedLinear(torch.autograd.Function):
@@ -152,9 +151,8 @@ def check_numerics(config: dict, fp8: frozenset[str], *, tp: int, ep: int, has_t
         )
     columns = {"o_proj": config["num_attention_heads"] * config["head_dim"] // tp}
     columns["down_proj"] = config["intermediate_size"] // tp
-    if config["num_experts"]:
-        if shared := config.get("n_shared_experts"):
-            columns["a shared expert's down_proj"] = shared * config["moe_intermediate_size"] // tp
+    if shared := config.get("n_shared_experts"):  # of a mixture only
+        columns["a shared expert's down_proj"] = shared * config["moe_intermediate_size"] // tp
     for name, size in columns.items():
         if tp > 1 and size % BLOCK:
             yield (
@@ -177,7 +175,7 @@ def check_numerics(config: dict, fp8: frozenset[str], *, tp: int, ep: int, has_t
     parts = [size for layer in (0, -1) for size in _parts(config, layer)]
     if config["head_dim"] % BLOCK or any(size % (BLOCK * tp) for size in parts):
         yield (
-            f"--train-numerics fp8: Transformer Engine would round other blocks than the engine,"
+            "--train-numerics fp8: Transformer Engine would round other blocks than the engine,"
             f" because not all of a layer's parts have a multiple of {BLOCK} rows on each rank:"
             " leave the flag out"
         )
