@@ -1,4 +1,4 @@
-"""Samples -> rewards -> advantages: reward functions, and the judge that calls them.
+"""Samples -> rewards -> advantages.
 
 A reward is a function of one finished sample, plain or a coroutine. A fork adds its own to REWARDS:
 
@@ -13,14 +13,9 @@ A reward function may carry an attribute at_a_time: how many answers it can judg
 wait for their turn, and this wait does not count towards --judge-timeout-s.
 """
 
-import asyncio
 import functools
-import math
-import threading
-import traceback
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,12 +23,12 @@ import torch
 import tyro
 
 from advantages import ADVANTAGES, Scores, overlong_penalty
-from common.timeline import Timeline
 from data import math_judge, reasoning_gym_tasks
-from data.sample import Sample
+from data.judge import Judge, Reward, compute_rewards
+from data.sample import Sample, by_group
 from losses import KL_ESTIMATORS, LossSettings
 
-Reward = Callable[[Sample], float | Awaitable[float]]
+__all__ = ["Judge", "Reward", "by_group", "compute_rewards"]
 
 
 # --- reward functions ---------------------------------------------------------------------------
@@ -119,103 +114,7 @@ def label_problems(settings: RewardSettings) -> Callable[[list], list[str]] | No
     return functools.partial(math_judge.label_problems, reward=settings.reward)
 
 
-# --- the judge ----------------------------------------------------------------------------------
-
-
-class Judge:
-    """Calls a reward function on all samples of a batch at once, `judges` of them at a time.
-
-    Its event loop runs in a thread of its own. A coroutine function runs on that loop; it is the
-    right form for a reward that waits for a service. A plain function gets a thread for each
-    answer. If it hangs, the thread is left behind: neither later answers nor the end of the process
-    wait for it.
-    """
-
-    def __init__(self, reward: Reward, judges: int = 32, timeout_s: float = 120.0):
-        self.reward, self.timeout_s, self.timeline = reward, timeout_s, Timeline()
-        self._busy, self._failed = 0, False
-        # What waits for a place is not yet on the clock of --judge-timeout-s.
-        self._places = asyncio.Semaphore(min(judges, getattr(reward, "at_a_time", judges)))
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="judge-loop", daemon=True).start()
-
-    def submit(self, samples: list[Sample]) -> Future:
-        """Start to judge: set every sample's reward. The future is done when all have one.
-
-        Where the reward function fails, the reward stays None, sample.error says why, and the
-        tokens are masked.
-        """
-        return asyncio.run_coroutine_threadsafe(self._judge_all(samples), self._loop)
-
-    async def _judge_all(self, samples: list[Sample]) -> None:
-        await asyncio.gather(*map(self._judge, samples))
-
-    async def _judge(self, sample: Sample) -> None:
-        async with self._places:
-            self._count(1)
-            try:
-                call = asyncio.ensure_future(self._call(sample))
-                done, _ = await asyncio.wait([call], timeout=self.timeout_s)
-                if not done:
-                    limit = f"--judge-timeout-s {self.timeout_s:g}"
-                    raise TimeoutError(f"the reward function has not returned within {limit}")
-                sample.reward = float(done.pop().result())
-                if not math.isfinite(sample.reward):
-                    raise ValueError(f"the reward function returned {sample.reward}")
-            except Exception as error:  # a user's function may raise anything
-                self._note_failure(sample, error)
-            finally:
-                self._count(-1)
-
-    def _note_failure(self, sample: Sample, error: Exception) -> None:
-        """Set the sample aside. Print the traceback of the first failure on this rank."""
-        sample.reward, sample.loss_mask = None, [0] * len(sample.response_ids)
-        sample.error = _shortened(repr(error))
-        if not self._failed:
-            trace = "\n".join(map(_shortened, traceback.format_exc().splitlines()))
-            shown = _shortened(repr(sample.response), most=80)
-            print(f"reward error, the first on this rank, on {shown}:\n{trace}", flush=True)
-        self._failed = True
-
-    async def _call(self, sample: Sample) -> float:
-        if asyncio.iscoroutinefunction(self.reward):
-            return await self.reward(sample)
-        result = Future()
-        result.set_running_or_notify_cancel()
-
-        def run() -> None:
-            try:
-                result.set_result(self.reward(sample))
-            except Exception as error:  # it is the caller's, in another thread
-                result.set_exception(error)
-
-        threading.Thread(target=run, name="judge", daemon=True).start()
-        return await asyncio.wrap_future(result)
-
-    def _count(self, change: int) -> None:
-        self._busy += change
-        self.timeline.switch_to("reward" if self._busy else "wait")
-
-
-def _shortened(text: str, *, most: int = 1000) -> str:
-    """Return a text without its end where it is long: an answer can have 100,000 characters."""
-    return text if len(text) <= most else f"{text[:most]} ... [{len(text)} characters]"
-
-
-def compute_rewards(samples: list[Sample], judge: Judge) -> None:
-    """Judge all samples and wait for the last. Where the reward function fails, reward is None."""
-    judge.submit(samples).result()
-
-
 # --- groups -------------------------------------------------------------------------------------
-
-
-def by_group(samples: list[Sample]) -> list[list[Sample]]:
-    """Return the samples of each prompt together, in order of first appearance."""
-    groups = defaultdict(list)
-    for sample in samples:
-        groups[sample.group].append(sample)
-    return list(groups.values())
 
 
 def is_uninformative(group: list[Sample]) -> bool:

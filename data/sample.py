@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,14 @@ def _as_base64(value: Any) -> str:
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     raise TypeError(f"JSON cannot hold a {type(value).__name__}")
+
+
+def by_group(samples: list[Sample]) -> list[list[Sample]]:
+    """Return the samples of each prompt together, in order of first appearance."""
+    groups = defaultdict(list)
+    for sample in samples:
+        groups[sample.group].append(sample)
+    return list(groups.values())
 
 
 def read_dump(path: str | Path, *, vocab_size: int | None = None) -> list[Sample]:

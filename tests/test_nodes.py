@@ -6,6 +6,7 @@ a network file system (both nodes see the file system of this machine).
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,7 +43,7 @@ class Namespace:
     def __init__(self, folder: Path, script: str):
         self.output = open(folder / "output", "w+", encoding="utf-8")
         env = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
-        env["OMP_NUM_THREADS"] = "1"
+        env |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
         streams = dict(stdout=self.output, stderr=subprocess.STDOUT)
         command = [*ALONE, "sh", "-ec", script]
         self.process = subprocess.Popen(command, cwd=folder, env=env, **streams)
@@ -128,8 +129,12 @@ def test_two_nodes_train_until_the_cable_is_pulled(begin, tmp_path):
     assert len(ranks) == 2
     (tmp_path / "cut").touch()
     deadline = time.time() + 200
-    while any(map(is_running, ranks)):
-        assert time.time() < deadline, nodes.text()
+    while left := [rank for rank in ranks if is_running(rank)]:
+        if time.time() > deadline:
+            for rank in left:
+                rank.send_signal(signal.SIGABRT)  # Python's faulthandler prints where it hangs
+            time.sleep(2)
+            pytest.fail(nodes.text())
         time.sleep(0.5)
     for rank, other in enumerate(["10.77.0.2", "10.77.0.1"]):
         gone = f"error: rank {rank} cannot reach the rank at {other}: its machine, or the link"
