@@ -75,11 +75,11 @@ def train(run: start.Run, answer: rollout.Answer = rollout.answer) -> None:
     with engine, record:
         # The engine's first weights come on the path of all later ones.
         weight_sync.send_weights(weights, engine, version=run.first_step - 1, verify=True)
+        evaluation = evaluate.Evaluation(run, engine, judge, answer)
         if run.evaluates_first:
-            step = run.first_step - 1
-            metrics = evaluate.held_out(run, engine, judge, step=step, answer=answer)
-            record.log({"step": step, **metrics})
+            evaluation.start(run.first_step - 1)
         if settings.run.eval_only:
+            evaluation.finish()
             return record.finish_evaluation()
 
         queue = GroupQueue(run, engine, judge, answer)
@@ -103,20 +103,22 @@ def train(run: start.Run, answer: rollout.Answer = rollout.answer) -> None:
                     reward.add_advantages(samples, settings.reward, settings.loss, longest)
                     metrics = train_step.update_policy(trainer, batches, settings.loss)
 
+            with clock.stage("wait"):
+                evaluation.finish()  # of the weights that are replaced now
             with clock.stage("sync"):
                 queue.drain()  # with --updates drain; else running requests pause and go on
                 verify = settings.run.check_sync or step == settings.run.steps
                 sent = weight_sync.send_weights(weights, engine, version=step, verify=verify)
 
-            metrics |= discarded | reward.batch_metrics(samples, version=step - 1)
-            metrics |= record.end_step(step, clock, samples, engine, judge) | sent
-            if step % settings.run.eval_every == 0 or step == settings.run.steps:
-                metrics |= evaluate.held_out(run, engine, judge, step=step, answer=answer)
-            record.log({"step": step, **metrics})
+            ended = record.end_step(step, clock, samples, engine, judge)
+            record.log({"step": step, **metrics, **discarded, **ended, **sent})
+            if run.evaluates_after(step):
+                evaluation.start(step)  # the queue's groups go first
             if record.checkpoint_due(step):
                 checkpoint.save(run, trainer, step=step, rank_state=queue.state())
             if record.stopping:
                 return record.finish()
+        evaluation.finish()
     export.write_folders(run, weights)
     record.finish()
 

@@ -64,10 +64,10 @@ def train(run: start.Run, answer: rollout.Answer = rollout.answer) -> None:
     with engine, record:
         # The engine's first weights come on the path of all later ones.
         weight_sync.send_weights(weights, engine, version=run.first_step - 1, verify=True)
+        evaluation = evaluate.Evaluation(run, engine, judge, answer)
         if run.evaluates_first:
             step = run.first_step - 1
-            metrics = evaluate.held_out(run, engine, judge, step=step, answer=answer)
-            record.log({"step": step, **metrics})
+            record.log({"step": step, **evaluation.evaluate(step)})
         if settings.run.eval_only:
             return record.finish_evaluation()
 
@@ -102,10 +102,10 @@ def train(run: start.Run, answer: rollout.Answer = rollout.answer) -> None:
                 verify = settings.run.check_sync or step == settings.run.steps
                 sent = weight_sync.send_weights(weights, engine, version=step, verify=verify)
 
-            metrics |= discarded | reward.batch_metrics(samples, version=step - 1)
-            metrics |= record.end_step(step, clock, samples, engine, judge) | sent
-            if step % settings.run.eval_every == 0 or step == settings.run.steps:
-                metrics |= evaluate.held_out(run, engine, judge, step=step, answer=answer)
+            ended = record.end_step(step, clock, samples, engine, judge)
+            metrics |= discarded | ended | sent
+            if run.evaluates_after(step):
+                metrics |= evaluation.evaluate(step)
             record.log({"step": step, **metrics})
             if record.checkpoint_due(step):
                 checkpoint.save(run, trainer, step=step, rank_state=prompts.state())

@@ -9,12 +9,12 @@ A reward function that raises, or returns something other than a finite number, 
 says nothing about the answer: the sample keeps reward None and its tokens are masked. It does not
 count in its group's mean, the metric reward_errors counts it, and the run goes on.
 
-A reward function may carry an attribute at_a_time: how many answers it can judge at once. Others
-wait for their turn, and this wait does not count towards --judge-timeout-s.
+A reward function may carry attributes. at_a_time: how many answers it can judge at once; others
+wait for their turn, and this wait does not count towards --judge-timeout-s. of_group: it is a
+function of all samples of a group, in a list, and returns a list of rewards.
 """
 
 import functools
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,8 +23,9 @@ import torch
 import tyro
 
 from advantages import ADVANTAGES, Scores, overlong_penalty
-from data import math_judge, reasoning_gym_tasks
+from data import math_judge, reasoning_gym_tasks, text_rewards
 from data.judge import Judge, Reward, compute_rewards
+from data.remote_reward import is_url, remote_reward
 from data.sample import Sample, by_group
 from losses import KL_ESTIMATORS, LossSettings
 
@@ -76,17 +77,27 @@ REWARDS: dict[str, Reward] = {
     "exact": exact_match,
     "math": math_reward,
     "reasoning_gym": reasoning_gym_reward,
+    "f1": text_rewards.f1_reward,
+    "choice": text_rewards.choice_reward,
+    "majority": text_rewards.majority_reward,
 }
+
+
+def find_reward(name: str) -> Reward:
+    """Return the reward function of a name in REWARDS, or one that asks the service at a URL."""
+    return remote_reward(name) if is_url(name) else REWARDS[name]
 
 
 @dataclass(frozen=True)
 class RewardSettings:
     """Rewards and advantages: how responses are judged"""
 
-    reward: tyro.extras.literal_type_from_choices(REWARDS) = "exact"
+    reward: str = "exact"
     """exact: the response must equal the label and end by itself. math: its answer must have the
     label's value; see data/math_rules. reasoning_gym: the task's own scorer for problems of
-    reasoning-gym, math for all other prompts."""
+    reasoning-gym, math for all other prompts. f1: overlap of words with the label. choice: a
+    letter. majority: equal to most answers of the group, without a label. See data/text_rewards.py.
+    A URL: a service judges; see data/remote_reward.py."""
     advantage: tyro.extras.literal_type_from_choices(ADVANTAGES) = "grpo"
     """How to compute advantages from rewards; see advantages.py."""
     overlong_buffer: int = 0
@@ -103,15 +114,18 @@ class RewardSettings:
     counted in reward_errors."""
 
 
-def label_problems(settings: RewardSettings) -> Callable[[list], list[str]] | None:
+def label_problems(reward: str) -> Callable[[list], list[str]] | None:
     """Return a function that says for each label why this reward cannot judge it; "" where it can.
 
     Each text completes "the label ...": "is blank, and --reward math needs text or a number". None
-    for a reward function of a fork, which may judge by any label or by none.
+    for a service and for a function of a fork, which may judge by any label or by none.
     """
-    if not getattr(REWARDS[settings.reward], "needs_label", False):
-        return None
-    return functools.partial(math_judge.label_problems, reward=settings.reward)
+    function = REWARDS.get(reward)
+    if getattr(function, "needs_label", False):
+        return functools.partial(math_judge.label_problems, reward=reward)
+    if reads := getattr(function, "reads", None):
+        return functools.partial(text_rewards.label_problems, reads=reads, reward=reward)
+    return None
 
 
 # --- groups -------------------------------------------------------------------------------------
@@ -158,41 +172,3 @@ def add_advantages(
 
 def _concatenated(rows: list) -> np.ndarray:
     return np.concatenate([np.zeros(0), *rows])
-
-
-# --- metrics ------------------------------------------------------------------------------------
-
-
-def batch_metrics(samples: list[Sample], *, version: int) -> dict[str, float]:
-    """Return what a step's samples looked like; the reward of each source where there are several.
-
-    version: of the weights that the step trains. A metric is missing where nothing is left of it:
-    reward where no sample was scored, staleness where all responses are empty. too_hard counts the
-    answers that passed the limit of the mathematical reward; it is missing where none did.
-    Numbers that a rollout has left in sample.metrics are logged as means over the samples.
-    """
-    rewards = defaultdict(list)
-    for sample in samples:
-        rewards[sample.source] += [] if sample.reward is None else [sample.reward]
-    scored = [reward for of_source in rewards.values() for reward in of_source]
-    metrics = {}
-    if len(rewards) > 1:
-        of_source = sorted((name, values) for name, values in rewards.items() if values)
-        metrics = {f"reward/{name}": sum(values) / len(values) for name, values in of_source}
-    if scored:
-        metrics["reward"] = sum(scored) / len(scored)
-    metrics["reward_errors"] = len(samples) - len(scored)
-    if too_hard := sum("too_hard" in sample.notes for sample in samples):
-        metrics["too_hard"] = too_hard
-    if samples:
-        groups = by_group(samples)
-        metrics["zero_std_groups"] = sum(map(is_uninformative, groups)) / len(groups)
-        metrics["response_tokens"] = sum(len(s.response_ids) for s in samples) / len(samples)
-        metrics["truncated"] = sum(s.finish_reason == "length" for s in samples) / len(samples)
-    for name in dict.fromkeys(name for sample in samples for name in sample.metrics):
-        metrics[name] = sum(sample.metrics.get(name, 0) for sample in samples) / len(samples)
-    ages = [version - sampled_by for sample in samples for sampled_by in sample.weight_versions]
-    if ages:
-        metrics["staleness_max"] = max(ages)
-        metrics["staleness"] = [ages.count(age) for age in range(max(ages) + 1)]
-    return metrics

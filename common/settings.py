@@ -94,6 +94,13 @@ class DataSettings:
     """Prompts of each held-out set that an evaluation answers."""
     eval_samples_per_prompt: int = 1
     """Responses to each held-out prompt; with several, pass@k and majority@N are logged."""
+    eval_temperature: tuple[str, ...] = ()
+    """Sampling temperature in evaluation; 0: greedy. A value for all held-out sets, and NAME=VALUE
+    for a set of that name. Empty: --temperature."""
+    eval_max_response_tokens: tuple[str, ...] = ()
+    """--max-response-tokens in evaluation, given in the same way."""
+    eval_reward: tuple[str, ...] = ()
+    """--reward in evaluation, given in the same way."""
     max_response_tokens: int = 8
     """Cut a response off after so many tokens."""
     stop: tuple[str, ...] = ()
@@ -109,8 +116,8 @@ class RolloutSettings(DataSettings):
     samples_per_prompt: int = 16
     """Responses sampled for each prompt: the group that GRPO compares."""
     temperature: float = 1.0
-    """Sampling temperature in training and evaluation. The trainer computes its log-probs at the
-    same temperature."""
+    """Sampling temperature, in evaluation too unless --eval-temperature differs. The trainer
+    computes its log-probs at the same temperature."""
     rollout_dtype: Literal["fp8", "bf16", "fp32"] = "fp8"
     """Precision of the engine: block-scaled FP8 weights and activations, or plain BF16 or FP32."""
     engine_tp: int = 1

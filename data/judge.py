@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 
 from common.timeline import Timeline
-from data.sample import Sample
+from data.sample import Sample, by_group
 
-Reward = Callable[[Sample], float | Awaitable[float]]
+# Of one sample; or of all samples of a group, in a list, where it has a true attribute of_group.
+Reward = Callable[..., float | list[float] | Awaitable[float] | Awaitable[list[float]]]
 
 
 class Judge:
@@ -25,6 +26,7 @@ class Judge:
     def __init__(self, reward: Reward, judges: int = 32, timeout_s: float = 120.0):
         self.reward, self.timeout_s, self.timeline = reward, timeout_s, Timeline()
         self._busy, self._failed = 0, False
+        self._of_group = getattr(reward, "of_group", False)
         # What waits for a place is not yet on the clock of --judge-timeout-s.
         self._places = asyncio.Semaphore(min(judges, getattr(reward, "at_a_time", judges)))
         self._loop = asyncio.new_event_loop()
@@ -39,24 +41,37 @@ class Judge:
         return asyncio.run_coroutine_threadsafe(self._judge_all(samples), self._loop)
 
     async def _judge_all(self, samples: list[Sample]) -> None:
-        await asyncio.gather(*map(self._judge, samples))
+        units = by_group(samples) if self._of_group else [[sample] for sample in samples]
+        await asyncio.gather(*map(self._judge, units))
 
-    async def _judge(self, sample: Sample) -> None:
+    async def _judge(self, samples: list[Sample]) -> None:
+        """Judge one sample, or one group with a reward function of groups."""
         async with self._places:
             self._count(1)
             try:
-                call = asyncio.ensure_future(self._call(sample))
+                call = asyncio.ensure_future(self._call(samples if self._of_group else samples[0]))
                 done, _ = await asyncio.wait([call], timeout=self.timeout_s)
                 if not done:
                     limit = f"--judge-timeout-s {self.timeout_s:g}"
                     raise TimeoutError(f"the reward function has not returned within {limit}")
-                sample.reward = float(done.pop().result())
-                if not math.isfinite(sample.reward):
-                    raise ValueError(f"the reward function returned {sample.reward}")
+                result = done.pop().result()
+                rewards = list(result) if self._of_group else [result]
+                if len(rewards) != len(samples):
+                    what = f"the reward function returned {len(rewards)} rewards"
+                    raise ValueError(f"{what} for a group of {len(samples)} samples")
             except Exception as error:  # a user's function may raise anything
-                self._note_failure(sample, error)
+                for sample in samples:
+                    self._note_failure(sample, error)
+                return
             finally:
                 self._count(-1)
+        for sample, reward in zip(samples, rewards):
+            try:
+                sample.reward = float(reward)
+                if not math.isfinite(sample.reward):
+                    raise ValueError(f"the reward function returned {sample.reward}")
+            except (TypeError, ValueError, OverflowError) as error:
+                self._note_failure(sample, error)
 
     def _note_failure(self, sample: Sample, error: Exception) -> None:
         """Set the sample aside. Print the traceback of the first failure on this rank."""
@@ -68,15 +83,15 @@ class Judge:
             print(f"reward error, the first on this rank, on {shown}:\n{trace}", flush=True)
         self._failed = True
 
-    async def _call(self, sample: Sample) -> float:
+    async def _call(self, given: Sample | list[Sample]):
         if asyncio.iscoroutinefunction(self.reward):
-            return await self.reward(sample)
+            return await self.reward(given)
         result = Future()
         result.set_running_or_notify_cancel()
 
         def run() -> None:
             try:
-                result.set_result(self.reward(sample))
+                result.set_result(self.reward(given))
             except Exception as error:  # it is the caller's, in another thread
                 result.set_exception(error)
 

@@ -14,19 +14,18 @@ mixture, follow from the seed and are the same on every rank.
 
 import hashlib
 import math
-import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, count, islice
-from pathlib import Path
 
 import backends  # noqa: F401  before transformers, see data/tokenizer.py
 import orjson
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import BadInput, ProblemList, all_problems
-from common.settings import GYM, DataSettings, is_generated, parse_weights
+from common.held_out import held_out_sets, short_names
+from common.settings import GYM, DataSettings, RolloutSettings, is_generated, parse_weights
 from data import reasoning_gym_tasks
 from data.chat import check_template_kwargs
 from data.prompt_files import LabelProblems, read_prompts
@@ -121,7 +120,7 @@ def drop_long_prompts(
     longest = max(len(sample.prompt_ids) for sample in first)
     if longest > max_prompt_tokens:
         rule = (
-            f"at most {max_prompt_tokens} fit (the model's context less --max-response-tokens, "
+            f"at most {max_prompt_tokens} fit (the model's context less the response's tokens, "
             f"and {ENGINE_KEEPS} positions that SGLang keeps)"
         )
         raise BadInput(f"a prompt of {name} has {longest} tokens; {rule}: lower that flag")
@@ -182,17 +181,18 @@ class Data:
 @all_problems
 def load_data(
     model_folder: str,
-    settings: DataSettings,
+    settings: RolloutSettings,
     config: dict | None,
     *,
     seed: int,
-    label_problems: LabelProblems | None = None,
+    label_problems: Callable[[str], LabelProblems | None] = lambda reward: None,
 ) -> Data:
     """Load and check the tokenizer and all prompts. Raises BadInput with all problems.
 
     config: the model's; None if it could not be read, which still lets the files' form be checked.
-    label_problems: returns for each label of a file "", or a phrase such as "is null, and --reward
-    math needs text or a number".
+    label_problems: returns for a reward's name a function that returns for each label of a file "",
+    or a phrase such as "is null, and --reward math needs text or a number". The name "" is the
+    training's reward.
     """
     found = ProblemList()
     tokenizer = None if config is None else found.collect(load_tokenizer, model_folder)
@@ -201,34 +201,34 @@ def load_data(
         if found.texts:  # leave them out below, or every row would report them again
             settings = replace(settings, chat_template_kwargs=())
         yield from _vocabulary_problems(model_folder, tokenizer, config)
-    room = math.inf
-    if config is not None:
-        context = config["max_position_embeddings"]
-        room = context - ENGINE_KEEPS - settings.max_response_tokens
+    context = math.inf if config is None else config["max_position_embeddings"]
     marked = set()  # files with a label that holds --label-after
 
-    def open_source(given: str, name: str, *, is_eval: bool) -> tuple[Iterator[Sample], int, list]:
+    def open_source(
+        given: str, name: str, response_tokens: int, reward: str, *, is_eval: bool
+    ) -> tuple[Iterator[Sample], int, list]:
         source = (given, name, tokenizer, settings)
-        options = dict(seed=seed, is_eval=is_eval, room=room)
+        options = dict(seed=seed, is_eval=is_eval, room=context - ENGINE_KEEPS - response_tokens)
         if is_generated(given):
             return open_generated(*source, **options)
-        return open_file(*source, **options, label_problems=label_problems, marked=marked)
+        judged = dict(label_problems=label_problems(reward), marked=marked)
+        return open_file(*source, **options, **judged)
 
     nothing = (iter(()), 0, [])  # in place of a source that cannot be read
-    streams, held_out, lengths, digest = [], [], [0], {}
+    streams, held_out, lengths, digest = [], [], [], {}
     sources = parse_weights(settings.prompts)
     for given, name in short_names(list(sources)).items():
-        opened = found.collect(open_source, given, name, is_eval=False) or nothing
-        stream, length, read = opened
+        how = dict(response_tokens=settings.max_response_tokens, reward="", is_eval=False)
+        stream, length, read = found.collect(open_source, given, name, **how) or nothing
         streams.append(stream)
-        lengths.append(length)
+        lengths.append(length + settings.max_response_tokens)
         digest[str(len(streams))] = checksum(sources[given], read)
-    own = [given for given in sources if is_generated(given)]
-    for given, name in short_names(list(settings.eval_prompts) or own).items():
-        opened = found.collect(open_source, given, name, is_eval=True) or nothing
+    for of_set in held_out_sets(settings):
+        how = dict(response_tokens=of_set.max_response_tokens, reward=of_set.reward, is_eval=True)
+        opened = found.collect(open_source, of_set.source, of_set.name, **how) or nothing
         stream, length, _ = opened
         held_out += islice(stream, settings.eval_samples)
-        lengths.append(length)
+        lengths.append(length + of_set.max_response_tokens)
     if settings.label_after and not marked and not found.texts:
         yield (
             f"--label-after {settings.label_after!r}: no label of any file holds it, so nothing "
@@ -244,7 +244,7 @@ def load_data(
         mixture(streams, list(sources.values()), seed=seed),
         held_out,
         end_ids,
-        longest=max(lengths) + settings.max_response_tokens,
+        longest=max(lengths),
         seed=seed,
         digest=digest,
     )
@@ -270,25 +270,6 @@ def checksum(weight: float, read: Iterable[str | Sample]) -> str:
             part = [part.prompt_ids, part.prompt, part.label, part.metadata]
         digest.update(orjson.dumps(part) + b"\n")
     return digest.hexdigest()
-
-
-def short_names(sources: list[str]) -> dict[str, str]:
-    """Return {source: short name}, such that the names tell the sources apart.
-
-    For example: {"toy": "toy", "a/gsm8k/train.parquet": "gsm8k/train", "a/math/train.parquet":
-    "math/train"}. Bytes of a path that are not UTF-8 are escaped, because a sample's source must
-    fit in JSON.
-    """
-    printable, parts = {}, {}
-    for source in sources:
-        printable[source] = os.fsencode(source).decode("utf-8", "backslashreplace")
-        path = Path(printable[source].replace(GYM, "reasoning-gym/"))
-        parts[source] = (*path.parent.parts, path.stem)
-    for n in range(1, max(map(len, parts.values()), default=0) + 1):
-        short = {source: "/".join(parts[source][-n:]) for source in sources}
-        if len(set(short.values())) == len(sources):
-            return short
-    return printable
 
 
 def mixture(

@@ -381,7 +381,8 @@ def train(run: start.Run) -> None:
 
     with engine, record:
         weight_sync.send_weights(weights, engine, version=0, verify=True)
-        record.log({"step": 0, **evaluate.held_out(run, engine, judge, step=0)})
+        evaluation = evaluate.Evaluation(run, engine, judge)
+        record.log({"step": 0, **evaluation.evaluate(0)})
         if settings.run.eval_only:
             return record.finish_evaluation()
 
@@ -416,10 +417,9 @@ def train(run: start.Run) -> None:
                 verify = settings.run.check_sync or step == settings.run.steps
                 sent = weight_sync.send_weights(weights, engine, version=step, verify=verify)
 
-            metrics |= reward.batch_metrics(samples, version=step - 1)
             metrics |= record.end_step(step, clock, samples, engine, judge) | sent
-            if step % settings.run.eval_every == 0 or step == settings.run.steps:
-                metrics |= evaluate.held_out(run, engine, judge, step=step)
+            if run.evaluates_after(step):
+                metrics |= evaluation.evaluate(step)
             record.log({"step": step, **metrics})
             if record.stopping:
                 raise KeyboardInterrupt  # SIGTERM ends this run as Ctrl-C does, after the step

@@ -17,7 +17,6 @@ from common import process_groups
 from common.errors import BadInput, ProblemList, all_problems, file_problem, model_problem
 from common.overrides import parse_overrides
 from common.settings import (
-    GYM,
     InFlightSettings,
     PlanSettings,
     RolloutSettings,
@@ -28,17 +27,14 @@ from common.settings import (
     is_generated,
     parse_weights,
 )
+from harness.reward_checks import TEMPERATURES, check_held_out_flags, check_reward_flags
 from harness.run_folder import name_problems, rollouts_file
 from losses import CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings
-from reward import RewardSettings
 
 # NumPy takes seeds below 2**32. Engine and trainer add a number to --seed on each rank.
 SEEDS = 2**31
 NOT_IN_PROJECTS = "/\\#?%:"  # W&B itself refuses them only after the run has begun
 EXTRAS = {"tensorboard": "tensorboard==2.21.0", "wandb": "wandb==0.31.0"}  # not in requirements.txt
-# Below 1e-6 SGLang samples greedily and reports log-probs of temperature 1 (SamplingParams). Below
-# 0.01 the rounding errors of BF16 logits are larger than differences of log-probs that matter.
-TEMPERATURES = 0.01, 100.0
 MOST_EVAL_SAMPLES = 100_000  # a generated held-out set has no end
 
 
@@ -59,6 +55,7 @@ def check_flags(settings) -> None:
     if not is_plan(settings):  # a plan reads no prompts
         found.collect(check_prompt_files, settings.rollout)
     found.collect(check_reward_flags, settings.reward, settings.rollout)
+    found.collect(check_held_out_flags, settings.reward, settings.rollout)
     trained = dict(steps=settings.run.steps, ranks=trainer_ranks)
     found.collect(check_train_flags, settings.train, settings.loss, **trained)
     found.collect(check_loss_settings, settings.loss)
@@ -189,7 +186,7 @@ def check_plan_flags(settings: PlanSettings) -> None:
             yield f"{_flag(field.name)} {value} must be positive, and below a billion"
 
 
-# --- prompts, rollout, reward -------------------------------------------------------------------
+# --- prompts and rollout -------------------------------------------------------------------
 
 
 @all_problems
@@ -270,25 +267,6 @@ def check_prompt_files(settings: RolloutSettings) -> None:
     for source in dict.fromkeys(sources):  # each once
         if not is_generated(source) and (problem := file_problem(source)):
             yield problem
-
-
-@all_problems
-def check_reward_flags(settings: RewardSettings, rollout: RolloutSettings) -> None:
-    """Refuse settings of the reward that cannot work with these prompts and answers."""
-    if settings.judges < 1:
-        yield f"--judges {settings.judges} must be at least 1"
-    if not settings.judge_timeout_s > 0:
-        yield f"--judge-timeout-s {settings.judge_timeout_s} must be positive"
-    if settings.dynamic_sampling < 0:
-        yield f"--dynamic-sampling {settings.dynamic_sampling} must not be negative"
-    sources = (*rollout.prompts, *rollout.eval_prompts)
-    if settings.reward == "reasoning_gym" and not any(s.startswith(GYM) for s in sources):
-        fix = f"add one such as {GYM}chain_sum, or use --reward math"
-        what = "judges problems of reasoning-gym, and --prompts has none"
-        yield f"--reward reasoning_gym {what}: {fix}"
-    if not 0 <= settings.overlong_buffer <= rollout.max_response_tokens:
-        rule = f"must lie between 0 and --max-response-tokens {rollout.max_response_tokens}"
-        yield f"--overlong-buffer {settings.overlong_buffer} {rule}"
 
 
 @all_problems

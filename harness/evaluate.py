@@ -1,32 +1,126 @@
 """Held-out prompts -> answers -> rewards -> metrics: mean reward, pass@k, majority@N."""
 
+import asyncio
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 
+from common.held_out import held_out_sets
 from data.sample import Sample
 import reward
 import rollout
 
+ROOM_EVERY_S = 0.01  # so often an evaluation looks whether training's requests leave room
 
-def held_out(run, engine, judge: reward.Judge, *, step: int, answer=rollout.answer) -> dict:
-    """Answer every held-out prompt, judge the answers, print and return what they amount to.
 
-    Each prompt gets --eval-samples-per-prompt answers. Every rank returns the same metrics; {} if
-    the run has no held-out prompts. Collective over run.group. run: harness.start.Run.
+class Evaluation:
+    """Answers the held-out prompts and judges the answers; each set as its flags say.
+
+    The synchronous loop calls evaluate(). The asynchronous loop calls start(), and finish() before
+    the engine gets other weights. In between the engine answers where requests of training leave
+    room. So all tokens of an evaluation are of one weight version, and training goes on meanwhile.
     """
-    settings = run.settings.rollout
-    samples = rollout.generate(
-        engine,
-        list(rollout.engine_share(run.data.held_out, run)),
-        run.data,
-        settings,
-        n=settings.eval_samples_per_prompt,
-        answer=answer,
-        cache="held-out",
-    )
-    reward.compute_rewards(samples, judge)
-    samples = sorted(rollout.all_gather(samples, run.group), key=lambda sample: sample.group)
-    return run.record.log_eval(step, samples, eval_metrics(samples))
+
+    def __init__(self, run, engine, judge: reward.Judge, answer: rollout.Answer = rollout.answer):
+        """run: harness.start.Run. engine and judge: of this rank."""
+        self.run, self.engine, self.answer = run, engine, answer
+        self.step, self.samples, self.task = None, [], None
+        self.how = {}  # {name of a set: (settings, judge)}
+        settings = run.settings
+        for of_set in held_out_sets(settings.rollout):
+            limits = dict(
+                temperature=of_set.temperature, max_response_tokens=of_set.max_response_tokens
+            )
+            of_judge = judge
+            if of_set.reward:
+                function = reward.find_reward(of_set.reward)
+                of_judge = reward.Judge(
+                    function, settings.reward.judges, settings.reward.judge_timeout_s
+                )
+            self.how[of_set.name] = replace(settings.rollout, **limits), of_judge
+
+    def evaluate(self, step: int) -> dict:
+        """Evaluate the weights of a step, print and return the metrics; see eval_metrics.
+
+        Every rank returns the same; {} if the run has no held-out prompts. Collective.
+        """
+        self._begin(step)
+        if self.samples:
+            self.engine.call(self._answer_at_once())
+        return self._metrics(is_alone=True)
+
+    def start(self, step: int) -> None:
+        """Begin to evaluate the weights of a step, which the engine has, in the background."""
+        self._begin(step)
+        if self.samples:
+            self.engine.call(self._start())
+
+    def finish(self) -> None:
+        """Wait for the evaluation that was started, if one was, and log it. Collective.
+
+        It gets a row of metrics of its own, with the step whose weights were evaluated.
+        """
+        if self.step is None:
+            return
+        if self.task is not None:
+            self.engine.call(self._end())
+        if metrics := self._metrics(is_alone=False):
+            self.run.record.write_row({"step": self.step, **metrics})
+        self.step = None
+
+    def _begin(self, step: int) -> None:
+        self.step = step
+        n = self.run.settings.rollout.eval_samples_per_prompt
+        prompts = rollout.engine_share(self.run.data.held_out, self.run)
+        self.samples = [sample for prompt in prompts for sample in rollout.new_group(prompt, n)]
+
+    def _metrics(self, *, is_alone: bool) -> dict:
+        samples = rollout.all_gather(self.samples, self.run.group)
+        samples.sort(key=lambda sample: sample.group)
+        others = {v for sample in samples for v in sample.weight_versions} - {self.step}
+        if others:
+            raise RuntimeError(f"the evaluation of step {self.step} has tokens of {sorted(others)}")
+        metrics = eval_metrics(samples)
+        return self.run.record.log_eval(self.step, samples, metrics, is_alone=is_alone)
+
+    # --- on the engine's event loop
+
+    async def _answer_at_once(self) -> None:
+        sets = defaultdict(list)
+        for sample in self.samples:
+            sets[sample.source].append(sample)
+        await asyncio.gather(*map(self._answer, sets.values()))
+
+    async def _start(self) -> None:
+        self.task = asyncio.ensure_future(self._answer_where_room_is())
+
+    async def _end(self) -> None:
+        await self.task
+        self.task = None
+
+    async def _answer_where_room_is(self) -> None:
+        """Answer prompt after prompt, as many at a time as training's requests leave room for.
+
+        One is always under way: an evaluation ends though training never pauses.
+        """
+        room, under_way = self.run.training_requests, set()
+        for group in reward.by_group(self.samples):
+            while under_way and self.engine.requests + len(group) > room:
+                done, under_way = await asyncio.wait(
+                    under_way, timeout=ROOM_EVERY_S, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    task.result()  # raises what went wrong
+            under_way.add(asyncio.ensure_future(self._answer(group)))
+            await asyncio.sleep(0)  # it asks the engine now
+        await asyncio.gather(*under_way)
+
+    async def _answer(self, samples: list[Sample]) -> None:
+        """Answer samples of one set and judge the answers."""
+        settings, judge = self.how[samples[0].source]
+        await self.answer(self.engine, samples, self.run.data, settings, cache="held-out")
+        rollout.check_aborts(samples)
+        await asyncio.wrap_future(judge.submit(samples))
 
 
 def eval_metrics(samples: list[Sample]) -> dict[str, float]:

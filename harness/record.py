@@ -36,6 +36,7 @@ from common.errors import read_json
 from common.timeline import Clock, Span, mark_evaluation, waiting_share
 from data.sample import Sample, read_dump
 from harness import exits
+from harness.metrics import batch_metrics, describe_evaluation
 from harness.run_folder import (
     FILES,
     check_shared,
@@ -228,10 +229,10 @@ class Record:
     ) -> dict[str, float]:
         """Write the step's timeline and a few of its answers. Collective: the step's end.
 
-        Returns the seconds of the step and of its stages, and which shares of it trainers and
-        engines waited. A trainer waits while it neither trains nor sends weights, for the last rank
-        too. An engine waits while it generates nothing. Clocks of several machines are taken as
-        they are.
+        Returns what the samples amount to, see batch_metrics, the seconds of the step and of its
+        stages, and which shares of it trainers and engines waited. A trainer waits while it neither
+        trains nor sends weights, for the last rank too. An engine waits while it generates nothing.
+        Clocks of several machines are taken as they are.
         """
         self.log_samples(step, samples)
         rows = {"trainer": clock.spans} if self.trains else {}
@@ -250,6 +251,7 @@ class Record:
         of_step = (clock.started, end)
         trainers, engines = ([rank[row] for rank in ranks if row in rank] for row in ROWS[:2])
         return {
+            **batch_metrics(samples, version=step - 1),
             "step_s": end - clock.started,
             "trainer_wait": waiting_share(trainers, ("train", "sync"), *of_step),
             "engine_wait": waiting_share(engines, ("rollout",), *of_step),
@@ -269,17 +271,23 @@ class Record:
         self.stop_signals = " and ".join(sorted({signal.Signals(number).name for number in told}))
         if not self.is_writer:
             return
+        self.write_row(metrics)
+        is_first = step == self.first_step
+        if is_first and metrics.get("zero_std_groups") == 1 and "reward" in metrics:
+            self.say(NOTHING_TO_LEARN.format(**metrics))
+        if "reward" in metrics or "reward_errors" in metrics:  # a step, and no evaluation
+            self._show(metrics)
+
+    def write_row(self, metrics: dict) -> None:
+        """Write a line of metrics.jsonl, and the boards' part of it."""
+        if not self.is_writer:
+            return
         numbers = {key: x for key, x in metrics.items() if isinstance(x, (int, float))}
         for add in self.boards:
             add(numbers)
         rounded = {key: round(x, 8) if isinstance(x, float) else x for key, x in metrics.items()}
         self.files["metrics"].write(json.dumps(rounded) + "\n")
         self._remember(metrics)
-        is_first = step == self.first_step
-        if is_first and metrics.get("zero_std_groups") == 1 and "reward" in metrics:
-            self.say(NOTHING_TO_LEARN.format(**metrics))
-        if "reward" in metrics or "reward_errors" in metrics:  # a step, and no evaluation
-            self._show(metrics)
 
     def checkpoint_due(self, step: int) -> bool:
         """Tell whether a checkpoint is to be written now.
@@ -349,28 +357,19 @@ class Record:
         if self.is_writer:
             self.bar.write(text, file=sys.stderr)
 
-    def log_eval(self, step: int, samples: list[Sample], metrics: dict) -> dict:
+    def log_eval(
+        self, step: int, samples: list[Sample], metrics: dict, *, is_alone: bool = True
+    ) -> dict:
         """Print an evaluation's metrics and write its first answers; return the metrics.
 
-        samples.jsonl gets the first answers to prompts of each held-out set.
+        samples.jsonl gets the first answers to prompts of each held-out set. is_alone: engines did
+        nothing else meanwhile; the timeline then shows this time as an evaluation.
         """
         if not samples:
             return {}
-        self.evaluated = (self.spans_end, time.time())
-        prompts = len({sample.group for sample in samples})
-        n = 1 + max(sample.index for sample in samples)
-        of_n = (f"pass@{n}", f"majority@{n}") if n > 1 else ()
-        shown = [key for key in metrics if key.startswith("held_out/") or key in of_n]
-        more = "".join(f"  {key.removeprefix('held_out/')} {metrics[key]:.3f}" for key in shown)
-        if errors := metrics.get("held_out_errors"):
-            error = next(sample.error for sample in samples if sample.reward is None)
-            which = f"{errors} of {len(samples)} answers could not be judged"
-            more += f"  {which}, the first: {error[:200]}"
-        if "held_out" in metrics:
-            reward = f"held-out reward {metrics['held_out']:.3f}"
-            self.say(f"step {step:4d}  {reward} on {prompts} prompts{more}")
-        else:
-            self.say(f"step {step:4d}  no held-out reward{more}")
+        if is_alone:
+            self.evaluated = (self.spans_end, time.time())
+        self.say(f"step {step:4d}  {describe_evaluation(samples, metrics)}")
         self._append_samples(step, samples, split="held-out")
         return metrics
 

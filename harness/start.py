@@ -15,7 +15,9 @@ from backends.huggingface.folder import check_model_folder
 from backends.huggingface.fp8 import fp8_weights
 from common import distributed, process_groups
 from common.errors import ProblemList
+from common.held_out import held_out_sets
 from data.prompts import Data, load_data
+from data.remote_reward import check_listens, is_url
 from harness import checkpoint, checks, model_checks, plan
 from harness.record import Record
 import reward
@@ -66,34 +68,54 @@ class Run:
 
     @property
     def evaluates_first(self) -> bool:
-        """Whether there is an evaluation before the first step: a resumed run has had it."""
-        return not self.resumed_from or self.settings.run.eval_only
+        """Whether the weights of the start are evaluated; a resumed run has done that before.
+
+        Not so in the asynchronous loop: it saves before an evaluation has ended.
+        """
+        if not self.resumed_from or self.settings.run.eval_only:
+            return True
+        return self.is_async and self.evaluates_after(self.resumed_from.step)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Tell whether the weights of a step are evaluated."""
+        run = self.settings.run
+        return step % run.eval_every == 0 or step == run.steps
 
     @property
     def engine_load(self) -> dict:
         """What launch_engine must know of the run. requests: at a time, of one engine, at most."""
-        rollout, is_async = self.settings.rollout, checks.is_async(self.settings)
-        steps, more = 1, 0
-        if is_async:
-            in_flight = self.settings.in_flight
-            steps, more = in_flight.max_staleness + 1, in_flight.oversample
-        engines, groups = self.engines, rollout.prompts_per_step * steps + more
-        of_steps = -(-groups // engines) * rollout.samples_per_prompt
-        held_out = -(-len(self.data.held_out) // engines) * rollout.eval_samples_per_prompt
+        rollout, of_steps = self.settings.rollout, self.training_requests
+        held_out = -(-len(self.data.held_out) // self.engines) * rollout.eval_samples_per_prompt
+        if self.is_async:  # groups of training go on, and evaluation takes the room that they leave
+            held_out = of_steps + rollout.eval_samples_per_prompt
         return dict(
             seed=self.settings.run.seed,
             longest=self.longest,
             colocated=self.is_trainer,
             keeps_weights=self.settings.sync.sync == "delta",
             reports_experts=self.settings.train.routing_replay != "none",
-            # The asynchronous loop evaluates while its groups go on.
-            requests=of_steps + held_out if is_async else max(of_steps, held_out),
+            requests=max(of_steps, held_out),
         )
+
+    @property
+    def is_async(self) -> bool:
+        """Whether the asynchronous loop runs: engines generate while trainers train."""
+        return checks.is_async(self.settings)
+
+    @property
+    def training_requests(self) -> int:
+        """How many requests one engine has at a time, of training, at most."""
+        steps, more, rollout = 1, 0, self.settings.rollout
+        if self.is_async:
+            in_flight = self.settings.in_flight
+            steps, more = in_flight.max_staleness + 1, in_flight.oversample
+        groups = rollout.prompts_per_step * steps + more
+        return -(-groups // self.engines) * rollout.samples_per_prompt
 
     @property
     def broadcast_group(self) -> dist.ProcessGroup | None:
         """The group over which rank 0 sends weights to the ranks that generate, if they differ."""
-        return self.group if checks.is_async(self.settings) else None
+        return self.group if self.is_async else None
 
 
 def prepare(
@@ -113,8 +135,8 @@ def prepare(
     reward_function: in place of --reward's. turns: how often a rollout asks the engine for one
     sample, at most. stop: further tokens that end a turn, as --stop names them.
     """
-    label_problems = None if reward_function else reward.label_problems(settings.reward)
-    reward_function = reward_function or reward.REWARDS[settings.reward.reward]
+    trained_by = "" if reward_function else settings.reward.reward
+    reward_function = reward_function or reward.find_reward(trained_by)
     run_settings, rollout, train = settings.run, settings.rollout, settings.train
     ranks = checks.world_size(settings)
     trainer_ranks, rollout_ranks = checks.split_ranks(settings)
@@ -125,7 +147,7 @@ def prepare(
     config = found.collect(read_config, model)
     if not is_plan:
         prompts = replace(rollout, stop=(*rollout.stop, *stop))
-        judged = dict(label_problems=label_problems)
+        judged = dict(label_problems=lambda name: reward.label_problems(name or trained_by))
         data = found.collect(load_data, model, prompts, config, seed=run_settings.seed, **judged)
     longest = found.collect(model_checks.longest_sample, settings, config, data)
     # A plan is for GPUs, and the length of its prompts is a guess.
@@ -144,6 +166,9 @@ def prepare(
     found.collect(model_checks.check_held_out, run_settings, data and data.held_out)
     found.collect(plan.check_machine, settings, config, **load, longest=longest)
     if data:
+        rewards = {trained_by, *(of_set.reward for of_set in held_out_sets(rollout))}
+        for url in sorted(filter(is_url, rewards)):
+            found.collect(check_listens, url)
         inputs = found.collect(checkpoint.what_was_read, settings, data)
     if run_settings.resume and run_settings.name:
         resumed = found.collect(checkpoint.find_latest_checkpoint, settings, loop, inputs or {})

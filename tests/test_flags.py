@@ -164,7 +164,7 @@ def test_mistakes_of_form_and_of_rule_are_said_together(monkeypatch):
     words += ["--seed", "-1"]
     texts = refused(monkeypatch, *words)
     assert [text.partition(" ")[0] for text in texts] == [
-        "--stps", "--lr", "--reward", "--seed", "--temperature",
+        "--stps", "--lr", "--seed", "--temperature", "--reward",
     ]  # fmt: skip
 
 
@@ -211,7 +211,7 @@ def choices() -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("flag, table", [
-    ("reward", reward.REWARDS), ("advantage", advantages.ADVANTAGES),
+    ("advantage", advantages.ADVANTAGES),
     ("policy_loss", losses.POLICY_LOSSES), ("aggregation", losses.AGGREGATIONS),
     ("correction", losses.CORRECTIONS), ("kl_estimator", losses.KL_ESTIMATORS),
 ])  # fmt: skip
@@ -225,6 +225,11 @@ def test_a_flag_chooses_from_its_table(flag, table):
 def help_of(monkeypatch, loop) -> str:
     monkeypatch.setattr(sys, "argv", ["loop.py"])
     return flags.help_text(flags.flags_of(loop.Settings), loop.__doc__)
+
+
+def test_the_help_of_reward_explains_its_table(monkeypatch):
+    shown = help_of(monkeypatch, loop_sync)
+    assert [name for name in reward.REWARDS if f"{name}:" not in shown] == []
 
 
 def test_the_most_used_flags_come_first(monkeypatch):

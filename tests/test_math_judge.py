@@ -24,7 +24,7 @@ from conftest import ROOT
 from data import math_judge, math_rules
 from data.math_judge import TooHard, call_in_worker, judged_in_worker
 from data.sample import Sample
-from reward import Judge, RewardSettings, compute_rewards, label_problems, math_reward
+from reward import Judge, compute_rewards, label_problems, math_reward
 
 CASES = [
     pytest.param(*pair, id=f"{kind}: {pair[0]} | {pair[1]}")
@@ -113,13 +113,13 @@ def test_labels_that_cannot_be_judged_against_are_found_before_the_start(label, 
     good += ["Evelyn", "(1, 2)", r"x \in [0, 7)", "A, C", "Area = 5", "5 apples, 3 pears"]
     good += ["nan", "None", "3:30 p.m.", r"\{x | x > 1\}"]
     good += [r"\begin{pmatrix} 1 & 0 & 0 \\ 0 & 1 & 0 \\ 0 & 0 & 1 \end{pmatrix}"]
-    problems = label_problems(RewardSettings(reward="math"))([*good, label])
+    problems = label_problems("math")([*good, label])
     assert problems[:-1] == [""] * len(good)
     assert problems[-1].startswith(problem)
 
 
 def test_exact_takes_any_text_as_a_label():
-    problems = label_problems(RewardSettings(reward="exact"))(["3x +", 42, None, "a\n#### 5"])
+    problems = label_problems("exact")(["3x +", 42, None, "a\n#### 5"])
     assert [bool(problem) for problem in problems] == [False, False, True, True]
     assert "--reward exact needs" in problems[2]
 
@@ -130,7 +130,7 @@ def test_a_label_that_takes_for_ever_to_parse_is_found_before_the_start(short_li
 
     monkeypatch.setattr(math_rules, "is_judgeable", exec)
     monkeypatch.setattr(math_judge, "call_in_worker", never_ending)
-    problems = label_problems(RewardSettings(reward="math"))(["x + 1", "7"])
+    problems = label_problems("math")(["x + 1", "7"])
     assert problems == ["takes longer than 0.3 s to parse", ""]
 
 

@@ -24,11 +24,11 @@ from conftest import ROOT
 from data.sample import Sample
 from harness.evaluate import eval_metrics, majority_is_right, pass_at_k
 from losses import LossSettings
+from harness.metrics import batch_metrics
 from reward import (
     Judge,
     RewardSettings,
     add_advantages,
-    batch_metrics,
     compute_rewards,
     exact_match,
     is_uninformative,
@@ -81,8 +81,8 @@ def test_a_label_that_nothing_can_equal_is_an_error_and_no_zero(reward_function,
 def test_a_reward_of_a_fork_takes_any_label(monkeypatch):
     """Only the shipped rewards compare with the label; another may need a sentence, or none."""
     monkeypatch.setitem(reward.REWARDS, "mine", lambda sample: 1.0)
-    assert reward.label_problems(SimpleNamespace(reward="mine")) is None
-    assert reward.label_problems(RewardSettings(reward="exact"))([None]) != [""]
+    assert reward.label_problems("mine") is None
+    assert reward.label_problems("exact")([None]) != [""]
 
 
 # --- evaluation ---------------------------------------------------------------------------------

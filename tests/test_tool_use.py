@@ -25,7 +25,7 @@ from common.settings import REPOSITORY, RolloutSettings
 from data.prompts import load_data
 from data.sample import Sample
 from losses import LossSettings, ppo
-from reward import batch_metrics
+from harness.metrics import batch_metrics
 import rollout
 from tool_use import (
     CALL_END,

@@ -15,6 +15,7 @@ SGLang 0.5.14 (torch 2.11) and 0.5.21 differ. Code that tells them apart stands 
 
 import asyncio
 import collections
+import concurrent.futures
 import contextlib
 import importlib.util
 import logging
@@ -53,7 +54,7 @@ SIGQUIT_WITHIN_S = 3.0
 
 
 class Engine(sglang_engine.Engine):
-    """SGLang's Engine. version: of the weights that it holds, -1 before the first update."""
+    """SGLang's Engine. version: of its weights, at first -1. requests: running or queued."""
 
     run_scheduler_process_func = staticmethod(run_scheduler)
     holds_weights = True
@@ -82,7 +83,7 @@ class Engine(sglang_engine.Engine):
             raise
         self.config, self.version, self.answer_timeout_s = config, -1, answer_timeout_s
         self.timeline = Timeline()
-        self._requests, self._paused, self._released = 0, False, False
+        self.requests, self._paused, self._released = 0, False, False
         self._update_bytes = self._weight_bytes = 0  # held of this update; of the largest
         self._last_part, self.last_phase = None, ("start", ["no weights yet"])
         # The loop's thread and the judges' threads share the interpreter with the main thread,
@@ -140,10 +141,7 @@ class Engine(sglang_engine.Engine):
         self.loop.call_later(SIGQUIT_WITHIN_S, let_call_raise)
 
     def shutdown(self):
-        """End the engine's child processes, its event loop, and its files.
-
-        Also called at exit; a second call does nothing.
-        """
+        """End the engine's child processes, event loop and files. A second call does nothing."""
         # Stock code kills all child processes: W&B, judges, multiprocessing's resource tracker too.
         stock = sglang_engine.kill_process_tree
         sglang_engine.kill_process_tree = lambda *_, **__: kill_with_children(self.processes)
@@ -158,7 +156,8 @@ class Engine(sglang_engine.Engine):
             self.files = []
         # Without a loop the engine died while it was being started.
         if hasattr(self, "loop") and self.loop.is_running():
-            asyncio.run_coroutine_threadsafe(self._cancel_tasks(), self.loop).result()
+            cancelled = asyncio.run_coroutine_threadsafe(self._cancel_tasks(), self.loop)
+            concurrent.futures.wait([cancelled], timeout=2 * LOOP_ENDS_WITHIN_S)
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join(LOOP_ENDS_WITHIN_S)
 
@@ -265,15 +264,15 @@ class Engine(sglang_engine.Engine):
 
     async def drain(self) -> None:
         """Wait until no request is running or queued."""
-        while self._requests:
+        while self.requests:
             await asyncio.sleep(0.002)
 
     def _count_requests(self, change: int) -> None:
-        self._requests += change
+        self.requests += change
         self._mark()
 
     def _mark(self) -> None:
-        self.timeline.switch_to("sync" if self._paused else "rollout" if self._requests else "wait")
+        self.timeline.switch_to("sync" if self._paused else "rollout" if self.requests else "wait")
 
     # --- weights
     #
