@@ -53,7 +53,7 @@ import rollout
 import train_step
 import weight_sync
 from data.sample import Sample
-from harness import checkpoint, evaluate, export, start
+from harness import checkpoint, deal, evaluate, export, start
 from harness.exits import run_main
 
 
@@ -169,6 +169,9 @@ class GroupQueue:
     their place. Those left behind stay while the bound allows, then they are stopped and counted as
     dropped. With K = 0 nothing newer is in flight, so S groups more are started than a step needs.
 
+    --deal room: the groups in flight of all engines are one queue; an engine that has room takes
+    the next prompt. The B groups at its head are due, whichever engine has them.
+
     --dynamic-sampling N: a group whose rewards are all equal leaves the queue, and a new one starts
     at its end. The others only move forward, so the bound holds.
 
@@ -183,8 +186,12 @@ class GroupQueue:
         self.data, self.settings = run.data, run.settings
         self.has_engine = run.engine_index is not None
         self.oversample = run.settings.in_flight.oversample // run.engines
+        deals_by_room = self.has_engine and self.settings.in_flight.deal == "room"
+        self.shared = deal.SharedPrompts(run) if deals_by_room else None
         self.prompts = rollout.PromptStream(run, run.settings.rollout)
         self.per_step = self.prompts.per_step
+        self.limit = 0
+        """With --deal room: no prompt from this number on may be started yet."""
         self.queue: list[Group] = []
         self.replacements = 0
         """How many more groups of this step may be replaced."""
@@ -227,15 +234,18 @@ class GroupQueue:
         self.restored_groups = []
         steps_left = self.settings.run.steps - version
         steps_ahead = min(self.settings.in_flight.max_staleness + 1, steps_left)
-        length = max(steps_ahead * self.per_step, self.per_step + self.oversample)
-        while len(self.queue) < length:
-            self._start(*self.prompts.take(1), version)
-        self.replacements = self.settings.reward.dynamic_sampling * self.per_step
-
-        while not self._is_ready():
-            running = [group.task for group in self.queue if not group.task.done()]
-            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        taken = [group for group in self.queue if group.task.done()][: self.per_step]
+        if self.shared:
+            self.limit = (version + steps_ahead) * self.shared.per_step
+            taken = await self._take_due((version + 1) * self.shared.per_step)
+        else:
+            length = max(steps_ahead * self.per_step, self.per_step + self.oversample)
+            while len(self.queue) < length:
+                self._start(*self.prompts.take(1), version)
+            self.replacements = self.settings.reward.dynamic_sampling * self.per_step
+            while not self._is_ready():
+                running = [group.task for group in self.queue if not group.task.done()]
+                await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            taken = [group for group in self.queue if group.task.done()][: self.per_step]
         left = [group for group in self.queue if group not in taken]
 
         oldest = version + 1 - self.settings.in_flight.max_staleness  # of what the next step trains
@@ -247,6 +257,30 @@ class GroupQueue:
         self.queue = [group for group in left if group not in too_old]
         discarded, self.discarded = self.discarded, []
         return [sample for group in taken for sample in group.samples] + discarded
+
+    async def _take_due(self, end: int) -> list[Group]:
+        """Return this engine's groups of prompts below end, once every engine has started its own.
+
+        For --deal room. They are finished.
+        """
+        while True:
+            self._fill()
+            self._raise_failures()
+            due = [group for group in self.queue if group.prompt.group < end]
+            if all(group.task.done() for group in due) and self.shared.all_started(end):
+                return due
+            await asyncio.sleep(deal.LOOK_EVERY_S)
+
+    def _fill(self, ended: asyncio.Future | None = None) -> None:
+        """Start groups while this engine has room for them; ended: the task of one that is done."""
+        if ended and (ended.cancelled() or ended.exception()):
+            return
+        while True:
+            unfinished = sum(not group.task.done() for group in self.queue)
+            prompt = self.shared.take(unfinished, self.limit)
+            if prompt is None:
+                return
+            self._start(prompt, self.engine.version)
 
     def _start(self, prompt: Sample, version: int, restored: dict | None = None) -> None:
         """Put a group at the queue's end. restored: what a checkpoint held of it.
@@ -262,6 +296,8 @@ class GroupQueue:
             group.task.set_result(None)
         else:
             group.task = asyncio.ensure_future(self._answer_and_judge(group))
+            if self.shared:
+                group.task.add_done_callback(self._fill)
         self.queue.append(group)
 
     def _is_ready(self) -> bool:
@@ -269,13 +305,16 @@ class GroupQueue:
 
         Raises what a group raised in the background.
         """
-        for group in self.queue:
-            if group.task.done():
-                group.task.result()
+        self._raise_failures()
         due = self.queue[: self.per_step]
         unfinished_due = sum(not group.task.done() for group in due)
         finished = sum(group.task.done() for group in self.queue)
         return finished >= self.per_step and unfinished_due <= self.oversample
+
+    def _raise_failures(self) -> None:
+        for group in self.queue:
+            if group.task.done():
+                group.task.result()
 
     async def _answer_and_judge(self, group: Group) -> None:
         """Answer and judge a group; replace it if it is uninformative.

@@ -56,7 +56,8 @@ def run(loop: str, steps: int, flags: list[str], folder: Path) -> tuple[dict, li
                 except psutil.Error:
                     continue  # the process has just ended
     assert process.returncode == 0, (folder / "output").read_text(encoding="utf-8")[-3000:]
-    return seen, [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()][1:]
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return seen, [row for row in rows if "step_s" in row]  # the others are evaluations
 
 
 def main() -> None:

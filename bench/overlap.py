@@ -121,7 +121,8 @@ def measure(
 
 
 def mean(rows: list[dict], key: str) -> float:
-    steady = rows[1 + len(rows) // 4 : -2]  # row 0 is the evaluation before the first step
+    rows = [row for row in rows if "step_s" in row]  # the others are evaluations
+    steady = rows[len(rows) // 4 : -2]
     return sum(row[key] for row in steady) / len(steady)
 
 

@@ -144,6 +144,9 @@ class InFlightSettings:
     oversample: int = 0
     """How many groups a step may leave for a later step, over all engines, instead of waiting for
     their last response."""
+    deal: Literal["fixed", "room"] = "fixed"
+    """Which engine answers which prompt. fixed: engines take turns. room: an engine takes the next
+    prompt when it has room for one, so that a slow engine answers fewer."""
     updates: Literal["in_flight", "drain"] = "in_flight"
     """When new weights reach the engine. in_flight: requests are paused and continue with the new
     weights. drain: after all running requests have finished."""

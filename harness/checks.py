@@ -110,6 +110,14 @@ def check_modes(settings) -> None:
         if given != default:
             shown = " ".join(map(str, given)) if isinstance(given, tuple) else given
             yield f"{_flag(name)} {shown} has no effect with {kind}: leave one out"
+    if is_async(settings) and settings.in_flight.deal == "room":
+        # Which prompts a step trains is fixed by their numbers.
+        for stage, name in (
+            (settings.in_flight, "oversample"),
+            (settings.reward, "dynamic_sampling"),
+        ):
+            if given := getattr(stage, name):
+                yield f"{_flag(name)} {given} does not go with --deal room: use --deal fixed"
 
 
 # --- the run ------------------------------------------------------------------------------------

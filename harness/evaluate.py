@@ -58,13 +58,15 @@ class Evaluation:
     def finish(self) -> None:
         """Wait for the evaluation that was started, if one was, and log it. Collective.
 
-        It gets a row of metrics of its own, with the step whose weights were evaluated.
+        It gets a row of metrics of its own, with the step whose weights were evaluated. Step 0 has
+        one even without held-out prompts, as in the synchronous loop.
         """
         if self.step is None:
             return
         if self.task is not None:
             self.engine.call(self._end())
-        if metrics := self._metrics(is_alone=False):
+        metrics = self._metrics(is_alone=False)
+        if metrics or not self.step:
             self.run.record.write_row({"step": self.step, **metrics})
         self.step = None
 

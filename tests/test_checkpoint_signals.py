@@ -36,7 +36,7 @@ def test_torchrun_told_to_stop_leaves_a_checkpoint(start_loop, tmp_path, script,
     (saved,) = checkpoints_of(tmp_path / "runs" / "long")
     assert checkpoint.describe_damage(saved) == ""
     assert saved.name == f"step-{rows[-1]['step']:06d}"
-    assert not any(row["reward_errors"] for row in rows[1:])
+    assert not any(row.get("reward_errors") for row in rows)
     said = started.text()
     assert f"as asked by {number.name}: go on" in said
     assert "SGLang engine died" not in said
@@ -79,5 +79,6 @@ def test_told_to_stop_it_saves_and_ends_well(start_loop, tmp_path, script, flags
     more = ["--steps", str(last + 4), "--name", "long", "--resume"]
     torchrun(ROOT / script, *SMALL_RUN, *flags, *more, ranks=2, cwd=tmp_path)
     rows = metrics_of(run)
-    assert [row["step"] for row in rows] == list(range(last + 5))
+    steps = [row["step"] for row in rows if "step_s" in row]  # an evaluation may have its own row
+    assert steps == list(range(1, last + 5))
     assert max(row.get("staleness_max", 0) for row in rows) <= 2

@@ -30,7 +30,9 @@ class Done:
         run = folder / "runs" / "a"
         seen = [(folder / f"rank-{rank}.json").read_text(encoding="utf-8") for rank in range(ranks)]
         self.ranks = list(map(json.loads, seen))
-        self.evaluation, *self.metrics = metrics_of(run)
+        rows = metrics_of(run)
+        self.metrics = [row for row in rows if "step_s" in row]
+        self.evaluations = [row for row in rows if "held_out" in row]
         self.steps = self.ranks[0]["steps"]
         self.trace = json.loads((run / "trace.json").read_text(encoding="utf-8"))
 
@@ -110,7 +112,19 @@ def test_staleness_1_without_learning_does_not_drift(tmp_path):
     early, late = sum(mismatches[:10]) / 10, sum(mismatches[10:]) / 10
     assert early < 0.1
     assert late == pytest.approx(early, rel=0.5)
-    assert done.metrics[-1]["held_out"] == pytest.approx(done.evaluation["held_out"], abs=0.5)
+    first, last = done.evaluations
+    assert last["held_out"] == pytest.approx(first["held_out"], abs=0.5)
+
+
+@pytest.mark.complete
+def test_an_engine_that_has_room_takes_the_next_prompt(tmp_path):
+    """Two engines. Each prompt is trained once, in the step of its number."""
+    flags = ["--steps", "8", "--eval-every", "4", "--rollout-ranks", "2", "--deal", "room", *LONG]
+    done = Done(tmp_path, *flags, ranks=3, slow="engine")
+    done.check(bound=1)
+    for i, step in enumerate(done.steps):
+        assert {group for group, _ in step["trained"]} == set(range(4 * i, 4 * i + 4))
+    assert [row["step"] for row in done.evaluations] == [0, 4, 8]
 
 
 @pytest.mark.complete

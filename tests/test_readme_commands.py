@@ -267,6 +267,7 @@ BENCHMARKS = {  # the command in docs/: what makes it short
     "bench/changes.py": f"--model {ROOT / 'toy'} --steps 4",
     "bench/changes.py estimate": "",
     "bench/cpu_attention.py": "--requests 16 --rounds 1",
+    "bench/deal.py": "--rounds 1 --steps 4",
     "bench/density.py": "--steps 2 --lr 1e-6 --out density.png",
     "bench/density.py lag": "--steps 2 --out density.png",
     "bench/mismatch.py cost": "--steps 3",

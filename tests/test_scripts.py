@@ -36,6 +36,7 @@ RUN_BY = {
     "bench/algorithms.py": "test_readme_commands.py",
     "bench/changes.py": "test_readme_commands.py",
     "bench/cpu_attention.py": "test_readme_commands.py",
+    "bench/deal.py": "test_readme_commands.py",
     "bench/density.py": "test_readme_commands.py",
     "bench/density_run.py": "",  # bench/density.py starts it.
     "bench/long_run.py": "test_readme_commands.py",
