@@ -130,8 +130,8 @@ def add_advantages(
 ) -> None:
     """Set every sample's advantages, float64 [L], from the whole batch. Each rank gets the same.
 
-    With --kl-in reward the samples have old_logprobs and ref_logprobs. Samples without a reward
-    belong to no group and get advantages 0.
+    With --kl-in reward the samples have ref_logprobs, and those that --old-logprobs names. Samples
+    without a reward belong to no group and get advantages 0.
     """
     for sample in samples:
         sample.advantages = np.zeros(len(sample.response_ids))
@@ -141,7 +141,8 @@ def add_advantages(
     overlong = [overlong_penalty(length, **limits) for length in lengths]
     kl_T = np.zeros(sum(lengths))
     if loss.kl_coef and loss.kl_in == "reward":
-        old_T = torch.from_numpy(_concatenated([sample.old_logprobs for sample in scored]))
+        old = "rollout_logprobs" if loss.old_logprobs == "rollout" else "old_logprobs"
+        old_T = torch.from_numpy(_concatenated([getattr(sample, old) for sample in scored]))
         ref_T = torch.from_numpy(_concatenated([sample.ref_logprobs for sample in scored]))
         kl_T = KL_ESTIMATORS[loss.kl_estimator].function(old_T, ref_T, old_T).numpy()
     scores = Scores(

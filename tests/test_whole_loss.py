@@ -45,10 +45,13 @@ POLICIES = {  # with bounds that the ratios of the batch are on both sides of
     "ppo, dual clip": dict(policy_loss="ppo", clip_low=0.2, clip_high=0.28, dual_clip=1.5),
     "gspo": dict(policy_loss="gspo", clip_low=0.1, clip_high=0.15, dual_clip=1.3),
     "cispo": dict(policy_loss="cispo", clip_low=0.2, clip_high=0.28),
+    "gmpo": dict(policy_loss="gmpo", clip_low=0.1, clip_high=0.15),
+    "sapo": dict(policy_loss="sapo", tau_pos=2.0, tau_neg=3.0),
 }
 CORRECTIONS = {
     "none": {},
     "tis": dict(correction_high=1.3),
+    "sequence_tis": dict(correction_high=1.3),
     "icepop": dict(correction_low=0.6, correction_high=1.6),
     "decoupled": dict(correction_high=1.3),
     "sequence_mask": dict(correction_low=0.8, correction_high=1.25),
@@ -190,9 +193,9 @@ def algorithm_of(settings: LossSettings) -> oracle.Algorithm:
     """The same choice in the oracle's words."""
     return oracle.Algorithm(
         policy_loss=settings.policy_loss,
-        clips=dict(zip(("clip_low", "clip_high"), settings.clips), dual_clip=settings.dual_clip),
+        clips=settings.clips,
         correction=settings.correction,
-        bounds=dict(zip(("low", "high"), settings.correction_bounds)),
+        bounds=settings.correction_bounds,
         aggregation=settings.aggregation,
         kl=settings.kl_estimator if settings.kl_coef and settings.kl_in == "loss" else None,
         kl_coef=settings.kl_coef,
