@@ -29,9 +29,9 @@ def check_loss_settings(settings: LossSettings) -> None:
     low, high = clips["clip_low"], clips["clip_high"]
     if not ((low is None or 0 < low <= 1) and (high is None or high > 0)):
         yield f"--clip-low {low} must lie in (0, 1], --clip-high {high} must be positive"
-    low, high = clips.get("tau_neg", 1.0), clips.get("tau_pos", 1.0)
-    if not (0 < low < math.inf and 0 < high < math.inf):
-        yield f"--tau-pos {high} and --tau-neg {low} must be positive and finite"
+    pos, neg = clips.get("tau_pos", 1.0), clips.get("tau_neg", 1.0)
+    if not (0 < pos < math.inf and 0 < neg < math.inf):
+        yield f"--tau-pos {pos} and --tau-neg {neg} must be positive and finite"
     if settings.dual_clip and not settings.dual_clip > 1:
         yield f"--dual-clip {settings.dual_clip} must be above 1, or 0 for none"
     low, high = settings.correction_bounds.values()

@@ -12,6 +12,7 @@ test_splits.py.
 
 import itertools
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,20 +163,22 @@ class Batch:
 
     def known(self, settings: LossSettings, advantage: str) -> oracle.Known:
         """Return what the oracle knows; a KL in the reward lowers its advantages by token."""
+        from_engine = settings.old_logprobs == "rollout"
+        old_T = self.rollout_T if from_engine else self.old_T
         lengths_N = np.array([len(mask) for mask in MASKS])
         penalties_T = np.zeros(len(self.mask_T))
         if settings.kl_coef and settings.kl_in == "reward":
             kl = oracle.KL_ESTIMATORS[settings.kl_estimator]
-            penalties_T = settings.kl_coef * np.array(
-                [kl(o, r, o) for o, r in zip(self.old_T, self.ref_T)]
-            )
+            rows = zip(old_T, self.ref_T, self.mask_T)
+            kl_T = [kl(old, ref, old) if mask else 0.0 for old, ref, mask in rows]
+            penalties_T = settings.kl_coef * np.array(kl_T)
         outcomes = oracle.Outcomes(
             np.array(self.rewards), np.array(GROUPS), lengths_N, self.mask_T, penalties_T
         )
         advantages_T = oracle.ADVANTAGES[advantage](outcomes)
-        return oracle.Known(
-            self.logprobs_T, self.old_T, self.rollout_T, self.ref_T, advantages_T, self.packed
-        )
+        known_T = (self.logprobs_T, old_T, self.rollout_T, self.ref_T, advantages_T)
+        measured_T = self.logprobs_T if from_engine else old_T
+        return oracle.Known(*known_T, self.packed, measured_T)
 
     def gradient(self, known: oracle.Known, algorithm: oracle.Algorithm) -> np.ndarray:
         """Of the whole loss at every logit: finite differences, then through the softmax."""
@@ -245,8 +248,22 @@ def assert_metrics(
 @pytest.mark.parametrize("correction", CORRECTIONS | FORKED_CORRECTIONS)
 @pytest.mark.parametrize("policy", POLICIES | FORKED)
 def test_value_gradient_and_metrics_are_the_oracles(table, policy, correction, scored):
+    assert_the_oracles(table, algorithms(policy, correction, scored=scored), scored=scored)
+
+
+@pytest.mark.parametrize("scored", [True, False], ids=["with old log-probs", "without"])
+@pytest.mark.parametrize("policy", POLICIES | FORKED)
+def test_ratios_start_from_the_engines_log_probs(table, policy, scored):
+    """With --old-logprobs rollout; the trainer's old ones change nothing. No KL is left out."""
+    chosen = algorithms(policy, "none")
+    chosen = [replace(settings, old_logprobs="rollout") for settings in chosen]
+    assert_the_oracles(table, chosen, scored=scored)
+
+
+def assert_the_oracles(table, algorithms: list[LossSettings], *, scored: bool) -> None:
+    """Assert value, gradient and metrics of each."""
     batch = Batch(table.gpt.weight, scored=scored)
-    for settings in algorithms(policy, correction, scored=scored):
+    for settings in algorithms:
         sums, gradient = shipped(table, batch, settings)
         known, algorithm = batch.known(settings, advantage_of(settings)), algorithm_of(settings)
         expected = oracle.whole_loss(batch.logprobs_T, batch.entropy_T, known, algorithm)
@@ -305,11 +322,14 @@ def test_the_batch_reaches_every_branch(table):
         )
         inside_T = ~clipped_T & counts
         assert inside_T.any()
-        assert (clipped_T & counts & (ratio_T < 1)).any()
-        assert (clipped_T & counts & (ratio_T > 1)).any()
+        places_T, kinks = kinks_of(batch, ratio_T, algorithm)
+        assert all((np.abs(places_T[counts] - kink) > 1e-3).all() for kink in kinks)
+        if policy != "sapo":  # it has no clip
+            assert (clipped_T & counts & (places_T < kinks[0])).any()
+            assert (clipped_T & counts & (places_T > kinks[1])).any()
         assert correction == "none" or (cut_T & counts).any() and (~cut_T & counts).any()
         log_weight_T = batch.old_T - batch.rollout_T
-        if correction == "sequence_mask":
+        if correction.startswith("sequence_"):  # their mean has the sign of their sum
             log_weight_T = np.array(
                 [
                     oracle.mean_log_ratio(log_weight_T, batch.packed, n)
@@ -320,14 +340,18 @@ def test_the_batch_reaches_every_branch(table):
         low = algorithm.bounds["low"] is not None
         assert (cut_low_T & counts).any() == low, "below the bound, for what has one"
         assert correction == "none" or (cut_T & ~cut_low_T & counts).any()
-        kinks = (
-            1 - algorithm.clips["clip_low"],
-            1 + algorithm.clips["clip_high"],
-            algorithm.clips["dual_clip"],
-        )
-        assert all((np.abs(ratio_T[counts] - kink) > 1e-3).all() for kink in kinks)
         if dual := algorithm.clips["dual_clip"]:
             assert ((ratio_T > dual) & (known.advantages_T < 0))[counts].any()
+
+
+def kinks_of(batch: Batch, ratio_T, algorithm: oracle.Algorithm) -> tuple[np.ndarray, list]:
+    """Return (a number of each token, where on its scale the loss has no derivative)."""
+    low, high, dual = (algorithm.clips[name] for name in ("clip_low", "clip_high", "dual_clip"))
+    if algorithm.policy_loss == "sapo":
+        return ratio_T, []
+    if algorithm.policy_loss == "gmpo":
+        return batch.logprobs_T - batch.old_T, [-low, high]
+    return ratio_T, [1 - low, 1 + high, dual]
 
 
 @pytest.mark.parametrize("far", [100, 1e4])

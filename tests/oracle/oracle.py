@@ -280,6 +280,8 @@ class Known:
     ref_T: np.ndarray
     advantages_T: np.ndarray
     packed: Packed
+    measured_T: np.ndarray
+    """The trainer's log-probs whose mismatch with rollout_T is reported."""
 
 
 @dataclass
@@ -333,7 +335,8 @@ def whole_metrics(
     )
     rows = []
     for t in [t for n in range(known.packed.samples) for t in known.packed.counting(n)]:
-        moved, apart = logprobs_T[t] - known.old_T[t], known.old_T[t] - known.rollout_T[t]
+        moved = logprobs_T[t] - known.old_T[t]
+        apart = known.measured_T[t] - known.rollout_T[t]
         rows.append({
             "entropy": entropy_T[t],
             "ratio": ratio_T[t],
