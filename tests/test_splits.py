@@ -105,6 +105,7 @@ def test_each_algorithm_is_one_of_its_own(whole):
     assert "gspo" in clipped
     assert all(whole[name][0]["clipfrac"] > 0 for name in clipped)
     assert whole["icepop"][0]["tis_clipfrac"] > 0
+    assert 0 < whole["sequence tis"][0]["tis_clipfrac"] < 1
 
 
 def test_an_entry_that_is_not_named_is_run_all_the_same(monkeypatch):
