@@ -177,6 +177,8 @@ class Data:
     digest: dict[str, str] = field(default_factory=dict)
     """Checksum of each source of --prompts, by its place there: "1", "2", …. It does not depend on
     where a file is."""
+    prompts_of_a_pass: int | None = None
+    """Training prompts of the one file; None if --prompts is a mixture, or endless."""
 
 
 @all_problems
@@ -224,6 +226,7 @@ def load_data(
         lengths.append(length)
         digest[str(len(streams))] = checksum(sources[given], read)
     own = [given for given in sources if is_generated(given)]
+    is_file = len(sources) == 1 and not own
     for given, name in short_names(list(settings.eval_prompts) or own).items():
         opened = found.collect(open_source, given, name, is_eval=True) or nothing
         stream, length, _ = opened
@@ -247,6 +250,7 @@ def load_data(
         longest=max(lengths) + settings.max_response_tokens,
         seed=seed,
         digest=digest,
+        prompts_of_a_pass=len(read) if is_file else None,
     )
 
 

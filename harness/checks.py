@@ -34,6 +34,7 @@ from common.settings import (
     is_generated,
     parse_weights,
 )
+from harness.epochs import check_max_epochs
 from harness.loss_checks import check_loss_settings
 from harness.run_folder import name_problems, rollouts_file
 from losses import LossSettings
@@ -54,6 +55,7 @@ def check_flags(settings) -> None:
     """Check all flags of a loop. Raises one BadInput with everything that cannot work."""
     found, ranks = ProblemList(), world_size(settings)
     found.collect(check_run_flags, settings.run)
+    found.collect(check_max_epochs, settings.run, settings.rollout)
     if hasattr(settings, "plan"):
         found.collect(check_plan_flags, settings.plan)
     if is_async(settings):
@@ -111,10 +113,11 @@ def check_modes(settings) -> None:
         idle += [(train, "freeze_moe_router")]
         if run.eval_only:
             idle += [(settings.reward, "dynamic_sampling"), (train, "routing_replay")]
+            idle += [(run, "max_epochs")]
     elif run.load_rollouts:
         kind = "--load-rollouts"
         idle = [(run, "check_sync"), (settings.reward, "dynamic_sampling")]
-        idle += [(rollout, "sglang"), (rollout, "eval_prompts")]
+        idle += [(rollout, "sglang"), (rollout, "eval_prompts"), (run, "max_epochs")]
     for stage, name in [*idle, (settings.sync, "sync")] if kind else []:
         given, default = getattr(stage, name), getattr(type(stage)(), name)
         if given != default:

@@ -16,7 +16,7 @@ from backends.huggingface.fp8 import fp8_weights
 from common import distributed, process_groups
 from common.errors import ProblemList
 from data.prompts import Data, load_data
-from harness import checkpoint, checks, model_checks, plan
+from harness import checkpoint, checks, epochs, model_checks, plan
 from harness.record import Record
 import reward
 
@@ -127,6 +127,8 @@ def prepare(
         prompts = replace(rollout, stop=(*rollout.stop, *stop))
         judged = dict(label_problems=label_problems)
         data = found.collect(load_data, model, prompts, config, seed=run_settings.seed, **judged)
+        if data:  # all that follows, and the run, goes by the lowered steps
+            settings = found.collect(epochs.lower_steps, settings, data) or settings
     longest = found.collect(model_checks.longest_sample, settings, config, data)
     # A plan is for GPUs, and the length of its prompts is a guess.
     planned = dict(longest=None if is_plan else longest, on_gpu=is_plan or None)
@@ -155,6 +157,9 @@ def prepare(
     group = distributed.init_distributed(separate, wait_s=wait_s)
     is_trainer = group.rank() < trainer_ranks
     split = dict(ranks=ranks, rollout_ranks=rollout_ranks)
+    record = Record(settings, loop, group, is_trainer, resumed=resumed)
+    if settings.run.max_epochs:
+        record.say(epochs.describe(settings, data))
     return Run(
         settings,
         model,
@@ -166,7 +171,7 @@ def prepare(
         is_trainer,
         engine_index=plan.engine_index(settings, group.rank(), **split),
         engines=rollout_ranks // rollout.engine_tp,
-        record=Record(settings, loop, group, is_trainer, resumed=resumed),
+        record=record,
         inputs=inputs,
         resumed_from=resumed,
     )
