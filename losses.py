@@ -401,8 +401,8 @@ class LossSettings:
     ) = "ppo"
     clip_low: _bound(POLICY_LOSSES, "clip_low", "Clip the ratio below 1 - clip_low.") = None
     clip_high: _bound(POLICY_LOSSES, "clip_high", "Clip the ratio above 1 + clip_high.") = None
-    tau_pos: _bound(POLICY_LOSSES, "tau_pos", "Steepness of the gate where A > 0.") = None
-    tau_neg: _bound(POLICY_LOSSES, "tau_neg", "Steepness of the gate elsewhere.") = None
+    tau_pos: _bound(POLICY_LOSSES, "tau_pos", "Steepness of sapo's gate where A > 0.") = None
+    tau_neg: _bound(POLICY_LOSSES, "tau_neg", "Steepness of sapo's gate elsewhere.") = None
     dual_clip: float = 0.0
     """Limit the loss of tokens with a negative advantage to this multiple of |advantage|, above 1,
     for instance 3; 0: no limit."""
