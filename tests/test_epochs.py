@@ -12,7 +12,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import metrics_of, torchrun
+from conftest import ROOT, metrics_of, torchrun
 from prompt_helpers import data, write
 
 from common.errors import BadInput
@@ -118,7 +118,7 @@ def test_a_run_takes_each_prompt_of_the_file_once_a_pass(tmp_path):
     flags = ["--prompts", write(tmp_path / "p.jsonl", *rows), "--max-epochs", "2"]
     flags += ["--prompts-per-step", "6", "--samples-per-prompt", "2", "--eval-prompts", "toy"]
     flags += ["--eval-samples", "4", "--save-rollouts", "--export", "--name", "run"]
-    done = torchrun("loop_sync.py", *flags, ranks=1, cwd=tmp_path)
+    done = torchrun(ROOT / "loop_sync.py", *flags, ranks=1, cwd=tmp_path)
     assert "--max-epochs 2: 3 steps, of 6 of the file's 9 prompts" in done.stderr
     assert "in 3 steps" in done.stdout
     folder = tmp_path / "runs" / "run"
