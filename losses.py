@@ -79,9 +79,9 @@ def ratio(log_ratio_T: torch.Tensor) -> torch.Tensor:
 #     (logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_high, dual_clip)
 #     -> (loss_T, ratio_T, clipped_T)
 #
-# The log-probs and advantages are float [T]; the three settings are numbers. loss_T is each token's
-# loss, float [T]. ratio_T is the ratio that it uses, float [T]. clipped_T tells where the clip
-# removed the gradient, bool [T]. They need no mask: weight_T is 0 where a token does not count.
+# and tau_pos, tau_neg where its entry has them. Log-probs and advantages are float [T], settings
+# are numbers. loss_T is each token's loss, ratio_T the ratio that it uses, float [T]. clipped_T
+# tells where the clip removed the gradient, bool [T]. weight_T masks tokens that do not count.
 
 
 def clipped_objective(ratio_T, advantages_T, *, clip_low, clip_high, dual_clip):
@@ -91,8 +91,8 @@ def clipped_objective(ratio_T, advantages_T, *, clip_low, clip_high, dual_clip):
 
         loss = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A)
 
-    dual_clip c > 1 limits the loss to -c A where A < 0 (arXiv 1912.09729, equation 5); 0 turns the
-    limit off. Without it, one bad token that has become likely can dominate the batch.
+    dual_clip c > 1 limits the loss to -c A where A < 0 (arXiv 1912.09729, equation 5), so that no
+    bad token that has become likely dominates the batch; 0: no limit.
     """
     plain_T = -ratio_T * advantages_T
     bounded_T = -ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T
@@ -133,12 +133,43 @@ def cispo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip
 
         loss = -sg(clip(r, 1 - clip_low, 1 + clip_high)) A logprobs
 
-    clip_low 1 means no lower bound, as in the paper. dual_clip has no meaning here; the table
-    allows only 0.
+    clip_low 1 means no lower bound, as in the paper. dual_clip has no meaning here.
     """
     ratio_T = ratio(logprobs_T.detach() - old_logprobs_T)
     weight_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
     return -weight_T * advantages_T * logprobs_T, ratio_T, weight_T != ratio_T
+
+
+def gmpo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, clip_low, clip_high, dual_clip):
+    """Compute GMPO's objective, arXiv 2507.20673, in a token form as gspo's.
+
+    A response's ratio s is the geometric mean of its token ratios, each clipped before:
+
+        log s = c - sg(c) + sg(mean over the response of c),  c = clip(logprobs - old)
+
+    c lies in [-clip_low, clip_high]; the upper bound holds where A > 0, the lower where A < 0. With
+    one advantage for all tokens of a response, the gradient is that of the paper's product.
+    """
+    log_ratio_T = logprobs_T - old_logprobs_T
+    bounded_T = log_ratio_T.clamp(-clip_low, clip_high)
+    clipped_T = (bounded_T - log_ratio_T) * advantages_T < 0
+    kept_T = torch.where(clipped_T, bounded_T, log_ratio_T)
+    ratio_T = ratio(kept_T - kept_T.detach() + sequences.mean(kept_T))
+    return -ratio_T * advantages_T, ratio_T, clipped_T
+
+
+def sapo(logprobs_T, old_logprobs_T, advantages_T, sequences, *, tau_pos, tau_neg, **no_clips):
+    """Compute SAPO's objective, arXiv 2511.20347: a smooth gate f in place of the clip.
+
+        loss = -f(r) A,   f(r) = 4 / tau sigmoid(tau (r - 1))
+
+    f has slope 1 at r = 1 and less on both sides, the less the larger tau is: tau_pos where A > 0,
+    else tau_neg. No gradient is cut off. The paper averages as --aggregation sequence does.
+    """
+    ratio_T = ratio(logprobs_T - old_logprobs_T)
+    tau_T = torch.full_like(ratio_T, tau_neg).masked_fill(advantages_T > 0, tau_pos)
+    gate_T = 4 / tau_T * torch.sigmoid(tau_T * (ratio_T - 1))
+    return -gate_T * advantages_T, ratio_T, torch.zeros_like(ratio_T, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -148,6 +179,8 @@ class PolicyLoss:
     function: Callable
     clip_low: float | None
     clip_high: float | None
+    tau_pos: float | None = None
+    tau_neg: float | None = None
     only: dict[str, tuple] = field(default_factory=dict)
     """{field of LossSettings: the values that this loss works with}; others are refused."""
 
@@ -161,6 +194,8 @@ POLICY_LOSSES = {
     "gspo": PolicyLoss(gspo, 3e-4, 4e-4, only={"aggregation": ("sequence",)}),
     # No lower bound and weights up to 5, as in ScaleRL, arXiv 2510.13786.
     "cispo": PolicyLoss(cispo, 1.0, 4.0, only={"dual_clip": (0.0,)}),
+    "gmpo": PolicyLoss(gmpo, 0.4, 0.4, only={"aggregation": ("sequence",), "dual_clip": (0.0,)}),
+    "sapo": PolicyLoss(sapo, None, None, 1.0, 1.05, only={"dual_clip": (0.0,)}),
 }
 
 
@@ -170,16 +205,12 @@ POLICY_LOSSES = {
 #
 #     loss = sum of weight_T loss_T / sum of normalizer_N
 #
-# Both sums run over all samples of the global batch, on whichever ranks they are. A mean of the
-# ranks' means would depend on which rank holds which sample. For example, means of 1 over 2 tokens
-# and 3 over 8 tokens average to 2.0, but the mean over the 10 tokens is 2.6.
+# Both sums run over the global batch. A mean of the ranks' means would depend on which rank holds
+# which sample: means of 1 over 2 tokens and 3 over 8 average to 2.0, the mean over 10 is 2.6.
 
 
 def per_token(sequences: Sequences, *, max_response_tokens: int):
-    """Give every token the same weight: DAPO, arXiv 2503.14476, equation 8.
-
-    A long response counts more than a short one.
-    """
+    """Weigh all tokens alike: DAPO, arXiv 2503.14476, equation 8. Long responses count more."""
     return sequences.mask_T, sequences.counts_N
 
 
@@ -229,22 +260,27 @@ def tis(log_weight_T, sequences, *, low: None, high: float):
     return weight_T.clamp(max=high), weight_T > high
 
 
-def icepop(log_weight_T, sequences, *, low: float, high: float):
-    """Keep exp(old - rollout) where it lies in [low, high], else 0: IcePop, arXiv 2510.18855.
+def sequence_tis(log_weight_T, sequences, *, low: None, high: float):
+    """Truncate a response's importance weight: min(product of exp(old - rollout), high).
 
-    A token about which engine and trainer disagree too much teaches nothing.
+    Liu et al., "When Speed Kills Stability", 2025; verl's rollout_is "sequence". The product is the
+    weight of the whole response, and without the bound unbiased; a geometric mean would not be.
     """
+    weight_T = ratio(sequences.mean(log_weight_T) * sequences.counts_N[sequences.sample_T])
+    return weight_T.clamp(max=high), weight_T > high
+
+
+def icepop(log_weight_T, sequences, *, low: float, high: float):
+    """Keep exp(old - rollout) where it lies in [low, high], else 0: IcePop, arXiv 2510.18855."""
     weight_T = ratio(log_weight_T)
     cut_T = (weight_T < low) | (weight_T > high)
     return weight_T.masked_fill(cut_T, 0), cut_T
 
 
 def decoupled(log_weight_T, sequences, *, low: None, high: float):
-    """Keep exp(old - rollout) up to a cap, 0 above it: AReaL, arXiv 2505.24298, equation 5.
+    """Keep exp(old - rollout) up to a cap, else 0: AReaL, arXiv 2505.24298, equation 5, its code.
 
-    This is the behaviour weight of decoupled PPO; AReaL's code sets it to 0 above the cap. The
-    other half of decoupled PPO holds under every correction here: the trainer recomputes
-    old_logprobs with the weights that the step starts from.
+    The other half of decoupled PPO, old_logprobs by the trainer, holds under every correction.
     """
     weight_T = ratio(log_weight_T)
     return weight_T.masked_fill(weight_T > high, 0), weight_T > high
@@ -274,6 +310,7 @@ class Correction:
 CORRECTIONS = {
     "none": Correction(no_correction, None, None),
     "tis": Correction(tis, None, 2.0),
+    "sequence_tis": Correction(sequence_tis, None, 2.0),
     "icepop": Correction(icepop, 0.5, 5.0),
     "decoupled": Correction(decoupled, None, 5.0),
     "sequence_mask": Correction(sequence_mask, 0.9, 1.1),
@@ -285,14 +322,11 @@ CORRECTIONS = {
 # Every estimator is a function (logprobs_T, ref_logprobs_T, old_logprobs_T) -> kl_T, float [T].
 # Let d = logprobs - ref. Over the policy's own samples the mean of each estimator is
 # KL(policy || reference), exactly or nearly. In the reward only this value matters. In the loss the
-# gradient matters, and that need not be the gradient of this KL. tests/oracle proves each claim.
+# gradient matters, which need not be that of this KL. tests/oracle proves each claim.
 
 
 def k1(logprobs_T, ref_logprobs_T, old_logprobs_T):
-    """Return d: unbiased, with a large variance.
-
-    As a loss, its expected gradient is 0 and each gradient is noise; use it in the reward.
-    """
+    """Return d: unbiased, with a large variance. As a loss, its expected gradient is 0."""
     return logprobs_T - ref_logprobs_T
 
 
@@ -305,8 +339,7 @@ def k3(logprobs_T, ref_logprobs_T, old_logprobs_T):
     """Return exp(-d) - 1 + d (Schulman, "Approximating KL divergence").
 
     It is unbiased, has a small variance and is never negative. As a loss, its gradient is that of
-    KL(reference || policy). d is bounded below by -20, because exp(-d) grows; see ratio. It has no
-    upper bound: a token that the reference excludes keeps its gradient.
+    KL(reference || policy). d is bounded below by -20 alone, because exp(-d) grows; see ratio.
     """
     difference_T = (logprobs_T - ref_logprobs_T).clamp(min=-20)
     return ratio(-difference_T) - 1 + difference_T
@@ -320,8 +353,7 @@ def low_var_kl(logprobs_T, ref_logprobs_T, old_logprobs_T):
 def unbiased_k3(logprobs_T, ref_logprobs_T, old_logprobs_T):
     """Return exp(logprobs - old) k3: DeepSeek-V3.2, arXiv 2512.02556, section 3.1.
 
-    The ratio keeps its gradient. As a loss, the gradient is that of KL(policy || reference). It
-    stays unbiased after the policy has moved away from the one that sampled.
+    As a loss, its gradient is that of KL(policy || reference), also after the policy has moved.
     """
     return ratio(logprobs_T - old_logprobs_T) * k3(logprobs_T, ref_logprobs_T, old_logprobs_T)
 
@@ -352,10 +384,7 @@ def _choice(table: dict[str, Any], text: str) -> Any:
 
 
 def _bound(table: dict[str, Any], bound: str, text: str) -> Any:
-    """Return the type of a flag that replaces a bound of the table, unless it is None.
-
-    The flag's help lists the bounds that the table has.
-    """
+    """Return the type of a flag that replaces a bound of the table; its help lists the table's."""
     own = {name: getattr(choice, bound) for name, choice in table.items()}
     shown = ", ".join(f"{value:g} for {name}" for name, value in own.items() if value is not None)
     return Annotated[float | None, tyro.conf.arg(help=f"{text} None: {shown}.")]
@@ -367,11 +396,13 @@ class LossSettings:
 
     policy_loss: _choice(
         POLICY_LOSSES,
-        "Objective of a token: ppo (clipped ratio), gspo (one ratio for a response) or cispo "
-        "(clipped weight); see losses.py.",
+        "Objective of a token: ppo (clipped ratio), gspo (one ratio for a response), cispo "
+        "(clipped weight), gmpo (geometric mean; logarithms are clipped) or sapo (smooth gate).",
     ) = "ppo"
     clip_low: _bound(POLICY_LOSSES, "clip_low", "Clip the ratio below 1 - clip_low.") = None
     clip_high: _bound(POLICY_LOSSES, "clip_high", "Clip the ratio above 1 + clip_high.") = None
+    tau_pos: _bound(POLICY_LOSSES, "tau_pos", "Steepness of sapo's gate where A > 0.") = None
+    tau_neg: _bound(POLICY_LOSSES, "tau_neg", "Steepness of sapo's gate elsewhere.") = None
     dual_clip: float = 0.0
     """Limit the loss of tokens with a negative advantage to this multiple of |advantage|, above 1,
     for instance 3; 0: no limit."""
@@ -383,11 +414,13 @@ class LossSettings:
     ) = "token"
     correction: _choice(
         CORRECTIONS,
-        "How to weight or mask tokens whose log-probs differ between trainer and engine; see "
-        "losses.py.",
+        "How to weight or mask tokens on which trainer and engine differ; see losses.py.",
     ) = "tis"
     correction_low: _bound(CORRECTIONS, "low", "Lower bound of the correction.") = None
     correction_high: _bound(CORRECTIONS, "high", "Upper bound of the correction.") = None
+    old_logprobs: Literal["trainer", "rollout"] = "trainer"
+    """Whose log-probs the ratio starts from. rollout: the engine's, without a scoring pass of the
+    trainer; there is nothing left to correct, so it needs --correction none."""
     kl_coef: float = 0.0
     """Weight of the KL to the frozen reference model; 0: no reference model is loaded."""
     kl_estimator: _choice(
@@ -400,27 +433,18 @@ class LossSettings:
     """Weight of the entropy bonus."""
 
     @property
-    def clips(self) -> tuple[float | None, float | None]:
-        """Return (clip_low, clip_high): as set by flags, else the policy loss's own."""
-        own, low, high = POLICY_LOSSES[self.policy_loss], self.clip_low, self.clip_high
-        return own.clip_low if low is None else low, own.clip_high if high is None else high
+    def clips(self) -> dict[str, float | None]:
+        """Return the policy loss's keyword arguments: as set by flags, else its own."""
+        own = POLICY_LOSSES[self.policy_loss]
+        names = ("clip_low", "clip_high", *(("tau_pos", "tau_neg") if own.tau_pos else ()))
+        return self._bounds(own, **dict(zip(names, names))) | {"dual_clip": self.dual_clip}
 
     @property
-    def correction_bounds(self) -> tuple[float | None, float | None]:
-        """Return (low, high): as set by flags, else the correction's own."""
-        own, low, high = CORRECTIONS[self.correction], self.correction_low, self.correction_high
-        return own.low if low is None else low, own.high if high is None else high
+    def correction_bounds(self) -> dict[str, float | None]:
+        """Return {low, high}: as set by flags, else the correction's own."""
+        own = CORRECTIONS[self.correction]
+        return self._bounds(own, low="correction_low", high="correction_high")
 
-
-def mismatch(
-    trainer_logprobs_T: torch.Tensor, rollout_logprobs_T: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Measure per token how far trainer and engine disagree about tokens that the engine sampled.
-
-    With d = trainer - rollout, mismatch_abs is |d| and mismatch_k3 is exp(d) - 1 - d. The latter is
-    an unbiased estimate of KL(rollout || trainer) and is never negative; see k3.
-    """
-    return {
-        "mismatch_abs": (trainer_logprobs_T - rollout_logprobs_T).abs(),
-        "mismatch_k3": k3(rollout_logprobs_T, trainer_logprobs_T, None),
-    }
+    def _bounds(self, own: Any, **flags: str) -> dict[str, float | None]:
+        given = {name: getattr(self, flag) for name, flag in flags.items()}
+        return {name: getattr(own, name) if x is None else x for name, x in given.items()}

@@ -144,8 +144,8 @@ def add_advantages(
 ) -> None:
     """Set every sample's advantages, float64 [L], from the whole batch. Each rank gets the same.
 
-    With --kl-in reward the samples have old_logprobs and ref_logprobs. Samples without a reward
-    belong to no group and get advantages 0.
+    With --kl-in reward the samples have ref_logprobs, and those that --old-logprobs names. Samples
+    without a reward belong to no group and get advantages 0.
     """
     for sample in samples:
         sample.advantages = np.zeros(len(sample.response_ids))
@@ -153,16 +153,18 @@ def add_advantages(
     lengths = [len(sample.response_ids) for sample in scored]
     limits = dict(max_tokens=max_response_tokens, buffer=settings.overlong_buffer)
     overlong = [overlong_penalty(length, **limits) for length in lengths]
-    kl_T = np.zeros(sum(lengths))
+    kl_T, mask_T = np.zeros(sum(lengths)), _concatenated([s.loss_mask for s in scored])
     if loss.kl_coef and loss.kl_in == "reward":
-        old_T = torch.from_numpy(_concatenated([sample.old_logprobs for sample in scored]))
+        old = "rollout_logprobs" if loss.old_logprobs == "rollout" else "old_logprobs"
+        old_T = torch.from_numpy(_concatenated([getattr(sample, old) for sample in scored]))
         ref_T = torch.from_numpy(_concatenated([sample.ref_logprobs for sample in scored]))
         kl_T = KL_ESTIMATORS[loss.kl_estimator].function(old_T, ref_T, old_T).numpy()
+        kl_T = np.where(mask_T > 0, kl_T, 0)  # nan where the engine has not sampled
     scores = Scores(
         rewards_N=np.array([sample.reward for sample in scored]) + overlong,
         group_N=np.array([sample.group for sample in scored], dtype=np.int64),
         lengths_N=np.array(lengths, dtype=np.int64),
-        mask_T=_concatenated([sample.loss_mask for sample in scored]),
+        mask_T=mask_T,
         penalties_T=loss.kl_coef * kl_T,
     )
     advantages_T = ADVANTAGES[settings.advantage](scores)

@@ -37,26 +37,19 @@ from backends.megatron.balancing import balance_metrics, padding_of, scale_aux_l
 from backends.megatron.batches import (
     Batch,
     MicroBatch,
+    field_of_old_logprobs,
     give_to_samples,
     global_sums,
-    has_old_logprobs,
     pack,
+    step_means,
 )
 from backends.megatron.layout import Layout
-from backends.megatron.logprobs import logprobs_and_entropy
+from backends.megatron.logprobs import logprobs_and_entropy, mismatch
 from backends.megatron.not_finite import explain_not_finite
 from backends.megatron.optimizer import build_optimizer, gradient_norm, wrap_data_parallel
 from backends.megatron.routing_replay import RoutingReplay, build_replay, routed_as_the_engine
 from common.settings import TrainSettings
-from losses import (
-    AGGREGATIONS,
-    CORRECTIONS,
-    KL_ESTIMATORS,
-    POLICY_LOSSES,
-    LossSettings,
-    k3,
-    mismatch,
-)
+from losses import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings, k3
 
 __all__ = ["Trainer", "add_logprobs", "build_trainer", "pack", "start_trainer", "update_policy"]
 
@@ -224,12 +217,14 @@ def add_logprobs(
 
     Each is a forward pass over the batches of pack(). Collective. Without settings old_logprobs are
     always computed. With settings they are left out where a step has one update and no KL in the
-    reward. That update starts from the old weights, so its own log-probs are the old ones.
+    reward. That update starts from the old weights, so its own log-probs are the old ones. They are
+    left out too where the engine's take their place, with --old-logprobs rollout.
     """
-    needs_old = (
-        settings is None
-        or trainer.settings.minibatches > 1
-        or (settings.kl_coef > 0 and settings.kl_in == "reward")
+    needs_old = settings is None or (
+        settings.old_logprobs == "trainer"
+        and (
+            trainer.settings.minibatches > 1 or settings.kl_coef > 0 and settings.kl_in == "reward"
+        )
     )
     if needs_old:
         for batch in batches:
@@ -257,10 +252,9 @@ def backward(trainer: Trainer, batch: Batch, settings: LossSettings) -> dict[str
     correct = CORRECTIONS[settings.correction].weight
     estimate_kl = KL_ESTIMATORS[settings.kl_estimator].function
     aggregate = AGGREGATIONS[settings.aggregation]
-    clips = dict(zip(("clip_low", "clip_high"), settings.clips), dual_clip=settings.dual_clip)
-    bounds = dict(zip(("low", "high"), settings.correction_bounds))
+    clips, bounds = settings.clips, settings.correction_bounds
     kl_coef = settings.kl_coef if settings.kl_in == "loss" else 0.0
-    has_old = has_old_logprobs(batch.samples, with_reference=settings.kl_coef > 0)
+    old = field_of_old_logprobs(batch.samples, settings)
     batch.read_samples()
 
     # EDIT HERE: loss. The functions are in losses.py; this is where they meet the model.
@@ -276,7 +270,7 @@ def backward(trainer: Trainer, batch: Batch, settings: LossSettings) -> dict[str
         ref_T = masked(microbatch.per_token["ref_logprobs"])
         advantages_T = masked(microbatch.per_token["advantages"])
         # Without old log-probs this is the first update: the policy is still the old one.
-        old_T = masked(microbatch.per_token["old_logprobs"]) if has_old else logprobs_T.detach()
+        old_T = masked(microbatch.per_token[old]) if old else logprobs_T.detach()
 
         policy_T, ratio_T, clipped_T = policy_loss(
             logprobs_T, old_T, advantages_T, sequences, **clips
@@ -293,7 +287,8 @@ def backward(trainer: Trainer, batch: Batch, settings: LossSettings) -> dict[str
         if trainer.cp_group.rank() > 0:  # its ranks share the samples: they count once
             units = units * 0
 
-        mismatch_T = mismatch(old_T, rollout_T)
+        trainer_T = logprobs_T.detach() if old == "rollout_logprobs" else old_T
+        mismatch_T = mismatch(trainer_T, rollout_T)
         means_T = {
             "entropy": entropy_T,
             "ratio": ratio_T,
@@ -344,13 +339,8 @@ def update_policy(
     trainer.scheduler.step(1)
     if not totals:
         return {"tokens": 0, "lr": lr}
-    sums = {name: sum(total[name] for total in totals) for name in totals[0]}
-    loss, units, tokens = (sums.pop(name) for name in ("loss", "units", "tokens"))
     return {
-        "tokens": int(tokens),
-        "loss": loss / units,
-        **{name: value / tokens for name, value in sums.items()},
-        "mismatch_max": max(total["mismatch_max"] for total in totals),
+        **step_means(totals, settings),
         "grad_norm": sum(grad_norms) / len(grad_norms),
         **routes[0],  # later mini-batches have other weights than the engine
         **balance_metrics(trainer, [batch for batch in batches if batch.has_tokens]),

@@ -127,6 +127,11 @@ def end_refused(error: BadInput) -> NoReturn:
     sys.exit(2)
 
 
+def flag_of(name: str) -> str:
+    """Return the flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
 # --- files --------------------------------------------------------------------------------------
 
 

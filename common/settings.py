@@ -30,6 +30,10 @@ class RunSettings:
     steps: int = 80
     """Training steps in total, including those before --resume. A step is one rollout, one policy
     update (of --minibatches optimizer steps) and one weight update of the engine."""
+    max_epochs: int = 0
+    """End the run after so many passes over the file of --prompts, if --steps does not end it
+    before; 0: no limit. Only whole steps are made. Prompts that --dynamic-sampling and --oversample
+    take besides do not count."""
     eval_every: int = 10
     """Evaluate on the held-out prompts every so many steps, before the first step and after the
     last."""

@@ -176,6 +176,8 @@ class Data:
     digest: dict[str, str] = field(default_factory=dict)
     """Checksum of each source of --prompts, by its place there: "1", "2", …. It does not depend on
     where a file is."""
+    prompts_of_a_pass: int | None = None
+    """Training prompts of the one file; None if --prompts is a mixture, or endless."""
 
 
 @all_problems
@@ -223,6 +225,7 @@ def load_data(
         streams.append(stream)
         lengths.append(length + settings.max_response_tokens)
         digest[str(len(streams))] = checksum(sources[given], read)
+    is_file = len(sources) == 1 and not any(map(is_generated, sources))
     for of_set in held_out_sets(settings):
         how = dict(response_tokens=of_set.max_response_tokens, reward=of_set.reward, is_eval=True)
         opened = found.collect(open_source, of_set.source, of_set.name, **how) or nothing
@@ -247,6 +250,7 @@ def load_data(
         longest=max(lengths),
         seed=seed,
         digest=digest,
+        prompts_of_a_pass=len(read) if is_file else None,
     )
 
 

@@ -106,6 +106,9 @@ def check_critic_flags(settings: Settings) -> None:
             "--save-every and --resume: a checkpoint has one trainer, and this example has two:"
             " leave them out"
         )
+    if settings.run.max_epochs:
+        given = f"--max-epochs {settings.run.max_epochs}"
+        yield f"{given}: this example's schedules count --steps: leave it out, and give that"
     if not 0 <= critic.critic_lr < math.inf:
         yield f"--critic-lr {critic.critic_lr} must be finite and must not be negative"
     if not critic.value_clip >= 0:

@@ -65,6 +65,8 @@ ASYNC_MUST_AGREE = (
     ("train", "routing_replay"),
     ("tools", "max_turns"),  # of examples/tool_use_async.py; the loops have none
 )
+# Of a run with --max-epochs: the steps of its passes follow from it.
+EPOCHS_MUST_AGREE = (("rollout", "prompts_per_step"),)
 READ_FILES = ("*.safetensors", "*.json", "tokenizer*", "chat_template*", "vocab.*", "merges.txt")
 STATE = "state.json"
 _RANKS = Annotated[list[dict], msgspec.Meta(min_length=1)]
@@ -256,17 +258,20 @@ def _evaluation_problems(newest: Checkpoint, settings, read: dict[str, str]) -> 
 def _resume_problems(newest: Checkpoint, settings, read: dict[str, str]) -> Iterator[str]:
     """Yield what keeps a run from going on where the checkpoint was."""
     state, folder, run_folder = newest.state, newest.folder, Path("runs") / settings.run.name
-    yield from _other_settings(newest, settings, MUST_AGREE + ASYNC_MUST_AGREE * is_async(settings))
+    agree = MUST_AGREE + ASYNC_MUST_AGREE * is_async(settings)
+    agree += EPOCHS_MUST_AGREE * (settings.run.max_epochs > 0)
+    yield from _other_settings(newest, settings, agree)
     if state["settings"].get("run", {}).get("load_rollouts") and not settings.run.load_rollouts:
         about = f"{folder} was written with --load-rollouts, and says nothing of prompts in flight"
         yield f"{about}: go on with --load-rollouts, or start a new run"
     yield from _other_files(newest, read)
     steps = settings.run.steps
     if steps < newest.step or (steps == newest.step and not process_groups.goes_on()):
-        yield (
-            f"--steps {steps} counts all steps of the run, and {folder} is of step {newest.step}:"
-            " nothing is left to do; use a larger --steps"
-        )
+        given, fix = f"--steps {steps} counts all steps of the run", "use a larger --steps"
+        if epochs := settings.run.max_epochs:
+            given = f"--max-epochs {epochs} and --steps end the run after step {steps}"
+            fix = "use larger ones"
+        yield f"{given}, and {folder} is of step {newest.step}: nothing is left to do; {fix}"
     for name, size in state["record"].items():
         if name not in FILES:
             continue

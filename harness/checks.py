@@ -11,10 +11,16 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
 
 from common import process_groups
-from common.errors import BadInput, ProblemList, all_problems, file_problem, model_problem
+from common.errors import (
+    BadInput,
+    ProblemList,
+    all_problems,
+    file_problem,
+    flag_of,
+    model_problem,
+)
 from common.overrides import parse_overrides
 from common.settings import (
     InFlightSettings,
@@ -27,9 +33,11 @@ from common.settings import (
     is_generated,
     parse_weights,
 )
+from harness.epochs import check_max_epochs
+from harness.loss_checks import check_loss_settings
 from harness.reward_checks import TEMPERATURES, check_held_out_flags, check_reward_flags
 from harness.run_folder import name_problems, rollouts_file
-from losses import CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, LossSettings
+from losses import LossSettings
 
 # NumPy takes seeds below 2**32. Engine and trainer add a number to --seed on each rank.
 SEEDS = 2**31
@@ -43,6 +51,7 @@ def check_flags(settings) -> None:
     """Check all flags of a loop. Raises one BadInput with everything that cannot work."""
     found, ranks = ProblemList(), world_size(settings)
     found.collect(check_run_flags, settings.run)
+    found.collect(check_max_epochs, settings.run, settings.rollout)
     if hasattr(settings, "plan"):
         found.collect(check_plan_flags, settings.plan)
     if is_async(settings):
@@ -101,15 +110,16 @@ def check_modes(settings) -> None:
         idle += [(train, "freeze_moe_router")]
         if run.eval_only:
             idle += [(settings.reward, "dynamic_sampling"), (train, "routing_replay")]
+            idle += [(run, "max_epochs")]
     elif run.load_rollouts:
         kind = "--load-rollouts"
         idle = [(run, "check_sync"), (settings.reward, "dynamic_sampling")]
-        idle += [(rollout, "sglang"), (rollout, "eval_prompts")]
+        idle += [(rollout, "sglang"), (rollout, "eval_prompts"), (run, "max_epochs")]
     for stage, name in [*idle, (settings.sync, "sync")] if kind else []:
         given, default = getattr(stage, name), getattr(type(stage)(), name)
         if given != default:
             shown = " ".join(map(str, given)) if isinstance(given, tuple) else given
-            yield f"{_flag(name)} {shown} has no effect with {kind}: leave one out"
+            yield f"{flag_of(name)} {shown} has no effect with {kind}: leave one out"
     if is_async(settings) and settings.in_flight.deal == "room":
         # Which prompts a step trains is fixed by their numbers.
         for stage, name in (
@@ -117,7 +127,7 @@ def check_modes(settings) -> None:
             (settings.reward, "dynamic_sampling"),
         ):
             if given := getattr(stage, name):
-                yield f"{_flag(name)} {given} does not go with --deal room: use --deal fixed"
+                yield f"{flag_of(name)} {given} does not go with --deal room: use --deal fixed"
 
 
 # --- the run ------------------------------------------------------------------------------------
@@ -132,7 +142,7 @@ def check_run_flags(settings: RunSettings) -> None:
         yield problem
     for name in ("steps", "eval_every", "keep"):
         if getattr(settings, name) < 1:
-            yield f"{_flag(name)} {getattr(settings, name)} must be at least 1"
+            yield f"{flag_of(name)} {getattr(settings, name)} must be at least 1"
     if settings.save_every < 0:
         yield f"--save-every {settings.save_every} must not be negative"
     if not 0 <= settings.seed < SEEDS:
@@ -175,7 +185,7 @@ def _eval_only_problems(settings: RunSettings) -> Iterator[str]:
     if not settings.eval_only:
         return
     idle = ("load_rollouts", "save_rollouts", "debug_rollout_only", "profile", "save_every")
-    if given := [_flag(name) for name in idle if getattr(settings, name)]:
+    if given := [flag_of(name) for name in idle if getattr(settings, name)]:
         flags = ", ".join(given)
         yield f"--eval-only makes no training step, and {flags} would do nothing: leave it out"
     if settings.export not in ((), RunSettings().export):
@@ -187,11 +197,11 @@ def check_plan_flags(settings: PlanSettings) -> None:
     """Refuse sizes and bandwidths that cannot be, and any of them without --plan."""
     changed = [f.name for f in fields(PlanSettings) if getattr(settings, f.name) != f.default]
     if changed and not settings.plan:
-        yield f"{_flag(changed[0])} has no effect without --plan: add that, or leave it out"
+        yield f"{flag_of(changed[0])} has no effect without --plan: add that, or leave it out"
     for field in fields(PlanSettings):
         value = getattr(settings, field.name)
         if field.name != "plan" and not 0 < value < 1e9:
-            yield f"{_flag(field.name)} {value} must be positive, and below a billion"
+            yield f"{flag_of(field.name)} {value} must be positive, and below a billion"
 
 
 # --- prompts and rollout -------------------------------------------------------------------
@@ -311,7 +321,7 @@ def check_train_flags(
     found = ProblemList()
     for name in ("minibatches", "microbatch_tokens"):
         if getattr(settings, name) < 1:
-            yield f"{_flag(name)} {getattr(settings, name)} must be at least 1"
+            yield f"{flag_of(name)} {getattr(settings, name)} must be at least 1"
     if not 0 <= settings.min_lr <= settings.lr < math.inf:
         rates = f"--lr {settings.lr} and --min-lr {settings.min_lr}"
         yield f"{rates} must satisfy 0 <= min-lr <= lr, and be finite"
@@ -357,80 +367,3 @@ def check_sync_flags(settings: SyncSettings, rollout: RolloutSettings) -> None:
     if settings.sync == "delta" and (ep := rollout.engine_ep) > 1:
         rule = "each engine rank would keep the others' experts in host memory: use --sync full"
         yield f"--sync delta does not go with --engine-ep {ep}: {rule}"
-
-
-# --- the loss -----------------------------------------------------------------------------------
-
-
-@all_problems
-def check_loss_settings(settings: LossSettings) -> None:
-    """Refuse a choice from the tables of losses.py whose parts do not fit, and values out of range.
-
-    Most rules are entries of the tables: `only` and the bounds of PolicyLoss, Correction and
-    KLEstimator. A new algorithm gets its checks from its entry.
-    """
-    yield from _unsupported_values("policy_loss", POLICY_LOSSES, settings)
-    if settings.kl_coef:
-        yield from _unsupported_values("kl_estimator", KL_ESTIMATORS, settings)
-    yield from _bounds_without_effect(
-        "policy_loss", POLICY_LOSSES, {"clip_low": "clip_low", "clip_high": "clip_high"}, settings
-    )
-    yield from _bounds_without_effect(
-        "correction", CORRECTIONS, {"correction_low": "low", "correction_high": "high"}, settings
-    )
-
-    # In the comparisons below nan is false, so that it is refused. None is no bound.
-    low, high = settings.clips
-    if not ((low is None or 0 < low <= 1) and (high is None or high > 0)):
-        yield f"--clip-low {low} must lie in (0, 1], --clip-high {high} must be positive"
-    if settings.dual_clip and not settings.dual_clip > 1:
-        yield f"--dual-clip {settings.dual_clip} must be above 1, or 0 for none"
-    low, high = settings.correction_bounds
-    if not ((low is None or 0 <= low <= 1) and (high is None or high >= 1)):
-        given = f"--correction-low {low} and --correction-high {high}"
-        yield f"{given} must satisfy 0 <= low <= 1 <= high"
-    if not (0 <= settings.kl_coef < math.inf and 0 <= settings.entropy_coef < math.inf):
-        given = f"--kl-coef {settings.kl_coef} and --entropy-coef {settings.entropy_coef}"
-        yield f"{given} must be finite and must not be negative"
-    unset = (LossSettings.kl_estimator, LossSettings.kl_in)
-    if not settings.kl_coef and (settings.kl_estimator, settings.kl_in) != unset:
-        given = f"--kl-estimator {settings.kl_estimator} --kl-in {settings.kl_in}"
-        yield f"{given} has no effect without --kl-coef: set one, or leave it out"
-
-
-def _unsupported_values(name: str, table: dict[str, Any], settings: LossSettings) -> Iterator[str]:
-    """Yield the settings whose values the choice from this table does not support.
-
-    name: the setting that chooses from the table.
-    """
-    choice = getattr(settings, name)
-    for other, supported in table[choice].only.items():
-        given = getattr(settings, other)
-        if given in supported:
-            continue
-        fix = f"use {_flag(other)} {' or '.join(map(str, supported))}"
-        # Choices that would support the given value.
-        instead = [key for key, entry in table.items() if given in entry.only.get(other, (given,))]
-        if instead:
-            fix += f", or {_flag(name)} {' or '.join(instead)}"
-        yield f"{_flag(name)} {choice} and {_flag(other)} {given} do not fit: {fix}"
-
-
-def _bounds_without_effect(
-    name: str, table: dict[str, Any], bounds: dict[str, str], settings: LossSettings
-) -> Iterator[str]:
-    """Yield the bounds that are set although the choice from this table has none.
-
-    name: the setting that chooses from the table. bounds: {setting: its field in the table}.
-    """
-    choice = getattr(settings, name)
-    for bound, field in bounds.items():
-        value = getattr(settings, bound)
-        if value is not None and getattr(table[choice], field) is None:
-            why = f"{_flag(name)} {choice} has no such bound"
-            yield f"{_flag(bound)} {value} has no effect: {why}; leave it out"
-
-
-def _flag(name: str) -> str:
-    """Return the flag of a setting."""
-    return "--" + name.replace("_", "-")

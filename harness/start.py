@@ -18,7 +18,7 @@ from common.errors import ProblemList
 from common.held_out import held_out_sets
 from data.prompts import Data, load_data
 from data.remote_reward import check_listens, is_url
-from harness import checkpoint, checks, model_checks, plan
+from harness import checkpoint, checks, epochs, model_checks, plan
 from harness.record import Record
 import reward
 
@@ -149,6 +149,8 @@ def prepare(
         prompts = replace(rollout, stop=(*rollout.stop, *stop))
         judged = dict(label_problems=lambda name: reward.label_problems(name or trained_by))
         data = found.collect(load_data, model, prompts, config, seed=run_settings.seed, **judged)
+        if data:  # all that follows, and the run, goes by the lowered steps
+            settings = found.collect(epochs.lower_steps, settings, data) or settings
     longest = found.collect(model_checks.longest_sample, settings, config, data)
     # A plan is for GPUs, and the length of its prompts is a guess.
     planned = dict(longest=None if is_plan else longest, on_gpu=is_plan or None)
@@ -180,6 +182,9 @@ def prepare(
     group = distributed.init_distributed(separate, wait_s=wait_s)
     is_trainer = group.rank() < trainer_ranks
     split = dict(ranks=ranks, rollout_ranks=rollout_ranks)
+    record = Record(settings, loop, group, is_trainer, resumed=resumed)
+    if settings.run.max_epochs:
+        record.say(epochs.describe(settings, data))
     return Run(
         settings,
         model,
@@ -191,7 +196,7 @@ def prepare(
         is_trainer,
         engine_index=plan.engine_index(settings, group.rank(), **split),
         engines=rollout_ranks // rollout.engine_tp,
-        record=Record(settings, loop, group, is_trainer, resumed=resumed),
+        record=record,
         inputs=inputs,
         resumed_from=resumed,
     )

@@ -325,6 +325,8 @@ def test_only_under_torchrun_a_rank_ends_with_its_parent(monkeypatch, launched):
     (["--eval-only", "--routing-replay", "rollout"], "--routing-replay rollout has no effect with"),
     (["--debug-rollout-only", "--train-numerics", "fp8"], "--train-numerics fp8 has no effect"),
     (["--eval-only", "--freeze-moe-router"], "--freeze-moe-router True has no effect with"),
+    (["--eval-only", "--max-epochs", "2"], "--max-epochs 2 has no effect with --eval-only"),
+    (["--load-rollouts", "dumps", "--max-epochs", "2"], "--max-epochs 2 has no effect with --load"),
     (["--eval-only", "--sync", "delta"], "--sync delta has no effect with --eval-only"),
     (["--load-rollouts", "dumps", "--sync", "delta"], "--sync delta has no effect with --load"),
     (["--load-rollouts", "dumps", "--sglang", "page_size=1"], "--sglang page_size=1 has no effect"),

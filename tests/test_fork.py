@@ -2,7 +2,7 @@
 
 Why: whoever tries an idea should not have to find every place that knows the names of losses. The
 test copies the files and inserts the lines. Flag, bounds, refusals and the oracle's tests must
-follow. The refusals come from harness/checks.py, loaded unchanged on top of the copy of losses.py.
+follow. The refusals come from harness/loss_checks.py, unchanged on top of the copy of losses.py.
 test_whole_loss.py shows that such a loss trains, test_splits.py that it runs on every layout. Not
 covered: forks of an advantage, a correction or a KL estimator.
 """
@@ -73,10 +73,10 @@ def forked(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def check_loss_settings(forked):
-    """The shipped check, from a second copy of harness/checks.py that imports the fork."""
+    """The shipped check, from a second copy of its file that imports the fork."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "losses", forked)
-        module = load("checks_of_fork", ROOT / "harness" / "checks.py")
+        module = load("checks_of_fork", ROOT / "harness" / "loss_checks.py")
     assert module.POLICY_LOSSES is forked.POLICY_LOSSES
     yield module.check_loss_settings
     del sys.modules["checks_of_fork"]
@@ -91,8 +91,9 @@ def test_its_name_is_a_flag(forked):
 
 
 def test_its_bounds_hold_unless_they_are_set(forked):
-    assert parse(forked).clips == (None, 0.28)
-    assert parse(forked, "--clip-high", "0.1").clips == (None, 0.1)
+    own = dict(clip_low=None, clip_high=0.28, dual_clip=0.0)
+    assert parse(forked).clips == own
+    assert parse(forked, "--clip-high", "0.1").clips == own | dict(clip_high=0.1)
 
 
 def test_its_bounds_are_in_the_help(forked, capsys):

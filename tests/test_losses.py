@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from backends.megatron.logprobs import logprobs_and_entropy
+from backends.megatron.logprobs import logprobs_and_entropy, mismatch
 from common.errors import BadInput
-from harness.checks import check_loss_settings
-from losses import CORRECTIONS, LossSettings, mismatch, ratio
+from harness.loss_checks import check_loss_settings
+from losses import CORRECTIONS, LossSettings, ratio
 
 T, V, TEMPERATURE = 7, 12, 0.7
 
@@ -230,6 +230,22 @@ INFINITE, UNDEFINED = math.inf, math.nan
     (dict(policy_loss="cispo", dual_clip=3.0),
      "--policy-loss cispo and --dual-clip 3.0 do not fit: use --dual-clip 0.0, or --policy-loss "
      "ppo or gspo"),
+    (dict(policy_loss="gmpo"), "--policy-loss gmpo and --aggregation token do not fit"),
+    (dict(policy_loss="gmpo", aggregation="sequence", dual_clip=3.0), "--dual-clip 3.0 do not fit"),
+    (dict(policy_loss="sapo", dual_clip=3.0), "--policy-loss sapo and --dual-clip 3.0 do not fit"),
+    (dict(policy_loss="sapo", clip_low=0.2),
+     "--clip-low 0.2 has no effect: --policy-loss sapo has no such bound"),
+    (dict(policy_loss="sapo", clip_high=0.2),
+     "--clip-high 0.2 has no effect: --policy-loss sapo has no such bound"),
+    (dict(tau_pos=1.0), "--tau-pos 1.0 has no effect: --policy-loss ppo has no such bound"),
+    (dict(tau_neg=1.0), "--tau-neg 1.0 has no effect: --policy-loss ppo has no such bound"),
+    *[(dict(policy_loss="sapo", **{name: value}), f"--{name.replace('_', '-')} {value} .*must be p")
+      for name in ("tau_neg",) for value in (0.0, -1.0, UNDEFINED, INFINITE)],
+    (dict(policy_loss="sapo", tau_pos=0.0), "--tau-pos 0.0 and --tau-neg 1.05 must be positive"),
+    (dict(policy_loss="sapo", tau_pos=UNDEFINED), "--tau-pos nan and"),
+    (dict(old_logprobs="rollout"),
+     "--old-logprobs rollout and --correction tis do not fit: .* use --correction none"),
+    (dict(old_logprobs="rollout", correction="sequence_tis"), "--correction sequence_tis do not"),
     (dict(correction="icepop", correction_low=2.0), "low <= 1 <= high"),
     (dict(kl_coef=-1.0), "--kl-coef -1.0"),
     (dict(kl_coef=0.1, kl_estimator="k1"),
@@ -241,27 +257,36 @@ def test_settings_that_cannot_work(changes, message):
 
 
 def test_each_policy_loss_has_bounds_of_its_own():
-    assert LossSettings().clips == (0.2, 0.28)
-    assert LossSettings(policy_loss="gspo").clips == (3e-4, 4e-4)
-    assert LossSettings(policy_loss="cispo", clip_high=1.5).clips == (1.0, 1.5)
-    assert LossSettings(clip_low=0.1).clips == (0.1, 0.28)
+    def clips(low, high, **more):
+        return dict(clip_low=low, clip_high=high, dual_clip=0.0) | more
+
+    assert LossSettings().clips == clips(0.2, 0.28)
+    assert LossSettings(dual_clip=3.0).clips == clips(0.2, 0.28, dual_clip=3.0)
+    assert LossSettings(policy_loss="gspo").clips == clips(3e-4, 4e-4)
+    assert LossSettings(policy_loss="cispo", clip_high=1.5).clips == clips(1.0, 1.5)
+    assert LossSettings(policy_loss="gmpo").clips == clips(0.4, 0.4)
+    assert LossSettings(clip_low=0.1).clips == clips(0.1, 0.28)
+    sapo = LossSettings(policy_loss="sapo", tau_neg=2.0)
+    assert sapo.clips == clips(None, None, tau_pos=1.0, tau_neg=2.0)
 
 
 @pytest.mark.parametrize("correction, bounds", [
     ("none", (None, None)), ("tis", (None, 2.0)), ("icepop", (0.5, 5.0)),
-    ("decoupled", (None, 5.0)), ("sequence_mask", (0.9, 1.1)),
+    ("sequence_tis", (None, 2.0)), ("decoupled", (None, 5.0)), ("sequence_mask", (0.9, 1.1)),
 ])  # fmt: skip
 def test_each_correction_has_bounds_of_its_own(correction, bounds):
     settings = LossSettings(correction=correction)
     check_loss_settings(settings)
-    assert settings.correction_bounds == bounds and correction in CORRECTIONS
+    assert settings.correction_bounds == dict(zip(("low", "high"), bounds))
+    assert correction in CORRECTIONS
 
 
 def test_a_bound_that_is_set_holds():
     settings = LossSettings(correction="sequence_mask", correction_high=1.002)
     check_loss_settings(settings)
-    assert settings.correction_bounds == (0.9, 1.002)
-    assert LossSettings(correction="icepop", correction_low=0.0).correction_bounds == (0.0, 5.0)
+    assert settings.correction_bounds == dict(low=0.9, high=1.002)
+    icepop = LossSettings(correction="icepop", correction_low=0.0)
+    assert icepop.correction_bounds == dict(low=0.0, high=5.0)
 
 
 @pytest.mark.parametrize("changes", [
@@ -269,6 +294,9 @@ def test_a_bound_that_is_set_holds():
     dict(correction="icepop", correction_low=0.0, correction_high=INFINITE),
     dict(correction="sequence_mask", correction_low=1.0, correction_high=1.0),
     dict(kl_coef=0.1, kl_estimator="k1", kl_in="reward"),
+    dict(kl_coef=0.1, kl_in="reward", old_logprobs="rollout", correction="none"),
+    dict(policy_loss="gmpo", aggregation="sequence", clip_low=1.0, clip_high=INFINITE),
+    dict(policy_loss="sapo", aggregation="sequence", tau_pos=1e-3),
     dict(clip_high=INFINITE),
 ])  # fmt: skip
 def test_settings_that_work(changes):

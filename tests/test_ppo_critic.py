@@ -157,6 +157,7 @@ def test_a_batch_without_a_token_that_counts_changes_nothing(critic):
     (["--lam", "1.5"], "--lam 1.5 must lie in"),
     (["--critic-epochs", "0"], "--critic-epochs 0"),
     (["--save-every", "1"], "leave them out"),
+    (["--prompts", "a.jsonl", "--max-epochs", "2"], "--max-epochs 2: this example's schedules"),
     (["--critic-warmup-steps", "3"], "smaller than --steps 3"),
     (["--lr-warmup-steps", "1"], "--lr-warmup-steps 1 must be smaller than --steps less --critic-"),
     (["--pp", "2"], "use --pp 1"),

@@ -100,11 +100,12 @@ def test_each_algorithm_is_one_of_its_own(whole):
     assert len({round(norm, 6) for norm in norms}) == len(norms)
     settings = {name: LossSettings(**changes) for name, (_, changes) in ALGORITHMS.items()}
     clipped = [
-        name for name in whole if 0 < (settings[name].clips[1] or 0) < 0.3
+        name for name in whole if 0 < (settings[name].clips["clip_high"] or 0) < 0.3
     ]  # ratios reach it
     assert "gspo" in clipped
     assert all(whole[name][0]["clipfrac"] > 0 for name in clipped)
     assert whole["icepop"][0]["tis_clipfrac"] > 0
+    assert 0 < whole["sequence tis"][0]["tis_clipfrac"] < 1
 
 
 def test_an_entry_that_is_not_named_is_run_all_the_same(monkeypatch):

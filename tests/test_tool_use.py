@@ -284,7 +284,8 @@ def test_demonstrations_by_hand(data):
 def test_at_ratio_1_and_advantage_1_the_policy_loss_is_supervised():
     """d loss / d logprob = -1 at every token: the gradient of -sum of logprobs."""
     logprobs_T = torch.tensor([-0.1, -5.0, -30.0], requires_grad=True)
-    low, high = LossSettings().clips
+    clips = LossSettings().clips
+    low, high = clips["clip_low"], clips["clip_high"]
     loss_T, ratio_T, _ = ppo(
         logprobs_T,
         logprobs_T.detach(),

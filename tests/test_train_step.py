@@ -172,19 +172,51 @@ def test_a_batch_without_a_token_that_counts_is_no_update(
 
 @pytest.mark.parametrize("minibatches, loss, old, ref", [
     (1, {}, 0, 0), (2, {}, 2, 0), (1, dict(kl_coef=0.1), 0, 2),
-    (1, dict(kl_coef=0.1, kl_in="reward"), 2, 2),
+    (1, dict(kl_coef=0.1, kl_in="reward"), 2, 2), (2, dict(old_logprobs="rollout"), 0, 0),
+    (2, dict(old_logprobs="rollout", kl_coef=0.1, kl_in="reward"), 0, 2),
 ])  # fmt: skip
 def test_what_is_scored_is_what_is_needed(fresh_megatron, models, minibatches, loss, old, ref):
-    """A second update needs old log-probs, and so does a KL that is taken from the reward."""
-    trainer = built(
-        models,
-        minibatches=minibatches,
-        with_reference=bool(loss),
-    )
+    """A second update needs old log-probs, and so does a KL that is taken from the reward.
+
+    Unless the engine's stand in for them.
+    """
+    trainer = built(models, minibatches=minibatches, with_reference="kl_coef" in loss)
     samples = [sample(0), sample(1)]
     train_step.add_logprobs(trainer, train_step.pack(trainer, samples), LossSettings(**loss))
     for one in samples:
         assert (len(one.old_logprobs), len(one.ref_logprobs)) == (old, ref)
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_the_engines_log_probs_stand_in_for_the_old_ones(fresh_megatron, models, minibatches):
+    """The ratio starts from them, and mismatch is that of the weights that the engine has.
+
+    With two mini-batches the second has moved weights; only the first is measured.
+    """
+    trainer = built(models, minibatches=minibatches)
+    samples = [sample(0), sample(1, response_ids=[8, 8])]
+    train_step.add_logprobs(trainer, train_step.pack(trainer, samples))
+    apart = []
+    for one, far in zip(samples, (0.5, -0.25)):
+        one.rollout_logprobs, one.old_logprobs = one.old_logprobs - np.float32(far), []
+        apart += [far] * 2
+    measured = apart[: 4 // minibatches]
+    batches, loss = train_step.pack(trainer, samples), dict(old_logprobs="rollout")
+    metrics = train_step.update_policy(trainer, batches, LossSettings(correction="none", **loss))
+    assert metrics["mismatch_abs"] == pytest.approx(np.abs(measured).mean(), rel=1e-4)
+    assert metrics["mismatch_max"] == pytest.approx(np.abs(measured).max(), rel=1e-4)
+    assert metrics["tokens"] == 4 and metrics["tis_clipfrac"] == 0
+    if minibatches == 1:
+        assert metrics["ratio"] == pytest.approx(np.exp(apart).mean(), rel=1e-4)
+        assert metrics["logprob_shift"] == pytest.approx(np.mean(apart), rel=1e-4)
+
+
+def test_a_sample_without_the_engines_log_probs_is_refused(trainer):
+    """Of such a sample every ratio would be exp(logprobs)."""
+    batch = [sample(0), sample(1, rollout_logprobs=[])]
+    loss = LossSettings(old_logprobs="rollout", correction="none")
+    with pytest.raises(ValueError, match="sample 1 of group 5 has no rollout_logprobs"):
+        train_step.update_policy(trainer, train_step.pack(trainer, batch), loss)
 
 
 def test_the_learning_rate_of_the_metrics_is_that_of_the_step(trainer):

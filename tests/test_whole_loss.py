@@ -12,6 +12,7 @@ test_splits.py.
 
 import itertools
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,10 +46,13 @@ POLICIES = {  # with bounds that the ratios of the batch are on both sides of
     "ppo, dual clip": dict(policy_loss="ppo", clip_low=0.2, clip_high=0.28, dual_clip=1.5),
     "gspo": dict(policy_loss="gspo", clip_low=0.1, clip_high=0.15, dual_clip=1.3),
     "cispo": dict(policy_loss="cispo", clip_low=0.2, clip_high=0.28),
+    "gmpo": dict(policy_loss="gmpo", clip_low=0.1, clip_high=0.15),
+    "sapo": dict(policy_loss="sapo", tau_pos=2.0, tau_neg=3.0),
 }
 CORRECTIONS = {
     "none": {},
     "tis": dict(correction_high=1.3),
+    "sequence_tis": dict(correction_high=1.3),
     "icepop": dict(correction_low=0.6, correction_high=1.6),
     "decoupled": dict(correction_high=1.3),
     "sequence_mask": dict(correction_low=0.8, correction_high=1.25),
@@ -159,20 +163,22 @@ class Batch:
 
     def known(self, settings: LossSettings, advantage: str) -> oracle.Known:
         """Return what the oracle knows; a KL in the reward lowers its advantages by token."""
+        from_engine = settings.old_logprobs == "rollout"
+        old_T = self.rollout_T if from_engine else self.old_T
         lengths_N = np.array([len(mask) for mask in MASKS])
         penalties_T = np.zeros(len(self.mask_T))
         if settings.kl_coef and settings.kl_in == "reward":
             kl = oracle.KL_ESTIMATORS[settings.kl_estimator]
-            penalties_T = settings.kl_coef * np.array(
-                [kl(o, r, o) for o, r in zip(self.old_T, self.ref_T)]
-            )
+            rows = zip(old_T, self.ref_T, self.mask_T)
+            kl_T = [kl(old, ref, old) if mask else 0.0 for old, ref, mask in rows]
+            penalties_T = settings.kl_coef * np.array(kl_T)
         outcomes = oracle.Outcomes(
             np.array(self.rewards), np.array(GROUPS), lengths_N, self.mask_T, penalties_T
         )
         advantages_T = oracle.ADVANTAGES[advantage](outcomes)
-        return oracle.Known(
-            self.logprobs_T, self.old_T, self.rollout_T, self.ref_T, advantages_T, self.packed
-        )
+        known_T = (self.logprobs_T, old_T, self.rollout_T, self.ref_T, advantages_T)
+        measured_T = self.logprobs_T if from_engine else old_T
+        return oracle.Known(*known_T, self.packed, measured_T)
 
     def gradient(self, known: oracle.Known, algorithm: oracle.Algorithm) -> np.ndarray:
         """Of the whole loss at every logit: finite differences, then through the softmax."""
@@ -190,9 +196,9 @@ def algorithm_of(settings: LossSettings) -> oracle.Algorithm:
     """The same choice in the oracle's words."""
     return oracle.Algorithm(
         policy_loss=settings.policy_loss,
-        clips=dict(zip(("clip_low", "clip_high"), settings.clips), dual_clip=settings.dual_clip),
+        clips=settings.clips,
         correction=settings.correction,
-        bounds=dict(zip(("low", "high"), settings.correction_bounds)),
+        bounds=settings.correction_bounds,
         aggregation=settings.aggregation,
         kl=settings.kl_estimator if settings.kl_coef and settings.kl_in == "loss" else None,
         kl_coef=settings.kl_coef,
@@ -242,8 +248,22 @@ def assert_metrics(
 @pytest.mark.parametrize("correction", CORRECTIONS | FORKED_CORRECTIONS)
 @pytest.mark.parametrize("policy", POLICIES | FORKED)
 def test_value_gradient_and_metrics_are_the_oracles(table, policy, correction, scored):
+    assert_the_oracles(table, algorithms(policy, correction, scored=scored), scored=scored)
+
+
+@pytest.mark.parametrize("scored", [True, False], ids=["with old log-probs", "without"])
+@pytest.mark.parametrize("policy", POLICIES | FORKED)
+def test_ratios_start_from_the_engines_log_probs(table, policy, scored):
+    """With --old-logprobs rollout; the trainer's old ones change nothing. No KL is left out."""
+    chosen = algorithms(policy, "none")
+    chosen = [replace(settings, old_logprobs="rollout") for settings in chosen]
+    assert_the_oracles(table, chosen, scored=scored)
+
+
+def assert_the_oracles(table, algorithms: list[LossSettings], *, scored: bool) -> None:
+    """Assert value, gradient and metrics of each."""
     batch = Batch(table.gpt.weight, scored=scored)
-    for settings in algorithms(policy, correction, scored=scored):
+    for settings in algorithms:
         sums, gradient = shipped(table, batch, settings)
         known, algorithm = batch.known(settings, advantage_of(settings)), algorithm_of(settings)
         expected = oracle.whole_loss(batch.logprobs_T, batch.entropy_T, known, algorithm)
@@ -302,11 +322,14 @@ def test_the_batch_reaches_every_branch(table):
         )
         inside_T = ~clipped_T & counts
         assert inside_T.any()
-        assert (clipped_T & counts & (ratio_T < 1)).any()
-        assert (clipped_T & counts & (ratio_T > 1)).any()
+        places_T, kinks = kinks_of(batch, ratio_T, algorithm)
+        assert all((np.abs(places_T[counts] - kink) > 1e-3).all() for kink in kinks)
+        if policy != "sapo":  # it has no clip
+            assert (clipped_T & counts & (places_T < kinks[0])).any()
+            assert (clipped_T & counts & (places_T > kinks[1])).any()
         assert correction == "none" or (cut_T & counts).any() and (~cut_T & counts).any()
         log_weight_T = batch.old_T - batch.rollout_T
-        if correction == "sequence_mask":
+        if correction.startswith("sequence_"):  # their mean has the sign of their sum
             log_weight_T = np.array(
                 [
                     oracle.mean_log_ratio(log_weight_T, batch.packed, n)
@@ -317,14 +340,18 @@ def test_the_batch_reaches_every_branch(table):
         low = algorithm.bounds["low"] is not None
         assert (cut_low_T & counts).any() == low, "below the bound, for what has one"
         assert correction == "none" or (cut_T & ~cut_low_T & counts).any()
-        kinks = (
-            1 - algorithm.clips["clip_low"],
-            1 + algorithm.clips["clip_high"],
-            algorithm.clips["dual_clip"],
-        )
-        assert all((np.abs(ratio_T[counts] - kink) > 1e-3).all() for kink in kinks)
         if dual := algorithm.clips["dual_clip"]:
             assert ((ratio_T > dual) & (known.advantages_T < 0))[counts].any()
+
+
+def kinks_of(batch: Batch, ratio_T, algorithm: oracle.Algorithm) -> tuple[np.ndarray, list]:
+    """Return (a number of each token, where on its scale the loss has no derivative)."""
+    low, high, dual = (algorithm.clips[name] for name in ("clip_low", "clip_high", "dual_clip"))
+    if algorithm.policy_loss == "sapo":
+        return ratio_T, []
+    if algorithm.policy_loss == "gmpo":
+        return batch.logprobs_T - batch.old_T, [-low, high]
+    return ratio_T, [1 - low, 1 + high, dual]
 
 
 @pytest.mark.parametrize("far", [100, 1e4])

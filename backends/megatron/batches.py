@@ -19,7 +19,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from backends.megatron.layers import zigzag
 from common.distributed import broadcast_bytes
-from losses import Sequences
+from losses import LossSettings, Sequences
 
 
 @dataclass
@@ -291,21 +291,25 @@ def _packed_lengths(sequences: list[np.ndarray], *, tp: int, cp: int) -> list[in
 # --- results ------------------------------------------------------------------------------------
 
 
-def has_old_logprobs(samples: list, *, with_reference: bool) -> bool:
-    """Tell whether train_step.add_logprobs has set old_logprobs.
+def field_of_old_logprobs(samples: list, settings: LossSettings) -> str | None:
+    """Return which field of the samples has the log-probs that ratios start from.
+
+    None where train_step.add_logprobs has set none: then they are the policy's own.
 
     Raises ValueError where only some samples have them, or where one lacks the ref_logprobs of a
     KL: they would count as 0.
     """
-    has_old = any(len(sample.old_logprobs) for sample in samples)
-    names = ["old_logprobs"] if has_old else []
-    names += ["ref_logprobs"] if with_reference else []
+    old = "rollout_logprobs" if settings.old_logprobs == "rollout" else None
+    if not old and any(len(sample.old_logprobs) for sample in samples):
+        old = "old_logprobs"
+    names = [old] if old else []
+    names += ["ref_logprobs"] if settings.kl_coef > 0 else []
     for name in names:
         for sample in samples:
             if len(getattr(sample, name)) != len(sample.response_ids):
                 found = f"sample {sample.index} of group {sample.group} has no {name}"
                 raise ValueError(f"{found} for its tokens: call add_logprobs() on the batch first")
-    return has_old
+    return old
 
 
 def give_to_samples(trainer, batch: Batch, values: list[torch.Tensor], name: str) -> None:
@@ -345,3 +349,21 @@ def global_sums(trainer, reports: list[dict]) -> dict[str, float]:
     stages = trainer.layout.pp_group
     message = json.dumps(totals).encode()
     return json.loads(broadcast_bytes(message, stages, source=stages.size() - 1))
+
+
+def step_means(totals: list[dict[str, float]], settings: LossSettings) -> dict[str, float]:
+    """Return the means of a step from the sums of its mini-batches, and how many tokens counted.
+
+    totals: as global_sums returns them, with loss, units and tokens; loss is divided by units, all
+    else by tokens. With --old-logprobs rollout the mismatch is that of the first mini-batch: it is
+    measured by the policy, which later ones have moved.
+    """
+    sums = {name: sum(total[name] for total in totals) for name in totals[0]}
+    loss, units, tokens = (sums.pop(name) for name in ("loss", "units", "tokens"))
+    means = {"tokens": int(tokens), "loss": loss / units}
+    means |= {name: value / tokens for name, value in sums.items()}
+    measured = totals[:1] if settings.old_logprobs == "rollout" else totals
+    for name in ("mismatch_abs", "mismatch_k3"):
+        of_tokens = sum(total["tokens"] for total in measured)
+        means[name] = sum(total[name] for total in measured) / of_tokens
+    return means | {"mismatch_max": max(total["mismatch_max"] for total in measured)}

@@ -8,6 +8,8 @@ import math
 import torch
 import torch.distributed as dist
 
+from losses import k3
+
 # Stands for -inf where it is multiplied: 0 times -inf is NaN.
 LOWEST = torch.finfo(torch.float32).min
 
@@ -99,3 +101,17 @@ def logprobs_and_entropy(
     vocab_size: without padding.
     """
     return VocabParallelLogprobs.apply(logits_TV, labels_T, temperature, vocab_size, group, chunk)
+
+
+def mismatch(
+    trainer_logprobs_T: torch.Tensor, rollout_logprobs_T: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Measure per token how far trainer and engine disagree about tokens that the engine sampled.
+
+    With d = trainer - rollout, mismatch_abs is |d| and mismatch_k3 is exp(d) - 1 - d. The latter is
+    an unbiased estimate of KL(rollout || trainer) and is never negative; see losses.k3.
+    """
+    return {
+        "mismatch_abs": (trainer_logprobs_T - rollout_logprobs_T).abs(),
+        "mismatch_k3": k3(rollout_logprobs_T, trainer_logprobs_T, None),
+    }

@@ -11,8 +11,8 @@ formula with a ratio bounds the log-ratio to +-20: see `ratio`.
 
 N samples, T packed tokens, L tokens of one sample. A counting token has mask 1. Sources:
 PPO arXiv:1707.06347, dual clip 1912.09729, GRPO 2402.03300, Dr. GRPO 2503.20783, RLOO 2402.14740,
-REINFORCE++ 2501.03262, GAE 1506.02438, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585, KL
-estimators http://joschu.net/blog/kl-approx.html.
+REINFORCE++ 2501.03262, GAE 1506.02438, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585,
+GMPO 2507.20673, SAPO 2511.20347, KL estimators http://joschu.net/blog/kl-approx.html.
 """
 
 from dataclasses import dataclass
@@ -107,7 +107,53 @@ def cispo(logprobs_T, frozen_T, old_T, advantages_T, packed, *, clip_low, clip_h
     return np.array(loss_T), np.array(ratio_T), np.array(clipped_T)
 
 
-POLICY_LOSSES = {"ppo": ppo, "gspo": gspo, "cispo": cispo}
+def clipped_log_ratio(x: float, advantage: float, *, clip_low: float, clip_high: float) -> float:
+    """Return x, bounded on the side to which the advantage drives it."""
+    if advantage > 0:
+        return min(x, clip_high)
+    return max(x, -clip_low) if advantage < 0 else x
+
+
+def gmpo(logprobs_T, frozen_T, old_T, advantages_T, packed, *, clip_low, clip_high, dual_clip):
+    """Return -s A with log s_t = c_t - sg(c_t) + sg(mean of c), c the clipped log-ratio."""
+    assert dual_clip == 0
+    clips = dict(clip_low=clip_low, clip_high=clip_high)
+
+    def clipped(values_T) -> np.ndarray:
+        rows = zip(values_T, old_T, advantages_T)
+        return np.array([clipped_log_ratio(new - old, a, **clips) for new, old, a in rows])
+
+    now_T, before_T = clipped(logprobs_T), clipped(frozen_T)
+    loss_T, ratio_T, clipped_T = [], [], []
+    for t, (now, before) in enumerate(zip(now_T, before_T)):
+        center = mean_log_ratio(before_T, packed, packed.sample_T[t])
+        ratio_T.append(ratio(now - before + center))
+        loss_T.append(nan if center != center else -ratio_T[t] * advantages_T[t])
+        clipped_T.append(now != logprobs_T[t] - old_T[t])
+    return np.array(loss_T), np.array(ratio_T), np.array(clipped_T)
+
+
+def geometric_mean_loss(log_ratio_T, advantage: float, *, clip_low, clip_high) -> float:
+    """Return GMPO's loss of one response as the paper has it: a root of a product of |min(..)|."""
+    product = 1.0
+    for x in log_ratio_T:
+        bounded = clip(exp(x), exp(-clip_low), exp(clip_high))
+        product *= abs(min(exp(x) * advantage, bounded * advantage))
+    return -np.sign(advantage) * product ** (1 / len(log_ratio_T))
+
+
+def sapo(logprobs_T, frozen_T, old_T, advantages_T, packed, *, tau_pos, tau_neg, **no_clips):
+    """Return -A 4 / tau sigmoid(tau (r - 1)), with tau by the sign of the advantage."""
+    assert no_clips == dict(clip_low=None, clip_high=None, dual_clip=0)
+    loss_T, ratio_T = [], []
+    for new, old, advantage in zip(logprobs_T, old_T, advantages_T):
+        r, tau = ratio(new - old), tau_pos if advantage > 0 else tau_neg
+        loss_T.append(-advantage * 4 / tau / (1 + exp(-tau * (r - 1))))
+        ratio_T.append(r)
+    return np.array(loss_T), np.array(ratio_T), np.zeros(len(loss_T), dtype=bool)
+
+
+POLICY_LOSSES = {"ppo": ppo, "gspo": gspo, "cispo": cispo, "gmpo": gmpo, "sapo": sapo}
 
 
 # ---- Corrections of the difference between engine and trainer: lo - lr -> (weight_T, cut_T) ----
@@ -122,6 +168,14 @@ def tis(log_weight_T, packed, *, low, high):
     assert low is None
     weight_T = [min(ratio(x), high) for x in log_weight_T]
     return np.array(weight_T), np.array([ratio(x) > high for x in log_weight_T])
+
+
+def sequence_tis(log_weight_T, packed, *, low, high):
+    assert low is None
+    weight_T = []
+    for sample in packed.sample_T:
+        weight_T.append(ratio(sum(log_weight_T[t] for t in packed.counting(sample))))
+    return np.array([min(x, high) for x in weight_T]), np.array([x > high for x in weight_T])
 
 
 def icepop(log_weight_T, packed, *, low, high):
@@ -148,6 +202,7 @@ def sequence_mask(log_weight_T, packed, *, low, high):
 CORRECTIONS = {
     "none": no_correction,
     "tis": tis,
+    "sequence_tis": sequence_tis,
     "icepop": icepop,
     "decoupled": decoupled,
     "sequence_mask": sequence_mask,
@@ -225,6 +280,8 @@ class Known:
     ref_T: np.ndarray
     advantages_T: np.ndarray
     packed: Packed
+    measured_T: np.ndarray
+    """The trainer's log-probs whose mismatch with rollout_T is reported."""
 
 
 @dataclass
@@ -278,7 +335,8 @@ def whole_metrics(
     )
     rows = []
     for t in [t for n in range(known.packed.samples) for t in known.packed.counting(n)]:
-        moved, apart = logprobs_T[t] - known.old_T[t], known.old_T[t] - known.rollout_T[t]
+        moved = logprobs_T[t] - known.old_T[t]
+        apart = known.measured_T[t] - known.rollout_T[t]
         rows.append({
             "entropy": entropy_T[t],
             "ratio": ratio_T[t],

@@ -130,7 +130,13 @@ def bounds_of(name: str) -> list[dict]:
     tight = dict(clip_low=low, clip_high=high, dual_clip=first)
     if rest:
         return [tight, tight | dict(dual_clip=rest[-1])]
-    return [tight, tight | dict(clip_low=own.clip_low, clip_high=own.clip_high)]
+    its_own = tight | dict(clip_low=own.clip_low, clip_high=own.clip_high)
+    if own.tau_pos is None:
+        return [tight, its_own]
+    return [
+        tight | dict(tau_pos=3.0, tau_neg=5.0),
+        its_own | dict(tau_pos=own.tau_pos, tau_neg=own.tau_neg),
+    ]
 
 
 BOTH = [name for name in oracle.POLICY_LOSSES if name in losses.POLICY_LOSSES]

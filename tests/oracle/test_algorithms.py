@@ -54,7 +54,9 @@ def test_every_algorithm_has_an_oracle(shipped, independent):
     assert set(shipped) == set(independent)
 
 
-def kinks_of(*, clip_low: float | None, clip_high: float | None, dual_clip: float) -> list[float]:
+def kinks_of(
+    *, clip_low: float | None, clip_high: float | None, dual_clip: float, **taus: float
+) -> list[float]:
     """Return the ratios at which a policy loss with these bounds has no derivative."""
     low, high = ([] if clip is None else [clip] for clip in (clip_low, clip_high))
     kinks = [*(1 - clip for clip in low), *(1 + clip for clip in high), dual_clip]
@@ -153,6 +155,47 @@ def test_policy_losses_by_hand():
     assert torch.autograd.grad(loss_T.sum(), x)[0].tolist() == pytest.approx([-1.28 * 3, 1.28 * 3])
 
 
+@pytest.mark.parametrize("advantage", [1.5, -0.7])
+def test_gmpo_descends_the_papers_product(advantage):
+    """The token form has the value and the whole gradient of a root of a product.
+
+    Log-ratios are inside and beyond both bounds, and a tool token stands between them.
+    """
+    clips = dict(clip_low=0.4, clip_high=0.3)
+    x_T, mask_T = np.array([0.1, -0.6, 5.0, 0.7, -0.2]), np.array([1.0, 1, 0, 1, 1])
+    counts_T = mask_T == 1
+
+    def papers(counting_C: np.ndarray) -> float:
+        return oracle.geometric_mean_loss(counting_C, advantage, **clips)
+
+    sequences = losses.Sequences(tensor([0] * 5), tensor(mask_T), tensor([4.0]))
+    old_T, advantages_T = tensor(np.full(5, -1.0)), tensor(np.full(5, advantage))
+    x = tensor(x_T - 1.0, requires_grad=True)
+    loss_T, *_ = losses.gmpo(x, old_T, advantages_T, sequences, **clips, dual_clip=0.0)
+    weight_T, normalizer_N = losses.per_sequence(sequences, max_response_tokens=9)
+    loss = (weight_T * loss_T).sum() / normalizer_N.sum()
+    assert float(loss) == pytest.approx(papers(x_T[counts_T]), rel=1e-9)
+    got_T = torch.autograd.grad(loss, x)[0].numpy()
+    assert got_T[counts_T] == pytest.approx(oracle.jacobian(papers, x_T[counts_T])[0], abs=1e-8)
+    assert got_T[~counts_T] == [0]
+
+
+def test_sapo_by_hand():
+    # At ratio 1 the gate is 2 / tau with slope 1, so the gradient is that of PPO. At ratio 3 and
+    # tau 1 it is 4 sigmoid(2), and its slope in the log-prob 4 sigmoid(2) (1 - sigmoid(2)) 3.
+    one = losses.Sequences(tensor([0] * 3), tensor([1.0] * 3), tensor([3.0]))
+    x = tensor([0.0, 0.0, math.log(3)], dtype=torch.float64, requires_grad=True)
+    old_T, advantages_T = tensor([0.0] * 3).double(), tensor([3.0, -3.0, 1.0]).double()
+    taus = dict(tau_pos=1.0, tau_neg=2.0)
+    none = dict(clip_low=None, clip_high=None, dual_clip=0.0)
+    loss_T, ratio_T, clipped_T = losses.sapo(x, old_T, advantages_T, one, **taus, **none)
+    sigmoid = 1 / (1 + math.exp(-2))
+    assert loss_T.tolist() == pytest.approx([-3 * 2, 3 * 1, -4 * sigmoid])
+    slopes = torch.autograd.grad(loss_T.sum(), x)[0].tolist()
+    assert slopes == pytest.approx([-3, 3, -4 * sigmoid * (1 - sigmoid) * 3])
+    assert ratio_T.tolist() == pytest.approx([1, 1, 3]) and not clipped_T.any()
+
+
 @batches()
 @pytest.mark.parametrize("low, high", [(0.5, 2.0), (0.9, 1.1), (0.0, 1e30)])
 @pytest.mark.parametrize("name", oracle.CORRECTIONS)
@@ -181,13 +224,14 @@ def test_corrections_by_hand():
         "decoupled": [2, 0, 0.5, 0, 0],
     }
     expected["sequence_mask"] = [1, 1, 1, 0, 0]
+    expected["sequence_tis"] = [1, 1, 1, 2.5, 2.5]
     cut = {
         "none": [0, 0, 0, 0, 0],
         "tis": [0, 1, 0, 1, 1],
         "icepop": [0, 1, 1, 1, 1],
         "decoupled": [0, 1, 0, 1, 1],
     }
-    cut["sequence_mask"] = [0, 0, 0, 1, 1]
+    cut["sequence_mask"] = cut["sequence_tis"] = [0, 0, 0, 1, 1]
     for name, weights in expected.items():
         weight = losses.CORRECTIONS[name].weight
         weight_T, cut_T = weight(log_weight_T, sequences, **bounds_for(name, 0.75, 2.5))
