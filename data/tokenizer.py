@@ -30,7 +30,7 @@ def check_tokenizer_files(folder: Path) -> Iterator[str]:
     yield from found.texts
 
 
-def load_tokenizer(model_folder: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_folder: str, *, flag: str = "--model") -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder. Raises BadInput."""
     check_tokenizer_files(Path(model_folder))
     try:
@@ -39,7 +39,7 @@ def load_tokenizer(model_folder: str) -> PreTrainedTokenizerBase:
         for file in Path(model_folder).glob("*.json"):
             read_json(file)  # its error names a file that is not JSON
         fix = "copy tokenizer.json and tokenizer_config.json there"
-        raise BadInput(f"--model {model_folder}: no tokenizer loads ({error}); {fix}") from error
+        raise BadInput(f"{flag} {model_folder}: no tokenizer loads ({error}); {fix}") from error
 
 
 @all_problems
