@@ -28,7 +28,8 @@ class DistillSettings:
 @dataclass(frozen=True)
 class Settings:
     run: RunSettings = RunSettings()
-    rollout: RolloutSettings = RolloutSettings()
+    # Answers are not compared: four times the prompts teach more than four times the answers.
+    rollout: RolloutSettings = RolloutSettings(prompts_per_step=64, samples_per_prompt=4)
     reward: RewardSettings = RewardSettings()
     train: TrainSettings = TrainSettings()
     loss: LossSettings = LossSettings()

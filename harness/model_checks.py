@@ -27,7 +27,7 @@ from common.errors import ProblemList, all_problems
 from common.settings import RolloutSettings, RunSettings, TrainSettings, check_ranks
 from data.prompts import ENGINE_KEEPS
 from data.sample import read_dump
-from data.tokenizer import load_tokenizer
+from data.tokenizer import token_table
 from harness import checks
 from harness.run_folder import rollouts_file
 from megatron.core.transformer import TransformerConfig
@@ -215,29 +215,31 @@ def check_rounding(settings, config: dict | None) -> None:
 def check_reference(
     settings: TrainSettings,
     config: dict | None,
-    tokenizer,
+    model_folder: str | None,
     *,
     world_size: int,
     longest: int | None,
 ) -> None:
     """Refuse a --reference that cannot score the policy's samples, or that the layout cannot hold.
 
-    Its architecture is free. config, tokenizer, longest: those of the model and its prompts, None
-    where they could not be found out. world_size: of the ranks that train.
+    Its architecture is free. config, longest: of the model and its prompts, None where they could
+    not be found out. world_size: of the ranks that train. model_folder: None for a plan, which
+    reads no weights and no tokenizer.
     """
     folder, found = settings.reference, ProblemList()
     if not folder or (reference := found.collect(read_config, folder)) is None:
         yield from found.texts
         return
-    found.collect(lambda: check_shapes(HFWeights(folder), reference))
-    if tokenizer is not None:
-        own = found.collect(load_tokenizer, folder, flag="--reference")
-        if own is not None and (differing := _differing_tokens(own, tokenizer)):
-            first, mine, theirs = differing[0]
+    if model_folder is not None:
+        found.collect(lambda: check_shapes(HFWeights(folder), reference))
+        mine, theirs = (found.collect(token_table, path) for path in (folder, model_folder))
+        if mine and theirs and mine != theirs:
+            differing = {n for n in mine | theirs if mine.get(n) != theirs.get(n)}
+            first = min(differing)
             yield (
-                f"--reference {folder} has another tokenizer: token {first} is {mine!r}, the"
-                f" model's is {theirs!r}, and {len(differing)} differ in all; a token must mean the"
-                " same to both: use a model with the same tokenizer"
+                f"--reference {folder} has another tokenizer: token {first} is {mine.get(first)!r},"
+                f" the model's is {theirs.get(first)!r}, and {len(differing)} differ in all; a"
+                " token must mean the same to both: use a model with the same tokenizer"
             )
     if longest and longest > (most := reference["max_position_embeddings"]):
         yield (
@@ -269,13 +271,3 @@ def _layout_problems(
     if not found.texts and built.megatron:
         found.collect(check_overrides, built, reference)
     return found.texts
-
-
-def _differing_tokens(one, other) -> list[tuple[int, str | None, str | None]]:
-    """Return (id, token of one, token of other) where tokenizers differ; None: no such token."""
-    mine, theirs = (
-        {number: token for token, number in tokenizer.get_vocab().items()}
-        for tokenizer in (one, other)
-    )
-    numbers = sorted(mine.keys() | theirs.keys())
-    return [(n, mine.get(n), theirs.get(n)) for n in numbers if mine.get(n) != theirs.get(n)]

@@ -134,13 +134,14 @@ def prepare(
     sizes = dict(world_size=trainer_ranks, longest=longest)
     found.collect(model_checks.check_train_settings, train, config, **sizes)
     found.collect(model_checks.check_rounding, settings, config)
-    tokenizer = data and data.tokenizer
-    found.collect(model_checks.check_reference, train, config, tokenizer, **sizes)
+    read = None if is_plan else model
+    found.collect(model_checks.check_reference, train, config, read, **sizes)
     load = dict(world_size=ranks, trainer_ranks=trainer_ranks, rollout_ranks=rollout_ranks)
     if is_plan:
         found.raise_if_any()
         plan.report(settings, config, **load, longest=longest)
         sys.exit(0)
+    tokenizer = data and data.tokenizer
     found.collect(check_model_folder, model, config, tokenizer, stop=rollout.stop)
     found.collect(model_checks.check_held_out, run_settings, data and data.held_out)
     found.collect(plan.check_machine, settings, config, **load, longest=longest)
