@@ -58,6 +58,7 @@ import numpy as np
 import loop_sync
 from advantages import ADVANTAGES, Scores
 from common.errors import BadInput
+from data.sample import Sample
 from harness import start
 from harness.exits import run_main
 
@@ -82,6 +83,11 @@ def with_rewards(estimator: Callable, weight: float) -> Callable:
     return advantages
 
 
+def unjudged(sample: Sample) -> float:
+    """Return 0, with --unlabelled."""
+    return 0.0
+
+
 def main(settings: Settings, loop=loop_sync, name: str = "distill") -> None:
     """Run a loop with a teacher. loop: loop_sync or loop_async; name: of its checkpoints."""
     advantage, weight = NAME, settings.distill.reward_weight
@@ -90,7 +96,9 @@ def main(settings: Settings, loop=loop_sync, name: str = "distill") -> None:
         advantage = f"{NAME} + {weight:g} {settings.reward.advantage}"
         ADVANTAGES[advantage] = with_rewards(ADVANTAGES[settings.reward.advantage], weight)
     try:
-        run = start.prepare(for_the_loop(settings, advantage), name)
+        told = for_the_loop(settings, advantage)
+        judge = unjudged if settings.distill.unlabelled else None
+        run = start.prepare(told, name, reward_function=judge)
     except BadInput as error:  # the loops have another name for the teacher
         texts = (text.replace("--reference", "--teacher") for text in error.problems)
         raise BadInput(*texts) from error

@@ -2,12 +2,19 @@
 
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.errors import all_problems, model_problem
-from common.settings import RolloutSettings, RunSettings, SyncSettings, TrainSettings
+from common.settings import (
+    RolloutSettings,
+    RunSettings,
+    SyncSettings,
+    TrainSettings,
+    is_generated,
+)
 from losses import LossSettings
 from reward import RewardSettings
 
@@ -23,6 +30,9 @@ class DistillSettings:
     reward_weight: float = 0.0
     """Add so many times the advantage that --advantage makes of the rewards; 0: the teacher alone
     teaches, and rewards are only measured."""
+    unlabelled: bool = False
+    """Judge no answer: labels may be null, every reward is 0, and nothing is evaluated. Prompts are
+    then files, without --eval-prompts."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +73,28 @@ def check_distill_flags(settings: Settings) -> None:
     if not weight and reward.overlong_buffer:
         given = f"--overlong-buffer {reward.overlong_buffer}"
         yield f"{given} changes rewards, and has no effect without --reward-weight: give it"
+    if distill.unlabelled:
+        yield from _judged(settings)
     if reward.dynamic_sampling:
         yield (
             f"--dynamic-sampling {reward.dynamic_sampling} replaces groups of equal rewards, and"
             " the teacher teaches on these too: leave it out"
+        )
+
+
+def _judged(settings: Settings) -> Iterator[str]:
+    """Yield what would be judged beside --unlabelled."""
+    if settings.distill.reward_weight:
+        given = f"--reward-weight {settings.distill.reward_weight}"
+        yield f"{given} needs rewards, and --unlabelled judges nothing: leave one out"
+    if settings.reward.reward != RewardSettings().reward:
+        given = f"--reward {settings.reward.reward}"
+        yield f"{given} has no effect with --unlabelled: leave one out"
+    generated = [source for source in settings.rollout.prompts if is_generated(source)]
+    if held_out := (*settings.rollout.eval_prompts, *generated):
+        yield (
+            f"--unlabelled evaluates nothing, and {held_out[0]} has held-out prompts: leave"
+            " --eval-prompts out, and name only files by --prompts"
         )
 
 

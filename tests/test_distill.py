@@ -34,7 +34,6 @@ from common import distributed
 from common.errors import BadInput
 from common.settings import TrainSettings
 from data.sample import Sample
-from harness.model_checks import check_reference
 from losses import LossSettings
 
 TEMPERATURE, V = 0.7, 97
@@ -283,98 +282,6 @@ def test_the_teacher_says_the_same_at_every_layout(models, teachers, tmp_path, r
 # --- what is refused ----------------------------------------------------------------------------
 
 
-def refuse(models, folder, message: str, *, family="qwen3", longest=40, world_size=4, **settings):
-    config = read_config(models[family])
-    settings = TrainSettings(reference=str(folder), **settings)
-    sizes = dict(world_size=world_size, longest=longest)
-    with pytest.raises(BadInput, match=message):
-        check_reference(settings, config, str(models[family]), **sizes)
-
-
-@pytest.fixture
-def folder(models, tmp_path):
-    """A copy of the small Llama, to be spoilt."""
-    return shutil.copytree(models["llama"], tmp_path / "teacher")
-
-
-def rewrite(file, change) -> None:
-    content = json.loads(file.read_text(encoding="utf-8"))
-    change(content)
-    file.write_text(json.dumps(content), encoding="utf-8")
-
-
-def test_a_teacher_of_another_family_and_size_is_taken(models, teachers):
-    config, model = read_config(models["qwen3"]), models["qwen3"]
-    for name in teachers.values():
-        settings = TrainSettings(reference=str(name), tp=2, pp=2)
-        check_reference(settings, config, model, world_size=4, longest=40)
-
-
-def test_a_dense_teacher_of_a_mixture_under_expert_parallelism_is_taken(models):
-    config, model = read_config(models["glm4_moe"]), models["glm4_moe"]
-    balance = ("moe_router_bias_update_rate=0.001",)
-    settings = TrainSettings(reference=str(models["llama"]), ep=2, megatron=balance)
-    check_reference(settings, config, model, world_size=4, longest=40)
-
-
-def test_a_teacher_with_another_tokenizer_is_refused(models, folder):
-    def swap(content):
-        vocabulary = content["model"]["vocab"]
-        vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
-
-    rewrite(folder / "tokenizer.json", swap)
-    refuse(models, folder, "has another tokenizer: token 4 is '2', the model's is '1', and 2 dif")
-
-
-def test_a_teacher_with_one_token_more_is_refused(models, folder):
-    rewrite(folder / "tokenizer.json", lambda content: content["model"]["vocab"].update({"ß": 60}))
-    refuse(models, folder, "token 60 is 'ß', the model's is None, and 1 differ in all")
-
-
-def test_a_teacher_without_a_tokenizer_is_refused(models, folder):
-    (folder / "tokenizer.json").unlink()
-    refuse(models, folder, f"{folder}/tokenizer.json cannot be read")
-
-
-@pytest.mark.parametrize("text", ["", "{}", "[1]", "null"])
-def test_a_teacher_whose_tokenizer_is_none_is_refused(models, folder, text):
-    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    refuse(models, folder, f"{folder}/tokenizer.json is no tokenizer .*: copy it again")
-
-
-def test_a_teacher_without_weights_is_refused(models, folder):
-    (folder / "model.safetensors").unlink()
-    refuse(models, folder, "has no .*safetensors")
-
-
-def test_a_teacher_with_fewer_tokens_is_refused(models, tmp_path):
-    small = write_model(tmp_path / "small", "llama", vocab_size=96)
-    refuse(models, small, "has vocab_size 96, the model 97: it must know every token")
-
-
-def test_a_teacher_that_cannot_read_the_longest_sample_is_refused(models, teachers):
-    refuse(models, teachers["tied"], "max_position_embeddings 256, and .* 257 tok", longest=257)
-
-
-@pytest.mark.parametrize("settings, changes, message", [
-    (dict(tp=4), dict(num_attention_heads=8, num_key_value_heads=4, intermediate_size=514),
-     "--reference .*: intermediate_size 514 is not divisible by --tp 4"),
-    (dict(pp=4), dict(num_hidden_layers=1), "--reference .*: --pp 4 leaves the last stage without"),
-    (dict(megatron=("recompute_granularity=full",)), {}, "--reference .*megatron-core refuses it"),
-])  # fmt: skip
-def test_a_teacher_that_the_layout_cannot_hold_is_refused(
-    models, tmp_path, settings, changes, message
-):
-    folder = write_model(tmp_path / "odd", "llama", **changes)
-    refuse(models, folder, message, **settings)
-
-
-def test_what_the_ranks_do_not_allow_is_said_once_of_the_model(models):
-    config, model = read_config(models["qwen3"]), models["qwen3"]
-    settings = TrainSettings(reference=str(models["llama"]), tp=3)
-    check_reference(settings, config, model, world_size=4, longest=40)
-
-
 class Started(Exception):
     """Raised where the run would have begun."""
 
@@ -415,6 +322,11 @@ GLM = ROOT / "toy" / "glm"
     (["--teacher", GLM, "--advantage", "rloo"], "no effect without --reward-weight"),
     (["--teacher", GLM, "--overlong-buffer", "2"], "no effect without --reward-weight"),
     (["--teacher", GLM, "--dynamic-sampling", "1"], "the teacher teaches on these too"),
+    (["--teacher", GLM, "--unlabelled"], "evaluates nothing, and toy has held-out prompts"),
+    (["--teacher", GLM, "--unlabelled", "--prompts", "a.jsonl", "--eval-prompts", "b.jsonl"],
+     "evaluates nothing, and b.jsonl has held-out prompts"),
+    (["--teacher", GLM, "--unlabelled", "--reward-weight", "1"], "needs rewards, and --unlabelled"),
+    (["--teacher", GLM, "--unlabelled", "--reward", "math"], "no effect with --unlabelled"),
     (["--teacher", ROOT / "docs" / "configs" / "Qwen3-4B"],
      r"Qwen3-4B has no \*.safetensors file"),
 ])  # fmt: skip
@@ -431,6 +343,16 @@ def test_bad_flags_stop_before_anything_starts(start, flags, message):
 def test_flags_that_hold(start, script, ranks, flags):
     with pytest.raises(Started):
         start(script, *flags, ranks=ranks)
+
+
+def test_prompts_without_labels_are_taken(start, tmp_path):
+    row = {"prompt": "123+456=", "label": None}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    flags = ["--teacher", GLM, "--prompts", "a.jsonl"]
+    with pytest.raises(BadInput, match="is null"):
+        start(distill, *flags)
+    with pytest.raises(Started):
+        start(distill, *flags, "--unlabelled")
 
 
 # --- runs ---------------------------------------------------------------------------------------
