@@ -12,21 +12,23 @@
                                  |
                          the loops' policy gradient, with A_t as the advantage of token t
 
-As in "On-Policy Distillation" (Thinking Machines Lab, 2025) the advantage is the negative of a
-sampled reverse KL, one for each token. A teacher's demonstrations (ordinary distillation) show what
-to do where the teacher goes. Here the teacher judges where the student goes, its errors included.
+As in "On-Policy Distillation" (Thinking Machines Lab, 2025) the advantage of a token is the
+negative of a sampled reverse KL. Demonstrations show what to do where the teacher goes. Here the
+teacher judges where the student goes, after the student's own errors too.
 
-**What this is the gradient of.** Let s_t be the prompt and the tokens before t, and V the
-vocabulary. The gradient of the reverse KL at one s_t, held fixed, is
+What this is the gradient of: let s_t be the prompt and the tokens before t, and V the vocabulary.
+With s_t held fixed the gradient of the reverse KL is
 
     grad KL(student || teacher)(s_t) = sum over y in V of p_student(y) (-A(y)) grad log p_student(y)
 
-for the term sum of grad p_student(y) is 0. So -A_t grad log p_student(y_t) at a token sampled by
-the student is an unbiased estimate of it. A step descends the mean of these KLs over the prefixes
-that the student visited. A_t counts only its own token: the discount is 0. How a token changes the
-prefixes that follow has no part in it. MiniLLM (arXiv 2306.08543) has that part, with more
-variance. GKD (arXiv 2306.13649) sums over V instead of sampling. A step is zero in the mean exactly
-where the student says what the teacher says, so reward plays no role. --reward-weight adds it.
+because the remaining term, the sum of grad p_student(y), is 0. So for a token that the student
+samples, -A_t grad log p_student(y_t) is an unbiased estimate of it. A step descends the mean of
+these KLs over the prefixes that the student visited.
+
+A_t counts its own token only: the discount is 0. That a token also changes the prefixes behind it
+has no part in this gradient. MiniLLM (arXiv 2306.08543) includes that part, with more variance. GKD
+(arXiv 2306.13649) sums over V instead of sampling. Rewards play no role unless --reward-weight adds
+them.
 
 What it gives to the loop, which is unchanged:
     --teacher      is the loop's frozen reference, of any architecture with the model's tokenizer
@@ -36,8 +38,9 @@ What it gives to the loop, which is unchanged:
                    log p_student - log p_teacher of each token.
     the record     its metric kl is the mean of that: how far the student still is, in nats a token
 
-With mini-batches, or old weights in the asynchronous loop, log p_student is that of old_logprobs,
-the weights that the step starts from; ratio and correction of the policy loss do the rest.
+log p_student in A_t is by the trainer's weights that the step starts from (old_logprobs). The
+engine sampled with FP8 weights, in the asynchronous loop also with older ones. The correction
+(--correction, TIS) weights each token for that.
 """
 
 import sys

@@ -38,7 +38,7 @@ class DistillSettings:
 @dataclass(frozen=True)
 class Settings:
     run: RunSettings = RunSettings()
-    # Answers are not compared: four times the prompts teach more than four times the answers.
+    # Answers are not compared. So a batch has more prompts than the loops', and fewer answers each.
     rollout: RolloutSettings = RolloutSettings(prompts_per_step=64, samples_per_prompt=4)
     reward: RewardSettings = RewardSettings()
     train: TrainSettings = TrainSettings()

@@ -233,7 +233,7 @@ def check_reference(
     if model_folder is not None:
         found.collect(lambda: check_shapes(HFWeights(folder), reference))
         mine, theirs = (found.collect(token_table, path) for path in (folder, model_folder))
-        if mine and theirs and mine != theirs:
+        if mine is not None and theirs is not None and mine != theirs:
             differing = {n for n in mine | theirs if mine.get(n) != theirs.get(n)}
             first = min(differing)
             yield (
