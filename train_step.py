@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 # First of what imports Megatron: without a GPU Megatron is patched there.
-from backends.megatron.model import init_parallel, load_model
+from backends.megatron.model import init_parallel, load_model, load_reference
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
@@ -71,7 +71,7 @@ class Trainer:
     temperature: float  # of the rollout: log-probs are of the distribution that was sampled from
     max_response_tokens: int
     replay: RoutingReplay | None = None  # of the engine's experts, with --routing-replay
-    reference: torch.nn.Module | None = None  # as ddp.module, with the reference's weights
+    reference: torch.nn.Module | None = None  # as ddp.module; may be of another architecture
 
 
 def start_trainer(run) -> Trainer | None:
@@ -121,10 +121,7 @@ def build_trainer(
         gpt.output_layer = head(gpt.config)
     reference = None
     if with_reference:
-        _, _, reference = load_model(settings.reference or model_folder, settings, config, fp8=fp8)
-        reference.requires_grad_(False)
-        if settings.offload_reference:
-            reference.to("cpu")
+        reference = load_reference(model_folder, settings, config, fp8=fp8)
     ddp = wrap_data_parallel(gpt, module)
     optimizer, scheduler = build_optimizer(ddp, gpt, settings, config, steps=steps)
     return Trainer(

@@ -194,8 +194,9 @@ class TrainSettings:
     """Optimizer steps on each rollout batch, each on an equal part of the samples. old_logprobs are
     computed once, before the first."""
     reference: str = ""
-    """Hugging Face folder of the frozen reference model, of the same architecture; empty: --model.
-    Loaded only with --kl-coef."""
+    """Hugging Face folder of the frozen reference model, with the same tokenizer; empty: --model.
+    Loaded only with --kl-coef. Of another architecture it is computed with --train-numerics
+    plain."""
     offload_reference: bool = False
     """Keep the reference model in CPU memory, and on the GPU only during its forward pass."""
     train_numerics: Literal["plain", "fp8"] = "plain"

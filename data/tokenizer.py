@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import backends  # noqa: F401  before transformers: without a GPU it provides what this imports
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from backends.huggingface.config import generation_eos
@@ -40,6 +41,20 @@ def load_tokenizer(model_folder: str) -> PreTrainedTokenizerBase:
             read_json(file)  # its error names a file that is not JSON
         fix = "copy tokenizer.json and tokenizer_config.json there"
         raise BadInput(f"--model {model_folder}: no tokenizer loads ({error}); {fix}") from error
+
+
+def token_table(model_folder: str) -> dict[int, str]:
+    """Return {id: token} as tokenizer.json of a folder has them. Raises BadInput.
+
+    A loaded tokenizer may have more: transformers adds special tokens of its own to some families.
+    """
+    file = Path(model_folder) / "tokenizer.json"
+    check_file(file)
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises a plain Exception
+        raise BadInput(f"{file} is no tokenizer ({error}): copy it again") from error
+    return {number: token for token, number in tokenizer.get_vocab().items()}
 
 
 @all_problems

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from backends.huggingface.config import check_layout
+from backends.huggingface.config import check_layout, expert_ranks
 from common.errors import BadInput
 from common.settings import RolloutSettings, TrainSettings
 from harness.memory import (
@@ -57,8 +57,8 @@ class Plan:
     """Tokens of the longest sample, prompt and response."""
     steps_in_flight: int
     """Training steps whose requests an engine holds at the same time."""
-    reference: bool
-    """Whether a frozen model stays on the trainers' GPUs."""
+    reference: dict | None
+    """config.json of a frozen model that stays on the trainers' GPUs; None: there is none."""
     bucket_bytes: int
     mem_fraction: float
     """SGLang's mem_fraction_static: of the memory that is free when an engine starts, the share of
@@ -274,8 +274,11 @@ def _trainer_layouts(plan: Plan, *, node_gpus: int) -> Iterator[Plan]:
         sizes = dict(tp=tp, pp=pp, ep=ep)
         try:
             check_layout(plan.config, world_size=ranks, cp=plan.train.cp, **sizes)
+            if plan.reference:
+                split = sizes | dict(ep=expert_ranks(plan.reference, ep))
+                check_layout(plan.reference, world_size=ranks, cp=plan.train.cp, **split)
         except BadInput:
-            continue  # the model or the number of ranks does not allow it
+            continue  # a model or the number of ranks does not allow it
         yield replace(plan, train=replace(plan.train, **sizes), recompute=recompute)
 
 

@@ -20,7 +20,12 @@ says which of all this is in memory at the same time.
 
 import math
 
-from backends.huggingface.config import is_sparse, layers_in_last_stage, megatron_arguments
+from backends.huggingface.config import (
+    expert_ranks,
+    is_sparse,
+    layers_in_last_stage,
+    megatron_arguments,
+)
 from backends.huggingface.names import LAYER_RULES, layer_shapes, unquantized_linears
 from fp8_quant import BLOCK
 
@@ -220,22 +225,28 @@ def trainer_bytes(
     tokens: int,
     microbatches: int,
     recompute: bool,
-    reference: bool,
+    reference: dict | None,
 ) -> dict[str, float]:
     """Return {what: bytes} on a rank of the pipeline stage that needs most.
 
-    ranks: all that train. tokens: of a micro-batch on one rank. reference: a frozen model stays on
-    the GPU too. The module's docstring has the formulas.
+    ranks: all that train. tokens: of a micro-batch on one rank. reference: config.json of a frozen
+    model that stays on the GPU too. The module's docstring has the formulas.
     """
     kinds = [sparse for sparse, layers in layer_kinds(config).items() if layers]
     load = dict(tokens=tokens, tp=tp, element_bytes=element_bytes)
     held = {sparse: layer_parameters(config, sparse=sparse, tp=tp, ep=ep) for sparse in kinds}
+    frozen = {}
+    if reference:
+        split_as = dict(tp=tp, ep=expert_ranks(reference, ep))
+        for sparse in (False, True):
+            frozen[sparse] = layer_parameters(reference, sparse=sparse, **split_as)
     kept = {sparse: activation_bytes(config, sparse=sparse, ep=ep, **load) for sparse in kinds}
     input_bytes = element_bytes * tokens * config["hidden_size"] / tp
     expert_tp = 1 if ep > 1 else tp
     stages = []
     for stage in range(pp):
-        experts, others = stage_parameters(config, held, tp=tp, pp=pp, stage=stage)
+        of_stage = dict(tp=tp, pp=pp, stage=stage)
+        experts, others = stage_parameters(config, held, **of_stage)
         # P / D of the module's docstring, for experts and for the others.
         split = experts / (ranks / (pp * ep * expert_tp)) + others / (ranks / (pp * tp))
         activations = stage_activation_bytes(
@@ -247,12 +258,12 @@ def trainer_bytes(
             microbatches=microbatches,
             recompute=recompute,
         )
-        weights = element_bytes * (experts + others)
+        frozen_parts = stage_parameters(reference, frozen, **of_stage) if reference else ()
         sizes = {
-            "weights": weights,
+            "weights": element_bytes * (experts + others),
             "gradients": 4 * (experts + others),
             "optimizer": (12 if element_bytes == 2 else 8) * split,
-            "reference": weights if reference else 0,
+            "reference": element_bytes * sum(frozen_parts),
             "activations": activations,
             "logits": logit_bytes(config, **load) if stage == pp - 1 else 0,
         }

@@ -10,18 +10,24 @@ from collections.abc import Iterator
 
 import torch
 
-from backends.huggingface.config import check_layout, megatron_arguments, read_config
+from backends.huggingface.config import check_layout, read_config
 from backends.huggingface.folder import HFWeights, check_shapes
 from backends.huggingface.fp8 import fp8_weights
 from backends.megatron.batches import padded_length
 from backends.megatron.fp8_numerics import check_numerics
-from backends.megatron.model import check_overrides, has_transformer_engine, overrides
+from backends.megatron.model import (
+    check_overrides,
+    has_transformer_engine,
+    overrides,
+    reference_settings,
+)
 from backends.sglang.checks import server_overrides
 from backends.routed_experts import unpack
 from common.errors import ProblemList, all_problems
-from common.settings import RolloutSettings, RunSettings, TrainSettings
+from common.settings import RolloutSettings, RunSettings, TrainSettings, check_ranks
 from data.prompts import ENGINE_KEEPS
 from data.sample import read_dump
+from data.tokenizer import token_table
 from harness import checks
 from harness.run_folder import rollouts_file
 from megatron.core.transformer import TransformerConfig
@@ -160,18 +166,6 @@ def check_train_settings(
     config, longest: None where they could not be found out; what needs them is then left out.
     """
     found = ProblemList()
-    if (
-        settings.reference
-        and (reference := found.collect(read_config, settings.reference))
-        and config
-    ):
-        if differing := _differences(reference, config):
-            yield (
-                f"--reference {settings.reference} differs from the model in"
-                f" {', '.join(differing)}: it must have the same architecture"
-            )
-        else:
-            found.collect(lambda: check_shapes(HFWeights(settings.reference), reference))
     if config:
         split = dict(tp=settings.tp, pp=settings.pp, cp=settings.cp, ep=settings.ep)
         found.collect(check_layout, config, world_size=world_size, **split)
@@ -217,11 +211,63 @@ def check_rounding(settings, config: dict | None) -> None:
     yield from found.texts
 
 
-def _differences(one: dict, other: dict) -> list[str]:
-    """Return the names of what Megatron is told otherwise of one model than of the other."""
-    told = []
-    for config in (one, other):
-        model, gpt = megatron_arguments(config, tp=1)
-        told.append({**model, **gpt})
-    names = told[0].keys() | told[1].keys()
-    return sorted(name for name in names if told[0].get(name) != told[1].get(name))
+@all_problems
+def check_reference(
+    settings: TrainSettings,
+    config: dict | None,
+    model_folder: str | None,
+    *,
+    world_size: int,
+    longest: int | None,
+) -> None:
+    """Refuse a --reference that cannot score the policy's samples, or that the layout cannot hold.
+
+    Its architecture is free. config, longest: of the model and its prompts, None where they could
+    not be found out. world_size: of the ranks that train. model_folder: None for a plan, which
+    reads no weights and no tokenizer.
+    """
+    folder, found = settings.reference, ProblemList()
+    if not folder or (reference := found.collect(read_config, folder)) is None:
+        yield from found.texts
+        return
+    if model_folder is not None:
+        found.collect(lambda: check_shapes(HFWeights(folder), reference))
+        mine, theirs = (found.collect(token_table, path) for path in (folder, model_folder))
+        if mine is not None and theirs is not None and mine != theirs:
+            differing = {n for n in mine | theirs if mine.get(n) != theirs.get(n)}
+            first = min(differing)
+            yield (
+                f"--reference {folder} has another tokenizer: token {first} is {mine.get(first)!r},"
+                f" the model's is {theirs.get(first)!r}, and {len(differing)} differ in all; a"
+                " token must mean the same to both: use a model with the same tokenizer"
+            )
+    if longest and longest > (most := reference["max_position_embeddings"]):
+        yield (
+            f"--reference {folder} has max_position_embeddings {most}, and the longest possible"
+            f" sample {longest} tokens: lower --max-response-tokens, or use another model"
+        )
+    if config is not None:
+        if (size := reference["vocab_size"]) < config["vocab_size"]:
+            yield (
+                f"--reference {folder} has vocab_size {size}, the model {config['vocab_size']}: it"
+                " must know every token that the model can say: use one of at least that size"
+            )
+        own_texts = _layout_problems(settings, config, reference, world_size=world_size)
+        found.texts += [f"--reference {folder}: {text}" for text in own_texts]
+    yield from found.texts
+
+
+def _layout_problems(
+    settings: TrainSettings, config: dict, reference: dict, *, world_size: int
+) -> list[str]:
+    """Return why the reference cannot be split as the model is, or not take its --megatron."""
+    of_ranks, found = ProblemList(), ProblemList()
+    split = dict(tp=settings.tp, pp=settings.pp, cp=settings.cp, ep=settings.ep)
+    of_ranks.collect(check_ranks, world_size, **split)
+    if of_ranks.texts:  # the checks of the model report them
+        return []
+    built = reference_settings(settings, config, reference)
+    found.collect(check_layout, reference, world_size=world_size, **split | dict(ep=built.ep))
+    if not found.texts and built.megatron:
+        found.collect(check_overrides, built, reference)
+    return found.texts

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from backends.huggingface.config import check_layout
+from backends.huggingface.config import check_layout, read_config
 from backends.sglang.checks import check_environment, server_overrides
 from backends.sglang.gpu import MEM_FRACTION_STATIC, check_gpus
 from common.errors import BadInput, ProblemList, all_problems
@@ -58,12 +58,19 @@ def plan_of(
         colocated=trainer_ranks + rollout_ranks > world_size,
         longest=longest,
         steps_in_flight=settings.in_flight.max_staleness + 1 if is_async(settings) else 1,
-        reference=settings.loss.kl_coef > 0 and not settings.train.offload_reference,
+        reference=_resident_reference(settings, config),
         bucket_bytes=settings.sync.bucket_bytes,
         keeps_sent=settings.sync.sync == "delta",
         mem_fraction=overrides.get("mem_fraction_static", MEM_FRACTION_STATIC),
         recompute=RECOMPUTE in settings.train.megatron,
     )
+
+
+def _resident_reference(settings, config: dict) -> dict | None:
+    """Return config.json of the reference that stays on the trainers' GPUs; None without one."""
+    if settings.loss.kl_coef <= 0 or settings.train.offload_reference:
+        return None
+    return read_config(settings.train.reference) if settings.train.reference else config
 
 
 # --- how long a weight update takes -------------------------------------------------------------

@@ -158,6 +158,8 @@ def prepare(
     sizes = dict(world_size=trainer_ranks, longest=longest)
     found.collect(model_checks.check_train_settings, train, config, **sizes)
     found.collect(model_checks.check_rounding, settings, config)
+    read = None if is_plan else model
+    found.collect(model_checks.check_reference, train, config, read, **sizes)
     load = dict(world_size=ranks, trainer_ranks=trainer_ranks, rollout_ranks=rollout_ranks)
     if is_plan:
         found.raise_if_any()

@@ -94,7 +94,7 @@ def test_trainers_hold_what_the_plan_says(held, case):
     split = dict(tp=settings.tp, pp=settings.pp, ep=settings.ep)
     element_bytes = {"bf16": 2, "fp32": 4}[settings.train_dtype]
     load = dict(
-        element_bytes=element_bytes, tokens=1, microbatches=1, recompute=False, reference=False
+        element_bytes=element_bytes, tokens=1, microbatches=1, recompute=False, reference=None
     )
     counted = memory.trainer_bytes(read_config(folders[which]), ranks=4, **split, **load)
     fullest = max(measured[case], key=lambda rank: sum(rank.values()))
@@ -143,7 +143,7 @@ def test_activations_are_those_that_autograd_saves(fresh_megatron, models, famil
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         trainer.ddp(batch.tokens_T[None], None, None, packed_seq_params=batch.packed)
-    load = dict(element_bytes=4, tokens=200, microbatches=1, recompute=recompute, reference=False)
+    load = dict(element_bytes=4, tokens=200, microbatches=1, recompute=recompute, reference=None)
     counted = memory.trainer_bytes(config, ranks=1, tp=1, pp=1, ep=1, **load)["activations"]
     of_layer = dict(tokens=200, tp=1, ep=1, element_bytes=4)
     kinds = [sparse for sparse, layers in memory.layer_kinds(config).items() if layers]
@@ -210,7 +210,7 @@ def test_a_block_that_is_begun_has_a_scale_too(tmp_path):
 def test_a_tied_embedding_is_on_both_ends_of_a_pipeline(models):
     """qwen2, 2 layers at pp 2: the last stage holds a layer, the norm and the embedding again."""
     config = read_config(models["qwen2"])
-    load = dict(element_bytes=2, tokens=10, microbatches=1, recompute=False, reference=False)
+    load = dict(element_bytes=2, tokens=10, microbatches=1, recompute=False, reference=None)
     _, layer = memory.layer_parameters(config, sparse=False, tp=1, ep=1)
     one, two = (memory.trainer_bytes(config, ranks=2, tp=1, pp=pp, ep=1, **load) for pp in (1, 2))
     assert one["weights"] == 2 * (2 * layer + 97 * 128 + 128)
@@ -222,7 +222,7 @@ def test_a_stage_holds_no_more_micro_batches_than_there_are(models, microbatches
     """At pp 2 the first stage starts two micro-batches before the first comes back."""
     config = read_config(models["qwen3"])
     split = dict(ranks=2, tp=1, pp=2, ep=1, microbatches=microbatches)
-    load = dict(element_bytes=2, tokens=10_000, recompute=False, reference=False)
+    load = dict(element_bytes=2, tokens=10_000, recompute=False, reference=None)
     counted = memory.trainer_bytes(config, **split, **load)
     kept = memory.activation_bytes(config, sparse=False, tokens=10_000, tp=1, ep=1, element_bytes=2)
     assert counted["activations"] == held * kept

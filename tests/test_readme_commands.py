@@ -72,6 +72,9 @@ TESTED_ELSEWHERE = {
     "torchrun --nproc-per-node N",  # HERE
     "torchrun --nproc-per-node 2 examples/tool_use_async.py",  # test_tool_use.py
     "torchrun --max-restarts N",  # test_process_groups.py
+    "torchrun loop_sync.py --name teacher",  # test_distill.py, as the two that follow
+    "torchrun examples/distill.py --teacher runs/teacher/model-bf16",
+    "torchrun --nproc-per-node 2 examples/distill_async.py --teacher FOLDER",
 }
 
 

@@ -30,6 +30,8 @@ RUN_BY = {
     "examples/answer.py": "test_answer.py",
     "examples/get_smollm2.py": "test_scripts.py",
     "examples/ppo_critic.py": "test_ppo_critic.py",
+    "examples/distill.py": "test_distill.py",
+    "examples/distill_async.py": "test_distill.py",
     "examples/tool_use.py": "test_tool_use.py",
     "examples/tool_use_async.py": "test_tool_use.py",
     "toy/make_toy.py": "test_scripts.py",

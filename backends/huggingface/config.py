@@ -380,6 +380,16 @@ def _moe_arguments(config: dict) -> dict:
     return moe
 
 
+def is_same_architecture(one: dict, other: dict) -> bool:
+    """Tell whether Megatron builds the same model of two checked configs."""
+    return megatron_arguments(one, tp=1) == megatron_arguments(other, tp=1)
+
+
+def expert_ranks(config: dict, ep: int) -> int:
+    """Return over how many ranks --ep spreads the experts of a model: 1 for a dense one."""
+    return ep if config["num_experts"] else 1
+
+
 @all_problems
 def check_layout(config: dict, *, world_size: int, tp: int, pp: int, cp: int, ep: int) -> None:
     """Refuse parallel sizes that do not fit the model or the ranks that train."""

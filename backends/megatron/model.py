@@ -21,10 +21,21 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from backends.huggingface.config import layers_in_last_stage, megatron_arguments
+from backends.huggingface.config import (
+    expert_ranks,
+    is_same_architecture,
+    layers_in_last_stage,
+    megatron_arguments,
+    read_config,
+)
 from backends.huggingface.folder import HFWeights, check_shapes
 from backends.huggingface.names import parameters_of, rule_of, split_stacked, stack_parts
-from backends.megatron.balancing import balancing_fields, balancing_problems, freeze_routers
+from backends.megatron.balancing import (
+    balancing_fields,
+    balancing_problems,
+    freeze_routers,
+    without_balancing,
+)
 from backends.megatron.fp8_numerics import round_as_engine, te_arguments
 from backends.megatron.layers import complete_local_spec
 from backends.megatron.layout import Layout
@@ -288,6 +299,34 @@ def load_model(
     # Now: an optimizer that is built later copies FP32 main weights from the filled model.
     load_hf(gpt, folder, config, layout=layout)
     return gpt, layout, wrapped
+
+
+def reference_settings(settings, config: dict, reference: dict):
+    """Return the TrainSettings by which the reference model is built.
+
+    They are the policy's, if the two are of one architecture. A reference of another one has the
+    policy's layout and --train-dtype. It is never rounded as the engine rounds, for no engine has
+    it. No balance of experts is counted in it. reference: its config.json, checked.
+    """
+    if is_same_architecture(config, reference):
+        return settings
+    ep = expert_ranks(reference, settings.ep)
+    return dataclasses.replace(without_balancing(settings), ep=ep, train_numerics="plain")
+
+
+def load_reference(
+    model_folder: str, settings, config: dict, *, fp8: frozenset[str] | None = None
+) -> torch.nn.Module:
+    """Return the frozen reference model as schedules call it: --reference, else the model folder.
+
+    It is on this rank's device, or in CPU memory with --offload-reference. Its architecture may
+    be another than the model's, whose checked config.json is config. fp8: as for build_gpt.
+    """
+    folder = settings.reference or model_folder
+    own = read_config(folder)
+    _, _, module = load_model(folder, reference_settings(settings, config, own), own, fp8=fp8)
+    module.requires_grad_(False)
+    return module.to("cpu") if settings.offload_reference else module
 
 
 @torch.no_grad()
