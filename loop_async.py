@@ -190,8 +190,8 @@ class GroupQueue:
         self.shared = deal.SharedPrompts(run) if deals_by_room else None
         self.prompts = rollout.PromptStream(run, run.settings.rollout)
         self.per_step = self.prompts.per_step
-        self.limit = 0
-        """With --deal room: no prompt from this number on may be started yet."""
+        self.version = self.limit = 0
+        """With --deal room: what new groups are started with, and the first prompt not to start."""
         self.queue: list[Group] = []
         self.replacements = 0
         """How many more groups of this step may be replaced."""
@@ -235,7 +235,7 @@ class GroupQueue:
         steps_left = self.settings.run.steps - version
         steps_ahead = min(self.settings.in_flight.max_staleness + 1, steps_left)
         if self.shared:
-            self.limit = (version + steps_ahead) * self.shared.per_step
+            self.version, self.limit = version, (version + steps_ahead) * self.shared.per_step
             taken = await self._take_due((version + 1) * self.shared.per_step)
         else:
             length = max(steps_ahead * self.per_step, self.per_step + self.oversample)
@@ -280,7 +280,7 @@ class GroupQueue:
             prompt = self.shared.take(unfinished, self.limit)
             if prompt is None:
                 return
-            self._start(prompt, self.engine.version)
+            self._start(prompt, self.version)
 
     def _start(self, prompt: Sample, version: int, restored: dict | None = None) -> None:
         """Put a group at the queue's end. restored: what a checkpoint held of it.

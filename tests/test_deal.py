@@ -106,6 +106,17 @@ def test_a_slow_engine_answers_fewer_prompts(one_store):
     assert fast > 1.5 * slow > 0
 
 
+def test_a_group_is_as_old_as_the_step_it_starts_in(one_store):
+    """An engine may not have loaded yet what was sent; requests wait until it has."""
+    engines = Engines(one_store, [lambda: 0, lambda: 0], bound=1)
+    engines.run(range(1))
+    for queue in engines.queues:
+        queue.engine.version = 0  # as it still was
+    engines.run(range(1, 2))
+    samples = engines.run(range(2, 3))[0]
+    assert sorted({s.group for s in samples if not s.discarded}) == [8, 9, 10, 11]
+
+
 def test_an_engine_without_room_takes_nothing(one_store):
     shared = Engines(one_store, [lambda: 0, lambda: 0], bound=1).queues[0].shared
     assert shared.most == 2  # half of 8 in flight by 2 engines
