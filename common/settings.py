@@ -43,8 +43,9 @@ class RunSettings:
     run, and after the last step of a resumed run."""
     keep: int = 2
     """How many checkpoints to keep; older ones are removed."""
-    resume: bool = False
-    """Continue from the newest checkpoint of the run --name."""
+    resume: bool | Literal["auto"] = False
+    """Continue from the newest checkpoint of the run --name. auto: from the newest whole one; where
+    there is none, start afresh, and keep what lies in the run's folder beside it."""
     export: tuple[str, ...] = ("bf16",)
     """Formats in which to write the trained weights as Hugging Face folders at the end: any of
     bf16, fp8; an empty list writes none."""

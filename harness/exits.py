@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from common import process_groups
 from common.errors import RANK_0_SPEAKS_WITHIN_S, BadInput, EngineDied, ExportError, engine_died
-from common.processes import signal_when_parent_ends
+from common.processes import forgo_restarts, signal_when_parent_ends
 
 # The signals that have asked this rank to stop. This is a list and no Event. A second signal may
 # come while the handler of the first holds an Event's lock, and would wait for it for ever.
@@ -83,6 +83,7 @@ def _call(main: Callable[[], None]) -> None:
         # ends the other ranks while they wait here.
         if os.environ.get("RANK", "0") == "0" or not _stopped_within(RANK_0_SPEAKS_WITHIN_S):
             _print_error(f"error: {error}")
+            forgo_restarts()
         sys.exit(2)
     except (EngineDied, ExportError) as error:
         _print_error("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
