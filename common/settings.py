@@ -141,6 +141,9 @@ class InFlightSettings:
     updates: Literal["in_flight", "drain"] = "in_flight"
     """When new weights reach the engine. in_flight: requests are paused and continue with the new
     weights. drain: after all running requests have finished."""
+    engine_restarts: int = 3
+    """Start an engine that dies again so many times, with the current weights, and ask again what
+    it had not answered; 0: its death ends the run."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import math
 from collections import Counter, defaultdict
 
 from data.sample import Sample
+from harness import comeback
 import reward
 import rollout
 
@@ -15,17 +16,22 @@ def held_out(run, engine, judge: reward.Judge, *, step: int, answer=rollout.answ
     the run has no held-out prompts. Collective over run.group. run: harness.start.Run.
     """
     settings = run.settings.rollout
-    samples = rollout.generate(
-        engine,
-        list(rollout.engine_share(run.data.held_out, run)),
-        run.data,
-        settings,
-        n=settings.eval_samples_per_prompt,
-        answer=answer,
-        cache="held-out",
-    )
-    reward.compute_rewards(samples, judge)
-    samples = sorted(rollout.all_gather(samples, run.group), key=lambda sample: sample.group)
+
+    def answer_and_judge() -> list[Sample]:
+        samples = rollout.generate(
+            engine,
+            list(rollout.engine_share(run.data.held_out, run)),
+            run.data,
+            settings,
+            n=settings.eval_samples_per_prompt,
+            answer=answer,
+            cache="held-out",
+        )
+        reward.compute_rewards(samples, judge)
+        return samples
+
+    samples = comeback.all_gather(answer_and_judge, engine, run.group)
+    samples = sorted(samples, key=lambda sample: sample.group)
     return run.record.log_eval(step, samples, eval_metrics(samples))
 
 

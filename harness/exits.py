@@ -20,6 +20,8 @@ from common.processes import forgo_restarts, signal_when_parent_ends
 told_to_stop: list[int] = []
 # Set when the first step begins. Until then an end in the middle loses nothing.
 is_training = threading.Event()
+# In place of raising, where the run can go on without the engine for a while; see comeback.py.
+note_engine_death: Callable[[], object] | None = None
 MOST_OPEN_FILES = 2**16  # the limit that SGLang sets
 
 
@@ -126,9 +128,11 @@ def _stop(signum, frame) -> None:
 
 
 def _engine_child_died(signum, frame) -> None:
-    """Raise EngineDied: SGLang sends SIGQUIT when a child has failed or hangs (its watchdog).
+    """Raise EngineDied, or note it: SGLang sends SIGQUIT when a child has failed or hangs.
 
     Python drops an exception that is raised here while the main thread is in a finalizer.
     Engine.call notices the death too.
     """
-    raise engine_died()
+    if note_engine_death is None:
+        raise engine_died()
+    note_engine_death()

@@ -254,6 +254,7 @@ class Record:
             "trainer_wait": waiting_share(trainers, ("train", "sync"), *of_step),
             "engine_wait": waiting_share(engines, ("rollout",), *of_step),
             **clock.seconds(),
+            **getattr(engine, "pop_restarts", dict)(),  # a comeback.LastingEngine has it
         }
 
     def log(self, metrics: dict) -> None:
