@@ -120,8 +120,8 @@ class RolloutSettings(DataSettings):
     """Of these ranks, how many whole experts are spread over (SGLang expert parallelism); the rest
     of --engine-tp splits each expert."""
     answer_timeout_s: float = 3600.0
-    """An engine that takes longer for a request, or for a part of a weight update, counts as dead,
-    and the run ends."""
+    """An engine that takes longer for a request, or for a part of a weight update, counts as
+    dead."""
     sglang: tuple[str, ...] = ()
     """More fields of SGLang's ServerArgs, key=value; for instance mem_fraction_static=0.5."""
 
