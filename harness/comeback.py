@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from backends.sglang.buckets import failure_note
 from common.distributed import all_gather_bytes
-from common.errors import EngineDied
+from common.errors import BadInput, EngineDied
 from data.sample import Sample
 from harness import exits
 import rollout
@@ -55,6 +55,7 @@ class LastingEngine:
         """Of this rank's engine."""
         self.restarts_of_step = 0
         """Of all engines, since they were last asked for by pop_restarts."""
+        self.is_down = False
         self.lost: EngineDied | None = None
         """Why the engine holds only a part of the weights."""
         self._note_deaths()
@@ -88,10 +89,12 @@ class LastingEngine:
             died = [text.decode() for text in all_gather_bytes(why.encode(), self.run.group)]
             if not any(died):
                 return rollout.all_gather(samples, self.run.group)
-            for text in filter(None, died):
-                again = "the engine was started again, and what it had not answered is asked again"
-                self.run.record.say(f"{text}: {again}")
-            self.restarts_of_step += sum(map(bool, died))
+            ranks = [rank for rank, text in enumerate(died) if text]
+            self.restarts_of_step += len(ranks)
+            self.run.record.say(
+                f"the engine of rank {' and '.join(map(str, ranks))} was started again: it gets"
+                " all of the weights, and what it had not answered is asked again"
+            )
             self._send_all(into=self if why else rollout.NoEngine())
 
     def pop_restarts(self) -> dict[str, int]:
@@ -104,28 +107,26 @@ class LastingEngine:
 
         Raises `error` if it has been started again as often as it may be.
         """
-        most = self.run.settings.in_flight.engine_restarts
-        while True:
+        most, old = self.run.settings.in_flight.engine_restarts, self.engine
+        while self.engine is old:
             if self.restarts >= most:
                 raise error
             self.restarts += 1
-            print(f"{error}; restart {self.restarts} of {most}", file=sys.stderr, flush=True)
-            if self.before_restart is not None:
-                self.before_restart()
-            timeline = self.engine.timeline
-            timeline.switch_to("wait")
-            # SGLang's watchdog may still signal the death of the old one. From here on a signal is
-            # about the new one, which cannot come back before it was there.
-            self.engine.shutdown()
-            exits.note_engine_death = None
+            print(f"{error}: restart {self.restarts} of {most}", file=sys.stderr, flush=True)
+            if not self.is_down:
+                if self.before_restart is not None:
+                    self.before_restart()
+                old.timeline.switch_to("wait")
+                # SGLang's watchdog may signal the death of the old one until this returns. Later
+                # signals are about the new one, and end its start.
+                old.shutdown()
+                self.is_down, exits.note_engine_death = True, None
             try:
                 self.engine = rollout.start_engine(self.run, self.run.settings.rollout)
-            except EngineDied as died:
-                error = died
-                continue
-            self.engine.timeline, self.lost = timeline, None
-            self._note_deaths()
-            return
+            except (EngineDied, BadInput) as died:  # BadInput: it found too little memory
+                error = EngineDied(str(died))
+        self.engine.timeline, self.lost, self.is_down = old.timeline, None, False
+        self._note_deaths()
 
     def _note_deaths(self) -> None:
         """Let a signal that the engine died do no more than make its next call raise EngineDied.

@@ -97,7 +97,7 @@ def test_an_engine_that_dies_is_replaced_and_asked_again(lasting):
     assert [sample.group for sample in samples] == [5]
     assert first.is_down and engine.engine is second
     assert lasting.sent[1:] == [(second, 7, True)]  # the version that the other engines hold
-    assert "died in generate: the engine was started again" in lasting.sent[0]
+    assert "the engine of rank 0 was started again" in lasting.sent[0]
     assert engine.timeline is first.timeline  # its part of the trace goes on
     assert engine.pop_restarts() == {"engine_restarts": 1}
     assert engine.pop_restarts() == {}
@@ -113,15 +113,18 @@ def test_one_that_dies_again_and_again_ends_the_run(lasting, most):
 
 
 def test_one_that_dies_while_it_starts_counts(lasting, monkeypatch):
-    engine = lasting(Mortal("generate"))
+    """Its groups are stopped once, on the loop of the first, which then ends."""
+    engine, stopped = lasting(Mortal("generate")), []
 
     def start(*_):
         raise EngineDied("while it started")
 
     monkeypatch.setattr(rollout, "start_engine", start)
+    engine.before_restart = lambda: stopped.append(engine.engine.is_down)
     with pytest.raises(EngineDied, match="while it started"):
         comeback.all_gather(answers_of(engine), engine, dist.group.WORLD)
     assert engine.restarts == 3
+    assert stopped == [False]
 
 
 @pytest.mark.parametrize("part", ["begin_update", "load", "settle", "end_update", "compare"])

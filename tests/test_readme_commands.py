@@ -71,8 +71,8 @@ TESTED_ELSEWHERE = {
     "torchrun loop_sync.py --model toy/glm",  # test_glm_toy.py
     "torchrun --nproc-per-node N",  # HERE
     "torchrun --nproc-per-node 2 examples/tool_use_async.py",  # test_tool_use.py
-    "torchrun --max-restarts N",  # test_process_groups.py
-    "torchrun --max-restarts 3 loop_sync.py --name x --save-every 10 --resume auto",  # test_comes_back
+    "torchrun --max-restarts N",  # test_process_groups.py, and test_comes_back.py:
+    "torchrun --max-restarts 3 loop_sync.py --name x --save-every 10 --resume auto",
 }
 
 
