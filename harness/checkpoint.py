@@ -27,6 +27,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -235,7 +236,10 @@ def newest_whole(run_folder: Path) -> Checkpoint | None:
         if not any(damages):
             state = _state_of(folder)
             return Checkpoint(folder, state["step"], state)
-        damage = damage or f"{name}: {next(filter(None, damages))}"
+        found = f"{name}: {next(filter(None, damages))}"
+        damage = damage or found
+        if rank == 0:
+            print(f"a damaged checkpoint is passed over, {found}", file=sys.stderr, flush=True)
     if damage:
         fix = "bring one back, or choose another --name to start afresh"
         raise BadInput(f"no checkpoint of {run_folder} is whole, the newest {damage}: {fix}")

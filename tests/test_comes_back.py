@@ -6,15 +6,18 @@ tested in test_resume.py. Not covered: GPUs, and a node that is replaced by anot
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from conftest import ROOT, metrics_of, torchrun
 
+from common import processes
 from common.errors import BadInput
 from common.settings import RunSettings
 from harness import run_folder
@@ -104,6 +107,21 @@ def test_refused_input_is_not_restarted(tmp_path, words, message):
     assert done.returncode == 1
     assert done.stderr.count(message) == 1
     assert "SignalException: Process" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("restarts, parent, is_told", [
+    ("3", ["/venv/bin/python", "/venv/bin/torchrun", "loop_sync.py"], True),
+    ("3", ["python", "-m", "torch.distributed.run", "loop_sync.py"], True),
+    ("0", ["python", "/venv/bin/torchrun", "loop_sync.py"], False),  # it ends by itself
+    ("3", ["/sbin/init"], False),  # torchrun is gone, and this rank has a new parent
+])  # fmt: skip
+def test_only_a_torchrun_that_would_restart_is_told_to_end(monkeypatch, restarts, parent, is_told):
+    told = []
+    process = SimpleNamespace(cmdline=lambda: parent, send_signal=told.append)
+    monkeypatch.setattr(psutil, "Process", lambda pid: process if pid == os.getppid() else None)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    processes.forgo_restarts()
+    assert told == [signal.SIGTERM] * is_told
 
 
 # --- what is killed -----------------------------------------------------------------------------
