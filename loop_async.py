@@ -15,8 +15,11 @@ default process group of their own, because Megatron builds its groups from the 
 
 import asyncio
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
+from common.errors import EngineDied
 from common.settings import (
     InFlightSettings,
     PlanSettings,
@@ -53,7 +56,7 @@ import rollout
 import train_step
 import weight_sync
 from data.sample import Sample
-from harness import checkpoint, deal, evaluate, export, start
+from harness import checkpoint, comeback, deal, evaluate, export, start
 from harness.exits import run_main
 
 
@@ -70,6 +73,7 @@ def train(run: start.Run, answer: rollout.Answer = rollout.answer) -> None:
     checkpoint.restore(run.resumed_from, trainer)
     weights = weight_sync.open_path(run, trainer)  # rank 0 broadcasts to all ranks
     engine = rollout.start_engine(run, settings.rollout)  # a NoEngine on trainers
+    engine = comeback.LastingEngine(engine, run, weights)  # is started again when it dies
     judge = reward.Judge(run.reward, settings.reward.judges, settings.reward.judge_timeout_s)
 
     with engine, record:
@@ -88,8 +92,8 @@ def train(run: start.Run, answer: rollout.Answer = rollout.answer) -> None:
 
             with clock.stage("wait"):
                 # Finished groups come out, new ones start and generate during all that follows.
-                samples = queue.take_step(version=step - 1)
-                samples = rollout.all_gather(samples, run.group)  # every rank has the whole batch
+                take = partial(queue.take_step, version=step - 1)
+                samples = comeback.all_gather(take, engine, run.group)  # every rank has all
                 samples = record.save_or_load(step, samples)  # --save-rollouts, --load-rollouts
                 samples, discarded = rollout.split_discarded(samples)
                 check_staleness(samples, step - 1, settings.in_flight.max_staleness)
@@ -197,6 +201,7 @@ class GroupQueue:
         """How many more groups of this step may be replaced."""
         self.discarded: list[Sample] = []
         self.restored_groups: list[dict] = []
+        engine.before_restart = self.leave
         if run.resumed_from and self.has_engine:
             # Of this rank: rollout ranks are the last of all.
             state = run.resumed_from.ranks[dist.get_rank() - dist.get_world_size()]
@@ -216,7 +221,12 @@ class GroupQueue:
     def drain(self) -> None:
         """With --updates drain: wait until no request is running."""
         if self.has_engine and self.settings.in_flight.updates == "drain":
-            self.engine.call(self.engine.drain())
+            with suppress(EngineDied):  # take_step raises it again
+                self.engine.call(self.engine.drain())
+
+    def leave(self) -> None:
+        """Stop all groups; the next take_step asks again for those that are not finished."""
+        self.restored_groups = self.engine.call(self._leave())
 
     def state(self) -> dict:
         """Return what a checkpoint must hold of this rank, as JSON.
@@ -333,11 +343,18 @@ class GroupQueue:
             self.queue.remove(group)
             self._start(*self.prompts.take(1), self.engine.version)
 
+    async def _leave(self) -> list[dict]:
+        state = await self._state()
+        for group in self.queue:
+            group.task.cancel()
+        self.queue = []
+        return state["in_flight"]
+
     async def _state(self) -> dict:
         def plain(sample: Sample) -> dict:
             return json.loads(sample.to_json())
 
-        groups = []
+        groups = list(self.restored_groups)  # those that wait to be asked again
         for group in self.queue:
             is_finished = group.task.done() and not group.task.exception()
             answers = [plain(sample) for sample in group.samples] if is_finished else []

@@ -1,12 +1,18 @@
-"""Kill a run again and again, resume it each time, and compare its end with an undisturbed run's.
+"""Kill a job again and again; it goes on by itself; look at what it has trained in the end.
 
-    python bench/soak.py [--kills 20] [--ranks 1] [--steps 40]
+    python bench/soak.py sync    [--kills 20] [--ranks 1] [--steps 40]
+    python bench/soak.py async   [--kills 20] [--ranks 3] [--steps 40]
 
-Each start of loop_sync.py is killed by SIGKILL at a random moment inside generate, train, sync or
-save, in turn. The victim is a rank, the engine's process, or torchrun itself. The last start is
-left alone. On one rank metrics, answers and weights must then be those of the undisturbed run,
-digit for digit and byte for byte. Several ranks may add in another order, so there held-out reward
-is compared.
+The job is `torchrun --max-restarts N ... --resume auto`. Each kill is a SIGKILL at a random moment
+of generate, train, sync or save, in turn. The victim is a rank, an engine's process, or torchrun
+itself. A killed torchrun is started again with the same command, as a scheduler would do it. Nobody
+else does anything.
+
+sync: on one rank metrics, answers and weights must be those of an undisturbed run, digit for digit
+and byte for byte. Several ranks may add in another order, so there held-out reward is compared.
+
+async: the last two ranks generate, and an engine that dies is started again on its rank. Every
+prompt must have been trained once, and no token may be older than the bound.
 """
 
 import json
@@ -18,79 +24,131 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import psutil
 import tyro
 
 STAGES = {
-    "generate": ("rollout", "generate"),
+    "generate": {"sync": ("rollout", "generate"), "async": ("loop_async", "GroupQueue.take_step")},
     "train": ("train_step", "update_policy"),
     "sync": ("weight_sync", "send_weights"),
     "save": ("harness.checkpoint", "save"),
 }
 # About the length of a stage. The kill comes at a random moment of it.
 LENGTHS_S = {"generate": 0.4, "train": 0.3, "sync": 0.05, "save": 0.2}
+# In the asynchronous loop most victims are engines: only these come back within the run.
+VICTIMS = {
+    "sync": ("rank", "rank", "engine", "torchrun"),
+    "async": ("engine", "engine", "engine", "rank", "torchrun"),
+}
+PER_STEP, SAMPLES, STALENESS = 8, 8, 1
 
 
 @dataclass(frozen=True)
 class SoakSettings:
+    loop: tyro.conf.Positional[Literal["sync", "async"]]
     kills: int = 20
-    ranks: int = 1
+    ranks: int = 0
+    """0: one rank of the synchronous loop, three of the asynchronous one."""
     steps: int = 40
     seed: int = 0
 
 
-def worker(plan: dict) -> None:
-    """Run one rank of loop_sync.py. Rank 0 kills the victim, after_s into the call-th call of a
-    stage.
-    """
+# --- the job ------------------------------------------------------------------------------------
+
+
+def worker(loop: str, seed: int, kills: int) -> None:
+    """Run one rank of the loop. Rank 0 kills one victim after another."""
     from harness import checks, exits, flags
+    import loop_async
     import loop_sync
 
-    if plan and os.environ["RANK"] == "0":
-        module_name, name = STAGES[plan["stage"]]
-        module, calls = sys.modules[module_name], iter(range(1, 10**6))
-        stage = getattr(module, name)
+    if os.environ["RANK"] == "0":
+        killer = Killer(loop, seed, kills)
+        for stage, place in STAGES.items():
+            module, name = place[loop] if isinstance(place, dict) else place
+            owner = sys.modules[module]
+            if "." in name:
+                owner, name = getattr(owner, name.partition(".")[0]), name.partition(".")[2]
+            setattr(owner, name, killer.watched(stage, getattr(owner, name)))
+    module = {"sync": loop_sync, "async": loop_async}[loop]
+    settings = flags.parse_or_exit(module.Settings, checks.check_flags)
+    exits.run_main(lambda: module.main(settings))
 
-        def kill() -> None:
-            ranks = psutil.Process(os.getppid()).children()
-            children = [p for rank in ranks for p in rank.children(recursive=True)]
-            titles = [(p, " ".join(p.cmdline())) for p in children]
-            engines = [p for p, title in titles if title.startswith("sglang::scheduler")]
-            torchrun = psutil.Process(os.getppid())
-            victims = {"rank": ranks[-1], "engine": engines[0], "torchrun": torchrun}
-            victim = victims[plan["victim"]]
-            Path("killed").write_text("", encoding="utf-8")
-            victim.kill()
 
-        def until_killed(*args, **kwargs):
-            if next(calls) == plan["call"]:
-                threading.Timer(plan["after_s"], kill).start()
+class Killer:
+    """Kills a victim at a random moment of a stage, and notes it in the file `kills` before."""
+
+    def __init__(self, loop: str, seed: int, kills: int):
+        self.loop, self.seed, self.kills, self.file = loop, seed, kills, Path("kills")
+        self.draw()
+
+    def draw(self) -> None:
+        """Choose the next kill: it depends on how many there were."""
+        done = len(self.file.read_text().splitlines()) if self.file.exists() else 0
+        rng = random.Random(f"{self.seed} {done}")
+        self.stage = list(STAGES)[done % len(STAGES)] if done < self.kills else ""
+        self.victim, self.calls_left = rng.choice(VICTIMS[self.loop]), rng.randint(1, 3)
+        self.after_s = rng.uniform(0, LENGTHS_S.get(self.stage, 0))
+
+    def watched(self, name: str, stage):
+        """Return a stage that sets off the kill in one of its next calls."""
+
+        def call(*args, **kwargs):
+            if name == self.stage:
+                self.calls_left -= 1
+                if self.calls_left == 0:
+                    threading.Timer(self.after_s, self.kill).start()
             return stage(*args, **kwargs)
 
-        setattr(module, name, until_killed)
-    settings = flags.parse_or_exit(loop_sync.Settings, checks.check_flags)
-    exits.run_main(lambda: loop_sync.main(settings))
+        return call
+
+    def kill(self) -> None:
+        torchrun = psutil.Process(os.getppid())
+        ranks = torchrun.children()
+        engines = []
+        while not engines:  # one may be on its way back
+            children = [child for rank in ranks for child in rank.children(recursive=True)]
+            engines = [p for p in children if title(p).startswith("sglang::scheduler")]
+        victims = {"engine": engines, "rank": ranks, "torchrun": [torchrun]}[self.victim]
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": self.stage, "victim": self.victim}) + "\n")
+        random.Random(self.after_s).choice(victims).kill()
+        self.draw()
 
 
-def start(folder: Path, settings: SoakSettings, plan: dict | None, *flags: str) -> int:
-    """Run the loop in this folder until it ends or is killed. Return its exit code.
+def title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
+
+
+def start(folder: Path, settings: SoakSettings, *, kills: int) -> int:
+    """Run the job in this folder until torchrun ends or is killed. Return its exit code.
 
     Waits until no process of it is left.
     """
-    (folder / "killed").unlink(missing_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--max-restarts", str(settings.kills + 1)]
     command += ["--nproc-per-node", str(settings.ranks), __file__]
     command += ["--steps", str(settings.steps), "--save-every", "1", "--eval-every", "4"]
-    command += ["--eval-samples", "64", "--name", "run", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SOAK_PLAN": json.dumps(plan)}
+    command += ["--eval-samples", "64", "--name", "run", "--resume", "auto", "--save-rollouts"]
+    command += ["--prompts-per-step", str(PER_STEP), "--samples-per-prompt", str(SAMPLES)]
+    if settings.loop == "async":
+        command += ["--rollout-ranks", "2", "--max-staleness", str(STALENESS)]
+        command += ["--engine-restarts", str(settings.kills)]
+    plan = json.dumps([settings.loop, settings.seed, kills])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SOAK_PLAN": plan}
     with open(folder / "output", "a", encoding="utf-8") as output:
         apart = dict(stdout=output, stderr=output, start_new_session=True)
         process = subprocess.Popen(command, cwd=folder, env=environment, **apart)
-        code, end = process.wait(900), time.time() + 60
+        code, end = process.wait(3600), time.time() + 60
     while any(p.pid != os.getpid() and belongs(p, folder) for p in psutil.process_iter()):
         assert time.time() < end, "a process of the killed run is still there"
         time.sleep(0.1)
@@ -102,6 +160,9 @@ def belongs(process: psutil.Process, folder: Path) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == folder
     except psutil.Error:
         return False
+
+
+# --- what comes of it ---------------------------------------------------------------------------
 
 
 def result(folder: Path) -> tuple[list[dict], str, dict[str, bytes]]:
@@ -124,48 +185,70 @@ def end_of_output(folder: Path) -> str:
     return (folder / "output").read_text(encoding="utf-8")[-3000:]
 
 
+def compare_with_undisturbed(settings: SoakSettings, disturbed: Path, undisturbed: Path) -> str:
+    """Return the last line of the synchronous loop's soak."""
+    assert start(undisturbed, settings, kills=0) == 0, end_of_output(undisturbed)
+    ours, theirs = result(disturbed), result(undisturbed)
+    if settings.ranks == 1:
+        assert ours == theirs, f"another end than undisturbed; see {disturbed.parent}"
+        what = f"metrics, answers and weights after {settings.steps} steps"
+        return f"{what} are those of the undisturbed run, digit for digit and byte for byte"
+    ends = [rows[-1]["held_out"] for rows, *_ in (ours, theirs)]
+    same = "the same, digit for digit" if ours == theirs else "not the same digits"
+    rewards = f"held-out reward {ends[0]:.3f}, undisturbed {ends[1]:.3f}"
+    return f"{rewards}; metrics and weights are {same}"
+
+
+def count_prompts(settings: SoakSettings, disturbed: Path) -> str:
+    """Return the last line of the asynchronous loop's soak."""
+    groups, rollouts = [], disturbed / "runs" / "run" / "rollouts"
+    for file in sorted(rollouts.iterdir()):
+        samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        of_step = Counter(sample["group"] for sample in samples)
+        assert set(of_step.values()) == {SAMPLES}, f"{file}: {of_step}"
+        groups += of_step
+    assert sorted(groups) == list(range(settings.steps * PER_STEP)), f"{rollouts}: {groups}"
+    rows, *_ = result(disturbed)
+    assert [row["step"] for row in rows] == list(range(settings.steps + 1))
+    oldest = max(row.get("staleness_max", 0) for row in rows)
+    assert oldest <= STALENESS
+    trained = f"{len(groups)} prompts in {settings.steps} steps, each trained once, none lost"
+    return f"{trained}; the oldest token {oldest} version old"
+
+
 def main() -> None:
     settings = tyro.cli(SoakSettings, description=__doc__)
-    rng, where = random.Random(settings.seed), Path(tempfile.mkdtemp())
+    if not settings.ranks:
+        settings = SoakSettings(**vars(settings) | {"ranks": 1 if settings.loop == "sync" else 3})
+    where, began = Path(tempfile.mkdtemp()), time.time()
     undisturbed, disturbed = where / "undisturbed", where / "disturbed"
     undisturbed.mkdir()
     disturbed.mkdir()
-    assert start(undisturbed, settings, None) == 0, end_of_output(undisturbed)
-    kills = 0
-    checkpoints = disturbed / "runs" / "run" / "checkpoints"
-    while kills < settings.kills:
-        stage = list(STAGES)[kills % len(STAGES)]
-        victim, call = rng.choice(("rank", "rank", "engine", "torchrun")), rng.randint(1, 3)
-        after_s = rng.uniform(0, LENGTHS_S[stage])
-        plan = {"stage": stage, "victim": victim, "call": call, "after_s": after_s}
-        whole = sorted(path.name for path in checkpoints.glob("step-??????"))
-        if not whole:  # --resume needs a checkpoint, and a name that is taken is refused
-            shutil.rmtree(disturbed / "runs", ignore_errors=True)
-        if whole and whole[-1] == f"step-{settings.steps:06d}":
-            break
-        code = start(disturbed, settings, plan, *(["--resume"] if whole else []))
-        if not (disturbed / "killed").exists():
-            continue  # the run ended before the kill
-        kills += 1
-        parts = [path.name for path in checkpoints.glob("*.part")]
-        after = sorted(path.name for path in checkpoints.glob("step-??????"))[-1:]
-        what = f"{victim:8s} killed in {stage:8s} exit code {code:4d}"
-        print(f"{kills:3d}  {what}; whole then: {*after, *parts}", flush=True)
-    assert kills == settings.kills, f"the run ended after {kills} kills: give more --steps"
-    assert start(disturbed, settings, None, "--resume") == 0, end_of_output(disturbed)
-    ours, theirs = result(disturbed), result(undisturbed)
-    if settings.ranks == 1:
-        assert ours == theirs, f"another end than undisturbed; see {where}"
-        what = f"metrics, answers and weights after {settings.steps} steps"
-        same = "those of the undisturbed run, digit for digit and byte for byte"
-        print(f"{kills} kills: {what} are {same}")
+    starts, code = 0, 1
+    while code:
+        known = len(lines_of(disturbed / "kills"))
+        code, starts = start(disturbed, settings, kills=settings.kills), starts + 1
+        kills = lines_of(disturbed / "kills")
+        assert not code or len(kills) > known, end_of_output(disturbed)
+        for number, kill in enumerate(kills[known:], known + 1):
+            print(f"{number:3d}  {kill['victim']:8s} killed in {kill['stage']}", flush=True)
+    took_s = time.time() - began
+    assert len(kills) == settings.kills, f"the run ended after {len(kills)}: give more --steps"
+    victims = Counter(kill["victim"] for kill in kills)
+    shown = ", ".join(f"{n} {victim}" for victim, n in sorted(victims.items()))
+    print(
+        f"{len(kills)} kills ({shown}), torchrun started {starts} times, {took_s:.0f} s", flush=True
+    )
+    if settings.loop == "sync":
+        print(compare_with_undisturbed(settings, disturbed, undisturbed))
     else:
-        ends = [rows[-1]["held_out"] for rows, *_ in (ours, theirs)]
-        same = "the same, digit for digit" if ours == theirs else "not the same digits"
-        rewards = f"held-out reward {ends[0]:.3f}, undisturbed {ends[1]:.3f}"
-        print(f"{kills} kills: {rewards}; metrics and weights are {same}")
+        print(count_prompts(settings, disturbed))
     shutil.rmtree(where)
 
 
+def lines_of(file: Path) -> list[dict]:
+    return list(map(json.loads, file.read_text().splitlines())) if file.exists() else []
+
+
 if __name__ == "__main__":
-    worker(json.loads(os.environ["SOAK_PLAN"])) if "SOAK_PLAN" in os.environ else main()
+    worker(*json.loads(os.environ["SOAK_PLAN"])) if "SOAK_PLAN" in os.environ else main()

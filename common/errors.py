@@ -28,6 +28,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from common.processes import forgo_restarts
+
 RANK_0_SPEAKS_WITHIN_S = 10.0  # ranks of a busy machine do not start together
 SMALL_FILE = 64 * 2**20  # bytes; the largest index of a published model has about ten million
 KINDS = {
@@ -117,13 +119,14 @@ class ProblemList:
 
 
 def end_refused(error: BadInput) -> NoReturn:
-    """Print what is wrong with the input, and end the program with exit code 2.
+    """Print what is wrong with the input, and end the program with exit code 2, for good.
 
     All ranks usually find the same mistake. The others wait, so that rank 0 prints it alone;
     torchrun then ends them.
     """
     time.sleep(0 if os.environ.get("RANK", "0") == "0" else RANK_0_SPEAKS_WITHIN_S)
     print(f"error: {error}", file=sys.stderr, flush=True)
+    forgo_restarts()
     sys.exit(2)
 
 

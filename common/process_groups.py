@@ -252,10 +252,25 @@ def _before_restart() -> tuple[str, bool]:
     folder = Path("runs") / name
     if any(re.fullmatch(r"step-\d+", path.name) for path in (folder / "checkpoints").glob("*")):
         return name, True
-    aside = (Path(f"{folder}-restarted-{i}") for i in count(1))
     if folder.exists():
-        folder.rename(next(path for path in aside if not path.exists()))
+        set_aside(folder)
     return name, False
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a run's folder to NAME-restarted-1, or the next number that is free; return that."""
+    aside = (Path(f"{folder}-restarted-{i}") for i in count(1))
+    return folder.rename(next(path for path in aside if not path.exists()))
+
+
+def exchange(key: str, mine: str) -> list[str]:
+    """Return the texts of all ranks, in rank order, before there are groups. Collective.
+
+    key: another one for each exchange of a start.
+    """
+    store, rank, world_size = join_store()
+    store.set(f"{key}/{rank}", mine)
+    return [store.get(f"{key}/{other}").decode() for other in range(world_size)]
 
 
 def goes_on() -> bool:

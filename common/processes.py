@@ -97,6 +97,22 @@ def signal_when_parent_ends(number: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
+def forgo_restarts() -> None:
+    """Have torchrun end the job where it would start the ranks again: refused input stays refused.
+
+    Its agent restarts them after any exit code, and a signal is all that ends it. It then sends
+    SIGTERM to the ranks, prints a SignalException, and ends with exit code 1. On several nodes each
+    node's ranks end their own. Under another launcher this does nothing.
+    """
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return
+    with contextlib.suppress(psutil.Error):  # the parent is gone, and restarts nothing
+        parent = psutil.Process(os.getppid())
+        words = [os.path.basename(word) for word in parent.cmdline()]
+        if {"torchrun", "torch.distributed.run"} & set(words):
+            parent.send_signal(signal.SIGTERM)
+
+
 def end_with_parent() -> None:
     """End this spawned child when its parent is gone, even if that was before this call."""
 

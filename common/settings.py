@@ -47,8 +47,9 @@ class RunSettings:
     run, and after the last step of a resumed run."""
     keep: int = 2
     """How many checkpoints to keep; older ones are removed."""
-    resume: bool = False
-    """Continue from the newest checkpoint of the run --name."""
+    resume: bool | Literal["auto"] = False
+    """Continue from the newest checkpoint of the run --name. auto: from the newest whole one; where
+    there is none, start afresh, and keep what lies in the run's folder beside it."""
     export: tuple[str, ...] = ("bf16",)
     """Formats in which to write the trained weights as Hugging Face folders at the end: any of
     bf16, fp8; an empty list writes none."""
@@ -130,8 +131,8 @@ class RolloutSettings(DataSettings):
     """Of these ranks, how many whole experts are spread over (SGLang expert parallelism); the rest
     of --engine-tp splits each expert."""
     answer_timeout_s: float = 3600.0
-    """An engine that takes longer for a request, or for a part of a weight update, counts as dead,
-    and the run ends."""
+    """An engine that takes longer for a request, or for a part of a weight update, counts as
+    dead."""
     sglang: tuple[str, ...] = ()
     """More fields of SGLang's ServerArgs, key=value; for instance mem_fraction_static=0.5."""
 
@@ -154,6 +155,9 @@ class InFlightSettings:
     updates: Literal["in_flight", "drain"] = "in_flight"
     """When new weights reach the engine. in_flight: requests are paused and continue with the new
     weights. drain: after all running requests have finished."""
+    engine_restarts: int = 3
+    """Start an engine that dies again so many times, with the current weights, and ask again what
+    it had not answered; 0: its death ends the run."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -222,15 +223,44 @@ def folder_digest(folder: Path) -> str:
     return f"{crc:08x}"
 
 
-def find_latest_checkpoint(settings, loop: str, read: dict[str, str]) -> Checkpoint:
+def newest_whole(run_folder: Path) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole; None where there is none at all. Collective.
+
+    All ranks get the same, though each reads a share of the files, and may see a new folder late.
+    Raises BadInput if all are damaged: a run that starts afresh would be long in coming that far.
+    """
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    names = json.dumps([folder.name for folder in checkpoints_of(run_folder)])
+    names, damage = json.loads(process_groups.exchange("checkpoints", names)[0]), ""
+    for name in reversed(names):
+        folder = run_folder / "checkpoints" / name
+        damages = process_groups.exchange(name, describe_damage(folder, share=rank, of=ranks))
+        if not any(damages):
+            state = _state_of(folder)
+            return Checkpoint(folder, state["step"], state)
+        found = f"{name}: {next(filter(None, damages))}"
+        damage = damage or found
+        if rank == 0:
+            print(f"a damaged checkpoint is passed over, {found}", file=sys.stderr, flush=True)
+    if damage:
+        fix = "bring one back, or choose another --name to start afresh"
+        raise BadInput(f"no checkpoint of {run_folder} is whole, the newest {damage}: {fix}")
+    return None
+
+
+def find_latest_checkpoint(settings, loop: str, read: dict[str, str]) -> Checkpoint | None:
     """Return the newest checkpoint of the run --name, checked. read: what_was_read.
 
     Raises BadInput where there is none, where it is damaged, where it is of another run than
-    settings and files describe, or where no step is left.
+    settings and files describe, or where no step is left. With --resume auto a damaged one is
+    passed over, and None stands for none; all ranks must call this then.
     """
     run_folder = Path("runs") / settings.run.name
-    folders = checkpoints_of(run_folder)
-    if not folders:
+    if is_auto := settings.run.resume == "auto":
+        newest = newest_whole(run_folder)
+        if newest is None:
+            return None
+    elif not (folders := checkpoints_of(run_folder)):
         raise BadInput(
             f"{run_folder} holds no checkpoint to resume from: run with --save-every N first, or"
             " leave --resume out and choose another --name"
@@ -238,7 +268,8 @@ def find_latest_checkpoint(settings, loop: str, read: dict[str, str]) -> Checkpo
     about = run_folder / "settings.json"  # it is written anew
     if os.path.lexists(about) and not isinstance(read_json(about), dict):
         raise BadInput(f"{about} is no object: remove it")
-    newest = open_checkpoint(folders[-1])
+    if not is_auto:
+        newest = open_checkpoint(folders[-1])
     if newest.state["loop"] != loop:
         fix = "resume it with the script that wrote it"
         raise BadInput(f"{newest.folder} is of the {newest.state['loop']} loop: {fix}")
@@ -266,7 +297,8 @@ def _resume_problems(newest: Checkpoint, settings, read: dict[str, str]) -> Iter
         yield f"{about}: go on with --load-rollouts, or start a new run"
     yield from _other_files(newest, read)
     steps = settings.run.steps
-    if steps < newest.step or (steps == newest.step and not process_groups.goes_on()):
+    only_ends = process_groups.goes_on() or settings.run.resume == "auto"  # what is left: exports
+    if steps < newest.step or (steps == newest.step and not only_ends):
         given, fix = f"--steps {steps} counts all steps of the run", "use a larger --steps"
         if epochs := settings.run.max_epochs:
             given = f"--max-epochs {epochs} and --steps end the run after step {steps}"
@@ -377,6 +409,12 @@ def _finish(part: Path, final: Path, state: dict) -> None:
     files = sorted(path for path in part.rglob("*") if path.is_file())
     listed = {str(path.relative_to(part)): (path.stat().st_size, _crc(path)) for path in files}
     (part / "files.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+    # A machine that is lost now must not leave the name without the contents. The writers of
+    # model/ have seen to their own files.
+    for path in (part / STATE, part / "files.json", part):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
 

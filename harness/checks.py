@@ -294,13 +294,13 @@ def check_in_flight_flags(
     """Refuse settings of the asynchronous loop that do not fit its ranks and engines."""
     if world_size < 2:
         fix = "use `torchrun --nproc-per-node 2 loop_async.py`"
-        needs = "needs a rank that trains and one that generates"
-        yield f"the asynchronous loop {needs}: {fix}"
+        yield f"the asynchronous loop needs a rank that trains and one that generates: {fix}"
     elif not 1 <= settings.rollout_ranks < world_size:
         rule = f"must leave at least one of the {world_size} ranks to each side"
         yield f"--rollout-ranks {settings.rollout_ranks} {rule}: use 1 to {world_size - 1}"
-    if settings.max_staleness < 0:
-        yield f"--max-staleness {settings.max_staleness} must not be negative"
+    for name in ("max_staleness", "engine_restarts"):
+        if getattr(settings, name) < 0:
+            yield f"{flag_of(name)} {getattr(settings, name)} must not be negative"
     engines = max(settings.rollout_ranks // max(rollout.engine_tp, 1), 1)
     if settings.oversample < 0 or settings.oversample % engines:
         rule = f"must be a multiple of the {engines} engines, and not negative"

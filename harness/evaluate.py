@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from common.held_out import held_out_sets
 from data.sample import Sample
+from harness import comeback
 import reward
 import rollout
 
@@ -47,7 +48,7 @@ class Evaluation:
         self._begin(step)
         if self.samples:
             self.engine.call(self._answer_at_once())
-        return self._metrics(is_alone=True)
+        return self._metrics(rollout.all_gather(self.samples, self.run.group), is_alone=True)
 
     def start(self, step: int) -> None:
         """Begin to evaluate the weights of a step, which the engine has, in the background."""
@@ -63,9 +64,8 @@ class Evaluation:
         """
         if self.step is None:
             return
-        if self.task is not None:
-            self.engine.call(self._end())
-        metrics = self._metrics(is_alone=False)
+        samples = comeback.all_gather(self._answered, self.engine, self.run.group)
+        metrics = self._metrics(samples, is_alone=False)
         if metrics or not self.step:
             self.run.record.write_row({"step": self.step, **metrics})
         self.step = None
@@ -76,8 +76,15 @@ class Evaluation:
         prompts = rollout.engine_share(self.run.data.held_out, self.run)
         self.samples = [sample for prompt in prompts for sample in rollout.new_group(prompt, n)]
 
-    def _metrics(self, *, is_alone: bool) -> dict:
-        samples = rollout.all_gather(self.samples, self.run.group)
+    def _answered(self) -> list[Sample]:
+        """Return this rank's answers when they are judged; ask again if the engine is a new one."""
+        if self.samples and self.task.get_loop() is not self.engine.loop:
+            self.start(self.step)
+        if self.samples:
+            self.engine.call(self._end())
+        return self.samples
+
+    def _metrics(self, samples: list[Sample], *, is_alone: bool) -> dict:
         samples.sort(key=lambda sample: sample.group)
         others = {v for sample in samples for v in sample.weight_versions} - {self.step}
         if others:
@@ -98,7 +105,6 @@ class Evaluation:
 
     async def _end(self) -> None:
         await self.task
-        self.task = None
 
     async def _answer_where_room_is(self) -> None:
         """Answer prompt after prompt, as many at a time as training's requests leave room for.

@@ -13,13 +13,15 @@ import torch.distributed as dist
 
 from common import process_groups
 from common.errors import RANK_0_SPEAKS_WITHIN_S, BadInput, EngineDied, ExportError, engine_died
-from common.processes import signal_when_parent_ends
+from common.processes import forgo_restarts, signal_when_parent_ends
 
 # The signals that have asked this rank to stop. This is a list and no Event. A second signal may
 # come while the handler of the first holds an Event's lock, and would wait for it for ever.
 told_to_stop: list[int] = []
 # Set when the first step begins. Until then an end in the middle loses nothing.
 is_training = threading.Event()
+# In place of raising, where the run can go on without the engine for a while; see comeback.py.
+note_engine_death: Callable[[], object] | None = None
 MOST_OPEN_FILES = 2**16  # the limit that SGLang sets
 
 
@@ -83,6 +85,7 @@ def _call(main: Callable[[], None]) -> None:
         # ends the other ranks while they wait here.
         if os.environ.get("RANK", "0") == "0" or not _stopped_within(RANK_0_SPEAKS_WITHIN_S):
             _print_error(f"error: {error}")
+            forgo_restarts()
         sys.exit(2)
     except (EngineDied, ExportError) as error:
         _print_error("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
@@ -125,9 +128,11 @@ def _stop(signum, frame) -> None:
 
 
 def _engine_child_died(signum, frame) -> None:
-    """Raise EngineDied: SGLang sends SIGQUIT when a child has failed or hangs (its watchdog).
+    """Raise EngineDied, or note it: SGLang sends SIGQUIT when a child has failed or hangs.
 
     Python drops an exception that is raised here while the main thread is in a finalizer.
     Engine.call notices the death too.
     """
-    raise engine_died()
+    if note_engine_death is None:
+        raise engine_died()
+    note_engine_death()

@@ -63,7 +63,18 @@ class Flag:
     @property
     def words(self) -> list[str]:
         """Return how it may be written: --name, and for a switch also --no-name."""
-        return [self.name, "--no-" + self.name[2:]] if self.type is bool else [self.name]
+        return [self.name, "--no-" + self.name[2:]] if self.is_switch else [self.name]
+
+    @property
+    def is_switch(self) -> bool:
+        """Return whether it needs no value; --resume may have one."""
+        return bool in (self.type, *typing.get_args(self.type))
+
+    @property
+    def values(self) -> list[str]:
+        """Return the values that a switch may have."""
+        kinds = typing.get_args(self.type)
+        return [value for kind in kinds for value in typing.get_args(kind)]
 
 
 def parse_or_exit(settings_class: type, *checks: Callable):
@@ -113,9 +124,10 @@ def be_the_only_rank() -> None:
 
 def parse_settings(settings_class: type, *checks: Callable):
     """Return the settings that sys.argv gives. Raises BadInput with all that is wrong with them."""
-    words, flags = sys.argv[1:], flags_of(settings_class)
+    flags = flags_of(settings_class)
     found, unread = ProblemList(), []
-    found.texts += _misleading_groups(words, flags)
+    found.texts += _misleading_groups(sys.argv[1:], flags)
+    words = _spelled_out(sys.argv[1:], flags)
     settings, complaint = _read(settings_class, words)
     if settings is None:
         readable = []
@@ -127,8 +139,9 @@ def parse_settings(settings_class: type, *checks: Callable):
             found.texts.append(problem)
             if flag is not None:
                 unread += flag.words
-                if flag.type is bool and group[0] in flag.words:
-                    readable.append(group[0])  # the switch was meant, without its value
+                if flag.is_switch and group[0] in flag.words:
+                    # The switch was meant, without its value.
+                    readable += _spelled_out(group[:1], flags)
         if not found.texts:
             raise BadInput(complaint)
         settings, _ = _read(settings_class, readable)
@@ -218,6 +231,18 @@ def _read(settings_class: type, words: list[str]) -> tuple[typing.Any, str]:
         return None, message.getvalue()
 
 
+def _spelled_out(words: list[str], flags: list[Flag]) -> list[str]:
+    """Return the words as tyro reads them: a switch that may have a value must have one."""
+    spelled, known = [], {word: flag for flag in flags if flag.is_switch for word in flag.words}
+    for group in _groups(words):
+        name, values = _split(group)
+        flag = known.get(name.replace("_", "-"))
+        if flag and flag.values and not values:
+            group = [flag.name, str(name.replace("_", "-") == flag.name)]
+        spelled += group
+    return spelled
+
+
 def _groups(words: list[str]) -> Iterator[list[str]]:
     """Yield each flag with its values. Words before the first flag are a group too."""
     group = []
@@ -249,6 +274,8 @@ def _misleading_groups(words: list[str], flags: list[Flag]) -> Iterator[str]:
         name = name.replace("_", "-")
         if (flag := known.get(name)) is None:
             continue
+        if flag.values and name == flag.name and values in (["True"], ["False"]):
+            yield _explain(group, flags)[0]
         numbers = {int, float} & {flag.type, *typing.get_args(flag.type)}
         if numbers:
             for value in values:
@@ -283,9 +310,10 @@ def _explain(group: list[str], flags: list[Flag]) -> tuple[str, Flag | None]:
         text = f"{_shown([name])} is no flag of this program; the nearest is {nearest}"
         return text, known[nearest] if is_near else None
     flag = known[given]
-    if flag.type is bool:
-        use = " or ".join(flag.words)
-        return f"{name} {_shown(values)}: a switch takes no value: write {use}", flag
+    if flag.is_switch:
+        use = " or ".join([*flag.words, *(f"{flag.name} {value}" for value in flag.values)])
+        takes = f"no value but {', '.join(flag.values)}" if flag.values else "no value"
+        return f"{name} {_shown(values)}: a switch takes {takes}: write {use}", flag
     if not values:
         hint = f"; one that begins with - is written {name}=TEXT" if flag.type is str else ""
         return f"{name} needs a value, {_kind(flag.type)}{hint}", flag
@@ -358,6 +386,8 @@ def _help_of(flag: Flag, width: int) -> list[str]:
 def _placeholder(kind) -> str:
     """Return what stands for the value of a flag in the help."""
     arguments = typing.get_args(kind)
+    if bool in arguments:  # a switch that may have a value
+        return f"[{','.join(typing.get_args(arguments[1]))}]"
     if typing.get_origin(kind) is typing.Literal:
         return "{" + ",".join(arguments) + "}"
     if typing.get_origin(kind) is tuple:
@@ -369,7 +399,7 @@ def _placeholder(kind) -> str:
 
 def _default_of(flag: Flag) -> str:
     """Return the default in brackets; "" for a switch and for a flag without one."""
-    if flag.type is bool or flag.default in (None, "", ()):
+    if flag.is_switch or flag.default in (None, "", ()):
         return ""
     is_list = isinstance(flag.default, tuple)
     return f" (default: {' '.join(map(str, flag.default)) if is_list else flag.default})"

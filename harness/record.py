@@ -30,7 +30,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import process_groups
 from common.distributed import all_gather_bytes, broadcast_bytes
 from common.errors import read_json
 from common.timeline import Clock, Span, mark_evaluation, waiting_share
@@ -40,9 +39,7 @@ from harness.metrics import batch_metrics, describe_evaluation
 from harness.run_folder import (
     FILES,
     check_shared,
-    lock_run_folder,
-    new_run_folder,
-    remove_parts,
+    open_run_folder,
     rollouts_file,
     unwritable,
 )
@@ -81,10 +78,11 @@ class Record:
             resumed, name, self.loop = None, "", f"{name}-eval"
         folder = b""
         if self.is_writer:
-            mine = Path("runs") / name if resumed else new_run_folder(name, self.loop)
-            process_groups.remember_run(str(mine.relative_to("runs")))
-            self.lock = lock_run_folder(mine)
-            remove_parts(mine)
+            is_auto = settings.run.resume == "auto"
+            step = resumed.step if resumed else None
+            mine, self.lock, self.about_files = open_run_folder(
+                name, self.loop, resumed_step=step, is_auto=is_auto
+            )
             folder = bytes(mine)
         self.folder = Path(broadcast_bytes(folder, group).decode())
         check_shared(self.folder, group, is_new=not resumed)
@@ -132,6 +130,8 @@ class Record:
             dynamic_ncols=True,
             disable=self.settings.eval_only,  # a bar of no steps says nothing
         )
+        if self.about_files:
+            self.say(self.about_files)
         if resumed:
             rest = (
                 f"; the {dropped} rows of metrics.jsonl that followed it are dropped, and written"
@@ -256,6 +256,7 @@ class Record:
             "trainer_wait": waiting_share(trainers, ("train", "sync"), *of_step),
             "engine_wait": waiting_share(engines, ("rollout",), *of_step),
             **clock.seconds(),
+            **getattr(engine, "pop_restarts", dict)(),  # a comeback.LastingEngine has it
         }
 
     def log(self, metrics: dict) -> None:
@@ -346,7 +347,12 @@ class Record:
         print(f"held-out reward of {self.evaluated_model}: {result}; {files}", flush=True)
 
     def positions(self) -> dict[str, float]:
-        """Return where the files of the record stand, for a checkpoint."""
+        """Return where the files of the record stand, for a checkpoint.
+
+        They are on the disk then: should the machine be lost, the checkpoint still fits to them.
+        """
+        for file in self.files.values():
+            os.fsync(file.fileno())
         sizes = {name: os.fstat(file.fileno()).st_size for name, file in self.files.items()}
         return {"elapsed_s": time.time() - self.started, **sizes}
 

@@ -17,6 +17,7 @@ from typing import TextIO
 
 import torch.distributed as dist
 
+from common import process_groups
 from common.distributed import all_gather_bytes, broadcast_bytes
 from common.errors import BadInput
 from common.settings import RunSettings
@@ -32,8 +33,15 @@ def name_problems(settings: RunSettings) -> Iterator[str]:
     characters that have no special meaning in any of them.
     """
     name, part = settings.name, "[A-Za-z0-9_][A-Za-z0-9_.-]*"
+    is_auto = settings.resume == "auto"
     if settings.resume and not name:
         yield "--resume needs the --name of the run that is to go on"
+    if is_auto and not settings.save_every:
+        rule = "without checkpoints every start would begin again"
+        yield f"--resume auto with --save-every 0: {rule}: give --save-every N"
+    if is_auto and settings.eval_only:
+        rule = "there must be a checkpoint to evaluate"
+        yield f"--resume auto with --eval-only: {rule}: write --resume alone"
     if name and not (re.fullmatch(f"{part}(/{part})*", name) and len(name) <= 128):
         rule = "at most 128 letters, digits and _.-, in parts divided by /"
         begin = "each of which begins with a letter, a digit or _"
@@ -43,10 +51,70 @@ def name_problems(settings: RunSettings) -> Iterator[str]:
         fix = "choose another --name, remove it, or go on with its run by --resume"
         yield f"runs/{name} already exists: {fix}"
         return
+    if name and is_auto and os.path.lexists(f"runs/{name}") and not _is_run(Path("runs") / name):
+        yield f"runs/{name} is there, and is no run's folder: choose another --name, or remove it"
+        return
     for parent in Path(name).parents:
         if os.path.lexists(Path("runs") / parent / "settings.json"):
             yield f"--name {name} lies inside the run {parent}: choose a name beside it"
             return
+
+
+def _is_run(folder: Path) -> bool:
+    """Tell whether a run has made this folder: its first file is the lock."""
+    return folder.is_dir() and ((folder / "lock").is_file() or not any(folder.iterdir()))
+
+
+def open_run_folder(
+    name: str, loop: str, *, resumed_step: int | None, is_auto: bool
+) -> tuple[Path, TextIO, str]:
+    """Create a run's folder, or go back to it, and lock it. Only rank 0 calls this.
+
+    Returns the folder, the lock's file, which the caller must keep open, and what was done with
+    files that an earlier start left, "" for nothing. Raises BadInput if another run writes there.
+    resumed_step: of the checkpoint; None without one. is_auto: --resume auto.
+    """
+    said = ""
+    if is_auto and resumed_step is None:
+        said = _set_aside_unsaved(name)
+    folder = new_run_folder(name, loop) if resumed_step is None else Path("runs") / name
+    if not is_auto:  # which looks for itself after a restart
+        process_groups.remember_run(str(folder.relative_to("runs")))
+    lock = lock_run_folder(folder)
+    remove_parts(folder)
+    if resumed_step is not None:
+        said = _set_aside_damaged(folder, after=resumed_step)
+    return folder, lock, said
+
+
+def _set_aside_unsaved(name: str) -> str:
+    """Rename the folder of a run that has no checkpoint; say what was done, for --resume auto.
+
+    Raises BadInput if another run writes there.
+    """
+    folder = Path("runs") / name
+    if not folder.exists():
+        return f"{folder} has no checkpoint: the run starts afresh"
+    with lock_run_folder(folder):
+        if whole := checkpoints_of(folder):  # the last ranks of another start were still ending
+            raise RuntimeError(f"{whole[-1]} was written during this start: start again")
+        aside = process_groups.set_aside(folder)
+    return f"{folder} has no checkpoint: the run starts afresh, and its files are kept in {aside}"
+
+
+def _set_aside_damaged(run_folder: Path, *, after: int) -> str:
+    """Rename the checkpoints of steps behind `after`; say so, or "" where there are none.
+
+    --resume auto has passed over them. Under their names they would count as the newest, and those
+    that are written from now on would be removed in their place.
+    """
+    names = []
+    for folder in checkpoints_of(run_folder):
+        if step_of(folder) > after:
+            damaged = folder.with_suffix(".damaged")
+            shutil.rmtree(damaged, ignore_errors=True)
+            names.append(folder.rename(damaged).name)
+    return f"newer checkpoints are damaged, and kept as {', '.join(names)}" if names else ""
 
 
 def new_run_folder(name: str, loop: str) -> Path:

@@ -109,6 +109,17 @@ def test_without_a_started_evaluation_nothing_is_logged(start):
     assert rows == []
 
 
+def test_an_engine_that_was_started_again_is_asked_again(start):
+    """The dead one had answered a part; nothing of it is left."""
+    evaluation, dead, rows = start()
+    evaluation.start(0)
+    evaluation.engine = engine = StandIn()  # comeback.LastingEngine leads to the new one
+    evaluation.finish()
+    assert len(engine.sampling) == HELD_OUT and rows == [{"step": 0, "held_out": 1.0}]
+    dead.call(asyncio.sleep(0.1))  # its requests end, and change nothing
+    assert all(len(sample.response_ids) == 1 for sample in evaluation.samples)
+
+
 def test_both_ways_of_an_evaluation_agree(start):
     beside, _, rows = start(eval_samples_per_prompt=2)
     beside.start(0)

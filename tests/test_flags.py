@@ -147,8 +147,12 @@ def refused(monkeypatch, *words: str, loop=loop_sync, ranks=1) -> tuple[str, ...
     (["--lr"], "--lr needs a value, a number"),
     (["--name", "-x"], "--name needs a value, a text; one that begins with - is written --name="),
     (["--name", "a", "b"], "--name a b: it takes one value, and here are 2; quote a text that"),
-    (["--resume", "yes"], "--resume yes: a switch takes no value: write --resume or --no-resume"),
-    (["--no-resume=3"], "--no-resume 3: a switch takes no value"),
+    (["--chat", "yes"], "--chat yes: a switch takes no value: write --chat or --no-chat"),
+    (["--no-chat=3"], "--no-chat 3: a switch takes no value"),
+    (["--resume", "yes"], "--resume yes: a switch takes no value but auto: write --resume or "
+     "--no-resume or --resume auto"),
+    (["--resume=True"], "--resume True: a switch takes no value but auto"),
+    (["--no-resume", "auto"], "--no-resume auto: a switch takes no value but auto"),
     (["--steps", "1_000"], "--steps 1_000: write at most 15 digits, and no _"),
     (["--lr=1_0.5"], "--lr 1_0.5: write at most 15 digits, and no _"),
     (["--bucket-bytes", "9" * 400], "write at most 15 digits"),
@@ -195,6 +199,17 @@ def test_the_settings_are_those_of_the_command_line(monkeypatch):
     settings = flags.parse_settings(loop_sync.Settings, check_flags)
     assert settings.run == RunSettings(steps=3, export=(), profile=(1, 2))
     assert settings.train.lr == 0 and settings.rollout.chat
+
+
+@pytest.mark.parametrize("words, expected", [
+    ([], False), (["--resume"], True), (["--no-resume"], False), (["--resume", "--no-chat"], True),
+    (["--resume", "auto"], "auto"), (["--resume=auto"], "auto"), (["--resume", "auto", "--resume"],
+     True),
+])  # fmt: skip
+def test_resume_is_a_switch_that_may_have_a_value(monkeypatch, words, expected):
+    monkeypatch.setattr(sys, "argv", ["loop.py", *words, "--steps", "3"])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert flags.parse_settings(loop_sync.Settings).run.resume == expected
 
 
 @pytest.mark.complete

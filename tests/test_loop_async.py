@@ -235,7 +235,7 @@ def test_killing_a_rank_ends_the_job_and_names_it(start_loop, rank, when):
 
 @pytest.mark.complete
 def test_a_dying_engine_ends_the_job(start_loop):
-    started = start_loop("loop_async.py", *QUICK, *LONG, rows=4)
+    started = start_loop("loop_async.py", *QUICK, *LONG, "--engine-restarts", "0", rows=4)
     started.engine().kill()
     assert started.end(60) != 0
     assert "rank 1: a process of the SGLang engine died" in started.text()
@@ -244,7 +244,8 @@ def test_a_dying_engine_ends_the_job(start_loop):
 @pytest.mark.complete
 def test_an_engine_that_hangs_ends_the_job(start_loop):
     """A stopped process is one that never answers, and never dies either."""
-    started = start_loop("loop_async.py", *QUICK, *LONG, "--answer-timeout-s", "10", rows=4)
+    limits = ["--answer-timeout-s", "10", "--engine-restarts", "0"]
+    started = start_loop("loop_async.py", *QUICK, *LONG, *limits, rows=4)
     started.engine().suspend()
     assert started.end(60) != 0
     assert "rank 1: the engine has not finished" in started.text()

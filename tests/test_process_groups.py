@@ -179,7 +179,7 @@ def test_ranks_of_two_nodes_meet_anew_though_each_node_counts_its_own_restarts(t
 
 
 @pytest.mark.complete
-@pytest.mark.parametrize("script, victim", [("loop_sync.py", "rank"), ("loop_async.py", "engine")])
+@pytest.mark.parametrize("script, victim", [("loop_sync.py", "engine"), ("loop_async.py", "rank")])
 def test_a_restarted_run_goes_on_from_its_checkpoint(tmp_path, script, victim):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
     command += ["--nproc-per-node", "2", str(ROOT / script), *QUICK, "--steps", "40"]

@@ -71,10 +71,11 @@ TESTED_ELSEWHERE = {
     "torchrun loop_sync.py --model toy/glm",  # test_glm_toy.py
     "torchrun --nproc-per-node N",  # HERE
     "torchrun --nproc-per-node 2 examples/tool_use_async.py",  # test_tool_use.py
-    "torchrun --max-restarts N",  # test_process_groups.py
     "torchrun loop_sync.py --name teacher",  # test_distill.py, as the two that follow
     "torchrun examples/distill.py --teacher runs/teacher/model-bf16",
     "torchrun --nproc-per-node 2 examples/distill_async.py --teacher FOLDER",
+    "torchrun --max-restarts N",  # test_process_groups.py, and test_comes_back.py:
+    "torchrun --max-restarts 3 loop_sync.py --name x --save-every 10 --resume auto",
 }
 
 
@@ -283,7 +284,8 @@ BENCHMARKS = {  # the command in docs/: what makes it short
     "bench/overlap.py": "compute --steps 4 --rounds 1",
     "bench/overlap.py accuracy": "--steps 1 --rounds 1",
     "bench/peers.py": "bare-toy --rounds 1",
-    "bench/soak.py": "--kills 1 --steps 3",
+    "bench/soak.py sync": "--kills 1 --steps 4",
+    "bench/soak.py async": "--kills 1 --steps 5",
     "bench/weight_sync.py": "estimate",  # a measurement is made in test_weight_sync.py
 }
 

@@ -6,6 +6,7 @@ The checkpoint is a small stand-in. test_checkpoint.py resumes real ones.
 import dataclasses
 import json
 import pickle
+import shutil
 
 from common import distributed
 import loop_async
@@ -14,6 +15,7 @@ import pytest
 from conftest import start_main
 from torch.distributed.checkpoint.metadata import Metadata
 
+from common import process_groups
 from common.errors import BadInput
 from common.settings import RolloutSettings, RunSettings, TrainSettings
 from harness import checkpoint
@@ -21,20 +23,21 @@ from harness import checkpoint
 
 @pytest.fixture
 def write(monkeypatch, tmp_path):
-    """Write runs/old with one checkpoint, of step 4, whose state.json has these changes."""
+    """Write a checkpoint into runs/old, of step 4 unless told, whose state.json has changes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
 
-    def write(loop="sync", *, asked=None, without=(), **changes):
-        saved = tmp_path / "runs" / "old" / "checkpoints" / "step-000004"
+    def write(loop="sync", *, asked=None, without=(), name="step-000004", **changes):
+        saved = tmp_path / "runs" / "old" / "checkpoints" / name
         (saved / "model").mkdir(parents=True)
         (saved / "model" / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={})))
         rows = b'{"step": 3}\n{"step": 4}\n'
         (saved.parent.parent / "metrics.jsonl").write_bytes(rows + b'{"step": 5, "cut')
         loops = dict(sync=loop_sync, **{"async": loop_async})
         settings = dataclasses.asdict(asked or loops[loop].Settings())
-        state = dict(step=4, loop=loop, settings=settings, read={}, ranks=[{"prompts": 64}])
+        state = dict(step=int(name[5:]), loop=loop, settings=settings, read={})
+        state |= {"ranks": [{"prompts": 64}]}
         state |= {"record": {"elapsed_s": 1.5, "metrics": len(rows)}, **changes}
         state = {name: value for name, value in state.items() if name not in without}
         (saved / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -128,6 +131,75 @@ def test_a_run_that_loaded_its_samples_does_not_know_its_place_among_the_prompts
     with pytest.raises(BadInput, match="go on with --load-rollouts"):
         resume()
     assert resume(load_rollouts="dumps").step == 4
+
+
+# --- --resume auto ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def automatic(write, monkeypatch):
+    """Steps 4 and 6 of a run, and a start of one rank; return the two folders."""
+    monkeypatch.setattr(process_groups._Start, "store", distributed.dist.HashStore())
+    return write(), write(name="step-000006")
+
+
+def test_the_newest_checkpoint_is_taken(automatic):
+    assert resume(resume="auto").step == 6
+
+
+@pytest.mark.parametrize("lost", ["files.json", "state.json", "model/.metadata"])
+def test_a_damaged_checkpoint_is_passed_over(automatic, lost):
+    older, newer = automatic
+    (newer / lost).unlink()
+    assert resume(resume="auto").step == 4
+    with pytest.raises(BadInput, match="step-000006 is damaged.*step-000004 before it is whole"):
+        resume(resume=True)
+
+
+def test_one_that_was_not_finished_does_not_count(automatic):
+    older, newer = automatic
+    newer.rename(newer.with_suffix(".part"))
+    assert resume(resume="auto").step == 4
+
+
+def test_without_any_the_run_starts_afresh(automatic):
+    shutil.rmtree(automatic[0].parent)
+    assert resume(resume="auto") is None
+    assert resume(resume="auto") is None  # nothing was changed
+
+
+def test_where_all_are_damaged_nothing_starts(automatic):
+    """A run that starts afresh would use days to come as far again."""
+    for folder in automatic:
+        (folder / "state.json").unlink()
+    with pytest.raises(BadInput, match="no checkpoint of runs/old is whole, the newest step-000006:"
+                       " state.json is missing: bring one back"):  # fmt: skip
+        resume(resume="auto")
+
+
+def test_a_rank_that_finds_damage_in_its_share_moves_all_on(automatic, monkeypatch):
+    """Rank 1 of two has compared the contents of other files."""
+    monkeypatch.setattr(process_groups._Start, "world_size", 2)
+    monkeypatch.setattr(process_groups._Start, "rank", 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = {"checkpoints/1": "[]", "step-000006/1": "state.json has other", "step-000004/1": ""}
+    for key, text in said.items():
+        process_groups._Start.store.set(key, text)
+    assert resume(resume="auto").step == 4
+
+
+def test_what_must_stay_the_same_must_do_so_here_too(automatic):
+    with pytest.raises(BadInput, match="--seed was 1 when"):
+        resume(resume="auto", seed=2)
+
+
+def test_a_run_that_has_done_its_steps_has_its_exports_left(automatic):
+    assert resume(resume="auto", steps=6).step == 6
+    with pytest.raises(BadInput, match="nothing is left to do"):
+        resume(resume="auto", steps=5)
+
+
+# --- elsewhere ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["", "a"])

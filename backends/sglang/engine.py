@@ -122,7 +122,7 @@ class Engine(sglang_engine.Engine):
         return asyncio.run_coroutine_threadsafe(self._while_alive(coroutine), self.loop).result()
 
     async def _while_alive(self, coroutine):
-        work = asyncio.ensure_future(coroutine)
+        work = asyncio.ensure_future(coroutine)  # what needs no engine ends in its first turn
         await asyncio.wait([work, self._death], return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             return work.result()
@@ -131,14 +131,14 @@ class Engine(sglang_engine.Engine):
 
     def _on_end_of(self, process) -> None:
         """Let call() raise when one of the engine's processes has ended."""
-
-        def let_call_raise():
-            if not self._death.done():
-                self._death.set_result(None)
-
         # A little later: SIGQUIT comes first, and interrupts the main thread wherever it is.
         self.loop.remove_reader(process.sentinel)
-        self.loop.call_later(SIGQUIT_WITHIN_S, let_call_raise)
+        self.loop.call_later(SIGQUIT_WITHIN_S, self.note_death)
+
+    def note_death(self) -> None:
+        """Let every later call() raise EngineDied; on the engine's loop."""
+        if not self._death.done():
+            self._death.set_result(None)
 
     def shutdown(self):
         """End the engine's child processes, event loop and files. A second call does nothing."""
