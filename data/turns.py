@@ -118,9 +118,9 @@ def find_turns(
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     if not ids or ids[0] not in special or whole[-len(ids) :] != ids:
         raise BadInput(
-            f"{where}: the tokenizer's chat template ends a turn with {suffix[:20]!r}, which begins with"
-            " no special token, so where the turn's tokens end is uncertain: use a template that"
-            " ends turns with one"
+            f"{where}: the tokenizer's chat template ends a turn with {suffix[:20]!r}, which begins"
+            " with no special token, so where the turn's tokens end is uncertain: use a template"
+            " that ends turns with one"
         )
     return turns
 

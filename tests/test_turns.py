@@ -110,9 +110,10 @@ def test_template_kwargs_reach_the_begin_of_the_next_turn():
     tokenizer = chat_tokenizer(QWEN3)
     quiet = find_turns(tokenizer, ("enable_thinking=false",)).result_ids("42", sampled=0)
     assert tokenizer.decode(quiet).endswith("assistant\n<think>\n\n</think>\n\n")
-    assert quiet == whole(tokenizer, "1+1?", SAID, "42", role="tool", enable_thinking=False)[
-        -len(quiet) :
-    ]
+    assert (
+        quiet
+        == whole(tokenizer, "1+1?", SAID, "42", role="tool", enable_thinking=False)[-len(quiet) :]
+    )
 
 
 @pytest.mark.parametrize("template, role, message", [
