@@ -25,7 +25,7 @@ import tyro
 from advantages import ADVANTAGES, Scores, overlong_penalty
 from data import math_judge, reasoning_gym_tasks
 from data.judge import Judge, Reward, compute_rewards
-from data.sample import Sample, by_group
+from data.sample import Sample, by_answer, by_group
 from losses import KL_ESTIMATORS, LossSettings
 
 __all__ = ["Judge", "Reward", "by_group", "compute_rewards"]
@@ -131,23 +131,26 @@ def add_advantages(
     """Set every sample's advantages, float64 [L], from the whole batch. Each rank gets the same.
 
     With --kl-in reward the samples have old_logprobs and ref_logprobs. Samples without a reward
-    belong to no group and get advantages 0.
+    belong to no group and get advantages 0. The parts of one answer (data.sample.split_off) are one
+    row of Scores, so that an answer counts once in its group however often it was split.
     """
     for sample in samples:
         sample.advantages = np.zeros(len(sample.response_ids))
-    scored = [sample for sample in samples if sample.reward is not None]
-    lengths = [len(sample.response_ids) for sample in scored]
+    answers = by_answer([sample for sample in samples if sample.reward is not None])
+    scored = [part for parts in answers for part in parts]
     limits = dict(max_tokens=max_response_tokens, buffer=settings.overlong_buffer)
-    overlong = [overlong_penalty(length, **limits) for length in lengths]
+    lengths_of = [[len(part.response_ids) for part in parts] for parts in answers]
+    overlong = [overlong_penalty(max(of_parts), **limits) for of_parts in lengths_of]
+    lengths = sum(lengths_of, [])
     kl_T = np.zeros(sum(lengths))
     if loss.kl_coef and loss.kl_in == "reward":
         old_T = torch.from_numpy(_concatenated([sample.old_logprobs for sample in scored]))
         ref_T = torch.from_numpy(_concatenated([sample.ref_logprobs for sample in scored]))
         kl_T = KL_ESTIMATORS[loss.kl_estimator].function(old_T, ref_T, old_T).numpy()
     scores = Scores(
-        rewards_N=np.array([sample.reward for sample in scored]) + overlong,
-        group_N=np.array([sample.group for sample in scored], dtype=np.int64),
-        lengths_N=np.array(lengths, dtype=np.int64),
+        rewards_N=np.array([parts[0].reward for parts in answers]) + overlong,
+        group_N=np.array([parts[0].group for parts in answers], dtype=np.int64),
+        lengths_N=np.array([sum(of_parts) for of_parts in lengths_of], dtype=np.int64),
         mask_T=_concatenated([sample.loss_mask for sample in scored]),
         penalties_T=loss.kl_coef * kl_T,
     )
@@ -169,10 +172,11 @@ def batch_metrics(samples: list[Sample], *, version: int) -> dict[str, float]:
     version: of the weights that the step trains. A metric is missing where nothing is left of it:
     reward where no sample was scored, staleness where all responses are empty. too_hard counts the
     answers that passed the limit of the mathematical reward; it is missing where none did.
-    Numbers that a rollout has left in sample.metrics are logged as means over the samples.
+    Numbers that a rollout has left in sample.metrics are logged as means over the answers.
     """
+    answers = [sample for sample in samples if not sample.is_part]
     rewards = defaultdict(list)
-    for sample in samples:
+    for sample in answers:
         rewards[sample.source] += [] if sample.reward is None else [sample.reward]
     scored = [reward for of_source in rewards.values() for reward in of_source]
     metrics = {}
@@ -181,16 +185,16 @@ def batch_metrics(samples: list[Sample], *, version: int) -> dict[str, float]:
         metrics = {f"reward/{name}": sum(values) / len(values) for name, values in of_source}
     if scored:
         metrics["reward"] = sum(scored) / len(scored)
-    metrics["reward_errors"] = len(samples) - len(scored)
-    if too_hard := sum("too_hard" in sample.notes for sample in samples):
+    metrics["reward_errors"] = len(answers) - len(scored)
+    if too_hard := sum("too_hard" in sample.notes for sample in answers):
         metrics["too_hard"] = too_hard
-    if samples:
+    if answers:
         groups = by_group(samples)
         metrics["zero_std_groups"] = sum(map(is_uninformative, groups)) / len(groups)
-        metrics["response_tokens"] = sum(len(s.response_ids) for s in samples) / len(samples)
-        metrics["truncated"] = sum(s.finish_reason == "length" for s in samples) / len(samples)
-    for name in dict.fromkeys(name for sample in samples for name in sample.metrics):
-        metrics[name] = sum(sample.metrics.get(name, 0) for sample in samples) / len(samples)
+        metrics["response_tokens"] = sum(len(s.response_ids) for s in samples) / len(answers)
+        metrics["truncated"] = sum(s.finish_reason == "length" for s in answers) / len(answers)
+    for name in dict.fromkeys(name for sample in answers for name in sample.metrics):
+        metrics[name] = sum(sample.metrics.get(name, 0) for sample in answers) / len(answers)
     ages = [version - sampled_by for sample in samples for sampled_by in sample.weight_versions]
     if ages:
         metrics["staleness_max"] = max(ages)

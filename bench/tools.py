@@ -44,12 +44,14 @@ def run(loop: str, folder: Path, **flags) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def warm_start(folder: Path, seed: int, warm_steps: int) -> Path:
-    """Return a folder of the toy that has learned to call; as the synchronous loop writes it."""
+def warm_start(folder: Path, seed: int, warm_steps: int, start: str) -> str:
+    """Return a folder of the toy that has learned to call: start, or one that is made here."""
+    if start:
+        return str(Path(start).resolve())
     name = f"warm{seed}"
     asked = dict(steps=1, eval_samples=2, warm_steps=warm_steps, seed=seed, name=name)
     run("sync", folder, **asked)
-    return folder / "runs" / name / "warm-start"
+    return str(folder / "runs" / name / "warm-start")
 
 
 def cached(rows: list[dict]) -> str:
@@ -61,10 +63,10 @@ def cached(rows: list[dict]) -> str:
     return f"from the cache {read / all_of_them:4.0%}" if all_of_them else "no later turn"
 
 
-def accuracy(folder: Path, *, steps: int, seeds: list[int], warm_steps: int) -> None:
+def accuracy(folder: Path, warm: dict, *, steps: int, seeds: list[int]) -> None:
     final = {loop: [] for loop in SCRIPTS}
     for seed in seeds:
-        model = warm_start(folder, seed, warm_steps)
+        model = warm_start(folder, seed, **warm)
         for loop, results in final.items():
             asked = dict(steps=steps, seed=seed, eval_samples=1024, eval_every=steps)
             rows = run(loop, folder, model=model, warm_steps=0, name=f"{loop}{seed}", **asked)
@@ -76,8 +78,8 @@ def accuracy(folder: Path, *, steps: int, seeds: list[int], warm_steps: int) -> 
     print(f"{means}, difference {overlapped - sync:+.3f}", flush=True)
 
 
-def speed(folder: Path, *, steps: int, rounds: int, delay_s: float, warm_steps: int) -> None:
-    model, step_s = warm_start(folder, 1, warm_steps), {loop: 0.0 for loop in SCRIPTS}
+def speed(folder: Path, warm: dict, *, steps: int, rounds: int, delay_s: float) -> None:
+    model, step_s = warm_start(folder, 1, **warm), {loop: 0.0 for loop in SCRIPTS}
     for number in range(rounds):
         for loop in SCRIPTS:
             asked = dict(steps=steps, eval_samples=2, eval_every=steps, tool_delay_s=delay_s)
@@ -88,11 +90,8 @@ def speed(folder: Path, *, steps: int, rounds: int, delay_s: float, warm_steps: 
             step_s[loop] += one_s / rounds
             waits = f"trainer waits {mean(rows, 'trainer_wait'):4.0%}, {cached(rows)}"
             calls = f"{mean(rows, 'tool_calls'):.2f} calls a sample"
-            print(
-                f"delay {delay_s:g} s {loop:5} {SAMPLES / one_s:6.1f} samples/s   step {one_s:.2f} s"
-                f"   {waits}, {calls}",
-                flush=True,
-            )
+            rate = f"{SAMPLES / one_s:6.1f} samples/s   step {one_s:.2f} s"
+            print(f"delay {delay_s:g} s {loop:5} {rate}   {waits}, {calls}", flush=True)
     ratio = step_s["sync"] / step_s["async"]
     print(f"delay {delay_s:g} s async / sync = {ratio:.2f} in samples a second", flush=True)
 
@@ -106,18 +105,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--delay-s", type=float, default=0.3)
-    parser.add_argument("--warm-steps", type=int, default=600)
+    parser.add_argument("--warm-steps", type=int, default=600, help="of the warm start")
+    parser.add_argument("--start", default="", help="folder of a toy that calls, if there is one")
     flags = parser.parse_args()
     if flags.what == "speed" and flags.steps is not None and flags.steps < 4:
         left_out = "the first quarter and the last two are left out; use at least 4"
         parser.error(f"--steps {flags.steps} leaves no step to measure: {left_out}")
     with tempfile.TemporaryDirectory() as folder:
-        folder, warm = Path(folder), flags.warm_steps
+        warm = dict(warm_steps=flags.warm_steps, start=flags.start)
         if flags.what == "accuracy":
-            accuracy(folder, steps=flags.steps or 30, seeds=flags.seeds, warm_steps=warm)
+            accuracy(Path(folder), warm, steps=flags.steps or 30, seeds=flags.seeds)
         else:
-            asked = dict(rounds=flags.rounds, delay_s=flags.delay_s, warm_steps=warm)
-            speed(folder, steps=flags.steps or 16, **asked)
+            asked = dict(rounds=flags.rounds, delay_s=flags.delay_s)
+            speed(Path(folder), warm, steps=flags.steps or 16, **asked)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 
 from common.timeline import Timeline
-from data.sample import Sample
+from data.sample import Sample, by_answer
 
 Reward = Callable[[Sample], float | Awaitable[float]]
 
@@ -39,7 +39,12 @@ class Judge:
         return asyncio.run_coroutine_threadsafe(self._judge_all(samples), self._loop)
 
     async def _judge_all(self, samples: list[Sample]) -> None:
-        await asyncio.gather(*map(self._judge, samples))
+        await asyncio.gather(*(self._judge(s) for s in samples if not s.is_part))
+        for *parts, judged in by_answer(samples):
+            for part in parts:  # of one answer, which is judged by its end
+                part.reward, part.error = judged.reward, judged.error
+                if judged.reward is None:
+                    part.loss_mask = [0] * len(part.response_ids)
 
     async def _judge(self, sample: Sample) -> None:
         async with self._places:

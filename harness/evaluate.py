@@ -25,6 +25,7 @@ def held_out(run, engine, judge: reward.Judge, *, step: int, answer=rollout.answ
         cache="held-out",
     )
     reward.compute_rewards(samples, judge)
+    samples = [sample for sample in samples if not sample.is_part]  # one for each answer
     samples = sorted(rollout.all_gather(samples, run.group), key=lambda sample: sample.group)
     return run.record.log_eval(step, samples, eval_metrics(samples))
 

@@ -46,7 +46,7 @@ class StandIn:
         return self.loop.run_until_complete(asyncio.wait_for(coroutine, 60))  # fail, do not hang
 
     async def generate(self, prompts_ids, sampling, *, request_ids, cache=""):
-        group, first = int(request_ids[0].split("-")[1]), self.version
+        group, first = int(request_ids[0].split("-")[-2]), self.version
         self.started.append(group)
         await asyncio.sleep(self.seconds(group))
         while self.hold(self, group):
