@@ -150,7 +150,6 @@ class Group:
     samples: list[Sample]
     version: int
     """Of the weights when it was started: no token of it is older."""
-    is_dropped: bool = False
     task: asyncio.Future = field(init=False)
     """Done when all samples are answered and judged."""
 
@@ -261,8 +260,8 @@ class GroupQueue:
         oldest = version + 1 - self.settings.in_flight.max_staleness  # of what the next step trains
         too_old = [group for group in left if group.version < oldest or steps_left == 1]
         for group in too_old:
-            group.is_dropped = True
             await self.engine.abort(rollout.request_ids(group.samples))
+            group.task.cancel()  # it may wait for a tool, and would ask the engine again
             self.discarded += rollout.discarded(group.samples, rollout.DROPPED)
         self.queue = [group for group in left if group not in too_old]
         discarded, self.discarded = self.discarded, []
@@ -332,12 +331,10 @@ class GroupQueue:
         The judge has a thread of its own and holds nothing up.
         """
         await self.answer(self.engine, group.samples, self.data, self.settings.rollout)
-        if group.is_dropped:
-            return
         rollout.check_aborts(group.samples)
         await asyncio.wrap_future(self.judge.submit(group.samples))
         is_uninformative = reward.is_uninformative(group.samples)
-        if self.replacements and not group.is_dropped and is_uninformative:
+        if self.replacements and is_uninformative:
             self.replacements -= 1
             self.discarded += rollout.discarded(group.samples, rollout.REPLACED)
             self.queue.remove(group)

@@ -26,7 +26,7 @@ from advantages import ADVANTAGES, Scores, overlong_penalty
 from data import math_judge, reasoning_gym_tasks, text_rewards
 from data.judge import Judge, Reward, compute_rewards
 from data.remote_reward import is_url, remote_reward
-from data.sample import Sample, by_group
+from data.sample import Sample, by_answer, by_group
 from losses import KL_ESTIMATORS, LossSettings
 
 __all__ = ["Judge", "Reward", "by_group", "compute_rewards"]
@@ -145,14 +145,17 @@ def add_advantages(
     """Set every sample's advantages, float64 [L], from the whole batch. Each rank gets the same.
 
     With --kl-in reward the samples have ref_logprobs, and those that --old-logprobs names. Samples
-    without a reward belong to no group and get advantages 0.
+    without a reward belong to no group and get advantages 0. The parts of one answer
+    (data.sample.split_off) are one row of Scores, so that an answer counts once in its group.
     """
     for sample in samples:
         sample.advantages = np.zeros(len(sample.response_ids))
-    scored = [sample for sample in samples if sample.reward is not None]
-    lengths = [len(sample.response_ids) for sample in scored]
+    answers = by_answer([sample for sample in samples if sample.reward is not None])
+    scored = [part for parts in answers for part in parts]
     limits = dict(max_tokens=max_response_tokens, buffer=settings.overlong_buffer)
-    overlong = [overlong_penalty(length, **limits) for length in lengths]
+    lengths_of = [[len(part.response_ids) for part in parts] for parts in answers]
+    overlong = [overlong_penalty(max(of_parts), **limits) for of_parts in lengths_of]
+    lengths = sum(lengths_of, [])
     kl_T, mask_T = np.zeros(sum(lengths)), _concatenated([s.loss_mask for s in scored])
     if loss.kl_coef and loss.kl_in == "reward":
         old = "rollout_logprobs" if loss.old_logprobs == "rollout" else "old_logprobs"
@@ -161,9 +164,9 @@ def add_advantages(
         kl_T = KL_ESTIMATORS[loss.kl_estimator].function(old_T, ref_T, old_T).numpy()
         kl_T = np.where(mask_T > 0, kl_T, 0)  # nan where the engine has not sampled
     scores = Scores(
-        rewards_N=np.array([sample.reward for sample in scored]) + overlong,
-        group_N=np.array([sample.group for sample in scored], dtype=np.int64),
-        lengths_N=np.array(lengths, dtype=np.int64),
+        rewards_N=np.array([parts[0].reward for parts in answers]) + overlong,
+        group_N=np.array([parts[0].group for parts in answers], dtype=np.int64),
+        lengths_N=np.array([sum(of_parts) for of_parts in lengths_of], dtype=np.int64),
         mask_T=mask_T,
         penalties_T=loss.kl_coef * kl_T,
     )

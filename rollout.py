@@ -137,7 +137,8 @@ async def answer(
     Sets response_ids, response, rollout_logprobs, loss_mask, weight_versions and finish_reason, to
     new lists: the samples of a group share the empty ones. Requests have the names of request_ids,
     by which the asynchronous loop stops them; two of one sample need different indices. A sample
-    that was stopped has what was generated until then, and finish_reason abort.
+    that was stopped has what was generated until then, and finish_reason abort. A sample may be
+    split: data.sample.split_off appends what it holds to samples, as one more to train.
     cache: calls of one name share cached prefixes.
     """
     prompts_ids = [sample.prompt_ids for sample in samples]
@@ -268,7 +269,8 @@ def all_gather(samples: list[Sample], group: dist.ProcessGroup) -> list[Sample]:
 
 def discarded(samples: list[Sample], reason: str) -> list[Sample]:
     """Return what is kept of samples that are not trained: enough to count them by reason."""
-    return [Sample(s.prompt_ids, group=s.group, index=s.index, discarded=reason) for s in samples]
+    answers = [s for s in samples if not s.is_part]
+    return [Sample(s.prompt_ids, group=s.group, index=s.index, discarded=reason) for s in answers]
 
 
 def split_discarded(samples: list[Sample]) -> tuple[list[Sample], dict[str, int]]:

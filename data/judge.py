@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 
 from common.timeline import Timeline
-from data.sample import Sample, by_group
+from data.sample import Sample, by_answer, by_group
 
 # Of one sample; or of all samples of a group, in a list, where it has a true attribute of_group.
 Reward = Callable[..., float | list[float] | Awaitable[float] | Awaitable[list[float]]]
@@ -41,8 +41,14 @@ class Judge:
         return asyncio.run_coroutine_threadsafe(self._judge_all(samples), self._loop)
 
     async def _judge_all(self, samples: list[Sample]) -> None:
-        units = by_group(samples) if self._of_group else [[sample] for sample in samples]
+        whole = [sample for sample in samples if not sample.is_part]
+        units = by_group(whole) if self._of_group else [[sample] for sample in whole]
         await asyncio.gather(*map(self._judge, units))
+        for *parts, judged in by_answer(samples):
+            for part in parts:  # of one answer, which is judged by its end
+                part.reward, part.error = judged.reward, judged.error
+                if judged.reward is None:
+                    part.loss_mask = [0] * len(part.response_ids)
 
     async def _judge(self, samples: list[Sample]) -> None:
         """Judge one sample, or one group with a reward function of groups."""

@@ -78,6 +78,11 @@ class Sample:
         if isinstance(self.routed_experts, str):  # as it stands in JSON
             self.routed_experts = base64.b64decode(self.routed_experts, validate=True)
 
+    @property
+    def is_part(self) -> bool:
+        """Whether the sample is an earlier part of an answer; see split_off."""
+        return "part_of" in self.notes
+
     @classmethod
     def per_token_names(cls) -> tuple[str, ...]:
         """Return the names of the fields that per_token_field() declares."""
@@ -107,6 +112,38 @@ def by_group(samples: list[Sample]) -> list[list[Sample]]:
     for sample in samples:
         groups[sample.group].append(sample)
     return list(groups.values())
+
+
+def by_answer(samples: list[Sample]) -> list[list[Sample]]:
+    """Return the samples of each answer together, in order of first appearance.
+
+    They are one, but for answers that split_off has divided: the sample that was answered, which is
+    judged, stands behind its parts. An answer whose own sample is missing is left out.
+    """
+    whole = {(s.group, s.index): [] for s in samples if not s.is_part}
+    for sample in samples:
+        if sample.is_part and (key := (sample.group, sample.notes["part_of"])) in whole:
+            whole[key].append(sample)
+    return [[*whole[s.group, s.index], s] for s in samples if not s.is_part]
+
+
+def split_off(samples: list[Sample], sample: Sample) -> None:
+    """Split off what a sample holds: append it to samples as a part of it, to be trained as well.
+
+    For a rollout in which the prompt of a later turn is not all that was said before: a context
+    that was shortened, or turns that do not see one another. The sample then begins anew, with
+    the prompt that the rollout gives it. A part has an index of its own, and notes["part_of"], the
+    index of its sample. It gets the reward that the sample gets. Both count as one answer in the
+    statistics of the group; see reward.add_advantages.
+    """
+    index = 1 + max(other.index for other in samples if other.group == sample.group)
+    part = dataclasses.replace(sample, index=index, metrics={})
+    part.notes = {**sample.notes, "part_of": sample.index}
+    samples.append(part)
+    for spec in dataclasses.fields(Sample):
+        if spec.name in AS_LONG_AS_THE_RESPONSE or spec.name in Sample.per_token_names():
+            setattr(sample, spec.name, [])
+    sample.response, sample.finish_reason, sample.routed_experts = "", "", b""
 
 
 def read_dump(path: str | Path, *, vocab_size: int | None = None) -> list[Sample]:

@@ -40,6 +40,12 @@ MOST_USED = (
     "tp",
     "name",
 )
+# Flags of other programs that would sample from a part of the vocabulary.
+NARROWER = ("--top-p", "--top-k", "--min-p")
+NOT_NARROWER = (
+    "is not to be had: a token's log-prob must be over the tokens that it was sampled among, and"
+    " the trainer computes it over the whole vocabulary: leave it out, or lower --temperature"
+)
 # The variables that torchrun sets, with their values for a lone rank. Port 0 lets its store take
 # any free port; no other process has to know it.
 ALONE = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -305,6 +311,8 @@ def _explain(group: list[str], flags: list[Flag]) -> tuple[str, Flag | None]:
         return f"{_shown(group)} belongs to no flag: write --flag value", None
     if given not in known:
         given = "--" + given.lstrip("-")
+        if given in NARROWER and "--temperature" in known:
+            return f"{_shown([given, *values])} {NOT_NARROWER}", None
         nearest = difflib.get_close_matches(given, known, n=1, cutoff=0.0)[0]
         is_near = difflib.SequenceMatcher(None, given, nearest).ratio() > 0.6
         text = f"{_shown([name])} is no flag of this program; the nearest is {nearest}"

@@ -12,10 +12,11 @@ def batch_metrics(samples: list[Sample], *, version: int) -> dict[str, float]:
     version: of the weights that the step trains. A metric is missing where nothing is left of it:
     reward where no sample was scored, staleness where all responses are empty. too_hard counts the
     answers that passed the limit of the mathematical reward; it is missing where none did.
-    Numbers that a rollout has left in sample.metrics are logged as means over the samples.
+    Numbers that a rollout has left in sample.metrics are logged as means over the answers.
     """
+    answers = [sample for sample in samples if not sample.is_part]
     rewards = defaultdict(list)
-    for sample in samples:
+    for sample in answers:
         rewards[sample.source] += [] if sample.reward is None else [sample.reward]
     scored = [reward for of_source in rewards.values() for reward in of_source]
     metrics = {}
@@ -24,16 +25,16 @@ def batch_metrics(samples: list[Sample], *, version: int) -> dict[str, float]:
         metrics = {f"reward/{name}": sum(values) / len(values) for name, values in of_source}
     if scored:
         metrics["reward"] = sum(scored) / len(scored)
-    metrics["reward_errors"] = len(samples) - len(scored)
-    if too_hard := sum("too_hard" in sample.notes for sample in samples):
+    metrics["reward_errors"] = len(answers) - len(scored)
+    if too_hard := sum("too_hard" in sample.notes for sample in answers):
         metrics["too_hard"] = too_hard
-    if samples:
+    if answers:
         groups = by_group(samples)
         metrics["zero_std_groups"] = sum(map(is_uninformative, groups)) / len(groups)
-        metrics["response_tokens"] = sum(len(s.response_ids) for s in samples) / len(samples)
-        metrics["truncated"] = sum(s.finish_reason == "length" for s in samples) / len(samples)
-    for name in dict.fromkeys(name for sample in samples for name in sample.metrics):
-        metrics[name] = sum(sample.metrics.get(name, 0) for sample in samples) / len(samples)
+        metrics["response_tokens"] = sum(len(s.response_ids) for s in samples) / len(answers)
+        metrics["truncated"] = sum(s.finish_reason == "length" for s in answers) / len(answers)
+    for name in dict.fromkeys(name for sample in answers for name in sample.metrics):
+        metrics[name] = sum(sample.metrics.get(name, 0) for sample in answers) / len(answers)
     ages = [version - sampled_by for sample in samples for sampled_by in sample.weight_versions]
     if ages:
         metrics["staleness_max"] = max(ages)

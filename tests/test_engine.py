@@ -6,12 +6,15 @@ in FP8, as runs use it. Not covered: CUDA, engine tensor parallelism.
 """
 
 import asyncio
+import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from multiprocessing import resource_tracker
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -33,7 +36,7 @@ from common.errors import BadInput, EngineDied
 from common.settings import REPOSITORY, RolloutSettings, TrainSettings
 from conftest import seed_megatron
 from data.prompts import ENGINE_KEEPS, load_data
-from reward import exact_match
+from reward import by_group, exact_match
 
 TOY = str(REPOSITORY / "toy")
 
@@ -48,6 +51,7 @@ class Pair:
         self, train_dtype: str, rollout_dtype: str, folder: str = TOY, *, sglang=(), **load
     ):
         seed_megatron()
+        self.folder = folder
         self.config = read_config(folder)
         self.settings = RolloutSettings(rollout_dtype=rollout_dtype, sglang=sglang)
         self.data = load_data(folder, self.settings, self.config, seed=3)
@@ -95,8 +99,14 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def exact(one_rank):
-    pair = Pair("fp32", "fp32")
+def exact(one_rank, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    shutil.copytree(TOY, folder, dirs_exist_ok=True)
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config |= dict(do_sample=True, top_k=1, top_p=0.01, min_p=0.9, temperature=0.01)
+    path.write_text(json.dumps(config), encoding="utf-8")
+    pair = Pair("fp32", "fp32", str(folder))
     yield pair
     pair.engine.shutdown()
 
@@ -172,6 +182,20 @@ def test_a_response_follows_from_its_own_seed_alone(exact):
         together[0].response_ids != together[1].response_ids
         or together[2].response_ids != together[3].response_ids
     )  # but samples of a group differ
+
+
+def test_generation_config_json_does_not_change_the_sampling(exact):
+    """The engine's folder says top_k 1, which would give all answers to a prompt the same tokens.
+
+    SGLang reads such a file for its web server. Its log-probs would not show what a token was
+    sampled among, so the trainer could not notice.
+    """
+    config = json.loads((Path(exact.folder) / "generation_config.json").read_text("utf-8"))
+    assert (config["top_k"], config["temperature"]) == (1, 0.01)
+    samples = exact.generate(prompts=4, n=8)
+    for group in by_group(samples):
+        assert len({tuple(sample.response_ids) for sample in group}) > 1
+    assert np.exp([sample.rollout_logprobs[0] for sample in samples]).min() < 0.5
 
 
 def test_a_group_answers_its_prompt_in_order(exact):

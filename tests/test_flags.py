@@ -280,6 +280,18 @@ def test_the_help_shows_the_defaults_of_the_program(monkeypatch):
     assert "1e-6. (default: 5e-05)" in shown
 
 
+@pytest.mark.parametrize("words", ["--top-p 0.95", "--top_k=50", "--min-p 0.1", "--top-p 1.0"])
+@pytest.mark.parametrize("loop", [loop_sync, loop_async])
+def test_sampling_from_a_part_of_the_vocabulary_is_refused_with_the_reason(
+    monkeypatch, loop, words
+):
+    """The trainer's log-probs would be of another distribution than the one sampled from."""
+    (problem,) = refused(monkeypatch, *words.split(), loop=loop, ranks=2)
+    given = words.replace("_", "-").replace("=", " ")
+    assert problem.startswith(f"{given} is not to be had: a token's log-prob must be over")
+    assert problem.endswith("leave it out, or lower --temperature")
+
+
 # --- one rank without torchrun ----------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 import loop_async
+import rollout
 
 from backends.huggingface.config import read_config
 from common.errors import BadInput, EngineDied
@@ -45,7 +46,7 @@ class StandIn:
         return self.loop.run_until_complete(asyncio.wait_for(coroutine, 60))  # fail, do not hang
 
     async def generate(self, prompts_ids, sampling, *, request_ids, cache=""):
-        group, first = int(request_ids[0].split("-")[1]), self.version
+        group, first = int(request_ids[0].split("-")[-2]), self.version
         self.started.append(group)
         await asyncio.sleep(self.seconds(group))
         while self.hold(self, group):
@@ -105,6 +106,7 @@ def run_steps(
     steps=STEPS,
     dynamic_sampling=0,
     engine=None,
+    answer=rollout.answer,
     **settings,
 ) -> tuple[list[list[Sample]], StandIn]:
     """Run the loop's body with a trainer that only takes time.
@@ -113,7 +115,7 @@ def run_steps(
     """
     engine = engine or StandIn(seconds)
     run = run_of(data, dynamic_sampling=dynamic_sampling, steps=steps, **settings)
-    groups = GroupQueue(run, engine, Judge(judge, 4))
+    groups = GroupQueue(run, engine, Judge(judge, 4), answer)
     given = []
     for version in range(steps):
         given.append(groups.take_step(version))
@@ -262,6 +264,27 @@ def test_a_dropped_group_is_neither_trained_nor_replaced(data, slow):
     assert not set(names[DROPPED]) & set(names[""])
     if slow == "answer":  # an answer that comes too late is not judged
         assert not set(judged) & set(names[DROPPED])
+
+
+def test_a_dropped_group_ends_in_the_middle_of_a_tools_call(data):
+    """The engine has no request to abort then. The group must not go on, and ask it again."""
+    ended = []
+
+    async def answer(engine, samples, data, settings, *, cache=""):
+        group = samples[0].group
+        if group % 5 == 0:
+            try:
+                await asyncio.sleep(30)  # a tool
+            except asyncio.CancelledError:
+                ended.append(group)
+                raise
+        await rollout.answer(engine, samples, data, settings, cache=cache)
+
+    asked = dict(max_staleness=0, oversample=1, steps=4)
+    given, engine = run_steps(data, lambda group: 0.001, answer=answer, train_s=0.01, **asked)
+    dropped = [group for samples in given for group in groups_of(samples, dropped=True)]
+    assert dropped and sorted(set(ended)) == [group for group in dropped if group % 5 == 0]
+    assert not set(ended) & set(engine.started)
 
 
 def test_replacing_has_a_cap(data):

@@ -47,6 +47,7 @@ RUN_BY = {
     "bench/overlap.py": "test_readme_commands.py",
     "bench/peers.py": "test_readme_commands.py",
     "bench/soak.py": "test_readme_commands.py",
+    "bench/tools.py": "test_readme_commands.py",
     "bench/weight_sync.py": "test_readme_commands.py",
     "bench/our_side.py": "",  # bench/peers.py starts it.
     "bench/trl_side.py": "",  # It needs TRL, which bench/peers.py installs: 3 GB.

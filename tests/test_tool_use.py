@@ -1,5 +1,5 @@
 """examples/tool_use.py: conversations by hand with a scripted engine, what the calculator accepts,
-demonstrations, and a short run on the real stack.
+demonstrations, and a short run on the real stack. Slow tools and chat models: test_tool_turns.py.
 
 What goes wrong here shows late and far away: a mask or log-prob one token off still trains, only
 worse. So the lists are compared token by token, and the run in fp32, where engine and trainer must
@@ -31,6 +31,7 @@ from tool_use import (
     CALL_END,
     LONGEST_DEMONSTRATION,
     calculator,
+    ToolSettings,
     conversation,
     demonstration,
     right_answer,
@@ -76,6 +77,7 @@ class Scripted:
         meta = {
             "finish_reason": {"type": reason, "message": "out of memory"},
             "output_token_logprobs": logprobs,
+            "cached_tokens": len(prompt) - 1 if turn > 1 else 0,
         }
         return {
             "output_ids": ids,
@@ -97,7 +99,7 @@ def talk(
     engine = Scripted(*script, **options)
     settings = RolloutSettings(max_response_tokens=max_response_tokens, stop=(CALL_END,))
     prompts = [Sample(PROMPT, "046+789=", "538", group=7)]
-    answer = conversation(max_turns)
+    answer = conversation(ToolSettings(max_turns=max_turns))
     samples = rollout.generate(engine, prompts, data, settings, n=n, answer=answer)
     assert len(engine.prompts) == len(script)  # nothing of the script is left
     for s in samples:
@@ -131,7 +133,14 @@ def test_two_turns_by_hand(data):
     assert sample.routed_experts == bytes([1] * (9 + 8) + [2] * (1 + 4 + 3))
     assert sample.response == "+046+789=[5380]538"
     assert sample.finish_reason == "stop"
-    assert sample.metrics == {"tool_calls": 1, "tool_share": 1, "tool_errors": 0}
+    assert sample.metrics == {
+        "tool_calls": 1,
+        "tool_share": 1,
+        "tool_errors": 0,
+        "tool_failures": 0,
+        "later_prompt_tokens": 9 + 9 + 4,  # prompt, call and result, which the second turn reads
+        "later_cached_tokens": 21,
+    }
     assert sample.answer == "538"
     assert right_answer(sample) == 1
     assert engine.prompts == [[PROMPT], [PROMPT + CALL + RESULT]]
@@ -196,7 +205,7 @@ def test_a_malformed_call_gets_an_error_and_goes_on(data):
     assert engine.prompts[1] == [PROMPT + [PLUS, PLUS, EQUALS] + [PLUS]]  # the error is "+"
     assert sample.loss_mask == [1, 1, 1, 0, 1, 1, 1, 1]
     assert sample.response == "++=[+]538"
-    assert sample.metrics == {"tool_calls": 1, "tool_share": 1, "tool_errors": 1}
+    assert [sample.metrics[f"tool_{name}"] for name in ("calls", "share", "errors")] == [1, 1, 1]
     assert sample.answer == "538"
     assert right_answer(sample) == 1
 
@@ -311,6 +320,15 @@ def test_at_ratio_1_and_advantage_1_the_policy_loss_is_supervised():
     (["--warm-samples", "0"], "--warm-samples 0"),
     (["--warm-calls", "1.5"], "--warm-calls 1.5"),
     (["--warm-lr", "-1"], "--warm-lr -1.0"),
+    (["--tool-delay-s", "-1"], "--tool-delay-s -1.0"),
+    (["--tool-delay-s", "nan"], "--tool-delay-s nan"),
+    (["--tool-timeout-s", "0"], "--tool-timeout-s 0.0 must be above 0"),
+    (["--tool-timeout-s", "9", "--answer-timeout-s", "8"], "--tool-timeout-s 9.0 .* at most"),
+    (["--call-end", "+"], r"--call-end \+: the toy's calls end with ="),
+    (["--result-role", "user"], "--result-role user is read from a chat template"),
+    (["--chat"], "--chat with --warm-steps 600"),
+    (["--chat", "--warm-steps", "0"], "--chat with --call-end ="),
+    (["--chat", "--warm-steps", "0", "--call-end", "+"], "the tokenizer has none"),
     (["--prompts", "PROMPTS"], "--prompts and --eval-prompts"),
 ])  # fmt: skip
 def test_flags_that_cannot_work(monkeypatch, tmp_path, flags, message):
@@ -348,3 +366,5 @@ def test_a_run_of_each_loop(tmp_path, script, ranks):
         assert row["mismatch_max"] < 1e-3
         assert row["tool_calls"] >= row["tool_share"] > 0
         assert row["tokens"] < row["response_tokens"] * 32  # results do not count
+        # All but the result and the token before it, where no new weights came in between.
+        assert row["later_cached_tokens"] / row["later_prompt_tokens"] > (0.6, 0.2)[ranks - 1]
