@@ -19,7 +19,8 @@ from data.prompts import load_data
 from data.sample import Sample, by_answer, split_off
 from harness import evaluate
 from losses import LossSettings
-from reward import Judge, RewardSettings, add_advantages, batch_metrics, compute_rewards
+from harness.metrics import batch_metrics
+from reward import Judge, RewardSettings, add_advantages, compute_rewards
 import rollout
 
 TOY = str(REPOSITORY / "toy")
@@ -159,20 +160,23 @@ def test_the_queue_hands_over_parts_with_their_group(data):
 
 def test_an_evaluation_counts_answers(data, monkeypatch):
     engine = StandIn(lambda group: 0)
-    held_out = [Sample([1, 3], "0", group=number) for number in range(3)]
+    held_out = [Sample([1, 3], "0", group=number, source="toy") for number in range(3)]
     run = SimpleNamespace(
-        settings=SimpleNamespace(rollout=RolloutSettings(eval_samples_per_prompt=2)),
+        settings=SimpleNamespace(
+            rollout=RolloutSettings(eval_samples_per_prompt=2), reward=RewardSettings()
+        ),
         data=SimpleNamespace(
             held_out=held_out, end_ids=data.end_ids, seed=1, tokenizer=data.tokenizer
         ),
         engine_index=0,
         engines=1,
         group=None,
-        record=SimpleNamespace(log_eval=lambda step, samples, metrics: (samples, metrics)),
+        record=SimpleNamespace(log_eval=lambda step, samples, metrics, is_alone: metrics),
     )
     monkeypatch.setattr(rollout, "all_gather", lambda samples, group: samples)
     judge = Judge(lambda sample: float(sample.index == 0), 4)
-    samples, metrics = evaluate.held_out(run, engine, judge, step=0, answer=two_turns)
-    assert len(samples) == 6
+    evaluation = evaluate.Evaluation(run, engine, judge, two_turns)
+    metrics = evaluation.evaluate(0)
+    assert len(evaluation.samples) == 6
     assert metrics["held_out"] == metrics["pass@1"] == 0.5
     assert metrics["pass@2"] == 1.0

@@ -34,7 +34,8 @@ from common.settings import RolloutSettings
 from data.prompts import load_data
 from data.sample import Sample
 from data.turns import find_turns
-from reward import Judge, batch_metrics, compute_rewards
+from harness.metrics import batch_metrics
+from reward import Judge, compute_rewards
 import rollout
 from tool_use import ToolSettings, calculator, chat_calculator, conversation, right_answer
 
