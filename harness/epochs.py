@@ -12,12 +12,14 @@ from dataclasses import replace
 from common.errors import BadInput, all_problems
 from common.settings import RolloutSettings, RunSettings, is_generated, parse_weights
 
+MOST_EPOCHS = 1_000_000  # numbers above 2**64 would not come back from a checkpoint
+
 
 @all_problems
 def check_max_epochs(run: RunSettings, rollout: RolloutSettings) -> None:
     """Refuse --max-epochs where a pass over the prompts means nothing."""
-    if (epochs := run.max_epochs) < 0:
-        yield f"--max-epochs {epochs} must not be negative: use 0 for no limit"
+    if not 0 <= (epochs := run.max_epochs) <= MOST_EPOCHS:
+        yield f"--max-epochs {epochs} must lie between 1 and {MOST_EPOCHS:,}, or be 0 for no limit"
     if epochs <= 0:
         return
     sources = []
