@@ -43,9 +43,10 @@ class Turns:
         """Return the ids to append after a turn whose last sampled token is `sampled`.
 
         They are the end of the turn, the result, and the begin of the next turn. The end token is
-        left out where the policy has sampled it. A special token that a result spells does not
-        become that token: a tool's output must not end a turn or begin one. Raises ValueError for a
-        result around which the template writes something else than around others.
+        left out where the policy has sampled it. Another end, such as </tool_call> or Llama 3.1's
+        <|eom_id|>, stays, and the template's follows it. A special token that a result spells does
+        not become that token: a tool's output must not end a turn or begin one. Raises ValueError
+        for a result around which the template writes something else than around others.
         """
         messages = _messages(self.role, result)
         text = self.tokenizer.apply_chat_template(
