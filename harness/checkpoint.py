@@ -43,6 +43,7 @@ from backends.megatron.state import load_state, save_state
 from common import process_groups
 from common.distributed import all_gather_bytes
 from common.errors import BadInput, EngineDied, read_file, read_json
+from data.remote_reward import is_url
 from harness.checks import is_async
 from harness.run_folder import FILES, checkpoints_of, has_whole_rows, remove_parts, step_of
 
@@ -59,6 +60,7 @@ MUST_AGREE = (
 ASYNC_MUST_AGREE = (
     ("in_flight", "rollout_ranks"),
     ("in_flight", "max_staleness"),
+    ("in_flight", "deal"),
     ("rollout", "engine_tp"),
     ("rollout", "temperature"),
     ("rollout", "max_response_tokens"),
@@ -66,8 +68,8 @@ ASYNC_MUST_AGREE = (
     ("train", "routing_replay"),
     ("tools", "max_turns"),  # of examples/tool_use_async.py; the loops have none
 )
-# Of a run with --max-epochs: the steps of its passes follow from it.
-EPOCHS_MUST_AGREE = (("rollout", "prompts_per_step"),)
+# Where the prompts of a step follow from its number: with --max-epochs, and with --deal room.
+NUMBERED_MUST_AGREE = (("rollout", "prompts_per_step"),)
 READ_FILES = ("*.safetensors", "*.json", "tokenizer*", "chat_template*", "vocab.*", "merges.txt")
 STATE = "state.json"
 _RANKS = Annotated[list[dict], msgspec.Meta(min_length=1)]
@@ -290,7 +292,8 @@ def _resume_problems(newest: Checkpoint, settings, read: dict[str, str]) -> Iter
     """Yield what keeps a run from going on where the checkpoint was."""
     state, folder, run_folder = newest.state, newest.folder, Path("runs") / settings.run.name
     agree = MUST_AGREE + ASYNC_MUST_AGREE * is_async(settings)
-    agree += EPOCHS_MUST_AGREE * (settings.run.max_epochs > 0)
+    is_numbered = is_async(settings) and settings.in_flight.deal == "room"
+    agree += NUMBERED_MUST_AGREE * (is_numbered or settings.run.max_epochs > 0)
     yield from _other_settings(newest, settings, agree)
     if state["settings"].get("run", {}).get("load_rollouts") and not settings.run.load_rollouts:
         about = f"{folder} was written with --load-rollouts, and says nothing of prompts in flight"
@@ -328,7 +331,10 @@ def _other_settings(newest: Checkpoint, settings, agree: tuple) -> Iterator[str]
     asked = json.loads(json.dumps(dataclasses.asdict(settings)))  # lists for tuples, as in the file
     for stage, name in agree:
         then = newest.state["settings"].get(stage, {}).get(name)
-        if then != (now := asked.get(stage, {}).get(name)):
+        now = asked.get(stage, {}).get(name)
+        if name == "reward" and is_url(str(then)) and is_url(str(now)):
+            continue  # a service may have another address now
+        if then != now:
             about = f"--{name.replace('_', '-')} was {then!r} when {newest.folder} was written"
             yield f"{about}, and is {now!r}: it must stay the same"
 

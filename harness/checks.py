@@ -43,6 +43,7 @@ from losses import LossSettings
 SEEDS = 2**31
 NOT_IN_PROJECTS = "/\\#?%:"  # W&B itself refuses them only after the run has begun
 EXTRAS = {"tensorboard": "tensorboard==2.21.0", "wandb": "wandb==0.31.0"}  # not in requirements.txt
+EVALUATION = ("prompts", "temperature", "max_response_tokens", "reward")  # flags behind --eval-
 MOST_EVAL_SAMPLES = 100_000  # a generated held-out set has no end
 
 
@@ -114,7 +115,8 @@ def check_modes(settings) -> None:
     elif run.load_rollouts:
         kind = "--load-rollouts"
         idle = [(run, "check_sync"), (settings.reward, "dynamic_sampling")]
-        idle += [(rollout, "sglang"), (rollout, "eval_prompts"), (run, "max_epochs")]
+        idle += [(rollout, "sglang"), (run, "max_epochs")]
+        idle += [(rollout, f"eval_{name}") for name in EVALUATION]
     for stage, name in [*idle, (settings.sync, "sync")] if kind else []:
         given, default = getattr(stage, name), getattr(type(stage)(), name)
         if given != default:
@@ -305,6 +307,8 @@ def check_in_flight_flags(
     if settings.oversample < 0 or settings.oversample % engines:
         rule = f"must be a multiple of the {engines} engines, and not negative"
         yield f"--oversample {settings.oversample} {rule}"
+    if settings.deal == "room" and engines == 1:
+        yield "--deal room divides the prompts between engines, and there is one: leave it out"
 
 
 # --- training and weight updates ----------------------------------------------------------------

@@ -20,7 +20,7 @@ from common.errors import BadInput
 from common.settings import InFlightSettings, RolloutSettings, RunSettings
 from data.prompts import load_data
 from harness import deal
-from harness.checks import check_modes
+from harness.checks import check_in_flight_flags, check_modes
 from loop_async import GroupQueue, Settings, check_staleness
 from reward import Judge, RewardSettings
 
@@ -137,6 +137,11 @@ def test_a_resumed_run_takes_up_what_no_engine_held(one_store):
     resumed = SimpleNamespace(step=1, ranks=[{}, held(5), held(8)])
     shared = deal.SharedPrompts(run_of(0, bound=1, steps=STEPS, resumed=resumed))
     assert [shared.take(0, limit=99).group for _ in range(5)] == [4, 6, 7, 9, 10]
+
+
+def test_room_needs_several_engines():
+    with pytest.raises(BadInput, match="there is one: leave it out"):
+        check_in_flight_flags(InFlightSettings(deal="room"), RolloutSettings(), world_size=2)
 
 
 @pytest.mark.parametrize("stage, changes", [

@@ -17,8 +17,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from common import process_groups
 from common.errors import BadInput
-from common.settings import RolloutSettings, RunSettings, TrainSettings
+from common.settings import InFlightSettings, RolloutSettings, RunSettings, TrainSettings
 from harness import checkpoint
+from reward import RewardSettings
 
 
 @pytest.fixture
@@ -212,3 +213,35 @@ def test_a_link_to_nowhere_in_the_place_of_runs_is_refused(monkeypatch, tmp_path
     monkeypatch.setattr("sys.argv", ["loop_sync.py", *(["--name", name] if name else [])])
     with pytest.raises(BadInput, match="cannot be written, because of"):
         start_main(loop_sync)
+
+
+def async_settings(prompts=16, reward="exact", **in_flight):
+    return loop_async.Settings(
+        run=RunSettings(name="old"),
+        rollout=RolloutSettings(prompts_per_step=prompts),
+        in_flight=InFlightSettings(**in_flight),
+        reward=RewardSettings(reward=reward),
+    )
+
+
+def resume_as(settings):
+    return checkpoint.find_latest_checkpoint(settings, "async", {})
+
+
+@pytest.mark.parametrize("then, now", [
+    (dict(deal="room"), dict(deal="fixed")), (dict(deal="fixed"), dict(deal="room")),
+    (dict(deal="room", prompts=16), dict(deal="room", prompts=8)),
+])  # fmt: skip
+def test_which_engine_takes_which_prompt_stays_the_same(write, then, now):
+    """Else prompts would be trained twice, or never."""
+    write("async", asked=async_settings(**then))
+    resume_as(async_settings(**then))
+    with pytest.raises(BadInput, match="it must stay the same"):
+        resume_as(async_settings(**now))
+
+
+def test_a_service_that_judges_may_have_moved(write):
+    write("async", asked=async_settings(reward="http://one:80/judge"))
+    assert resume_as(async_settings(reward="http://other:81/judge")).step == 4
+    with pytest.raises(BadInput, match="it must stay the same"):
+        resume_as(async_settings(reward="math"))
