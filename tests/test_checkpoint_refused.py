@@ -99,9 +99,9 @@ def test_an_asynchronous_run_goes_on_with_the_same_engines_and_bound(stopped, mo
 
         monkeypatch.setattr(checkpoint, "open_checkpoint", opened)
 
-    written_with(rollout_ranks=1, max_staleness=1)
+    written_with(rollout_ranks=1, max_staleness=1, deal="fixed")
     assert find(stopped, monkeypatch, loop="async").step == 6
-    written_with(rollout_ranks=1, max_staleness=4)
+    written_with(rollout_ranks=1, max_staleness=4, deal="fixed")
     with pytest.raises(
         BadInput, match="--max-staleness was 4 when .* and is 1: it must stay the same"
     ):
