@@ -344,7 +344,7 @@ class GroupQueue:
         state = await self._state()
         for group in self.queue:
             group.task.cancel()
-        self.queue = []
+        self.queue, self.limit = [], 0
         return state["in_flight"]
 
     async def _state(self) -> dict:

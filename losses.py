@@ -399,8 +399,8 @@ class LossSettings:
         "Objective of a token: ppo (clipped ratio), gspo (one ratio for a response), cispo "
         "(clipped weight), gmpo (geometric mean; logarithms are clipped) or sapo (smooth gate).",
     ) = "ppo"
-    clip_low: _bound(POLICY_LOSSES, "clip_low", "Clip the ratio below 1 - clip_low.") = None
-    clip_high: _bound(POLICY_LOSSES, "clip_high", "Clip the ratio above 1 + clip_high.") = None
+    clip_low: _bound(POLICY_LOSSES, "clip_low", "Clip r below 1 - clip_low; gmpo: log r.") = None
+    clip_high: _bound(POLICY_LOSSES, "clip_high", "Clip r above 1 + clip_high; gmpo: log r.") = None
     tau_pos: _bound(POLICY_LOSSES, "tau_pos", "Steepness of sapo's gate where A > 0.") = None
     tau_neg: _bound(POLICY_LOSSES, "tau_neg", "Steepness of sapo's gate elsewhere.") = None
     dual_clip: float = 0.0

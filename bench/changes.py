@@ -94,7 +94,7 @@ def worker(arguments: list[str]) -> None:
             engine.call(engine.drain())
         row = {"delta": hand_off(weights, engine, version)}
         if engine.holds_weights:
-            engine.version = version - 1  # the same weights once more
+            engine.engine.version = version - 1  # the same weights once more
         row["full"] = hand_off(replace(weights, sent=None), engine, version)
         rows.append(row)
         if verify:

@@ -72,7 +72,9 @@ def measure(deal: str, *, steps: int, share: float) -> tuple[float, list[int]]:
         if done.returncode:
             sys.exit(f"--deal {deal} ended with {done.returncode}:\n{done.stderr[-5000:]}")
         lines = (Path(folder) / "runs/run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        answered = [int((Path(folder) / f"answered-{rank}").read_text()) for rank in (1, 2)]
+        answered = [
+            int((Path(folder) / f"answered-{rank}").read_text(encoding="utf-8")) for rank in (1, 2)
+        ]
     step_s = [row["step_s"] for row in map(json.loads, lines) if "step_s" in row]
     return 16 * 8 / statistics.mean(step_s[len(step_s) // 4 : -2]), answered
 

@@ -90,7 +90,7 @@ class Killer:
 
     def draw(self) -> None:
         """Choose the next kill: it depends on how many there were."""
-        done = len(self.file.read_text().splitlines()) if self.file.exists() else 0
+        done = len(self.file.read_text(encoding="utf-8").splitlines()) if self.file.exists() else 0
         rng = random.Random(f"{self.seed} {done}")
         self.stage = list(STAGES)[done % len(STAGES)] if done < self.kills else ""
         self.victim, self.calls_left = rng.choice(VICTIMS[self.loop]), rng.randint(1, 3)
@@ -248,7 +248,11 @@ def main() -> None:
 
 
 def lines_of(file: Path) -> list[dict]:
-    return list(map(json.loads, file.read_text().splitlines())) if file.exists() else []
+    return (
+        list(map(json.loads, file.read_text(encoding="utf-8").splitlines()))
+        if file.exists()
+        else []
+    )
 
 
 if __name__ == "__main__":

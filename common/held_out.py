@@ -57,17 +57,19 @@ def _of_sets(
     """Return {name: its value}. read: makes a value of a text, or raises ValueError."""
     for_all, for_one = [], {}
     for text in given:
-        name, _, value = text.rpartition("=")
+        name = next((name for name in names if text.startswith(f"{name}=")), "")
+        value = text[len(name) + 1 :] if name else text
+        if not name and "=" in text and "://" not in text.partition("=")[0]:
+            has = ", ".join(names) or "none"
+            yield f"{flag} {text}: no held-out set has that name; the run's are: {has}"
+            continue
         try:
             number = read(value)
         except ValueError:
             yield f"{flag} {text}: {value!r} is not a number"
             continue
-        if not name and "=" not in text:
+        if not name:
             for_all.append(number)
-        elif name not in names:
-            has = ", ".join(names) or "none"
-            yield f"{flag} {text}: no held-out set has that name; the run's are: {has}"
         elif name in for_one:
             yield f"{flag} {text}: {name} has a value already: give one"
         else:

@@ -102,9 +102,12 @@ def forgo_restarts() -> None:
 
     Its agent restarts them after any exit code, and a signal is all that ends it. It then sends
     SIGTERM to the ranks, prints a SignalException, and ends with exit code 1. On several nodes each
-    node's ranks end their own. Under another launcher this does nothing.
+    node's ranks end their own. Under another launcher this does nothing. Nor does it in ranks that
+    were restarted: what was accepted before may be refused for a while, as when a service is gone.
     """
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
     with contextlib.suppress(psutil.Error):  # the parent is gone, and restarts nothing
         parent = psutil.Process(os.getppid())

@@ -54,8 +54,8 @@ class Judge:
         """Judge one sample, or one group with a reward function of groups."""
         async with self._places:
             self._count(1)
+            call = asyncio.ensure_future(self._call(samples if self._of_group else samples[0]))
             try:
-                call = asyncio.ensure_future(self._call(samples if self._of_group else samples[0]))
                 done, _ = await asyncio.wait([call], timeout=self.timeout_s)
                 if not done:
                     limit = f"--judge-timeout-s {self.timeout_s:g}"
@@ -70,6 +70,7 @@ class Judge:
                     self._note_failure(sample, error)
                 return
             finally:
+                call.cancel()  # a coroutine that takes too long would go on; a thread does
                 self._count(-1)
         for sample, reward in zip(samples, rewards):
             try:

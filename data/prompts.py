@@ -137,11 +137,13 @@ def open_generated(
     seed: int,
     is_eval: bool,
     room: float,
+    label_problems: LabelProblems | None,
 ) -> tuple[Iterator[Sample], int, list]:
     """Return (endless problems, the length of the longest prompt, what the checksum covers).
 
     The checksum covers the source's name and the first PROBE problems. room: the largest number of
-    prompt tokens. Held-out problems do not depend on the seed.
+    prompt tokens. Held-out problems do not depend on the seed. Raises BadInput if the reward can
+    judge none of the first PROBE labels.
     """
     if tokenizer is None:
         return iter(()), 0, []
@@ -153,6 +155,9 @@ def open_generated(
         stream = generated(rows, tokenizer, settings, name=name)
     stream, length = drop_long_prompts(stream, name=name, max_prompt_tokens=room)
     first = list(islice(stream, PROBE))
+    problems = label_problems([sample.label for sample in first]) if label_problems else [""]
+    if all(problems) and not first[0].notes:  # a problem with notes has a scorer of its own
+        raise BadInput(f"{name}: the label {first[0].label!r} {problems[0]}")
     return chain(first, stream), length, [given, *first]
 
 
@@ -171,8 +176,10 @@ class Data:
     end_ids: list[int]
     """Tokens that end a response."""
     longest: int
-    """Prompt and response tokens of the longest possible sample."""
+    """Prompt and response tokens of the longest sample that may be trained."""
     seed: int
+    longest_held_out: int = 0
+    """Those of the longest sample of an evaluation."""
     digest: dict[str, str] = field(default_factory=dict)
     """Checksum of each source of --prompts, by its place there: "1", "2", …. It does not depend on
     where a file is."""
@@ -211,13 +218,13 @@ def load_data(
     ) -> tuple[Iterator[Sample], int, list]:
         source = (given, name, tokenizer, settings)
         options = dict(seed=seed, is_eval=is_eval, room=context - ENGINE_KEEPS - response_tokens)
+        options |= dict(label_problems=label_problems(reward))
         if is_generated(given):
             return open_generated(*source, **options)
-        judged = dict(label_problems=label_problems(reward), marked=marked)
-        return open_file(*source, **options, **judged)
+        return open_file(*source, **options, marked=marked)
 
     nothing = (iter(()), 0, [])  # in place of a source that cannot be read
-    streams, held_out, lengths, digest = [], [], [], {}
+    streams, held_out, lengths, held_out_lengths, digest = [], [], [], [0], {}
     sources = parse_weights(settings.prompts)
     for given, name in short_names(list(sources)).items():
         how = dict(response_tokens=settings.max_response_tokens, reward="", is_eval=False)
@@ -231,7 +238,7 @@ def load_data(
         opened = found.collect(open_source, of_set.source, of_set.name, **how) or nothing
         stream, length, _ = opened
         held_out += islice(stream, settings.eval_samples)
-        lengths.append(length + of_set.max_response_tokens)
+        held_out_lengths.append(length + of_set.max_response_tokens)
     if settings.label_after and not marked and not found.texts:
         yield (
             f"--label-after {settings.label_after!r}: no label of any file holds it, so nothing "
@@ -248,6 +255,7 @@ def load_data(
         held_out,
         end_ids,
         longest=max(lengths),
+        longest_held_out=max(held_out_lengths),
         seed=seed,
         digest=digest,
         prompts_of_a_pass=len(read) if is_file else None,

@@ -26,7 +26,12 @@ REACHED_WITHIN_S = 5.0
 
 
 class RefusedByService(Exception):
-    """The service has answered, and not with a reward."""
+    """The service has answered, and not with a reward. Its text has no part of the address."""
+
+    def __init__(self, why: str, is_for_now: bool = False):
+        super().__init__(why)
+        self.is_for_now = is_for_now
+        """Whether it may answer later."""
 
 
 def is_url(name: str) -> bool:
@@ -53,8 +58,8 @@ def remote_reward(url: str) -> Callable[[Sample], Awaitable[float]]:
                 except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError):
                     if attempt == TRIES - 1:
                         raise
-                except aiohttp.ClientResponseError as error:
-                    if error.status not in TRY_AGAIN or attempt == TRIES - 1:
+                except RefusedByService as error:
+                    if not error.is_for_now or attempt == TRIES - 1:
                         raise
                 await asyncio.sleep(FIRST_PAUSE_S * 2**attempt)
 
@@ -65,29 +70,27 @@ async def _ask_once(session: aiohttp.ClientSession, url: str, body: bytes) -> fl
     headers = {"Content-Type": "application/json"}
     async with session.post(url, data=body, headers=headers, allow_redirects=False) as answer:
         if answer.status != 200:
-            raise aiohttp.ClientResponseError(
-                answer.request_info, (), status=answer.status, message=answer.reason or ""
-            )
+            raise RefusedByService(f"status {answer.status}", answer.status in TRY_AGAIN)
         text = b""
         async for part in answer.content.iter_chunked(MOST_BYTES):
             text += part
             if len(text) > MOST_BYTES:
-                raise RefusedByService(f"{url} answered with more than {MOST_BYTES} bytes")
-    return _number(text, url)
+                raise RefusedByService(f"it answered with more than {MOST_BYTES} bytes")
+    return _number(text)
 
 
-def _number(text: bytes, url: str) -> float:
+def _number(text: bytes) -> float:
     """Return the reward in a service's answer. Raises RefusedByService where there is none."""
     shown = text[:200].decode(errors="replace")
     try:
         value = orjson.loads(text)
     except ValueError as error:
-        raise RefusedByService(f"{url} answered with no JSON: {shown!r}") from error
+        raise RefusedByService(f"it answered with no JSON: {shown!r}") from error
     if isinstance(value, dict):
         value = value.get("reward", value.get("score"))
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         rule = 'the answer must be a number, or an object with a number as "reward" or "score"'
-        raise RefusedByService(f"{url} answered {shown!r}: {rule}")
+        raise RefusedByService(f"it answered {shown!r}: {rule}")
     return float(value)
 
 
@@ -98,10 +101,12 @@ def url_problem(url: str) -> str:
         is_whole = bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is no number
         is_whole = False
+    if is_whole and parts.password is not None:
+        return "holds a password, and the run's record would show it: use a service without one"
     return "" if is_whole else f"{url} is no address such as http://127.0.0.1:8000/judge"
 
 
-def check_listens(url: str) -> None:
+def check_listens(url: str, *, flag: str) -> None:
     """Raise BadInput where no service can be asked at this URL, because nobody listens there."""
     parts = urlsplit(url)
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]
@@ -109,4 +114,4 @@ def check_listens(url: str) -> None:
         socket.create_connection((parts.hostname, port), timeout=REACHED_WITHIN_S).close()
     except OSError as error:
         fix = "start the service first, or correct the address"
-        raise BadInput(f"--reward {url}: nobody answers there ({error}): {fix}") from error
+        raise BadInput(f"{flag} {url}: nobody answers there ({error}): {fix}") from error

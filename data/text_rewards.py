@@ -1,7 +1,7 @@
 """Rewards that read text: F1 of words, the letter of a multiple choice, the vote of a group.
 
-They judge the last <answer> ... </answer> of a response if it has one, else all of it. It becomes
-the sample's answer.
+They judge what stands behind a response's thoughts (</think>): the last <answer> ... </answer>,
+else the last \\boxed{...}, else all of it. It becomes the sample's answer.
 """
 
 import re
@@ -14,25 +14,33 @@ from data import math_judge
 from data.sample import Sample
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 ARTICLES = re.compile(r"\b(a|an|the)\b")
-# A letter that stands alone, bare or as (B), **B**, \text{B}. In lower case it must stand in
-# brackets or end its line: "the answer is a number" chooses nothing.
-LETTER = (
-    r"(?:\\text\{)?[\s*_($\"'\[]*([A-Z]|(?<=[({])[a-z]|[a-z](?=[\s.*_]*(?:$|\n)))(?![A-Za-z0-9])"
-)
-# Where a response says that a letter is its answer.
+# What may stand before a letter: markup and brackets, as in **B**, (B), `B`, \text{B}, \(B\).
+OPENING = r"(?:\\(?:text|textbf|textrm|mathrm|mathbf)\{|\\\(|[\s*_`($\"'\[{])*"
+# A letter that stands alone. In lower case it must stand in brackets or end its line: "the answer
+# is a number" chooses nothing.
+LETTER = r"([A-Z]|(?<=[({])[a-z]|[a-z](?=[\s.*_`)]*(?:$|\n)))(?![A-Za-z0-9'])"
+# Where a response says that a letter is its choice. "I" is taken for a word.
 CHOICE = re.compile(
-    r"(?:\\boxed\{|(?i:\banswer\b[\s*_\"']*(?:is|:|=)[\s:*]*(?:option|choice)?))" + LETTER
+    r"(?i:\b(?:answer|option|choice)\b(?:\s+(?:answer|option|choice))?[\s*_\"'`]*"
+    r"(?:is|would be|should be|must be|:|=|\n)[\s:*]*(?:option|choice)?)"
+    rf"{OPENING}(?!I\s){LETTER}"
 )
-# A response that is a letter, perhaps with the text of that option: "B", "(B) Paris".
-BARE = re.compile(r"\s*[*_(\[\"']*([A-Za-z])[*_\"']*(?:[).:,\]]|\s*$)")
+# A response, or a line of it, that is a letter, perhaps with the text of that option: "(B) Paris".
+BARE = re.compile(rf"^{OPENING}([A-Za-z])[*_`\"'}}\])]*(?:[):,\]]|\.(?!\w)|\s*$)", re.MULTILINE)
+# More than one letter is no choice: "B or C", "A, B".
+ANOTHER = re.compile(r"[\s*_`)\]}$]*(?:,|/|&|or\b|and\b)[\s*_`(\[{$]*[A-Z](?![A-Za-z0-9'])")
 
 
 def answer_of(response: str) -> str:
     """Return the text of a response that is to be judged, without surrounding blanks."""
-    marked = ANSWER.findall(response)
-    return (marked[-1] if marked else response).strip()
+    said = response.rpartition("</think>")[2]
+    for form in (ANSWER, BOXED):
+        if marked := form.findall(said):
+            return marked[-1].strip()
+    return said.strip()
 
 
 def label_problems(labels: list, *, reads: Callable[[Any], Any], reward: str) -> list[str]:
@@ -94,17 +102,18 @@ def f1_reward(sample: Sample) -> float:
 
 
 def choice_of(response: str) -> str:
-    """Return the letter that a response chooses, in upper case; "" if it chooses none.
+    """Return the letter that a response chooses, in upper case; "" if it chooses none or several.
 
-    The last statement counts that names a letter: \\boxed{B}, "the answer is (B)", "Answer: B".
-    Without any, the response itself must be a letter, perhaps with its option: "B", "(B) Paris".
+    A marked answer counts; see above. Without one, the last statement that names a letter does:
+    "the answer is (B)", "Answer: B", "the correct option is B". Without that, the response must
+    have just one line that is a letter, perhaps with its option: "B", "(B) Paris".
     """
     text = answer_of(response)
-    stated = CHOICE.findall(text)
-    if stated:
-        return stated[-1].upper()
-    bare = BARE.match(text)
-    return bare[1].upper() if bare else ""
+    stated = list(CHOICE.finditer(text))
+    found = stated[-1:] or list(BARE.finditer(text))
+    if len(found) != 1 or ANOTHER.match(text, found[0].end(1)):
+        return ""
+    return found[0][1].upper()
 
 
 def choice_label(label: Any) -> str:
@@ -133,12 +142,13 @@ def majority_reward(samples: list[Sample]) -> list[float]:
 
     Test-time reinforcement learning, arXiv 2504.16084, section 2.2. Of equally frequent answers the
     one given first counts. Empty answers and responses that were cut off have no vote, and get 0.
+    So do all answers where no two agree.
     """
     for sample in samples:
         sample.answer = answer_of(sample.response) if sample.finish_reason == "stop" else ""
     votes = Counter(sample.answer for sample in samples if sample.answer)
-    winner = votes.most_common(1)[0][0] if votes else None
-    return [float(sample.answer == winner) for sample in samples]
+    winner, count = (votes.most_common(1) or [("", 0)])[0]
+    return [float(count > 1 and sample.answer == winner) for sample in samples]
 
 
 majority_reward.of_group = True

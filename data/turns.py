@@ -11,6 +11,7 @@ on. These tokens equal those of the conversation tokenized as a whole, for they 
 token, before which every tokenizer divides the text.
 """
 
+import re
 from dataclasses import dataclass
 
 import backends  # noqa: F401  before transformers, see data/tokenizer.py
@@ -44,7 +45,7 @@ class Turns:
 
         They are the end of the turn, the result, and the begin of the next turn. The end token is
         left out where the policy has sampled it. Another end, such as </tool_call> or Llama 3.1's
-        <|eom_id|>, stays, and the template's follows it. A special token that a result spells does
+        <|eom_id|>, stays, and the template's follows it. An added token that a result spells does
         not become that token: a tool's output must not end a turn or begin one. Raises ValueError
         for a result around which the template writes something else than around others.
         """
@@ -58,13 +59,27 @@ class Turns:
         if end < len(self.before) or not has_both:
             raise ValueError(f"the chat template writes something else around {result[:80]!r}")
         inner = text[len(self.before) : end]
-        specials = self.tokenizer.all_special_tokens
-        if any(special in inner for special in specials):
-            middle = self.tokenizer(inner, add_special_tokens=False, split_special_tokens=True)
-            ids = self._ids(self.before) + middle.input_ids + self._ids(self.after)
+        if pieces := self._without_added_tokens(inner):
+            middle = [number for piece in pieces for number in self._ids(piece)]
+            ids = self._ids(self.before) + middle + self._ids(self.after)
         else:
             ids = self._ids(text)
         return ids[1:] if ids[0] == sampled else ids
+
+    def _without_added_tokens(self, text: str) -> list[str]:
+        """Return a text cut inside every added token that it spells; [] if it spells none.
+
+        Added tokens are all that a tokenizer finds before it divides a text: <|im_start|>, also
+        <tool_call>, whether it calls them special or not.
+        """
+        spelled = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        spelled = [re.escape(token) for token in spelled if len(token) > 1]
+        found = re.finditer("|".join(sorted(spelled, key=len, reverse=True)), text)
+        cuts = [match.start() + 1 for match in found] if spelled else []
+        if not cuts:
+            return []
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+        return [part for piece in pieces for part in self._without_added_tokens(piece) or [piece]]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids

@@ -108,7 +108,7 @@ def check_modes(settings) -> None:
     if run.eval_only or run.debug_rollout_only:
         kind = "--eval-only" if run.eval_only else "--debug-rollout-only"
         idle = [(settings.loss, "kl_coef"), (train, "minibatches"), (train, "train_numerics")]
-        idle += [(train, "freeze_moe_router")]
+        idle += [(train, "freeze_moe_router"), (settings.loss, "old_logprobs")]
         if run.eval_only:
             idle += [(settings.reward, "dynamic_sampling"), (train, "routing_replay")]
             idle += [(run, "max_epochs")]

@@ -5,9 +5,9 @@ import math
 from collections import Counter, defaultdict
 from dataclasses import replace
 
+from common.errors import EngineDied
 from common.held_out import held_out_sets
 from data.sample import Sample
-from harness import comeback
 import reward
 import rollout
 
@@ -64,7 +64,9 @@ class Evaluation:
         """
         if self.step is None:
             return
-        samples = comeback.all_gather(self._answered, self.engine, self.run.group)
+        if self.samples:
+            self._wait()
+        samples = rollout.all_gather(self.samples, self.run.group)
         metrics = self._metrics(samples, is_alone=False)
         if metrics or not self.step:
             self.run.record.write_row({"step": self.step, **metrics})
@@ -76,13 +78,23 @@ class Evaluation:
         prompts = rollout.engine_share(self.run.data.held_out, self.run)
         self.samples = [sample for prompt in prompts for sample in rollout.new_group(prompt, n)]
 
-    def _answered(self) -> list[Sample]:
-        """Return this rank's answers when they are judged; ask again if the engine is a new one."""
-        if self.samples and self.task.get_loop() is not self.engine.loop:
-            self.start(self.step)
-        if self.samples:
+    def _wait(self) -> None:
+        """Wait until this rank's answers are judged; ask again if the engine has been replaced.
+
+        If the engine dies now, its missing answers are errors: the trainers may have newer weights
+        already, and nobody can send it those that are evaluated.
+        """
+        try:
+            if self.task.get_loop() is not self.engine.loop:
+                self.start(self.step)
             self.engine.call(self._end())
-        return self.samples
+        except EngineDied as error:
+            run = self.run.settings.run
+            if run.eval_only or not self.run.settings.in_flight.engine_restarts:
+                raise
+            for sample in self.samples:
+                if sample.reward is None and not sample.error:
+                    sample.error = str(error)
 
     def _metrics(self, samples: list[Sample], *, is_alone: bool) -> dict:
         samples.sort(key=lambda sample: sample.group)

@@ -24,6 +24,7 @@ from backends.megatron.model import (
 from backends.sglang.checks import server_overrides
 from backends.routed_experts import unpack
 from common.errors import ProblemList, all_problems
+from common.held_out import held_out_sets
 from common.settings import RolloutSettings, RunSettings, TrainSettings, check_ranks
 from data.prompts import ENGINE_KEEPS
 from data.sample import read_dump
@@ -43,7 +44,7 @@ def check_held_out(settings: RunSettings, held_out: list | None) -> None:
 
 
 def longest_sample(settings, config: dict | None, data) -> int | None:
-    """Return the tokens of the longest possible sample, prompt and response.
+    """Return the tokens of the longest sample that may be trained, prompt and response.
 
     None where they could not be found out. Those of a planned run are as its flags say. Dumps of
     --load-rollouts may hold longer samples than the prompts and --max-response-tokens of now allow.
@@ -54,6 +55,21 @@ def longest_sample(settings, config: dict | None, data) -> int | None:
     if not settings.run.load_rollouts or data is None:
         return data.longest if data else None
     return max(data.longest, longest_of_dumps(settings, config))
+
+
+def longest_request(settings, longest: int | None, data) -> int | None:
+    """Return the tokens of the longest sample that an engine answers, evaluation included.
+
+    longest: of training, as longest_sample returns it; None where it could not be found out.
+    """
+    if longest is None:
+        return None
+    if checks.is_plan(settings):
+        responses = [of_set.max_response_tokens for of_set in held_out_sets(settings.rollout)]
+        return settings.plan.plan_prompt_tokens + max(
+            [settings.rollout.max_response_tokens, *responses]
+        )
+    return max(longest, data.longest_held_out)
 
 
 @all_problems

@@ -88,6 +88,8 @@ class Record:
         check_shared(self.folder, group, is_new=not resumed)
         self.name = str(self.folder.relative_to("runs"))
         self.settings, self.started = settings.run, time.time()
+        loss = getattr(settings, "loss", None)
+        self.learns_without_rewards = bool(loss and loss.kl_coef and loss.kl_in == "reward")
         self.resumed, self.first_step = resumed is not None, resumed.step + 1 if resumed else 1
         self.held_out: list[float] = []  # of each evaluation
         self.rewards: list[float] = []  # of each step
@@ -273,8 +275,8 @@ class Record:
         if not self.is_writer:
             return
         self.write_row(metrics)
-        is_first = step == self.first_step
-        if is_first and metrics.get("zero_std_groups") == 1 and "reward" in metrics:
+        learns = step != self.first_step or self.learns_without_rewards
+        if not learns and metrics.get("zero_std_groups") == 1 and "reward" in metrics:
             self.say(NOTHING_TO_LEARN.format(**metrics))
         if "reward" in metrics or "reward_errors" in metrics:  # a step, and no evaluation
             self._show(metrics)

@@ -4,6 +4,7 @@ settings -> config.json, prompts, machine, checkpoint: all checked, all mistakes
          -> process groups -> run folder -> Run
 """
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +36,7 @@ class Run:
     """Its config.json, checked."""
     data: Data
     longest: int
-    """Prompt and response tokens of the longest possible sample."""
+    """Prompt and response tokens of the longest sample that an engine may answer."""
     reward: reward.Reward
     group: dist.ProcessGroup
     """All ranks of the run."""
@@ -141,6 +142,7 @@ def prepare(
     ranks = checks.world_size(settings)
     trainer_ranks, rollout_ranks = checks.split_ranks(settings)
     is_async, is_plan = checks.is_async(settings), checks.is_plan(settings)
+    split = dict(ranks=ranks, rollout_ranks=rollout_ranks)
 
     found, data, inputs, resumed = ProblemList(), None, {}, None
     model = run_settings.model
@@ -152,8 +154,9 @@ def prepare(
         if data:  # all that follows, and the run, goes by the lowered steps
             settings = found.collect(epochs.lower_steps, settings, data) or settings
     longest = found.collect(model_checks.longest_sample, settings, config, data)
+    asked = model_checks.longest_request(settings, longest, data)
     # A plan is for GPUs, and the length of its prompts is a guess.
-    planned = dict(longest=None if is_plan else longest, on_gpu=is_plan or None)
+    planned = dict(longest=None if is_plan else asked, on_gpu=is_plan or None)
     found.collect(model_checks.check_rollout_settings, rollout, config, **planned)
     sizes = dict(world_size=trainer_ranks, longest=longest)
     found.collect(model_checks.check_train_settings, train, config, **sizes)
@@ -163,16 +166,18 @@ def prepare(
     load = dict(world_size=ranks, trainer_ranks=trainer_ranks, rollout_ranks=rollout_ranks)
     if is_plan:
         found.raise_if_any()
-        plan.report(settings, config, **load, longest=longest)
+        plan.report(settings, config, **load, longest=asked)
         sys.exit(0)
     tokenizer = data and data.tokenizer
     found.collect(check_model_folder, model, config, tokenizer, stop=rollout.stop)
     found.collect(model_checks.check_held_out, run_settings, data and data.held_out)
-    found.collect(plan.check_machine, settings, config, **load, longest=longest)
+    found.collect(plan.check_machine, settings, config, **load, longest=asked)
     if data:
         rewards = {trained_by, *(of_set.reward for of_set in held_out_sets(rollout))}
-        for url in sorted(filter(is_url, rewards)):
-            found.collect(check_listens, url)
+        judges = plan.engine_index(settings, int(os.environ["RANK"]), **split) is not None
+        for url in sorted(filter(is_url, rewards)) if judges else ():
+            flag = "--reward" if url == trained_by else "--eval-reward"
+            found.collect(check_listens, url, flag=flag)
         inputs = found.collect(checkpoint.what_was_read, settings, data)
     if run_settings.resume and run_settings.name:
         resumed = found.collect(checkpoint.find_latest_checkpoint, settings, loop, inputs or {})
@@ -183,7 +188,6 @@ def prepare(
     separate = rollout_ranks if is_async else 0
     group = distributed.init_distributed(separate, wait_s=wait_s)
     is_trainer = group.rank() < trainer_ranks
-    split = dict(ranks=ranks, rollout_ranks=rollout_ranks)
     record = Record(settings, loop, group, is_trainer, resumed=resumed)
     if settings.run.max_epochs:
         record.say(epochs.describe(settings, data))
@@ -192,7 +196,7 @@ def prepare(
         model,
         config,
         data,
-        longest,
+        asked,
         reward_function,
         group,
         is_trainer,

@@ -109,17 +109,21 @@ def test_refused_input_is_not_restarted(tmp_path, words, message):
     assert "SignalException: Process" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("restarts, parent, is_told", [
-    ("3", ["/venv/bin/python", "/venv/bin/torchrun", "loop_sync.py"], True),
-    ("3", ["python", "-m", "torch.distributed.run", "loop_sync.py"], True),
-    ("0", ["python", "/venv/bin/torchrun", "loop_sync.py"], False),  # it ends by itself
-    ("3", ["/sbin/init"], False),  # torchrun is gone, and this rank has a new parent
+@pytest.mark.parametrize("restarts, done, parent, is_told", [
+    ("3", "0", ["/venv/bin/python", "/venv/bin/torchrun", "loop_sync.py"], True),
+    ("3", "0", ["python", "-m", "torch.distributed.run", "loop_sync.py"], True),
+    ("3", "1", ["python", "/venv/bin/torchrun", "loop_sync.py"], False),  # accepted before
+    ("0", "0", ["python", "/venv/bin/torchrun", "loop_sync.py"], False),  # it ends by itself
+    ("3", "0", ["/sbin/init"], False),  # torchrun is gone, and this rank has a new parent
 ])  # fmt: skip
-def test_only_a_torchrun_that_would_restart_is_told_to_end(monkeypatch, restarts, parent, is_told):
+def test_only_a_torchrun_that_would_restart_is_told_to_end(
+    monkeypatch, restarts, done, parent, is_told
+):
     told = []
     process = SimpleNamespace(cmdline=lambda: parent, send_signal=told.append)
     monkeypatch.setattr(psutil, "Process", lambda pid: process if pid == os.getppid() else None)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", done)
     processes.forgo_restarts()
     assert told == [signal.SIGTERM] * is_told
 

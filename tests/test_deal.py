@@ -100,7 +100,7 @@ def test_each_prompt_is_trained_once_in_the_step_of_its_number(one_store, bound)
 
 
 def test_a_slow_engine_answers_fewer_prompts(one_store):
-    engines = Engines(one_store, [lambda: 0.001, lambda: 0.06], bound=1)
+    engines = Engines(one_store, [lambda: 0.001, lambda: 0.15], bound=1)
     engines.run(range(STEPS))
     fast, slow = (len(queue.engine.started) for queue in engines.queues)
     assert fast > 1.5 * slow > 0

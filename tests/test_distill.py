@@ -389,7 +389,8 @@ def test_a_run_goes_on_where_it_was(tmp_path):
 def test_a_run_of_the_asynchronous_loop(tmp_path):
     flags = [*SHORT, GLM, "--steps", "3", "--eval-every", "3"]
     torchrun(ROOT / "examples" / "distill_async.py", *flags, ranks=2, cwd=tmp_path)
-    for row in metrics_of(tmp_path / "runs" / "a")[1:]:
+    rows = metrics_of(tmp_path / "runs" / "a")
+    for row in [row for row in rows if "loss" in row]:  # the others are evaluations
         assert all(math.isfinite(row[name]) for name in ("kl", "loss", "grad_norm"))
         assert row["kl"] != 0 and row["grad_norm"] > 0
 

@@ -103,7 +103,7 @@ def exact(one_rank, tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     shutil.copytree(TOY, folder, dirs_exist_ok=True)
     path = folder / "generation_config.json"
-    config = json.loads(path.read_text("utf-8"))
+    config = json.loads(path.read_text(encoding="utf-8"))
     config |= dict(do_sample=True, top_k=1, top_p=0.01, min_p=0.9, temperature=0.01)
     path.write_text(json.dumps(config), encoding="utf-8")
     pair = Pair("fp32", "fp32", str(folder))
@@ -190,7 +190,7 @@ def test_generation_config_json_does_not_change_the_sampling(exact):
     SGLang reads such a file for its web server. Its log-probs would not show what a token was
     sampled among, so the trainer could not notice.
     """
-    config = json.loads((Path(exact.folder) / "generation_config.json").read_text("utf-8"))
+    config = json.loads((Path(exact.folder) / "generation_config.json").read_text(encoding="utf-8"))
     assert (config["top_k"], config["temperature"]) == (1, 0.01)
     samples = exact.generate(prompts=4, n=8)
     for group in by_group(samples):

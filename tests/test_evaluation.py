@@ -13,7 +13,8 @@ import torch.distributed as dist
 from prompt_helpers import TOY
 
 from backends.huggingface.config import read_config
-from common.settings import RolloutSettings
+from common.errors import EngineDied
+from common.settings import RolloutSettings, RunSettings
 from data.prompts import load_data
 from harness.evaluate import Evaluation
 from reward import Judge, RewardSettings
@@ -53,7 +54,12 @@ def start(one_rank):
             log_eval=lambda step, samples, metrics, is_alone: metrics, write_row=rows.append
         )
         run = SimpleNamespace(
-            settings=SimpleNamespace(rollout=rollout, reward=RewardSettings()),
+            settings=SimpleNamespace(
+                rollout=rollout,
+                reward=RewardSettings(),
+                run=RunSettings(),
+                in_flight=SimpleNamespace(engine_restarts=3),
+            ),
             **dict(data=data, record=record, group=dist.group.WORLD),
             **dict(engine_index=0, engines=1, training_requests=ROOM),
         )
@@ -118,6 +124,26 @@ def test_an_engine_that_was_started_again_is_asked_again(start):
     assert len(engine.sampling) == HELD_OUT and rows == [{"step": 0, "held_out": 1.0}]
     dead.call(asyncio.sleep(0.1))  # its requests end, and change nothing
     assert all(len(sample.response_ids) == 1 for sample in evaluation.samples)
+
+
+def test_an_engine_that_dies_now_leaves_errors(start):
+    """The trainers may have newer weights already; its missing answers are counted."""
+    evaluation, engine, rows = start()
+    evaluation.start(0)
+
+    def dies(coroutine):
+        coroutine.close()
+        raise EngineDied("gone")
+
+    alive, engine.call = engine.call, dies
+    evaluation.finish()
+    assert rows == [{"step": 0, "held_out_errors": HELD_OUT}]
+    evaluation.run.settings.in_flight.engine_restarts = 0
+    engine.call = alive
+    evaluation.start(1)
+    engine.call = dies
+    with pytest.raises(EngineDied):
+        evaluation.finish()
 
 
 def test_both_ways_of_an_evaluation_agree(start):

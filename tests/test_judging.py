@@ -5,6 +5,7 @@ here listens on the loopback. Not covered: TLS, and a service behind a proxy.
 """
 
 import asyncio
+import contextlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,11 +13,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from prompt_helpers import TOY
 
+from backends.huggingface.config import read_config
 from common.errors import BadInput
 from common.held_out import held_out_sets
 from common.settings import RolloutSettings
 from data import remote_reward
 from data.remote_reward import check_listens, url_problem
+from data.prompts import load_data
 from data.sample import Sample
 from data.text_rewards import (
     accepted_texts,
@@ -28,6 +31,7 @@ from data.text_rewards import (
     majority_reward,
 )
 from harness.reward_checks import check_held_out_flags, check_reward_flags
+from reward import label_problems as problems_of
 from reward import REWARDS, Judge, RewardSettings, compute_rewards, find_reward
 
 
@@ -69,8 +73,12 @@ def test_f1_refuses_a_label_that_no_answer_can_share_a_word_with(label):
     ("The answer is B.", "B"), ("the answer is (b).", "B"), ("Answer: **C**", "C"),
     ("I first thought the answer is A. Answer: D", "D"), (r"so \boxed{C}", "C"),
     (r"$\boxed{\text{C}}$", "C"), ("Final answer:\nB", "B"), ("<answer> c </answer>", "C"),
+    ("The best answer choice is `C`", "C"), ("### Answer\n**B**", "B"), ("B\n\nBecause ...", "B"),
+    (r"The answer is \(B\).", "B"), (r"\boxed{\textbf{(C)}}", "C"), ("Answer: I think it is B", ""),
+    ("A) Paris is wrong.\nB) Rome.\nThe correct option is B.", "B"), ("A) Paris\nB) Rome", ""),
+    ("<think>The answer is A.</think>\n\nB", "B"), ("Answer: B or C", ""), (r"\boxed{A, B}", ""),
     ("A man walks in", ""), ("the answer is a number", ""), ("the answer is not known", ""),
-    ("", ""), ("Because of B", ""), ("AB", ""),
+    ("", ""), ("Because of B", ""), ("AB", ""), ("e.g. this", ""),
 ])  # fmt: skip
 def test_a_choice_is_read_where_it_is_stated(response, letter):
     assert choice_of(response) == letter
@@ -93,11 +101,18 @@ def test_an_index_is_no_label_of_a_choice():
 
 def test_the_majority_of_a_group_is_right():
     """Groups are judged apart, and an answer that was cut off has no vote."""
-    first = [answer(text, group=1) for text in ("4", "4 ", "5", "")]
+    first = [answer(text, group=1) for text in ("4", r"so \boxed{4}", "5", "")]
     second = [answer("5", group=2), answer("4", group=2, finish_reason="length")]
     cut = answer("5", group=1, finish_reason="length")
     compute_rewards([*first, *second, cut], Judge(majority_reward))
-    assert [sample.reward for sample in [*first, *second, cut]] == [1, 1, 0, 0, 1, 0, 0]
+    assert [sample.reward for sample in [*first, *second, cut]] == [1, 1, 0, 0, 0, 0, 0]
+
+
+def test_without_agreement_nobody_is_right():
+    """Else the first answer of each group would be, whatever it is."""
+    samples = [answer(text) for text in ("4", "5", "6")]
+    compute_rewards(samples, Judge(majority_reward))
+    assert [sample.reward for sample in samples] == [0, 0, 0]
 
 
 def test_a_reward_of_groups_may_be_a_coroutine():
@@ -145,7 +160,8 @@ def service(monkeypatch):
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
-                self.wfile.write(text.encode())
+                with contextlib.suppress(OSError):  # nobody waits any more
+                    self.wfile.write(text.encode())
 
             def log_message(self, *args):
                 pass
@@ -212,6 +228,30 @@ def test_a_service_that_is_gone_is_tried_to_the_end(service, monkeypatch):
     assert "ClientConnectorError" in sample.error
 
 
+def test_what_a_service_takes_too_long_for_is_given_up(service):
+    """Else each such request would stay open, and --judges would not limit them."""
+    released = threading.Event()
+    url = service(lambda body: (released.wait(30), (200, "1"))[1])
+    judge = Judge(find_reward(url), 2, timeout_s=0.5)
+    samples = [answer("4") for _ in range(2)]
+    compute_rewards(samples, judge)
+    assert [sample.reward for sample in samples] == [None, None]
+
+    async def others() -> list:
+        await asyncio.sleep(0.1)
+        return [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+    assert asyncio.run_coroutine_threadsafe(others(), judge._loop).result() == []
+    released.set()
+
+
+def test_an_error_shows_nothing_of_the_address(service):
+    url = service(lambda body: (500, "")) + "?token=secret"
+    sample = answer("4")
+    judged(url, [sample])
+    assert "status 500" in sample.error and "secret" not in sample.error
+
+
 def test_no_more_requests_are_open_than_judges_allow(service):
     lock, both = threading.Lock(), threading.Barrier(2, timeout=30)
     open_now, most = 0, 0
@@ -232,7 +272,12 @@ def test_no_more_requests_are_open_than_judges_allow(service):
 
 def test_a_service_that_does_not_listen_is_refused_before_the_start():
     with pytest.raises(BadInput, match="--reward http://127.0.0.1:9/.*start the service first"):
-        check_listens("http://127.0.0.1:9/judge")
+        check_listens("http://127.0.0.1:9/judge", flag="--reward")
+
+
+def test_a_password_in_an_address_is_refused():
+    with pytest.raises(BadInput, match="--reward holds a password"):
+        check_reward_flags(RewardSettings(reward="http://me:secret@host/"), RolloutSettings())
 
 
 @pytest.mark.parametrize(
@@ -261,6 +306,13 @@ def test_each_held_out_set_has_its_own_settings():
     )
     found = [(s.name, s.temperature, s.max_response_tokens, s.reward) for s in sets]
     assert found == [("gsm", 0.0, 99, ""), ("quiz", 0.5, 8, "choice")]
+
+
+def test_an_address_for_all_sets_may_hold_an_equals_sign():
+    sets = held_out_sets(
+        RolloutSettings(**TWO, eval_reward=("http://h/j?k=v", "quiz=http://q/?a=b"))
+    )
+    assert [one.reward for one in sets] == ["http://h/j?k=v", "http://q/?a=b"]
 
 
 def test_without_flags_a_set_is_answered_as_in_training():
@@ -295,25 +347,32 @@ def test_a_reward_of_groups_alone_cannot_evaluate_single_answers():
 
 
 def test_the_longest_sample_counts_the_evaluation(tmp_path):
-    from backends.huggingface.config import read_config
-    from data.prompts import load_data
+    def longest(**settings) -> tuple[int, int]:
+        data = load_data(TOY, RolloutSettings(**settings), read_config(TOY), seed=1)
+        return data.longest, data.longest_held_out
 
-    def longest(**settings) -> int:
-        return load_data(TOY, RolloutSettings(**settings), read_config(TOY), seed=1).longest
-
-    assert longest(eval_max_response_tokens=("20",)) == longest() + 12
+    asked = longest(eval_max_response_tokens=("20",))
+    assert asked == (longest()[0], longest()[1] + 12)  # what is trained is as long as it was
 
 
 def test_labels_of_a_held_out_set_are_checked_by_its_own_reward(tmp_path):
-    from backends.huggingface.config import read_config
-    from data.prompts import load_data
-    from reward import label_problems as problems_of
-
     file = tmp_path / "quiz.jsonl"
-    file.write_text('{"prompt": "1+1=", "label": "Paris"}\n')
+    file.write_text('{"prompt": "1+1=", "label": "Paris"}\n', encoding="utf-8")
     settings = RolloutSettings(eval_prompts=(str(file),), eval_reward=("choice",))
     with pytest.raises(BadInput, match="'Paris' is no letter"):
         load_data(TOY, settings, read_config(TOY), seed=1, label_problems=problems_of)
+
+
+def test_a_reward_that_fits_no_generated_label_is_refused():
+    settings = RolloutSettings()
+    with pytest.raises(BadInput, match="toy: the label '[0-9]+' is no letter"):
+        load_data(
+            TOY,
+            settings,
+            read_config(TOY),
+            seed=1,
+            label_problems=lambda reward: problems_of(reward or "choice"),
+        )
 
 
 def test_rewards_of_the_table_are_functions():

@@ -381,8 +381,14 @@ def _moe_arguments(config: dict) -> dict:
 
 
 def is_same_architecture(one: dict, other: dict) -> bool:
-    """Tell whether Megatron builds the same model of two checked configs."""
-    return megatron_arguments(one, tp=1) == megatron_arguments(other, tp=1)
+    """Tell whether Megatron builds the same model of two checked configs.
+
+    The length of the context is no part of it, as positions are rotary.
+    """
+    told = [megatron_arguments(config, tp=1) for config in (one, other)]
+    for _, gpt in told:
+        del gpt["max_sequence_length"]
+    return told[0] == told[1]
 
 
 def expert_ranks(config: dict, ep: int) -> int:
