@@ -418,7 +418,7 @@ def one_rank():
 
 @pytest.fixture
 def fresh_megatron(one_rank):
-    """Give Megatron's generators the state that a first trainer finds.
+    """Give Megatron's generators, and its sums of auxiliary losses, the state of a first trainer.
 
     All trainers of one rank share the groups of the first. Each gloo group has a thread that wakes
     a hundred times a second until the process ends: groups of their own would slow down all tests
@@ -430,6 +430,9 @@ def fresh_megatron(one_rank):
 def seed_megatron() -> None:
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+    get_moe_layer_wise_logging_tracker().clear()
 
     if mpu.model_parallel_is_initialized():
         model_parallel_cuda_manual_seed(1)
