@@ -1,4 +1,4 @@
-"""What --deal room gains where one of two engines is slow: --deal fixed against it.
+"""What --deal room gains over --deal fixed where one of two engines is slow.
 
     python bench/deal.py [--rounds 3] [--steps 12] [--share 0.25]
 

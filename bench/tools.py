@@ -64,6 +64,7 @@ def cached(rows: list[dict]) -> str:
 
 
 def accuracy(folder: Path, warm: dict, *, steps: int, seeds: list[int]) -> None:
+    """Print the held-out reward of both loops for each seed, and the means."""
     final = {loop: [] for loop in SCRIPTS}
     for seed in seeds:
         model = warm_start(folder, seed, **warm)
@@ -79,6 +80,7 @@ def accuracy(folder: Path, warm: dict, *, steps: int, seeds: list[int]) -> None:
 
 
 def speed(folder: Path, warm: dict, *, steps: int, rounds: int, delay_s: float) -> None:
+    """Print the samples a second of both loops, and their ratio."""
     model, step_s = warm_start(folder, 1, **warm), {loop: 0.0 for loop in SCRIPTS}
     for number in range(rounds):
         for loop in SCRIPTS:

@@ -30,6 +30,7 @@ from harness.exits import run_main
 
 
 def main(settings: Settings) -> None:
+    """Run the asynchronous loop with a teacher."""
     distill.main(settings, loop_async, "distill-async")
 
 

@@ -73,6 +73,9 @@ def check_distill_flags(settings: Settings) -> None:
     if not weight and reward.overlong_buffer:
         given = f"--overlong-buffer {reward.overlong_buffer}"
         yield f"{given} changes rewards, and has no effect without --reward-weight: give it"
+    if settings.loss.old_logprobs == "rollout":
+        why = "the advantage is of the trainer's log-probs, and the engine's are rounded"
+        yield f"--old-logprobs rollout: {why}: leave it out"
     if distill.unlabelled:
         yield from _judged(settings)
     if reward.dynamic_sampling:

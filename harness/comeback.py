@@ -147,22 +147,28 @@ class LastingEngine:
 
     @property
     def holds_weights(self) -> bool:
+        """Whether the engine takes weights: not while it has died of an update."""
         return self.engine.holds_weights and not self.lost
 
     def begin_update(self) -> None:
+        """Do as Engine.begin_update."""
         self._unless_lost(self.engine.begin_update)
 
     def load(self, named, **how) -> None:
+        """Do as Engine.load."""
         self._unless_lost(self.engine.load, named, **how)
 
     def settle(self) -> None:
+        """Do as Engine.settle."""
         self._unless_lost(self.engine.settle)
 
     def end_update(self, version: int) -> None:
+        """Do as Engine.end_update, and remember the version."""
         self.sent_version = version
         self._unless_lost(self.engine.end_update, version)
 
     def compare(self, named) -> torch.Tensor:
+        """Return what Engine.compare does; of a dead engine that nothing differs."""
         report = self._unless_lost(self.engine.compare, named)
         # Of a dead engine: one byte of each tensor compared, and equal. holds_weights is False now.
         nothing = torch.tensor([1, 0, 0]).expand(1, len(named), 3)
