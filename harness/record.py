@@ -232,9 +232,9 @@ class Record:
         """Write the step's timeline and a few of its answers. Collective: the step's end.
 
         Returns what the samples amount to, see batch_metrics. Then come the seconds of the step and
-        of its stages, and which shares of it trainers and engines waited. A trainer waits while it neither
-        trains nor sends weights, for the last rank too. An engine waits while it generates nothing.
-        Clocks of several machines are taken as they are.
+        of its stages, and which shares of it trainers and engines waited. A trainer waits while it
+        neither trains nor sends weights, for the last rank too. An engine waits while it generates
+        nothing. Clocks of several machines are taken as they are.
         """
         self.log_samples(step, samples)
         rows = {"trainer": clock.spans} if self.trains else {}

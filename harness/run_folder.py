@@ -71,7 +71,8 @@ def open_run_folder(
     """Create a run's folder, or go back to it, and lock it. Only rank 0 calls this.
 
     Returns the folder, the lock's file, and what was done with files that an earlier start left: ""
-    for nothing. The caller must keep the lock's file open. Raises BadInput if another run writes there.
+    for nothing. The caller must keep the lock's file open. Raises BadInput if another run writes
+    there.
     resumed_step: of the checkpoint; None without one. is_auto: --resume auto.
     """
     said = ""

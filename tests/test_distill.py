@@ -325,6 +325,7 @@ GLM = ROOT / "toy" / "glm"
     (["--teacher", GLM, "--eval-only"], "leave --teacher and --offload-teacher out"),
     (["--teacher", GLM, "--debug-rollout-only"], "leave --teacher and --offload-teacher out"),
     (["--teacher", GLM, "--kl-coef", "0.1"], "--kl-coef 0.1: the teacher takes the place of"),
+    (["--teacher", GLM, "--old-logprobs", "rollout", "--correction", "none"], "leave it out"),
     (["--teacher", GLM, "--reward-weight", "-1"], "--reward-weight -1.0 must be finite"),
     (["--teacher", GLM, "--reward-weight", "nan"], "--reward-weight nan must be finite"),
     (["--teacher", GLM, "--reward-weight", "inf"], "--reward-weight inf must be finite"),
