@@ -18,7 +18,8 @@ import random
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent.parent), str(HERE)]  # also where a test imports this file
 
 from advantages import ADVANTAGES
 from groups import drop_megatron
