@@ -284,7 +284,7 @@ BENCHMARKS = {  # the command in docs/: what makes it short
     "bench/overlap.py": "compute --steps 4 --rounds 1",
     "bench/overlap.py accuracy": "--steps 1 --rounds 1",
     "bench/peers.py": "bare-toy --rounds 1",
-    "bench/soak.py sync": "--kills 1 --steps 4",
+    "bench/soak.py sync --kills 8 --steps 20": "--kills 1 --steps 4",
     "bench/soak.py async --kills 20 --steps 60": "--kills 1 --steps 5",
     "bench/tools.py accuracy": "--steps 1 --seeds 1 --warm-steps 2",
     "bench/tools.py speed": "--steps 4 --rounds 1 --warm-steps 2",
