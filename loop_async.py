@@ -93,7 +93,7 @@ def train(run: start.Run, answer: rollout.Answer = rollout.answer) -> None:
             with clock.stage("wait"):
                 # Finished groups come out, new ones start and generate during all that follows.
                 take = partial(queue.take_step, version=step - 1)
-                samples = comeback.all_gather(take, engine, run.group)  # every rank has all
+                samples = engine.all_gather(take)  # every rank has the whole batch
                 samples = record.save_or_load(step, samples)  # --save-rollouts, --load-rollouts
                 samples, discarded = rollout.split_discarded(samples)
                 check_staleness(samples, step - 1, settings.in_flight.max_staleness)

@@ -120,7 +120,7 @@ def drop_long_prompts(
     longest = max(len(sample.prompt_ids) for sample in first)
     if longest > max_prompt_tokens:
         rule = (
-            f"at most {max_prompt_tokens} fit (the model's context less the response's tokens, "
+            f"at most {max_prompt_tokens} fit (the model's context less --max-response-tokens, "
             f"and {ENGINE_KEEPS} positions that SGLang keeps)"
         )
         raise BadInput(f"a prompt of {name} has {longest} tokens; {rule}: lower that flag")

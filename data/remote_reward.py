@@ -11,7 +11,6 @@ import socket
 from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
-import aiohttp
 import orjson
 
 from common.errors import BadInput
@@ -45,6 +44,7 @@ def remote_reward(url: str) -> Callable[[Sample], Awaitable[float]]:
     It tries TRIES times where nobody answers or the service is overloaded. It raises
     aiohttp.ClientError, TimeoutError or RefusedByService where there is no reward.
     """
+    import aiohttp  # here: it takes a quarter of a second, and every start imports this file
 
     async def ask(sample: Sample) -> float:
         body = orjson.dumps(
@@ -66,7 +66,8 @@ def remote_reward(url: str) -> Callable[[Sample], Awaitable[float]]:
     return ask
 
 
-async def _ask_once(session: aiohttp.ClientSession, url: str, body: bytes) -> float:
+async def _ask_once(session, url: str, body: bytes) -> float:
+    """Ask the service once. session: an aiohttp.ClientSession."""
     headers = {"Content-Type": "application/json"}
     async with session.post(url, data=body, headers=headers, allow_redirects=False) as answer:
         if answer.status != 200:

@@ -206,7 +206,7 @@ def check_plan_flags(settings: PlanSettings) -> None:
             yield f"{flag_of(field.name)} {value} must be positive, and below a billion"
 
 
-# --- prompts and rollout -------------------------------------------------------------------
+# --- prompts and rollout ------------------------------------------------------------------------
 
 
 @all_problems

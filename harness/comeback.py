@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 
 from backends.sglang.buckets import failure_note
 from common.distributed import all_gather_bytes
@@ -26,16 +25,6 @@ from data.sample import Sample
 from harness import exits
 import rollout
 import weight_sync
-
-
-def all_gather(work: Callable[[], list[Sample]], engine, group: dist.ProcessGroup) -> list[Sample]:
-    """Return the samples that work() returns on every rank, in rank order. Collective.
-
-    work: asks the engine; it is called again where that was started again.
-    """
-    if isinstance(engine, LastingEngine):
-        return engine.all_gather(work)
-    return rollout.all_gather(work(), group)
 
 
 class LastingEngine:
@@ -74,7 +63,10 @@ class LastingEngine:
     # --- answers
 
     def all_gather(self, work: Callable[[], list[Sample]]) -> list[Sample]:
-        """See all_gather above."""
+        """Return the samples that work() returns on every rank, in rank order. Collective.
+
+        work: asks the engine; it is called again where that was started again.
+        """
         samples = None
         while True:
             why = ""

@@ -10,8 +10,6 @@ prompts (s - 1) B to s B - 1 of the stream.
 
 from itertools import islice
 
-import torch.distributed as dist
-
 from common import process_groups
 from data.sample import Sample
 
@@ -26,10 +24,10 @@ class SharedPrompts:
     that no engine held at the checkpoint come first.
     """
 
-    def __init__(self, run, store: dist.Store | None = None):
-        """run: harness.start.Run, of the asynchronous loop. store: shared by this start's ranks."""
+    def __init__(self, run):
+        """run: harness.start.Run, of the asynchronous loop."""
         settings, states = run.settings, run.resumed_from.ranks if run.resumed_from else []
-        self._store = process_groups.join_store()[0] if store is None else store
+        self._store = process_groups.join_store()[0]
         self.per_step = settings.rollout.prompts_per_step
         steps = settings.in_flight.max_staleness + 1
         self.most = -(-self.per_step * steps // (2 * run.engines))

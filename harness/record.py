@@ -275,8 +275,8 @@ class Record:
         if not self.is_writer:
             return
         self.write_row(metrics)
-        learns = step != self.first_step or self.learns_without_rewards
-        if not learns and metrics.get("zero_std_groups") == 1 and "reward" in metrics:
+        is_first = step == self.first_step and not self.learns_without_rewards
+        if is_first and metrics.get("zero_std_groups") == 1 and "reward" in metrics:
             self.say(NOTHING_TO_LEARN.format(**metrics))
         if "reward" in metrics or "reward_errors" in metrics:  # a step, and no evaluation
             self._show(metrics)

@@ -47,13 +47,12 @@ def run_of(engine_index: int, *, bound: int, steps: int, resumed=None) -> Simple
 class Engines:
     """Two queues with an engine each, in threads; a step ends when both have handed over."""
 
-    def __init__(self, one_store, seconds, *, bound: int, steps: int = STEPS):
+    def __init__(self, seconds, *, bound: int, steps: int = STEPS):
         self.queues, self.bound = [], bound
         for index, of_engine in enumerate(seconds):
             run = run_of(index, bound=bound, steps=steps)
             engine = StandIn(lambda group, s=of_engine: s())
             queue = GroupQueue(run, engine, Judge(lambda sample: float(sample.index), 4))
-            queue.shared._store = one_store
             self.queues.append(queue)
 
     def take(self, i: int, version: int, given: dict) -> None:
@@ -84,13 +83,12 @@ def one_store(one_rank, monkeypatch, request):
     # As each start of a job has keys of its own, so has each test.
     store = dist.PrefixStore(request.node.name, dist.distributed_c10d._get_default_store())
     monkeypatch.setattr(deal.process_groups, "join_store", lambda: (store, 0, 1))
-    return store
 
 
 @pytest.mark.parametrize("bound", [0, 1, 3])
 def test_each_prompt_is_trained_once_in_the_step_of_its_number(one_store, bound):
     rng = random.Random(bound)
-    engines = Engines(one_store, [lambda: rng.random() * 0.004] * ENGINES, bound=bound)
+    engines = Engines([lambda: rng.random() * 0.004] * ENGINES, bound=bound)
     for version, samples in enumerate(engines.run(range(STEPS))):
         first = version * PER_STEP
         assert sorted({s.group for s in samples}) == list(range(first, first + PER_STEP))
@@ -100,7 +98,7 @@ def test_each_prompt_is_trained_once_in_the_step_of_its_number(one_store, bound)
 
 
 def test_a_slow_engine_answers_fewer_prompts(one_store):
-    engines = Engines(one_store, [lambda: 0.001, lambda: 0.15], bound=1)
+    engines = Engines([lambda: 0.001, lambda: 0.15], bound=1)
     engines.run(range(STEPS))
     fast, slow = (len(queue.engine.started) for queue in engines.queues)
     assert fast > 1.5 * slow > 0
@@ -108,7 +106,7 @@ def test_a_slow_engine_answers_fewer_prompts(one_store):
 
 def test_a_group_is_as_old_as_the_step_it_starts_in(one_store):
     """An engine may not have loaded yet what was sent; requests wait until it has."""
-    engines = Engines(one_store, [lambda: 0, lambda: 0], bound=1)
+    engines = Engines([lambda: 0, lambda: 0], bound=1)
     engines.run(range(1))
     for queue in engines.queues:
         queue.engine.version = 0  # as it still was
@@ -118,7 +116,7 @@ def test_a_group_is_as_old_as_the_step_it_starts_in(one_store):
 
 
 def test_an_engine_without_room_takes_nothing(one_store):
-    shared = Engines(one_store, [lambda: 0, lambda: 0], bound=1).queues[0].shared
+    shared = Engines([lambda: 0, lambda: 0], bound=1).queues[0].shared
     assert shared.most == 2  # half of 8 in flight by 2 engines
     assert shared.take(2, limit=8) is None
     assert [shared.take(0, limit=8).group, shared.take(1, limit=8).group] == [0, 1]

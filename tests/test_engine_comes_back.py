@@ -93,7 +93,7 @@ def test_an_engine_that_dies_is_replaced_and_asked_again(lasting):
     first, second = Mortal("generate"), Mortal()
     engine = lasting(first, second)
     engine.end_update(7)
-    samples = comeback.all_gather(answers_of(engine), engine, dist.group.WORLD)
+    samples = engine.all_gather(answers_of(engine))
     assert [sample.group for sample in samples] == [5]
     assert first.is_down and engine.engine is second
     assert lasting.sent[1:] == [(second, 7, True)]  # the version that the other engines hold
@@ -107,7 +107,7 @@ def test_an_engine_that_dies_is_replaced_and_asked_again(lasting):
 def test_one_that_dies_again_and_again_ends_the_run(lasting, most):
     engine = lasting(*(Mortal("generate") for _ in range(4)), most=most)
     with pytest.raises(EngineDied, match="died in generate"):
-        comeback.all_gather(answers_of(engine), engine, dist.group.WORLD)
+        engine.all_gather(answers_of(engine))
     assert len(lasting.sent) == 2 * most
     assert engine.restarts == most
 
@@ -122,7 +122,7 @@ def test_one_that_dies_while_it_starts_counts(lasting, monkeypatch):
     monkeypatch.setattr(rollout, "start_engine", start)
     engine.before_restart = lambda: stopped.append(engine.engine.is_down)
     with pytest.raises(EngineDied, match="while it started"):
-        comeback.all_gather(answers_of(engine), engine, dist.group.WORLD)
+        engine.all_gather(answers_of(engine))
     assert engine.restarts == 3
     assert stopped == [False]
 
@@ -142,7 +142,7 @@ def test_a_rank_whose_engine_dies_in_an_update_takes_part_to_its_end(lasting, pa
     if part == "compare":
         compared, different, uncompared = report.sum(0).T.tolist()
         assert all(compared) and not any(different) and not any(uncompared)
-    comeback.all_gather(lambda: [], engine, dist.group.WORLD)
+    engine.all_gather(lambda: [])
     assert lasting.sent[-1] == (second, 8, True)
     assert engine.holds_weights
 
