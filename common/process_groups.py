@@ -20,6 +20,7 @@ import stat
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from itertools import count
@@ -311,6 +312,20 @@ def listen_on_loopback() -> None:
         return stock(host_name, port, *args, is_master=is_master, **kwargs)
 
     module.TCPStore = store
+
+
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """Yield a free TCP port of 127.0.0.1 on which a child process may listen meanwhile.
+
+    A port that is only looked up may be another program's before the child listens on it. This one
+    stays bound: the system gives it to nobody who asks for any port, and a listener that sets
+    SO_REUSEADDR, as TCPStore does, may still bind it by number.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 def interface_problem() -> str:

@@ -25,6 +25,8 @@ import torch
 import backends.megatron  # noqa: F401  before transformers, and before Megatron
 import transformers
 
+from common import process_groups
+
 # Every Python file of the project.
 SOURCES = [
     path
@@ -326,6 +328,13 @@ class Started:
     def whole_output(self) -> str:
         self.output.seek(0)
         return self.output.read()
+
+
+@pytest.fixture
+def held_port():
+    """Keep a port of 127.0.0.1 for the processes of one test."""
+    with process_groups.held_port() as port:
+        yield port
 
 
 @pytest.fixture

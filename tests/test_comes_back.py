@@ -7,7 +7,6 @@ tested in test_resume.py. Not covered: GPUs, and a node that is replaced by anot
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -199,10 +198,9 @@ def test_after_kills_the_job_goes_on_by_itself_digit_for_digit(tmp_path, undistu
 
 
 @pytest.mark.complete
-def test_a_node_that_comes_back_is_taken_up_again(tmp_path, undisturbed_rows):
+def test_a_node_that_comes_back_is_taken_up_again(tmp_path, held_port, undisturbed_rows):
     """Two launchers on one machine stand for two nodes. Every process of the second is killed."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{held_port}"
     words = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
     words += ["--rdzv-endpoint", endpoint, "--local-addr", "127.0.0.1", "--rdzv-conf"]
     nodes = [Job(tmp_path, *words, f"is_host={int(node == 0)}") for node in range(2)]

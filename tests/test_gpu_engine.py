@@ -107,19 +107,20 @@ def test_every_argument_is_a_field_of_server_args(arguments):
 @pytest.mark.parametrize(
     "loop, given, expected",
     [
-        (loop_sync, [], 16 * 16),  # of a step
-        (loop_sync, ["--eval-samples-per-prompt", "40"], 40 * 8),  # held out
-        (loop_async, ["--max-staleness", "2", "--oversample", "4"], (16 * 3 + 4) * 16 + 8),
+        (loop_sync, [], [16 * 16, 8 * 16]),  # of a step
+        (loop_sync, ["--eval-samples-per-prompt", "40"], [40 * 8, 40 * 4]),  # held out
+        # Beside training's requests there is a held-out prompt at a time.
+        (loop_async, ["--max-staleness", "2", "--oversample", "4"], [52 * 16 + 1, 26 * 16 + 1]),
     ],
 )
 def test_how_many_requests_an_engine_holds(monkeypatch, loop, given, expected):
     monkeypatch.setattr(sys, "argv", ["loop.py", *given])
     settings = flags.parse_settings(loop.Settings)
-    data = SimpleNamespace(held_out=[None] * 8)
-    run = SimpleNamespace(settings=settings, data=data, engines=1, longest=9, is_trainer=True)
-    assert start.Run.engine_load.fget(run)["requests"] == expected
-    run.engines = 2
-    assert start.Run.engine_load.fget(run)["requests"] == expected // 2
+    run = start.Run.__new__(start.Run)
+    run.settings, run.data = settings, SimpleNamespace(held_out=[None] * 8)
+    run.longest, run.is_trainer = 9, True
+    for run.engines, requests in enumerate(expected, 1):
+        assert run.engine_load["requests"] == requests
 
 
 # --- an update and a forward pass ---------------------------------------------------------------

@@ -157,9 +157,8 @@ def test_restarted_ranks_meet_anew(tmp_path, monkeypatch, rollout_ranks):
 
 
 @pytest.mark.complete
-def test_ranks_of_two_nodes_meet_anew_though_each_node_counts_its_own_restarts(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+def test_ranks_of_two_nodes_meet_anew_though_each_node_counts_its_own_restarts(tmp_path, held_port):
+    endpoint = f"127.0.0.1:{held_port}"
     env = {**os.environ, "ROLLOUT_RANKS": "0", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
     command += ["--max-restarts", "1"]
@@ -274,6 +273,18 @@ def test_one_rank_without_torchrun_has_a_store_that_does_not_listen(monkeypatch)
     store, rank, world_size = process_groups._job_store()
     assert isinstance(store, dist.HashStore)
     assert (rank, world_size) == (0, 1)
+
+
+def test_a_held_port_is_free_for_its_listener_alone():
+    with process_groups.held_port() as port:
+        with pytest.raises(OSError, match="in use"), socket.socket() as other:
+            other.bind(("127.0.0.1", port))
+        with socket.create_server(("127.0.0.1", port)) as listener:  # as TCPStore's
+            socket.create_connection(("127.0.0.1", port)).close()
+            listener.accept()[0].close()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", port))
 
 
 @pytest.mark.parametrize("addresses, env, is_refused", [

@@ -290,7 +290,7 @@ def test_a_blank_prompt_is_none(tokenizer, tmp_path, prompt):
 
 def test_labels_that_cannot_be_judged_are_named_by_row(tmp_path):
     def label_problems(labels):
-        return ["" if label == "2" else "is no 2" for label in labels]
+        return ["is long" if len(label) > 90 else "" for label in labels]
 
     def load(label, **settings):
         path = write(
@@ -304,7 +304,7 @@ def test_labels_that_cannot_be_judged_are_named_by_row(tmp_path):
             RolloutSettings(label_after="x", **files),
             read_config(TOY),
             seed=1,
-            label_problems=label_problems,
+            label_problems=lambda reward: label_problems,
         )
 
     for flag in ("prompts", "eval_prompts"):
@@ -312,7 +312,7 @@ def test_labels_that_cannot_be_judged_are_named_by_row(tmp_path):
         with pytest.raises(BadInput) as raised:
             load("x" + "7" * 100, flag=flag)
         (problem,) = raised.value.problems
-        assert re.fullmatch(r".*p.jsonl line 2: the label '7{58}… is no 2", problem)
+        assert re.fullmatch(r".*p.jsonl line 2: the label '7{58}… is long", problem)
 
 
 def test_of_many_such_labels_some_are_shown(tokenizer, tmp_path):

@@ -11,6 +11,7 @@ from backends.sglang import gpu
 from backends.sglang.checks import server_overrides
 from backends.sglang.engine import BUCKETS, Engine
 from common.errors import BadInput
+from common.process_groups import held_port
 from common.settings import RolloutSettings
 
 LOADERS = ["load_bucket", "compare_loader"]  # called by name, in the engine's process
@@ -61,7 +62,8 @@ def launch_engine(
         overrides = {"quantization_config": fp8_config(config, **split)}
         arguments["json_model_override_args"] = json.dumps(overrides)
     arguments |= server_overrides(settings.sglang, on_gpu=torch.cuda.is_available())
-    engine = Engine(config, settings.answer_timeout_s, **arguments)
+    with held_port() as port:  # SGLang would let go of its port while the child starts
+        engine = Engine(config, settings.answer_timeout_s, nccl_port=port, **arguments)
     # SGLang's TpModelWorker takes off 5 for a prompt; of these the last position stays free.
     room = engine.tokenizer_manager.max_req_input_len + 4
     if longest is not None and longest > room:
