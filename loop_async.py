@@ -55,8 +55,9 @@ import reward
 import rollout
 import train_step
 import weight_sync
+from data import deal
 from data.sample import Sample
-from harness import checkpoint, comeback, deal, evaluate, export, start
+from harness import checkpoint, comeback, evaluate, export, start
 from harness.exits import run_main
 
 
@@ -189,9 +190,8 @@ class GroupQueue:
         self.data, self.settings = run.data, run.settings
         self.has_engine = run.engine_index is not None
         self.oversample = run.settings.in_flight.oversample // run.engines
-        deals_by_room = self.has_engine and self.settings.in_flight.deal == "room"
-        self.shared = deal.SharedPrompts(run) if deals_by_room else None
         self.prompts = rollout.PromptStream(run, run.settings.rollout)
+        self.shared = self.prompts.shared
         self.per_step = self.prompts.per_step
         self.version = self.limit = 0
         """With --deal room: what new groups are started with, and the first prompt not to start."""
@@ -281,10 +281,10 @@ class GroupQueue:
             await asyncio.sleep(deal.LOOK_EVERY_S)
 
     def _fill(self, ended: asyncio.Future | None = None) -> None:
-        """Start groups while this engine has room for them; ended: the task of one that is done."""
-        if ended and (ended.cancelled() or ended.exception()):
+        """With --deal room: start groups while this engine has room. ended: a group's task."""
+        if ended and (ended.cancelled() or ended.exception()):  # _raise_failures raises it
             return
-        while True:
+        while self.shared:
             unfinished = sum(not group.task.done() for group in self.queue)
             prompt = self.shared.take(unfinished, self.limit)
             if prompt is None:
@@ -305,8 +305,7 @@ class GroupQueue:
             group.task.set_result(None)
         else:
             group.task = asyncio.ensure_future(self._answer_and_judge(group))
-            if self.shared:
-                group.task.add_done_callback(self._fill)
+            group.task.add_done_callback(self._fill)
         self.queue.append(group)
 
     def _is_ready(self) -> bool:

@@ -24,6 +24,7 @@ from backends.sglang.launch import launch_engine
 from common.distributed import all_gather_bytes, free_cached_memory
 from common.errors import EngineDied
 from common.settings import RolloutSettings
+from data import deal
 from data.prompts import Data
 from data.sample import Sample
 from reward import Judge, by_group, compute_rewards, is_uninformative
@@ -77,19 +78,26 @@ def engine_share(prompts: Iterable[Sample], run) -> Iterator[Sample]:
 
 
 class PromptStream:
-    """This engine's share of the prompts, and how many of them it has taken."""
+    """This engine's share of the prompts, and how many of them it has taken.
+
+    With --deal room its share of a step is open: it takes prompts while it answers.
+    """
 
     def __init__(self, run, settings: RolloutSettings):
         """Go to where a resumed run's checkpoint was. run: harness.start.Run."""
         self.has_engine = run.engine_index is not None
-        self.per_step = settings.prompts_per_step // run.engines
+        self.shared = deal.shared_prompts(run)
+        self.per_step = settings.prompts_per_step // (1 if self.shared else run.engines)
         self.taken = prompts_taken_before(run) if self.has_engine else 0
         self._share = engine_share(run.data.stream, run)
-        for _ in islice(self._share, self.taken):
+        for _ in islice(self._share, 0 if self.shared else self.taken):
             pass
 
-    def take_step(self) -> list[Sample]:
-        """Return the prompts of this engine's part of a step."""
+    def take_step(self) -> "list[Sample] | deal.SharedStep":
+        """Return the prompts of this engine's part of a step, for generate."""
+        if self.shared:
+            self.taken += self.per_step  # by all engines
+            return deal.SharedStep(self.shared, end=self.taken)
         return self.take(self.per_step)
 
     def take(self, n: int) -> list[Sample]:
@@ -110,6 +118,8 @@ def prompts_taken_before(run) -> int:
     """
     states = run.resumed_from.ranks if run.resumed_from else []
     taken = [state["prompts"] for state in states if state.get("prompts") is not None] or [0]
+    if run.settings.rollout.deal == "room":
+        return max(taken)
     if len(taken) == run.engines:
         return taken[run.engine_index]
     return -(-max(taken) * len(taken) // run.engines)
@@ -150,7 +160,7 @@ async def answer(
 
 def generate(
     engine: "Engine | NoEngine",
-    prompts: list[Sample],
+    prompts: list[Sample] | deal.SharedStep,
     data: Data,
     settings: RolloutSettings,
     *,
@@ -163,11 +173,16 @@ def generate(
     Raises EngineDied if the engine gave up on one of them.
     """
     n = settings.samples_per_prompt if n is None else n
-    samples = [sample for prompt in prompts for sample in new_group(prompt, n)]
-    if samples:
-        engine.call(answer(engine, samples, data, settings, cache=cache))
+
+    async def ask(prompts: list[Sample]) -> list[Sample]:
+        samples = [sample for prompt in prompts for sample in new_group(prompt, n)]
+        await answer(engine, samples, data, settings, cache=cache)
         check_aborts(samples)
-    return samples
+        return samples
+
+    if isinstance(prompts, deal.SharedStep):
+        return engine.call(prompts.answer(ask))
+    return engine.call(ask(prompts)) if prompts else []
 
 
 def sampling_params(data: Data, settings: RolloutSettings, samples: list[Sample]) -> list[dict]:

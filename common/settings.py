@@ -130,6 +130,9 @@ class RolloutSettings(DataSettings):
     engine_ep: int = 1
     """Of these ranks, how many whole experts are spread over (SGLang expert parallelism); the rest
     of --engine-tp splits each expert."""
+    deal: Literal["fixed", "room"] = "fixed"
+    """Which engine answers which prompt. fixed: engines take turns. room: an engine takes the next
+    prompt when it has room for one, so that a slow engine answers fewer."""
     answer_timeout_s: float = 3600.0
     """An engine that takes longer for a request, or for a part of a weight update, counts as
     dead."""
@@ -149,9 +152,6 @@ class InFlightSettings:
     oversample: int = 0
     """How many groups a step may leave for a later step, over all engines, instead of waiting for
     their last response."""
-    deal: Literal["fixed", "room"] = "fixed"
-    """Which engine answers which prompt. fixed: engines take turns. room: an engine takes the next
-    prompt when it has room for one, so that a slow engine answers fewer."""
     updates: Literal["in_flight", "drain"] = "in_flight"
     """When new weights reach the engine. in_flight: requests are paused and continue with the new
     weights. drain: after all running requests have finished."""

@@ -52,6 +52,7 @@ from harness.run_folder import FILES, checkpoints_of, has_whole_rows, remove_par
 MUST_AGREE = (
     ("run", "seed"),
     ("rollout", "samples_per_prompt"),
+    ("rollout", "deal"),
     ("reward", "reward"),
     ("train", "train_dtype"),
     ("train", "freeze_moe_router"),  # frozen weights have no optimizer state
@@ -60,7 +61,6 @@ MUST_AGREE = (
 ASYNC_MUST_AGREE = (
     ("in_flight", "rollout_ranks"),
     ("in_flight", "max_staleness"),
-    ("in_flight", "deal"),
     ("rollout", "engine_tp"),
     ("rollout", "temperature"),
     ("rollout", "max_response_tokens"),
@@ -292,7 +292,7 @@ def _resume_problems(newest: Checkpoint, settings, read: dict[str, str]) -> Iter
     """Yield what keeps a run from going on where the checkpoint was."""
     state, folder, run_folder = newest.state, newest.folder, Path("runs") / settings.run.name
     agree = MUST_AGREE + ASYNC_MUST_AGREE * is_async(settings)
-    is_numbered = is_async(settings) and settings.in_flight.deal == "room"
+    is_numbered = settings.rollout.deal == "room"
     agree += NUMBERED_MUST_AGREE * (is_numbered or settings.run.max_epochs > 0)
     yield from _other_settings(newest, settings, agree)
     if state["settings"].get("run", {}).get("load_rollouts") and not settings.run.load_rollouts:

@@ -111,23 +111,22 @@ def check_modes(settings) -> None:
         idle += [(train, "freeze_moe_router"), (settings.loss, "old_logprobs")]
         if run.eval_only:
             idle += [(settings.reward, "dynamic_sampling"), (train, "routing_replay")]
-            idle += [(run, "max_epochs")]
+            idle += [(run, "max_epochs"), (rollout, "deal")]
     elif run.load_rollouts:
         kind = "--load-rollouts"
         idle = [(run, "check_sync"), (settings.reward, "dynamic_sampling")]
-        idle += [(rollout, "sglang"), (run, "max_epochs")]
+        idle += [(rollout, "sglang"), (rollout, "deal"), (run, "max_epochs")]
         idle += [(rollout, f"eval_{name}") for name in EVALUATION]
     for stage, name in [*idle, (settings.sync, "sync")] if kind else []:
         given, default = getattr(stage, name), getattr(type(stage)(), name)
         if given != default:
             shown = " ".join(map(str, given)) if isinstance(given, tuple) else given
             yield f"{flag_of(name)} {shown} has no effect with {kind}: leave one out"
-    if is_async(settings) and settings.in_flight.deal == "room":
-        # Which prompts a step trains is fixed by their numbers.
-        for stage, name in (
-            (settings.in_flight, "oversample"),
-            (settings.reward, "dynamic_sampling"),
-        ):
+    if rollout.deal == "room":  # then the numbers of a step's prompts are known before it starts
+        further = [(settings.reward, "dynamic_sampling")]
+        if is_async(settings):
+            further += [(settings.in_flight, "oversample")]
+        for stage, name in further:
             if given := getattr(stage, name):
                 yield f"{flag_of(name)} {given} does not go with --deal room: use --deal fixed"
 
@@ -260,6 +259,8 @@ def _engine_problems(settings: RolloutSettings, ranks: int | None) -> Iterator[s
     elif prompts % (engines := ranks // tp):
         rule = f"is not divisible by the {engines} engines: use a multiple of {engines}"
         yield f"--prompts-per-step {prompts} {rule}"
+    elif settings.deal == "room" and engines == 1:
+        yield "--deal room divides the prompts between engines, and there is one: leave it out"
 
 
 def _source_problems(settings: RolloutSettings) -> Iterator[str]:
@@ -307,8 +308,6 @@ def check_in_flight_flags(
     if settings.oversample < 0 or settings.oversample % engines:
         rule = f"must be a multiple of the {engines} engines, and not negative"
         yield f"--oversample {settings.oversample} {rule}"
-    if settings.deal == "room" and engines == 1:
-        yield "--deal room divides the prompts between engines, and there is one: leave it out"
 
 
 # --- training and weight updates ----------------------------------------------------------------

@@ -10,7 +10,9 @@ import random
 import threading
 from types import SimpleNamespace
 
+import loop_sync
 import pytest
+import rollout
 import torch.distributed as dist
 from prompt_helpers import TOY
 from test_in_flight import StandIn
@@ -18,9 +20,9 @@ from test_in_flight import StandIn
 from backends.huggingface.config import read_config
 from common.errors import BadInput
 from common.settings import InFlightSettings, RolloutSettings, RunSettings
+from data import deal
 from data.prompts import load_data
-from harness import deal
-from harness.checks import check_in_flight_flags, check_modes
+from harness.checks import check_modes, check_rollout_flags
 from loop_async import GroupQueue, Settings, check_staleness
 from reward import Judge, RewardSettings
 
@@ -28,17 +30,18 @@ PER_STEP, STEPS, ENGINES = 4, 12, 2
 
 
 def run_of(engine_index: int, *, bound: int, steps: int, resumed=None) -> SimpleNamespace:
-    rollout = RolloutSettings(prompts_per_step=PER_STEP, samples_per_prompt=2)
+    settings = RolloutSettings(prompts_per_step=PER_STEP, samples_per_prompt=2, deal="room")
     return SimpleNamespace(
         settings=SimpleNamespace(
             run=RunSettings(steps=steps),
-            rollout=rollout,
-            in_flight=InFlightSettings(max_staleness=bound, deal="room"),
+            rollout=settings,
+            in_flight=InFlightSettings(max_staleness=bound),
             reward=RewardSettings(),
         ),
-        data=load_data(TOY, rollout, read_config(TOY), seed=1),
+        data=load_data(TOY, settings, read_config(TOY), seed=1),
         engine_index=engine_index,
         engines=ENGINES,
+        is_async=True,
         resumed_from=resumed,
         first_step=resumed.step + 1 if resumed else 1,
     )
@@ -137,16 +140,90 @@ def test_a_resumed_run_takes_up_what_no_engine_held(one_store):
     assert [shared.take(0, limit=99).group for _ in range(5)] == [4, 6, 7, 9, 10]
 
 
+# --- the synchronous loop -----------------------------------------------------------------------
+
+
+def steps_of_the_synchronous_loop(seconds, steps: int, resumed=None) -> list[list[int]]:
+    """Return the groups that each engine answered, in order. Engines answer in seconds()."""
+    runs = [run_of(index, bound=1, steps=STEPS, resumed=resumed) for index in range(ENGINES)]
+    answered = [[] for _ in runs]
+
+    def generate(index: int, prompts: rollout.PromptStream, engine: StandIn) -> None:
+        settings, data = runs[index].settings.rollout, runs[index].data
+        samples = rollout.generate(engine, prompts.take_step(), data, settings)
+        answered[index].append([(sample.group, sample.index) for sample in samples])
+
+    engines = []
+    for run, of_engine in zip(runs, seconds):
+        run.is_async = False
+        prompts = rollout.PromptStream(run, run.settings.rollout)
+        engines.append((prompts, StandIn(lambda group, s=of_engine: s())))
+    for _ in range(steps):
+        threads = [
+            threading.Thread(target=generate, args=(i, *engine), daemon=True)
+            for i, engine in enumerate(engines)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    return answered
+
+
+def test_engines_of_the_synchronous_loop_share_a_step(one_store):
+    fast, slow = steps_of_the_synchronous_loop([lambda: 0.001, lambda: 0.1], STEPS)
+    for i, of_step in enumerate(zip(fast, slow)):
+        first = i * PER_STEP
+        both = [(group, index) for group in range(first, first + PER_STEP) for index in (0, 1)]
+        assert sorted(of_step[0] + of_step[1]) == both
+        assert list(of_step[0]) == sorted(of_step[0])
+    assert len(sum(fast, [])) > 1.5 * len(sum(slow, [])) > 0
+
+
+def test_a_resumed_synchronous_run_goes_on_with_the_next_step(one_store):
+    """Also with fewer engines than before."""
+    resumed = SimpleNamespace(step=5, ranks=[{"prompts": 20}] * 3)
+    answered = steps_of_the_synchronous_loop([lambda: 0, lambda: 0], 1, resumed)
+    groups = {group for of_engine in answered for step in of_engine for group, _ in step}
+    assert groups == set(range(5 * PER_STEP, 6 * PER_STEP))
+
+
+def test_fixed_dealing_and_ranks_without_an_engine_share_nothing(one_store):
+    run = run_of(0, bound=1, steps=STEPS)
+    run.engine_index = None
+    assert deal.shared_prompts(run) is None
+    run.engine_index, run.settings.rollout = 0, RolloutSettings()
+    assert deal.shared_prompts(run) is None
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
 def test_room_needs_several_engines():
+    settings = RolloutSettings(deal="room", engine_tp=2)
     with pytest.raises(BadInput, match="there is one: leave it out"):
-        check_in_flight_flags(InFlightSettings(deal="room"), RolloutSettings(), world_size=2)
+        check_rollout_flags(settings, ranks=2)
+    check_rollout_flags(settings, ranks=4)
 
 
 @pytest.mark.parametrize("stage, changes", [
-    ("in_flight", InFlightSettings(deal="room", oversample=2)),
+    ("in_flight", InFlightSettings(oversample=2)),
     ("reward", RewardSettings(dynamic_sampling=1)),
 ])  # fmt: skip
 def test_what_room_does_not_go_with_is_refused(stage, changes):
-    settings = {"in_flight": InFlightSettings(deal="room"), stage: changes}
+    settings = {"rollout": RolloutSettings(deal="room"), stage: changes}
     with pytest.raises(BadInput, match="does not go with --deal room: use --deal fixed"):
         check_modes(Settings(**settings))
+
+
+def test_a_loop_without_groups_in_flight_may_deal_by_room():
+    check_modes(loop_sync.Settings(rollout=RolloutSettings(deal="room")))
+
+
+@pytest.mark.parametrize("mode, flag", [
+    (dict(eval_only=True), "--eval-only"), (dict(load_rollouts="runs/x"), "--load-rollouts"),
+])  # fmt: skip
+def test_room_is_refused_where_no_prompt_is_dealt(mode, flag):
+    settings = Settings(run=RunSettings(**mode), rollout=RolloutSettings(deal="room"))
+    with pytest.raises(BadInput, match=f"--deal room has no effect with {flag}"):
+        check_modes(settings)

@@ -98,6 +98,19 @@ def test_transformers_alone_loads_the_exported_folder(tp2):
 
 
 @pytest.mark.complete
+def test_engines_that_have_room_take_the_prompts_of_a_step(tmp_path):
+    """Each prompt is trained once, in the step of its number, and a restart goes on behind them."""
+    flags = [*QUICK, "--deal", "room", "--save-rollouts", "--save-every", "2", "--name", "a"]
+    torchrun(ROOT / "loop_sync.py", *flags, ranks=2, cwd=tmp_path)
+    torchrun(ROOT / "loop_sync.py", *flags, "--steps", "3", "--resume", ranks=2, cwd=tmp_path)
+    for step in (1, 2, 3):
+        file = tmp_path / "runs" / "a" / "rollouts" / f"step-{step:06d}.jsonl"
+        samples = list(map(json.loads, file.read_text(encoding="utf-8").splitlines()))
+        trained = sorted((sample["group"], sample["index"]) for sample in samples)
+        assert trained == [(g, i) for g in range(4 * step - 4, 4 * step) for i in range(4)]
+
+
+@pytest.mark.complete
 def test_with_learning_rate_zero_nothing_drifts(tmp_path):
     """Twenty hand-offs of unchanged weights move neither policy nor mismatch, in BF16 and FP8."""
     means = {}

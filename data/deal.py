@@ -8,6 +8,9 @@ for it as long. What a step trains is the same either way: with B prompts a step
 prompts (s - 1) B to s B - 1 of the stream.
 """
 
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from itertools import islice
 
 from common import process_groups
@@ -15,6 +18,16 @@ from data.sample import Sample
 
 NEXT_PROMPT = "next prompt"  # key of the counter that all engines share
 LOOK_EVERY_S = 0.01  # so often an engine looks whether others have taken the last prompts of a step
+
+
+def shared_prompts(run) -> "SharedPrompts | None":
+    """Return the prompts that engines share with --deal room; None otherwise, or with no engine.
+
+    run: harness.start.Run.
+    """
+    if run.engine_index is None or run.settings.rollout.deal == "fixed":
+        return None
+    return SharedPrompts(run)
 
 
 class SharedPrompts:
@@ -25,11 +38,11 @@ class SharedPrompts:
     """
 
     def __init__(self, run):
-        """run: harness.start.Run, of the asynchronous loop."""
+        """run: harness.start.Run, of a rank with an engine."""
         settings, states = run.settings, run.resumed_from.ranks if run.resumed_from else []
         self._store = process_groups.join_store()[0]
         self.per_step = settings.rollout.prompts_per_step
-        steps = settings.in_flight.max_staleness + 1
+        steps = 1 + (settings.in_flight.max_staleness if run.is_async else 0)
         self.most = -(-self.per_step * steps // (2 * run.engines))
         first = (run.first_step - 1) * self.per_step
         held = {group["prompt"]["group"] for rank in states for group in rank.get("in_flight", ())}
@@ -65,3 +78,30 @@ class SharedPrompts:
         if draw < len(self._open):
             return self._open[draw]
         return self._end + draw - len(self._open)
+
+
+@dataclass(frozen=True)
+class SharedStep:
+    """The prompts of a step of the synchronous loop, before an engine has taken any."""
+
+    shared: SharedPrompts
+    end: int
+    """The first prompt of the next step."""
+
+    async def answer(self, ask: Callable[[list[Sample]], Awaitable[list[Sample]]]) -> list[Sample]:
+        """Return the answered samples of the prompts that this engine takes, in prompts' order.
+
+        ask: answers prompts. It is called with one, as long as this engine has room.
+        """
+        under_way, groups = set(), []
+        while True:
+            while prompt := self.shared.take(len(under_way), self.end):
+                task = asyncio.ensure_future(ask([prompt]))
+                # Of several that fail one is raised below. asyncio logs what nobody looks at.
+                task.add_done_callback(lambda task: task.cancelled() or task.exception())
+                under_way.add(task)
+            if not under_way:
+                groups.sort(key=lambda group: group[0].group)
+                return [sample for group in groups for sample in group]
+            done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+            groups += [task.result() for task in done]
