@@ -162,7 +162,7 @@ def model_problem(folder: str | Path, *, flag: str = "--model") -> str:
     """Return why a folder cannot hold a model; "" if it can."""
     config = Path(folder) / "config.json"
     if not os.path.lexists(config):  # unlike Path.exists, it takes any text
-        fix = "give a Hugging Face model folder on this machine (hub names are not resolved)"
+        fix = "give a Hugging Face model folder, or a name of the hub, as Qwen/Qwen3-0.6B"
         return f"{flag} {folder} has no config.json: {fix}"
     try:
         check_file(config)

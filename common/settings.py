@@ -23,8 +23,8 @@ class RunSettings:
     """The run: what to train, for how long, and what to write"""
 
     model: str = str(REPOSITORY / "toy")
-    """Hugging Face folder of the model to train (Qwen3, Qwen2.5, Llama, Qwen3-MoE or GLM-4.5, in
-    safetensors)."""
+    """The model to train: a Hugging Face folder, or a name on the hub, as Qwen/Qwen3-0.6B@REVISION
+    (Qwen3, Qwen2.5, Llama, Qwen3-MoE or GLM-4.5, in safetensors)."""
     name: str = ""
     """The run's folder in runs/, for instance lr1/seed1; empty: the loop's name and the time."""
     steps: int = 80
@@ -76,8 +76,9 @@ class DataSettings:
     """Prompts: where they come from, and what ends a response"""
 
     prompts: tuple[str, ...] = ("toy",)
-    """Sources of prompts: any of toy, FILE.jsonl, FILE.parquet, reasoning-gym:TASK. An optional
-    :WEIGHT after each sets its share of the prompts."""
+    """Sources of prompts: any of toy, FILE.jsonl, FILE.parquet, reasoning-gym:TASK, or a dataset on
+    the hub, as openai/gsm8k/main:train@REVISION. An optional :WEIGHT after each sets its share of
+    the prompts."""
     prompt_key: tuple[str, ...] = ("prompt",)
     """Field of a row that holds the prompt: text, or a list of chat messages. Dots lead into nested
     fields. Of several names, the first whose value is not null counts."""
@@ -198,7 +199,7 @@ class TrainSettings:
     """Optimizer steps on each rollout batch, each on an equal part of the samples. old_logprobs are
     computed once, before the first."""
     reference: str = ""
-    """Hugging Face folder of the frozen reference model, with the same tokenizer; empty: --model.
+    """The frozen reference model, named as in --model, with the same tokenizer; empty: --model.
     Loaded only with --kl-coef. Of another architecture it is computed with --train-numerics
     plain."""
     offload_reference: bool = False

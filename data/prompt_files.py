@@ -16,6 +16,7 @@ import backends  # noqa: F401  before transformers, see data/tokenizer.py
 import orjson
 from transformers import PreTrainedTokenizerBase
 
+from common import hub
 from common.errors import BadInput, all_problems, file_problem
 from common.settings import DataSettings
 from data.chat import EndlessTemplate
@@ -158,7 +159,14 @@ def _without_nulls(value: Any) -> Any:
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict | str]]:
-    """Yield (file and row as errors name them, the row or its line). Raises BadInput."""
+    """Yield (file and row as errors name them, the row or its line). Raises BadInput.
+
+    path: of a file, or a dataset's name on the hub.
+    """
+    if hub.is_dataset(path):
+        for file in hub.dataset_files(path):
+            yield from read_rows(file)
+        return
     if problem := file_problem(path):
         raise BadInput(problem)
     if path.endswith(".parquet"):

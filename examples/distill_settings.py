@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.errors import all_problems, model_problem
+from common import hub
+from common.errors import all_problems
 from common.settings import (
     RolloutSettings,
     RunSettings,
@@ -54,7 +55,7 @@ def check_distill_flags(settings: Settings) -> None:
     if needs_teacher(settings):
         if not distill.teacher:
             yield "--teacher is not given: name a Hugging Face folder with the model's tokenizer"
-        elif problem := model_problem(distill.teacher, flag="--teacher"):
+        elif problem := hub.model_problem(distill.teacher, flag="--teacher"):
             yield problem
     elif distill.teacher or distill.offload_teacher:
         fix = "leave --teacher and --offload-teacher out"

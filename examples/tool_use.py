@@ -357,6 +357,7 @@ def main(settings: Settings, loop=loop_sync, name: str = "tool") -> None:
     """Run a loop with conversations. loop: loop_sync or loop_async; name: of its checkpoints."""
     tools, turns = settings.tools, None
     if settings.rollout.chat:
+        settings = start.fetch_models(settings)
         tokenizer = load_tokenizer(settings.run.model)
         turns = find_turns(tokenizer, settings.rollout.chat_template_kwargs, tools.result_role)
     # Other ranks wait for requests and calls; a call takes no longer than a request may.

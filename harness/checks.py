@@ -12,14 +12,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import fields
 
-from common import process_groups
+from common import hub, process_groups
 from common.errors import (
     BadInput,
     ProblemList,
     all_problems,
     file_problem,
     flag_of,
-    model_problem,
 )
 from common.overrides import parse_overrides
 from common.settings import (
@@ -137,7 +136,7 @@ def check_modes(settings) -> None:
 @all_problems
 def check_run_flags(settings: RunSettings) -> None:
     """Refuse values that cannot work, names that are taken, and folders that are not there."""
-    if problem := model_problem(settings.model):
+    if problem := hub.model_problem(settings.model):
         yield problem
     if problem := process_groups.interface_problem():
         yield problem
@@ -286,7 +285,9 @@ def check_prompt_files(settings: RolloutSettings) -> None:
         with contextlib.suppress(BadInput):  # check_rollout_flags reports it
             sources += parse_weights(given)
     for source in dict.fromkeys(sources):  # each once
-        if not is_generated(source) and (problem := file_problem(source)):
+        if is_generated(source) or hub.is_dataset(source):
+            continue
+        if problem := file_problem(source):
             yield problem
 
 
@@ -342,7 +343,7 @@ def check_train_flags(
     if settings.reference and not loss.kl_coef:
         fix = "set one, or leave the other out"
         yield f"--reference {settings.reference} is not used without --kl-coef: {fix}"
-    elif settings.reference and (text := model_problem(settings.reference, flag="--reference")):
+    elif settings.reference and (text := hub.model_problem(settings.reference, flag="--reference")):
         yield text
     if settings.offload_reference and not loss.kl_coef:
         fix = "leave it out, or set that"

@@ -4,6 +4,7 @@ settings -> config.json, prompts, machine, checkpoint: all checked, all mistakes
          -> process groups -> run folder -> Run
 """
 
+import json
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -14,8 +15,8 @@ import torch.distributed as dist
 from backends.huggingface.config import read_config
 from backends.huggingface.folder import check_model_folder
 from backends.huggingface.fp8 import fp8_weights
-from common import distributed, process_groups
-from common.errors import ProblemList
+from common import distributed, hub, process_groups
+from common.errors import ProblemList, all_problems
 from common.held_out import held_out_sets
 from data.prompts import Data, load_data
 from data.remote_reward import check_listens, is_url
@@ -119,6 +120,34 @@ class Run:
         return self.group if self.is_async else None
 
 
+def fetch_models(settings, *, weights: bool = True):
+    """Return a loop's settings with folders in place of the models that the hub names.
+
+    weights: whether they are needed. Raises BadInput for what the hub does not have.
+    """
+    how = dict(check=read_config, weights=weights)
+    model = hub.model_folder(settings.run.model, flag="--model", **how)
+    settings = replace(settings, run=replace(settings.run, model=model))
+    if reference := settings.train.reference:
+        reference = hub.model_folder(reference, flag="--reference", **how)
+        settings = replace(settings, train=replace(settings.train, reference=reference))
+    return settings
+
+
+@all_problems
+def check_same_inputs(inputs: dict, group: dist.ProcessGroup) -> None:
+    """Refuse ranks that read other prompts or another model than rank 0. Collective.
+
+    inputs: of checkpoint.what_was_read. Machines may have folders, or caches, of their own.
+    """
+    of_ranks = distributed.all_gather_bytes(json.dumps(inputs).encode(), group)
+    first, *others = map(json.loads, of_ranks)
+    for rank, read in enumerate(others, start=1):
+        for flag in [flag for flag in first if read[flag] != first[flag]]:
+            fix = "give every machine the same files"
+            yield f"rank {rank} reads from {flag} something else than rank 0: {fix}"
+
+
 def prepare(
     settings,
     loop: str,
@@ -138,14 +167,15 @@ def prepare(
     """
     trained_by = "" if reward_function else settings.reward.reward
     reward_function = reward_function or reward.find_reward(trained_by)
-    run_settings, rollout, train = settings.run, settings.rollout, settings.train
+    rollout = settings.rollout
     ranks = checks.world_size(settings)
     trainer_ranks, rollout_ranks = checks.split_ranks(settings)
     is_async, is_plan = checks.is_async(settings), checks.is_plan(settings)
     split = dict(ranks=ranks, rollout_ranks=rollout_ranks)
 
     found, data, inputs, resumed = ProblemList(), None, {}, None
-    model = run_settings.model
+    settings = fetch_models(settings, weights=not is_plan)
+    run_settings, train, model = settings.run, settings.train, settings.run.model
     config = found.collect(read_config, model)
     if not is_plan:
         prompts = replace(rollout, stop=(*rollout.stop, *stop))
@@ -187,8 +217,11 @@ def prepare(
     wait_s = process_groups.longest_wait_s(settings, reward_function, **waits)
     separate = rollout_ranks if is_async else 0
     group = distributed.init_distributed(separate, wait_s=wait_s)
+    check_same_inputs(inputs, group)
     is_trainer = group.rank() < trainer_ranks
     record = Record(settings, loop, group, is_trainer, resumed=resumed)
+    for given, folder in hub.fetched.items():
+        record.say(f"{given}: {folder}")
     if settings.run.max_epochs:
         record.say(epochs.describe(settings, data))
     return Run(

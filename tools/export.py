@@ -63,7 +63,7 @@ import torch.distributed as dist
 from backends.huggingface.config import read_config
 from backends.megatron import model as megatron_model
 from backends.megatron.state import load_weights
-from common import distributed
+from common import distributed, hub
 from harness import checkpoint, exits, export as hf_export, model_checks
 from harness.run_folder import checkpoints_of
 from weight_sync import WeightPath
@@ -77,6 +77,7 @@ def main(settings: ExportSettings) -> None:
         raise BadInput(f"--checkpoint {folder} holds no checkpoint: {CHECKPOINT_FIX}")
     saved = checkpoint.open_checkpoint(newest)
     model = settings.model or saved.state["settings"]["run"]["model"]
+    model = hub.model_folder(model, flag="--model", check=read_config, weights=True)
     config = read_config(model)
     train = TrainSettings(
         train_dtype=saved.state["settings"]["train"]["train_dtype"],
