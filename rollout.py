@@ -86,7 +86,7 @@ class PromptStream:
     def __init__(self, run, settings: RolloutSettings):
         """Go to where a resumed run's checkpoint was. run: harness.start.Run."""
         self.has_engine = run.engine_index is not None
-        self.shared = deal.shared_prompts(run)
+        self.shared = deal.shared_prompts(run, settings)
         self.per_step = settings.prompts_per_step // (1 if self.shared else run.engines)
         self.taken = prompts_taken_before(run) if self.has_engine else 0
         self._share = engine_share(run.data.stream, run)

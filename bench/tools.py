@@ -1,7 +1,7 @@
 """Conversations with a tool under both loops: held-out reward, and speed beside a slow tool.
 
     python bench/tools.py accuracy [--steps 30] [--seeds 1 2 3]     about three minutes a seed
-    python bench/tools.py speed [--steps 16] [--rounds 2] [--delay-s 0.3]     about four minutes
+    python bench/tools.py speed [--steps 16] [--rounds 2] [--delay-s 0.3] [--prompts-per-step 16]
 
 Both loops have the same two ranks and the same work, that of examples/tool_use.py. They start from
 the same folder, which a warm start has written. Runs alternate, because timings on a shared machine
@@ -15,6 +15,7 @@ less of it: new weights do not read what older ones have cached.
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from overlap import mean
 
 SCRIPTS = {"sync": "tool_use.py", "async": "tool_use_async.py"}
 STALENESS = 2  # of the asynchronous loop in speed; else a step ahead is too short for two calls
-SAMPLES = 256  # of a step, by default
+SAMPLES_PER_PROMPT = 16
 
 
 def run(loop: str, folder: Path, **flags) -> list[dict]:
@@ -79,23 +80,29 @@ def accuracy(folder: Path, warm: dict, *, steps: int, seeds: list[int]) -> None:
     print(f"{means}, difference {overlapped - sync:+.3f}", flush=True)
 
 
-def speed(folder: Path, warm: dict, *, steps: int, rounds: int, delay_s: float) -> None:
-    """Print the samples a second of both loops, and their ratio."""
-    model, step_s = warm_start(folder, 1, **warm), {loop: 0.0 for loop in SCRIPTS}
+def speed(
+    folder: Path, warm: dict, *, steps: int, rounds: int, delay_s: float, prompts: int
+) -> None:
+    """Print the samples a second of both loops, and their ratio. prompts: of a step."""
+    model, ratios = warm_start(folder, 1, **warm), []
     for number in range(rounds):
+        step_s = {}
         for loop in SCRIPTS:
             asked = dict(steps=steps, eval_samples=2, eval_every=steps, tool_delay_s=delay_s)
+            asked |= dict(prompts_per_step=prompts, samples_per_prompt=SAMPLES_PER_PROMPT)
             if loop == "async":
                 asked |= dict(max_staleness=STALENESS)
             rows = run(loop, folder, model=model, warm_steps=0, name=f"{loop}-{number}", **asked)
-            one_s = mean(rows, "step_s")
-            step_s[loop] += one_s / rounds
+            step_s[loop] = one_s = mean(rows, "step_s")
             waits = f"trainer waits {mean(rows, 'trainer_wait'):4.0%}, {cached(rows)}"
             calls = f"{mean(rows, 'tool_calls'):.2f} calls a sample"
-            rate = f"{SAMPLES / one_s:6.1f} samples/s   step {one_s:.2f} s"
+            rate = f"{prompts * SAMPLES_PER_PROMPT / one_s:6.1f} samples/s   step {one_s:.2f} s"
             print(f"delay {delay_s:g} s {loop:5} {rate}   {waits}, {calls}", flush=True)
-    ratio = step_s["sync"] / step_s["async"]
-    print(f"delay {delay_s:g} s async / sync = {ratio:.2f} in samples a second", flush=True)
+        ratios.append(step_s["sync"] / step_s["async"])
+    shown = f"{statistics.mean(ratios):.2f}"
+    shown += f" ± {statistics.stdev(ratios):.2f}" if rounds > 1 else ""
+    batch = f"{prompts} prompts a step, delay {delay_s:g} s"
+    print(f"{batch}: async / sync = {shown} in samples a second (n {rounds})", flush=True)
 
 
 def main() -> None:
@@ -107,6 +114,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--delay-s", type=float, default=0.3)
+    parser.add_argument("--prompts-per-step", type=int, default=16)
     parser.add_argument("--warm-steps", type=int, default=600, help="of the warm start")
     parser.add_argument("--start", default="", help="folder of a toy that calls, if there is one")
     flags = parser.parse_args()
@@ -119,6 +127,7 @@ def main() -> None:
             accuracy(Path(folder), warm, steps=flags.steps or 30, seeds=flags.seeds)
         else:
             asked = dict(rounds=flags.rounds, delay_s=flags.delay_s)
+            asked |= dict(prompts=flags.prompts_per_step)
             speed(Path(folder), warm, steps=flags.steps or 16, **asked)
 
 

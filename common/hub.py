@@ -21,7 +21,7 @@ _NAME = r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
 _REVISION = r"(?:@(?P<revision>[\w./-]+))?"
 MODEL = re.compile(_NAME + _REVISION, re.ASCII)
 DATASET = re.compile(
-    _NAME + r"(?:/(?P<config>[\w.-]+))?(?::(?P<split>[A-Za-z_]\w*))?" + _REVISION, re.ASCII
+    _NAME + r"(?:/(?P<config>[\w.-]+))?(?::(?P<split>[A-Za-z_][\w.-]*))?" + _REVISION, re.ASCII
 )
 FILE_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv", ".tsv", ".txt", ".gz", ".zst", ".zip")
 # What a model folder needs beside its weights, and where publishers keep the same in other forms.
@@ -29,6 +29,7 @@ SMALL_FILES = ("*.json", "tokenizer*", "chat_template*", "vocab.*", "merges.txt"
 WEIGHTS = ("*.safetensors",)
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 OTHER_FORMS = (*(f"*/{name}" for name in SMALL_FILES[:-1] + WEIGHTS), "consolidated*")
+SPLITS = r"(\w*_)?(train|test|valid|validation|dev|eval)(_\w*)?"
 USUAL_CONFIGS = ("default", "main")
 
 fetched: dict[str, str] = {}
@@ -87,15 +88,23 @@ def dataset_files(given: str, *, flag: str = "--prompts") -> list[str]:
 def _files_of_split(
     names: Iterable[str], given: str, *, config: str | None, split: str | None
 ) -> list[str]:
-    """Return a split's files, by the hub's custom that folders and files are named after it."""
+    """Return a split's files, by the hub's custom that folders and files are named after it.
+
+    Where no name says a split, all files are those of train.
+    """
     split, by_folder = split or "train", {}
-    is_split = re.compile(rf"(?<![A-Za-z0-9]){re.escape(split)}(?![A-Za-z])")
-    for name in sorted(names):
-        if PurePosixPath(name).suffix in (".parquet", ".jsonl"):
-            *folders, file = PurePosixPath(name).parts
-            if is_split.search(name) and (config is None or config in folders):
-                own = [part for part in folders if not is_split.search(part)]
-                by_folder.setdefault(("/".join(own), PurePosixPath(file).suffix), []).append(name)
+    of_config = [
+        name
+        for name in sorted(names)
+        if PurePosixPath(name).suffix in (".parquet", ".jsonl")
+        and (config is None or config in PurePosixPath(name).parts[:-1])
+    ]
+    is_split = _named_after(re.escape(split))
+    if split == "train" and not any(map(_named_after(SPLITS).search, of_config)):
+        is_split = re.compile("")
+    for name in filter(is_split.search, of_config):
+        own = [part for part in PurePosixPath(name).parts[:-1] if not is_split.fullmatch(part)]
+        by_folder.setdefault(("/".join(own), PurePosixPath(name).suffix), []).append(name)
     if len(by_folder) > 1:
         usual = [key for key in by_folder if set(PurePosixPath(key[0]).parts) & {*USUAL_CONFIGS}]
         if len(usual) == 1 and config is None:
@@ -112,6 +121,14 @@ def _files_of_split(
             f" {fix}"
         )
     return next(iter(by_folder.values()))
+
+
+def _named_after(split: str) -> re.Pattern:
+    """Return a pattern of paths that name a split: train-00000-of-00001, data_train.v2, train/0.
+
+    split: a pattern. train_sft is another split than train.
+    """
+    return re.compile(rf"(?<![A-Za-z0-9])({split})(?=[-_ ]?v?[0-9]|[./]|$)", re.IGNORECASE)
 
 
 def _file_names(given: str, flag: str, **asked) -> list[str]:

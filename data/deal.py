@@ -14,18 +14,19 @@ from dataclasses import dataclass
 from itertools import islice
 
 from common import process_groups
+from common.settings import RolloutSettings
 from data.sample import Sample
 
 NEXT_PROMPT = "next prompt"  # key of the counter that all engines share
 LOOK_EVERY_S = 0.01  # so often an engine looks whether others have taken the last prompts of a step
 
 
-def shared_prompts(run) -> "SharedPrompts | None":
+def shared_prompts(run, settings: RolloutSettings) -> "SharedPrompts | None":
     """Return the prompts that engines share with --deal room; None otherwise, or with no engine.
 
     run: harness.start.Run.
     """
-    if run.engine_index is None or run.settings.rollout.deal == "fixed":
+    if run.engine_index is None or settings.deal == "fixed":
         return None
     return SharedPrompts(run)
 

@@ -191,7 +191,7 @@ def end_turn(sample: Sample, turn: Sample, data: Data, tools: ToolSettings) -> N
     call_end = data.tokenizer.convert_tokens_to_ids(tools.call_end)
     is_call = turn.finish_reason == "stop" and turn.response_ids[-1] == call_end
     # A response's text does not show the token that ended it.
-    text = turn.response + tools.call_end if is_call else turn.response
+    text = turn.response + (data.tokenizer.decode([call_end]) if is_call else "")
     spoken = dict(logprobs=turn.rollout_logprobs, versions=turn.weight_versions, mask=1)
     say(sample, turn.response_ids, text, **spoken)
     # With --routing-replay. A turn reports all tokens before it, and they stay as they were taken.

@@ -191,9 +191,9 @@ def test_a_resumed_synchronous_run_goes_on_with_the_next_step(one_store):
 def test_fixed_dealing_and_ranks_without_an_engine_share_nothing(one_store):
     run = run_of(0, bound=1, steps=STEPS)
     run.engine_index = None
-    assert deal.shared_prompts(run) is None
-    run.engine_index, run.settings.rollout = 0, RolloutSettings()
-    assert deal.shared_prompts(run) is None
+    assert deal.shared_prompts(run, run.settings.rollout) is None
+    run.engine_index = 0
+    assert deal.shared_prompts(run, RolloutSettings()) is None
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -88,6 +88,7 @@ def test_the_name_of_a_model(monkeypatch, given, is_name):
 
 @pytest.mark.parametrize("given, is_name", [
     ("openai/gsm8k", True), ("openai/gsm8k/main:test@v1", True), ("openai/gsm8k:2x", False),
+    ("openslr/librispeech:train.clean.100", True),
     ("data/train.jsonl", False), ("data/train.parquet", False), ("data/train.json.gz", False),
     ("docs/configs", False), ("toy", False), ("reasoning-gym:gcd", False),
 ])  # fmt: skip
@@ -187,6 +188,13 @@ def test_a_split_that_is_not_there_is_refused(hub, tmp_path, given, refusal):
     (["a/train.jsonl", "b/train.jsonl"], "b", ["b/train.jsonl"]),
     (["a/train.jsonl", "b/train.jsonl"], None, "several sets of files.*a/train.jsonl, b/train"),
     (["train.jsonl", "train.parquet"], None, "several sets of files"),
+    (["train_sft-0-of-1.parquet", "train_gen-0-of-1.parquet"], None, "no JSONL or Parquet file"),
+    (["data/dapo-math-17k.parquet", "README.md"], None, ["data/dapo-math-17k.parquet"]),
+    (["codecontests.jsonl"], None, ["codecontests.jsonl"]),
+    (["en/0.jsonl", "de/0.jsonl"], "en", ["en/0.jsonl"]),
+    (["main/train/0.parquet", "main/train/1.parquet", "other/train/0.parquet"], None,
+     ["main/train/0.parquet", "main/train/1.parquet"]),
+    (["test.jsonl"], None, "no JSONL or Parquet file of a split train"),
     (["train.csv"], None, "it has train.csv"), ([], None, "it has no file at all"),
 ])  # fmt: skip
 def test_which_files_are_a_split(present, config, found):
