@@ -176,7 +176,7 @@ def file_problem(path: str) -> str:
     if os.path.isdir(path):
         return f"prompts file {path} is a folder: name the JSONL or Parquet files in it"
     if not os.path.lexists(path):  # False also for text that cannot be a path
-        fix = "give a JSONL or Parquet file, or leave the flag out for the toy task"
+        fix = "give a JSONL or Parquet file, or a dataset of the hub as OWNER/NAME:SPLIT@REVISION"
         return f"prompts file {path} does not exist: {fix}"
     try:
         check_file(path)

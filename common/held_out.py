@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import hub
 from common.errors import ProblemList, all_problems
 from common.settings import GYM, RolloutSettings, is_generated, parse_weights
 
@@ -94,6 +95,8 @@ def short_names(sources: list[str]) -> dict[str, str]:
         printable[source] = os.fsencode(source).decode("utf-8", "backslashreplace")
         path = Path(printable[source].replace(GYM, "reasoning-gym/"))
         parts[source] = (*path.parent.parts, path.stem)
+        if hub.is_dataset(source):
+            parts[source] = hub.short_name(source)
     for n in range(1, max(map(len, parts.values()), default=0) + 1):
         short = {source: "/".join(parts[source][-n:]) for source in sources}
         if len(set(short.values())) == len(sources):

@@ -5,35 +5,44 @@
 
 A file or folder of that name on this machine comes first. huggingface_hub honours HF_HOME,
 HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE. Ranks of one machine share its cache and its locks: the
-first one fetches a file, the others find it there. No code of a repository is read.
+first one fetches a file, the others find it there. A revision is resolved to a commit once, and
+all files are of that commit. No code of a repository is read.
 """
 
+import functools
+import glob
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from common import errors
 from common.errors import BadInput
 
-_NAME = r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+_NAME = r"(?P<owner>[A-Za-z0-9][\w.-]*)/(?P<name>[A-Za-z0-9][\w.-]*)"
 _REVISION = r"(?:@(?P<revision>[\w./-]+))?"
 MODEL = re.compile(_NAME + _REVISION, re.ASCII)
 DATASET = re.compile(
     _NAME + r"(?:/(?P<config>[\w.-]+))?(?::(?P<split>[A-Za-z_][\w.-]*))?" + _REVISION, re.ASCII
 )
-FILE_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv", ".tsv", ".txt", ".gz", ".zst", ".zip")
+OTHER_FILES = re.compile(r".*\.(jsonl?|parquet|arrow|[ct]sv|txt|gz|zst|zip|bz2|xz)", re.IGNORECASE)
 # What a model folder needs beside its weights, and where publishers keep the same in other forms.
 SMALL_FILES = ("*.json", "tokenizer*", "chat_template*", "vocab.*", "merges.txt", "*.jinja")
 WEIGHTS = ("*.safetensors",)
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 OTHER_FORMS = (*(f"*/{name}" for name in SMALL_FILES[:-1] + WEIGHTS), "consolidated*")
-SPLITS = r"(\w*_)?(train|test|valid|validation|dev|eval)(_\w*)?"
 USUAL_CONFIGS = ("default", "main")
+# A name of which one of the words of splits is a part: train_sft, gsm8k_test, validation-matched.
+SPLITS = re.compile(
+    r"(.*[-_.])?(train|training|test|testing|val|valid|validation|dev|eval|evaluation)([-_.].*)?"
+)
+# What follows a split's name in those of its shards: -00000-of-00001, _3, -00000-of-00001-9f3c0a1b.
+SHARD = re.compile(r"(^|[-_.])\d{1,6}([-_.]of[-_.]\d{1,6})?([-_.][0-9a-f]{8,})?$")
 
-fetched: dict[str, str] = {}
-"""What this process has fetched or found in the cache: {the name as given: its folder}."""
+found: dict[str, str] = {}
+"""What this process has fetched or found in the cache: {"--model NAME": its folder}."""
 
 
 def is_model(given: str) -> bool:
@@ -43,7 +52,7 @@ def is_model(given: str) -> bool:
 
 def is_dataset(given: str) -> bool:
     """Tell whether this is a dataset's name on the hub, rather than a file."""
-    is_name = DATASET.fullmatch(given) is not None and not given.endswith(FILE_SUFFIXES)
+    is_name = DATASET.fullmatch(given) is not None and not OTHER_FILES.fullmatch(given)
     return is_name and not os.path.lexists(given)
 
 
@@ -52,141 +61,159 @@ def model_problem(given: str, *, flag: str = "--model") -> str:
     return "" if is_model(given) else errors.model_problem(given, flag=flag)
 
 
-def model_folder(given: str, *, flag: str, check: Callable[[str], object], weights: bool) -> str:
-    """Return the folder of a model: given, or the cache's for a name on the hub.
+def model_folder(given: str, *, flag: str, weights: bool) -> str:
+    """Return the folder of a model: given, or that in the cache for a name on the hub.
 
-    check: raises BadInput for a configuration that cannot be used, before gigabytes are fetched.
-    weights: whether they are needed. Raises BadInput, also for what the hub does not have.
+    weights: whether they are fetched too. Raises BadInput for what the hub does not have.
     """
     if not is_model(given):
         return given
-    found = MODEL.fullmatch(given)
-    asked = dict(repo_id=found["name"], revision=found["revision"], ignore_patterns=OTHER_FORMS)
-    patterns = (*SMALL_FILES, CHAT_TEMPLATES)
-    folder = _snapshot(given, flag, **asked, allow_patterns=patterns)
-    check(folder)
-    if weights:
-        folder = _snapshot(given, flag, **asked, allow_patterns=patterns + WEIGHTS)
-    return folder
+    patterns = (*SMALL_FILES, CHAT_TEMPLATES, *(WEIGHTS if weights else ()))
+    with _repository(f"{flag} {given}", MODEL.fullmatch(given), "model") as asked:
+        return _fetch(asked, f"{flag} {given}", patterns, ignore_patterns=OTHER_FORMS)
 
 
-def dataset_files(given: str, *, flag: str = "--prompts") -> list[str]:
+def dataset_files(given: str) -> list[str]:
     """Return the JSONL or Parquet files of a dataset's split on this machine, in order.
 
     The split is train unless given. Raises BadInput, also where the name fits several sets of
     files.
     """
-    found = DATASET.fullmatch(given)
-    asked = dict(repo_id=found["name"], revision=found["revision"], repo_type="dataset")
-    chosen = _files_of_split(
-        _file_names(given, flag, **asked), given, config=found["config"], split=found["split"]
-    )
-    folder = _snapshot(given, flag, **asked, allow_patterns=chosen)
-    return [str(Path(folder, name)) for name in chosen]
+    name, what = DATASET.fullmatch(given), f"the dataset {given}"
+    with _repository(what, name, "dataset") as asked:
+        from huggingface_hub import get_cached_repo_tree
+
+        _fetch(asked, what, [])  # only the list of the commit's files, which the cache keeps
+        files = [file.path for file in get_cached_repo_tree(**asked)]
+    chosen = files_of_split(files, given, config=name["config"], split=name["split"])
+    with _repository(what, name, "dataset") as asked:
+        folder = _fetch(asked, what, [glob.escape(file) for file in chosen])
+    return [str(Path(folder, file)) for file in chosen]
 
 
-def _files_of_split(
-    names: Iterable[str], given: str, *, config: str | None, split: str | None
+def short_name(given: str) -> tuple[str, str]:
+    """Return (owner, the rest without the revision) of a dataset's name."""
+    owner, _, rest = given.partition("@")[0].partition("/")
+    return owner, rest
+
+
+def name_of(folder: str) -> str:
+    """Return the name by which a folder was found on the hub; else the folder's own."""
+    given = {path: what.partition(" ")[2] for what, path in found.items()}
+    return given.get(str(folder), Path(folder).name)
+
+
+def files_of_split(
+    files: Iterable[str], given: str, *, config: str | None, split: str | None
 ) -> list[str]:
-    """Return a split's files, by the hub's custom that folders and files are named after it.
+    """Return a split's files among those of a dataset, by the custom of their names.
 
-    Where no name says a split, all files are those of train.
+    A file is of the split it is named after, but for the number of a shard; if its name tells of no
+    split, of the split that a folder is named after. Where no file tells of one, all are train's.
     """
-    split, by_folder = split or "train", {}
-    of_config = [
-        name
-        for name in sorted(names)
-        if PurePosixPath(name).suffix in (".parquet", ".jsonl")
-        and (config is None or config in PurePosixPath(name).parts[:-1])
-    ]
-    is_split = _named_after(re.escape(split))
-    if split == "train" and not any(map(_named_after(SPLITS).search, of_config)):
-        is_split = re.compile("")
-    for name in filter(is_split.search, of_config):
-        own = [part for part in PurePosixPath(name).parts[:-1] if not is_split.fullmatch(part)]
-        by_folder.setdefault(("/".join(own), PurePosixPath(name).suffix), []).append(name)
-    if len(by_folder) > 1:
-        usual = [key for key in by_folder if set(PurePosixPath(key[0]).parts) & {*USUAL_CONFIGS}]
-        if len(usual) == 1 and config is None:
-            return by_folder[usual[0]]
-        shown = ", ".join(sorted({files[0] for files in by_folder.values()})[:8])
-        fix = "name a configuration, as NAME/CONFIG, or fetch the files and name one"
-        raise BadInput(f"{given} has several sets of files for {split}: {shown}: {fix}")
-    if not by_folder:
-        of_config = f" of {config}" if config else ""
-        shown = ", ".join(sorted(names)[:8]) or "no file at all"
-        fix = "name another split, as NAME:SPLIT; only these two formats are read"
+    files, split, sets = sorted(files), split or "train", defaultdict(list)
+    read = [PurePosixPath(file) for file in files if file.endswith((".parquet", ".jsonl"))]
+    read = [file for file in read if config is None or config in file.parts[:-1]]
+    untold = not any(SPLITS.fullmatch(part) for file in read for part in (*file.parts, file.stem))
+    for file in read:
+        stem, folders = SHARD.sub("", file.stem), file.parts[:-1]
+        by_folder = not SPLITS.fullmatch(stem) and split in folders
+        if split in (stem, file.stem) or by_folder or (untold and split == "train"):
+            own = tuple(folder for folder in folders if folder != split)
+            sets[own, stem, file.suffix].append(str(file))
+    if len(sets) > 1 and config is None:
+        usual = [key for key in sets if {*key[0]} & {*USUAL_CONFIGS}]
+        sets = {key: sets[key] for key in usual} if len(usual) == 1 else sets
+    if len(sets) == 1:
+        return next(iter(sets.values()))
+    if sets:
+        some = ", ".join(sorted(of_set[0] for of_set in sets.values())[:8])
+        fix = "name one by NAME/CONFIG or by NAME:SPLIT, or fetch the files and name one"
+        raise BadInput(f"the dataset {given} has several sets of files for {split}: {some}: {fix}")
+    some = ", ".join(files[:8]) or "no file at all"
+    of_config = f" of {config}" if config else ""
+    fix = "name another by NAME/CONFIG or NAME:SPLIT; only these two formats are read"
+    raise BadInput(
+        f"the dataset {given} has no JSONL or Parquet file of the split {split}{of_config}; it has"
+        f" {some}: {fix}"
+    )
+
+
+@contextmanager
+def _repository(what: str, name: re.Match, kind: str) -> Iterator[dict]:
+    """Yield what huggingface_hub's functions must know of a repository: name, kind and commit.
+
+    what: names it in errors. Raises BadInput for what huggingface_hub raises, with what the user
+    can do about it.
+    """
+    repository, revision = f"{name['owner']}/{name['name']}", name["revision"]
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        import httpx
+        from huggingface_hub import constants
+        from huggingface_hub import errors as of_hub
+    except ValueError as error:
+        raise BadInput(f"HF_ENDPOINT {hub} is no address: {_first_line(error)}") from error
+    try:
+        commit = _commit(repository, kind, revision)
+        yield dict(repo_id=repository, repo_type=kind, revision=commit)
+    except of_hub.GatedRepoError as error:
+        fix = f"accept its terms at {hub}/{repository}, and set HF_TOKEN"
+        raise BadInput(f"{what} is gated: {fix}") from error
+    except of_hub.RepositoryNotFoundError as error:
+        fix = "check the name, or set HF_TOKEN if it is private"
+        raise BadInput(f"{what} is neither on this machine nor on {hub}: {fix}") from error
+    except of_hub.RevisionNotFoundError as error:
+        fix = "name a branch, a tag or a commit that it has"
+        raise BadInput(f"{what} has no revision {revision}: {fix}") from error
+    except (
+        of_hub.LocalEntryNotFoundError,
+        of_hub.CachedRepoTreeNotFoundError,
+        of_hub.RevisionResolutionError,
+        of_hub.OfflineModeIsEnabled,
+        httpx.TransportError,
+    ) as error:
+        why = f"{hub} cannot be reached: {_first_line(error.__cause__ or error)}"
+        if constants.is_offline_mode():
+            why = "HF_HUB_OFFLINE is set: fetch it once without that"
         raise BadInput(
-            f"{given} has no JSONL or Parquet file of a split {split}{of_config}; it has {shown}:"
-            f" {fix}"
-        )
-    return next(iter(by_folder.values()))
+            f"{what} is not complete in the cache {constants.HF_HUB_CACHE}, and {why}"
+        ) from error
+    except (OSError, httpx.HTTPError, ValueError, of_hub.XetDownloadError) as error:
+        raise BadInput(f"{what} cannot be fetched: {_first_line(error)}") from error
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        fix = "check HF_ENDPOINT and proxies"
+        raise BadInput(f"{what}: {hub} answers as no Hugging Face hub does: {fix}") from error
 
 
-def _named_after(split: str) -> re.Pattern:
-    """Return a pattern of paths that name a split: train-00000-of-00001, data_train.v2, train/0.
-
-    split: a pattern. train_sft is another split than train.
-    """
-    return re.compile(rf"(?<![A-Za-z0-9])({split})(?=[-_ ]?v?[0-9]|[./]|$)", re.IGNORECASE)
-
-
-def _file_names(given: str, flag: str, **asked) -> list[str]:
-    """Return the names of a dataset's files; without the hub, of those in the cache."""
+@functools.cache
+def _commit(repository: str, kind: str, revision: str | None) -> str:
+    """Return a revision, resolved once; without the hub, as the cache knows it."""
     import httpx
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub import resolve_revision
+    from huggingface_hub.errors import HfHubHTTPError
 
-    with _refusals(given, flag, asked):
-        try:
-            return HfApi().list_repo_files(**asked)
-        except (httpx.TransportError, OfflineModeIsEnabled):
-            nothing = dict(allow_patterns=["no such file"])  # else all of it must be in the cache
-    folder = Path(_snapshot(given, flag, **asked, **nothing))
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*.*")]
+    asked = dict(repo_id=repository, repo_type=kind, revision=revision)
+    try:
+        return resolve_revision(**asked)
+    except HfHubHTTPError as error:
+        if error.response.status_code != httpx.codes.TOO_MANY_REQUESTS:
+            raise
+        return resolve_revision(**asked, local_files_only=True)
 
 
-def _snapshot(given: str, flag: str, **asked) -> str:
-    """Fetch files of a repository into the cache; return their folder. See snapshot_download."""
+def _fetch(asked: dict, what: str, patterns: Iterable[str], **more) -> str:
+    """Fetch the files of these patterns into the cache; return their folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     if os.environ.get("LOCAL_RANK", "0") != "0":
         disable_progress_bars()  # one rank of a machine shows them
-    with _refusals(given, flag, asked):
-        fetched[given] = folder = snapshot_download(**asked)
+    # An empty list would mean all files.
+    found[what] = folder = snapshot_download(**asked, allow_patterns=[*patterns, "\0"], **more)
     return folder
 
 
-@contextmanager
-def _refusals(given: str, flag: str, asked: dict) -> Iterator[None]:
-    """Raise BadInput for what huggingface_hub raises, with what the user can do about it."""
-    import httpx
-    from huggingface_hub import constants
-    from huggingface_hub import errors as of_hub
-
-    hub, name = constants.ENDPOINT, asked["repo_id"]
-    try:
-        yield
-    except of_hub.GatedRepoError as error:
-        fix = f"accept its terms at {hub}/{name}, and set HF_TOKEN"
-        raise BadInput(f"{flag} {given} is gated: {fix}") from error
-    except of_hub.RepositoryNotFoundError as error:
-        fix = "check the name, or set HF_TOKEN if it is private"
-        raise BadInput(f"{flag} {given} is neither on this machine nor on {hub}: {fix}") from error
-    except of_hub.RevisionNotFoundError as error:
-        fix = "name a branch, a tag or a commit that it has"
-        raise BadInput(f"{flag} {given} has no revision {asked['revision']}: {fix}") from error
-    except of_hub.LocalEntryNotFoundError as error:
-        why = f"{hub} cannot be reached: {_first_line(error.__cause__ or error)}"
-        if constants.is_offline_mode():
-            why = "HF_HUB_OFFLINE is set: fetch it once without that"
-        cache = f"is not complete in the cache {constants.HF_HUB_CACHE}"
-        raise BadInput(f"{flag} {given} {cache}, and {why}") from error
-    except (OSError, httpx.HTTPError, ValueError, of_hub.XetDownloadError) as error:
-        raise BadInput(f"{flag} {given} cannot be fetched: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or the name of its class."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

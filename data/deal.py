@@ -94,15 +94,19 @@ class SharedStep:
 
         ask: answers prompts. It is called with one, as long as this engine has room.
         """
-        under_way, groups = set(), []
-        while True:
-            while prompt := self.shared.take(len(under_way), self.end):
-                task = asyncio.ensure_future(ask([prompt]))
-                # Of several that fail one is raised below. asyncio logs what nobody looks at.
-                task.add_done_callback(lambda task: task.cancelled() or task.exception())
-                under_way.add(task)
-            if not under_way:
-                groups.sort(key=lambda group: group[0].group)
-                return [sample for group in groups for sample in group]
-            done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
-            groups += [task.result() for task in done]
+        tasks: dict[int, asyncio.Future] = {}  # by the number of the prompt
+        try:
+            while True:
+                under_way = [task for task in tasks.values() if not task.done()]
+                while prompt := self.shared.take(len(under_way), self.end):
+                    tasks[prompt.group] = asyncio.ensure_future(ask([prompt]))
+                    under_way.append(tasks[prompt.group])
+                if not under_way:
+                    groups = await asyncio.gather(*(tasks[number] for number in sorted(tasks)))
+                    return [sample for group in groups for sample in group]
+                done, _ = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.gather(*done)  # raises what one raised
+        finally:
+            for task in tasks.values():
+                task.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)

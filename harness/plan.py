@@ -20,6 +20,7 @@ import torch
 from backends.huggingface.config import check_layout, read_config
 from backends.sglang.checks import check_environment, server_overrides
 from backends.sglang.gpu import MEM_FRACTION_STATIC, check_gpus
+from common import hub
 from common.errors import BadInput, ProblemList, all_problems
 from common.settings import PlanSettings
 from harness.checks import is_async
@@ -151,7 +152,7 @@ def report(
 
     total, used = (count / 1e9 for count in parameters(config))
     gpus = f"{plan.gpus} GPU{'s' * (plan.gpus > 1)} of {settings.plan.plan_gpu_gb:g} GB"
-    name = Path(settings.run.model).name
+    name = hub.name_of(settings.run.model)
     print(f"{name}: {total:.2f}e9 parameters, a token uses {used:.2f}e9; {gpus}")
     _print_trainers(plan, trainer)
     _print_engines(plan, trainer, engine, gpu_bytes=gpu_bytes)

@@ -18,7 +18,7 @@ from backends.huggingface.fp8 import fp8_weights
 from common import distributed, hub, process_groups
 from common.errors import ProblemList, all_problems
 from common.held_out import held_out_sets
-from data.prompts import Data, load_data
+from data.prompts import Data, checksum, load_data
 from data.remote_reward import check_listens, is_url
 from harness import checkpoint, checks, epochs, model_checks, plan
 from harness.record import Record
@@ -125,20 +125,18 @@ def fetch_models(settings, *, weights: bool = True):
 
     weights: whether they are needed. Raises BadInput for what the hub does not have.
     """
-    how = dict(check=read_config, weights=weights)
-    model = hub.model_folder(settings.run.model, flag="--model", **how)
-    settings = replace(settings, run=replace(settings.run, model=model))
-    if reference := settings.train.reference:
-        reference = hub.model_folder(reference, flag="--reference", **how)
-        settings = replace(settings, train=replace(settings.train, reference=reference))
-    return settings
+    run, train = settings.run, settings.train
+    model = hub.model_folder(run.model, flag="--model", weights=weights)
+    reference = hub.model_folder(train.reference, flag="--reference", weights=weights)
+    run, train = replace(run, model=model), replace(train, reference=reference)
+    return replace(settings, run=run, train=train)
 
 
 @all_problems
 def check_same_inputs(inputs: dict, group: dist.ProcessGroup) -> None:
     """Refuse ranks that read other prompts or another model than rank 0. Collective.
 
-    inputs: of checkpoint.what_was_read. Machines may have folders, or caches, of their own.
+    inputs: a checksum by flag. Machines may have folders, or caches, of their own.
     """
     of_ranks = distributed.all_gather_bytes(json.dumps(inputs).encode(), group)
     first, *others = map(json.loads, of_ranks)
@@ -174,9 +172,10 @@ def prepare(
     split = dict(ranks=ranks, rollout_ranks=rollout_ranks)
 
     found, data, inputs, resumed = ProblemList(), None, {}, None
-    settings = fetch_models(settings, weights=not is_plan)
+    named, fetched = settings, found.collect(fetch_models, settings, weights=False)
+    settings = fetched or settings
     run_settings, train, model = settings.run, settings.train, settings.run.model
-    config = found.collect(read_config, model)
+    config = found.collect(read_config, model) if fetched else None
     if not is_plan:
         prompts = replace(rollout, stop=(*rollout.stop, *stop))
         judged = dict(label_problems=lambda name: reward.label_problems(name or trained_by))
@@ -191,6 +190,9 @@ def prepare(
     sizes = dict(world_size=trainer_ranks, longest=longest)
     found.collect(model_checks.check_train_settings, train, config, **sizes)
     found.collect(model_checks.check_rounding, settings, config)
+    if not is_plan and fetched != named:  # nothing large is fetched for a run that is refused
+        found.raise_if_any()
+        fetch_models(named)
     read = None if is_plan else model
     found.collect(model_checks.check_reference, train, config, read, **sizes)
     load = dict(world_size=ranks, trainer_ranks=trainer_ranks, rollout_ranks=rollout_ranks)
@@ -217,11 +219,12 @@ def prepare(
     wait_s = process_groups.longest_wait_s(settings, reward_function, **waits)
     separate = rollout_ranks if is_async else 0
     group = distributed.init_distributed(separate, wait_s=wait_s)
-    check_same_inputs(inputs, group)
+    held_out = {"--eval-prompts": checksum(1.0, data.held_out)}
+    check_same_inputs(inputs | held_out, group)
     is_trainer = group.rank() < trainer_ranks
     record = Record(settings, loop, group, is_trainer, resumed=resumed)
-    for given, folder in hub.fetched.items():
-        record.say(f"{given}: {folder}")
+    for what, folder in hub.found.items():
+        record.say(f"{what}: {folder}")
     if settings.run.max_epochs:
         record.say(epochs.describe(settings, data))
     return Run(

@@ -15,11 +15,14 @@ REVISIONS = ("main", "v1", COMMIT)
 class Hub:
     """Serves root/models/OWNER/NAME and root/datasets/OWNER/NAME.
 
-    gated: names whose files it does not hand out. sent: how often it sent each file.
+    gated: names whose files it does not hand out. sent: how often it sent each file. resolved: how
+    often it was asked for the commit of a revision. trouble: what it does instead of answering: a
+    status to answer with, "drop" the connection, or "odd", JSON that says nothing.
     """
 
     def __init__(self, root: Path):
         self.root, self.gated, self.sent = root, set(), Counter()
+        self.resolved, self.trouble = 0, None
         handler = type("OfHub", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -35,6 +38,13 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def do_GET(self) -> None:
+        if self.hub.trouble == "drop":
+            self.close_connection = True
+            return None
+        if self.hub.trouble == "odd":
+            return self.send(b"{}")
+        if self.hub.trouble:
+            return self.send(b"", self.hub.trouble)
         kind, *parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         if kind == "api" and len(parts) < 3:
             self.refuse(404, "EntryNotFound")  # no request about a repository
@@ -55,6 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "RevisionNotFound")
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         names = [path.relative_to(folder).as_posix() for path in files]
+        self.hub.resolved += what == "revision"
         if what == "tree":
             entries = [
                 {"type": "file", "path": name, "size": path.stat().st_size, "oid": oid(path)}

@@ -18,7 +18,7 @@ from prompt_helpers import TOY
 from test_in_flight import StandIn
 
 from backends.huggingface.config import read_config
-from common.errors import BadInput
+from common.errors import BadInput, EngineDied
 from common.settings import InFlightSettings, RolloutSettings, RunSettings
 from data import deal
 from data.prompts import load_data
@@ -178,6 +178,33 @@ def test_engines_of_the_synchronous_loop_share_a_step(one_store):
         assert sorted(of_step[0] + of_step[1]) == both
         assert list(of_step[0]) == sorted(of_step[0])
     assert len(sum(fast, [])) > 1.5 * len(sum(slow, [])) > 0
+
+
+def test_the_order_is_that_of_the_prompts(one_store):
+    """Though a later one is answered first. An answer may empty its list."""
+    shared = deal.SharedPrompts(run_of(0, bound=3, steps=STEPS))
+
+    async def ask(prompts):
+        await asyncio.sleep(0.02 - 0.005 * prompts[0].group)
+        return [] if prompts[0].group == 1 else prompts
+
+    samples = asyncio.run(deal.SharedStep(shared, end=4).answer(ask))
+    assert [sample.group for sample in samples] == [0, 2, 3]
+
+
+def test_an_answer_that_fails_ends_the_others(one_store):
+    shared, ended = deal.SharedPrompts(run_of(0, bound=3, steps=STEPS)), []
+
+    async def ask(prompts):
+        try:
+            await asyncio.sleep(0 if prompts[0].group == 1 else 60)
+            raise EngineDied("of old age")
+        finally:
+            ended.append(prompts[0].group)
+
+    with pytest.raises(EngineDied, match="of old age"):
+        asyncio.run(deal.SharedStep(shared, end=4).answer(ask))
+    assert sorted(ended) == [0, 1, 2, 3]
 
 
 def test_a_resumed_synchronous_run_goes_on_with_the_next_step(one_store):

@@ -18,6 +18,8 @@ from loopback_hub import COMMIT, Hub
 
 from common import hub as names
 from common.errors import BadInput
+from common.held_out import short_names
+from harness import start
 
 SMALL = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -64,8 +66,8 @@ def ask(hub, tmp_path, call: str, **environment) -> str:
     return done.stdout.strip()
 
 
-def model(given: str, *, weights: bool = True, check: str = "str") -> str:
-    return f"hub.model_folder({given!r}, flag='--model', check={check}, weights={weights})"
+def model(given: str, *, weights: bool = True) -> str:
+    return f"hub.model_folder({given!r}, flag='--model', weights={weights})"
 
 
 def files(given: str) -> str:
@@ -103,8 +105,7 @@ def test_the_name_of_a_dataset(monkeypatch, given, is_name):
 def test_a_model_is_fetched_once_and_without_what_is_not_needed(hub, tmp_path):
     folder = ask(hub, tmp_path, model("some/toy@v1"))
     assert folder.endswith(f"models--some--toy/snapshots/{COMMIT}")
-    assert sorted(os.listdir(folder)) == sorted({*SMALL, "model.safetensors"} & set(hub.sent))
-    assert "model.safetensors" in hub.sent
+    assert sorted(os.listdir(folder)) == sorted([*SMALL, "model.safetensors"])
     assert ask(hub, tmp_path, model("some/toy@v1")) == folder
     assert set(hub.sent.values()) == {1}
 
@@ -112,14 +113,6 @@ def test_a_model_is_fetched_once_and_without_what_is_not_needed(hub, tmp_path):
 def test_a_plan_needs_no_weights(hub, tmp_path):
     folder = ask(hub, tmp_path, model("some/toy", weights=False))
     assert "config.json" in os.listdir(folder)
-    assert "model.safetensors" not in hub.sent
-
-
-def test_what_cannot_be_used_is_refused_before_its_weights_are_fetched(hub, tmp_path):
-    config = hub.root / "models" / "some" / "toy" / "config.json"
-    config.write_text('{"architectures": ["GPT2LMHeadModel"]}', encoding="utf-8")
-    check = "__import__('backends.huggingface.config', fromlist=['']).read_config"
-    assert ask(hub, tmp_path, model("some/toy", check=check)).startswith("refused: ")
     assert "model.safetensors" not in hub.sent
 
 
@@ -170,42 +163,106 @@ def test_train_is_the_split_unless_another_is_named(hub, tmp_path):
 
 
 @pytest.mark.parametrize("given, refusal", [
-    ("some/none", "is neither on this machine"),
-    ("some/sums:dev", "has no JSONL or Parquet file of a split dev; it has .*: name another split"),
-    ("some/sums/other", "of a split train of other; it has main/test"),
+    ("some/none", "the dataset some/none is neither on this machine"),
+    ("some/sums:dev", "has no JSONL or Parquet file of the split dev; it has .*: name another"),
+    ("some/sums/other", "of the split train of other; it has main/test"),
 ])  # fmt: skip
 def test_a_split_that_is_not_there_is_refused(hub, tmp_path, given, refusal):
     assert re.search(refusal, ask(hub, tmp_path, files(given)))
 
 
-@pytest.mark.parametrize("present, config, found", [
-    (["train.jsonl", "test.jsonl"], None, ["train.jsonl"]),
-    (["data/train-0.parquet", "data/train-1.parquet"], None,
-     ["data/train-0.parquet", "data/train-1.parquet"]),
-    (["train/0.parquet", "test/0.parquet"], None, ["train/0.parquet"]),
-    (["gsm8k_train.jsonl", "retrain.jsonl", "trainer.jsonl"], None, ["gsm8k_train.jsonl"]),
-    (["a/train.jsonl", "default/train.jsonl"], None, ["default/train.jsonl"]),
-    (["a/train.jsonl", "b/train.jsonl"], "b", ["b/train.jsonl"]),
-    (["a/train.jsonl", "b/train.jsonl"], None, "several sets of files.*a/train.jsonl, b/train"),
-    (["train.jsonl", "train.parquet"], None, "several sets of files"),
-    (["train_sft-0-of-1.parquet", "train_gen-0-of-1.parquet"], None, "no JSONL or Parquet file"),
-    (["data/dapo-math-17k.parquet", "README.md"], None, ["data/dapo-math-17k.parquet"]),
-    (["codecontests.jsonl"], None, ["codecontests.jsonl"]),
-    (["en/0.jsonl", "de/0.jsonl"], "en", ["en/0.jsonl"]),
-    (["main/train/0.parquet", "main/train/1.parquet", "other/train/0.parquet"], None,
-     ["main/train/0.parquet", "main/train/1.parquet"]),
-    (["test.jsonl"], None, "no JSONL or Parquet file of a split train"),
-    (["train.csv"], None, "it has train.csv"), ([], None, "it has no file at all"),
-])  # fmt: skip
-def test_which_files_are_a_split(present, config, found):
-    def choose():
-        return names._files_of_split(present, "a/b", config=config, split=None)
+def test_without_the_hub_a_name_means_what_it_means_with_it(hub, tmp_path):
+    """Not what happens to be in the cache: another configuration, or some of the shards."""
+    ask(hub, tmp_path, files("some/sums/socratic"))
+    offline = dict(HF_HUB_OFFLINE="1")
+    for given in ("some/sums", "some/sums:test"):
+        assert "is not complete in the cache" in ask(hub, tmp_path, files(given), **offline)
+    shards = ask(hub, tmp_path, "*hub.dataset_files('some/sums')").split()
+    os.unlink(shards[1])
+    assert "is not complete in the cache" in ask(hub, tmp_path, files("some/sums"), **offline)
 
-    if isinstance(found, list):
-        assert choose() == found
+
+NO_SPLIT, SEVERAL = "has no JSONL or Parquet file of the split", "has several sets of files for"
+
+
+@pytest.mark.parametrize("present, config, split, expected", [
+    ("train.jsonl test.jsonl train_socratic.jsonl", None, None, "train.jsonl"),
+    ("train.jsonl train_socratic.jsonl", None, "train_socratic", "train_socratic.jsonl"),
+    ("data/train-00000-of-00002-a09b74b3ef9c data/train-00001-of-00002-b19b74b3ef9c", None, None,
+     "data/train-00000-of-00002-a09b74b3ef9c data/train-00001-of-00002-b19b74b3ef9c"),
+    ("train/part-0.jsonl train/part-1.jsonl test/part-0.jsonl", None, None,
+     "train/part-0.jsonl train/part-1.jsonl"),
+    ("main/train/0000 main/train/0001 other/train/0000", None, None,
+     "main/train/0000 main/train/0001"),
+    ("mnli/validation_matched-0 mnli/validation_mismatched-0", None, "validation_matched",
+     "mnli/validation_matched-0"),
+    ("a/train b/train", "b", None, "b/train"),
+    ("a/train default/train", None, None, "default/train"),
+    ("data/dapo-math-17k README.md", None, None, "data/dapo-math-17k"),
+    ("codecontests latest/0", None, None, SEVERAL), ("en/0 de/0", "en", None, "en/0"),
+    ("gsm8k.jsonl math.jsonl", None, "math", "math.jsonl"),
+    ("gsm8k.jsonl math.jsonl", None, None, SEVERAL),
+    ("math_train code_train", None, None, NO_SPLIT),
+    ("all/auxiliary_train-00000-of-00001", None, None, NO_SPLIT),
+    ("train_sft-00000-of-00001 train_gen-00000-of-00001", None, None, NO_SPLIT),
+    ("mnli/validation_matched-0 mnli/validation_mismatched-0", None, "validation", NO_SPLIT),
+    ("post-train/test default/partial-train/0000", None, None, NO_SPLIT),
+    ("train/test.jsonl", None, None, NO_SPLIT), ("train-1k train-10k", None, None, NO_SPLIT),
+    ("a/train b/train", None, None, SEVERAL), ("train.jsonl train.parquet", None, None, SEVERAL),
+    ("test.jsonl", None, None, NO_SPLIT), ("train.csv", None, None, "it has train.csv"),
+    ("", None, None, "it has no file at all"),
+])  # fmt: skip
+def test_which_files_are_a_split(present, config, split, expected):
+    """Of layouts as they are published. A name without an ending is a Parquet file."""
+
+    def with_endings(text):
+        return [name if "." in name else f"{name}.parquet" for name in text.split()]
+
+    def chosen():
+        return names.files_of_split(with_endings(present), "a/b", config=config, split=split)
+
+    if set(with_endings(expected)) <= set(with_endings(present)) and expected:
+        assert chosen() == with_endings(expected)
     else:
-        with pytest.raises(BadInput, match=found):
-            choose()
+        with pytest.raises(BadInput, match=expected):
+            chosen()
+
+
+@pytest.mark.parametrize("given, expected", [
+    (["openai/gsm8k/main:test@refs/convert/parquet"], ["gsm8k/main:test"]),
+    (["a/math-1.5:test", "b/math-1.5:test"], ["a/math-1.5:test", "b/math-1.5:test"]),
+    (["openai/gsm8k:test", "gsm8k/test.jsonl"], ["gsm8k:test", "test"]),
+])  # fmt: skip
+def test_the_name_of_a_held_out_set_of_the_hub(given, expected):
+    assert list(short_names(given).values()) == expected
+
+
+# --- a hub in trouble ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trouble", [429, 500, 503, "drop"])
+def test_what_is_in_the_cache_does_not_need_a_hub_that_is_well(hub, tmp_path, trouble):
+    calls = model("some/toy"), files("some/sums")
+    well = [ask(hub, tmp_path, call) for call in calls]
+    hub.trouble = trouble
+    assert [ask(hub, tmp_path, call) for call in calls] == well
+    assert "refused: --model some/toy@v1 " in ask(hub, tmp_path, model("some/toy@v1"))
+
+
+def test_what_is_no_hub_is_named(hub, tmp_path):
+    hub.trouble = "odd"
+    for call in (model("some/toy"), files("some/sums")):
+        assert f"{hub.url} answers as no Hugging Face hub does" in ask(hub, tmp_path, call)
+    refusal = ask(hub, tmp_path, model("some/toy"), HF_ENDPOINT="http://[")
+    assert "HF_ENDPOINT http://[ is no address" in refusal
+
+
+def test_all_files_are_of_one_commit(hub, tmp_path):
+    """A branch that moves between configuration and weights changes nothing."""
+    calls = ", ".join([model("some/toy", weights=False), model("some/toy"), files("some/sums")])
+    small, whole, *_ = ask(hub, tmp_path, calls).split()
+    assert small == whole
+    assert hub.resolved == 2  # of the model and of the dataset
 
 
 # --- a run --------------------------------------------------------------------------------------
@@ -220,5 +277,31 @@ def test_two_ranks_train_a_model_of_the_hub_on_its_prompts(hub, tmp_path, monkey
     flags += ["--prompts-per-step", "2", "--samples-per-prompt", "2", "--export"]
     done = torchrun(ROOT / "loop_sync.py", *flags, ranks=2, cwd=tmp_path)
     assert {*hub.sent.values()} == {1}  # once for both ranks
-    assert f"some/toy: {tmp_path}/home/hub/models--some--toy/snapshots/{COMMIT}" in done.stderr
+    folder = tmp_path / "home" / "hub" / "models--some--toy" / "snapshots" / COMMIT
+    assert f"--model some/toy: {folder}" in done.stderr
     assert "held_out" in metrics_of(tmp_path / "runs" / "a")[-1]
+
+
+@pytest.mark.complete
+def test_nothing_large_is_fetched_for_a_run_that_is_refused(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    flags = ["--model", "some/toy", "--prompts", "some/none", "--eval-prompts", "some/sums:dev"]
+    done = torchrun(ROOT / "loop_sync.py", *flags, ranks=1, cwd=tmp_path, check=False)
+    assert "exitcode  : 2" in done.stderr
+    assert "the dataset some/none is neither on this machine nor on" in done.stderr
+    assert "no JSONL or Parquet file of the split dev" in done.stderr
+    assert "config.json" in hub.sent
+    assert "model.safetensors" not in hub.sent
+
+
+@pytest.mark.parametrize("flag", ["--model", "--eval-prompts"])
+def test_ranks_that_read_other_files_are_refused(monkeypatch, flag):
+    inputs = {"--model": "12", "--prompts": {"1": "34"}, "--eval-prompts": "56"}
+    texts = [json.dumps(inputs | {flag: seen}).encode() for seen in ("12", "99", "12")]
+    monkeypatch.setattr(start.distributed, "all_gather_bytes", lambda mine, group: texts)
+    with pytest.raises(BadInput) as raised:
+        start.check_same_inputs(inputs, None)
+    assert raised.value.problems == (
+        f"rank 1 reads from {flag} something else than rank 0: give every machine the same files",
+    )

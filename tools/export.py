@@ -77,7 +77,7 @@ def main(settings: ExportSettings) -> None:
         raise BadInput(f"--checkpoint {folder} holds no checkpoint: {CHECKPOINT_FIX}")
     saved = checkpoint.open_checkpoint(newest)
     model = settings.model or saved.state["settings"]["run"]["model"]
-    model = hub.model_folder(model, flag="--model", check=read_config, weights=True)
+    model = hub.model_folder(model, flag="--model", weights=True)
     config = read_config(model)
     train = TrainSettings(
         train_dtype=saved.state["settings"]["train"]["train_dtype"],
