@@ -88,7 +88,7 @@ class PromptStream:
         self.has_engine = run.engine_index is not None
         self.shared = deal.shared_prompts(run, settings)
         self.per_step = settings.prompts_per_step // (1 if self.shared else run.engines)
-        self.taken = prompts_taken_before(run) if self.has_engine else 0
+        self.taken = prompts_taken_before(run, settings) if self.has_engine else 0
         self._share = engine_share(run.data.stream, run)
         for _ in islice(self._share, 0 if self.shared else self.taken):
             pass
@@ -111,14 +111,14 @@ class PromptStream:
         return {"prompts": self.taken} if self.has_engine else {}
 
 
-def prompts_taken_before(run) -> int:
+def prompts_taken_before(run, settings: RolloutSettings) -> int:
     """Return how many prompts this engine had taken when the checkpoint was written.
 
     If the number of engines has changed, return an upper bound, so that no prompt is used twice.
     """
     states = run.resumed_from.ranks if run.resumed_from else []
     taken = [state["prompts"] for state in states if state.get("prompts") is not None] or [0]
-    if run.settings.rollout.deal == "room":
+    if settings.deal == "room":
         return max(taken)
     if len(taken) == run.engines:
         return taken[run.engine_index]

@@ -145,7 +145,6 @@ def test_a_mixture_draws_by_weight_and_numbers_as_it_draws(one_rank, tmp_path):
     checkpoint = SimpleNamespace(ranks=[{"prompts": 123}])
     again = load_data(TOY, settings, config, seed=1)
     run = SimpleNamespace(data=again, engine_index=0, engines=1, resumed_from=checkpoint)
-    run.settings = SimpleNamespace(rollout=settings)
     prompts = PromptStream(run, settings)
     assert prompts.take(5) == stream[123:128]
     assert prompts.state() == {"prompts": 128}
