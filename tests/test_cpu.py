@@ -62,6 +62,25 @@ def run_python(program: str, **environment: str) -> subprocess.CompletedProcess:
     return done
 
 
+FOLDED = """
+import torch
+torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
+import backends
+x, w = (torch.randn(64, 96, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (0, 1))
+expected = (x.float() @ w.float().T).bfloat16()
+transposed = x[None].transpose(0, 1)  # [64, 1, 96], as the gradient of transposed logits
+with torch.profiler.profile() as profile:
+    same = [torch.matmul(transposed, w.T), transposed @ w.T]
+    same += [torch.nn.functional.linear(transposed, w)]
+print(all(torch.equal(rows[:, 0], expected) for rows in same))
+print(any("bmm" in event.key for event in profile.key_averages()))
+"""
+
+
+def test_no_product_is_made_one_token_at_a_time():
+    assert run_python(FOLDED).stdout.split() == ["True", "False"]
+
+
 ABSENT = ["torchvision.transforms", "torchvision.transforms.v2.functional", "sgl_kernel"]
 CALL_EACH = f"""
 import importlib

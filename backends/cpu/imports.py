@@ -97,6 +97,11 @@ def _through_fp32(product):
     def wrapped(a, b, bias=None, **kwargs):
         if a.dtype is torch.bfloat16 and b.dtype is torch.bfloat16 and not kwargs:
             more = {} if bias is None else {"bias": bias.float()}
+            if a.dim() > 2 and b.dim() == 2:
+                # torch would multiply a tensor with odd strides, as the gradient of transposed
+                # logits, one token at a time, and read the whole vocabulary matrix for each.
+                rows = product(a.reshape(-1, a.shape[-1]).float(), b.float(), **more)
+                return rows.to(torch.bfloat16).view(*a.shape[:-1], rows.shape[-1])
             return product(a.float(), b.float(), **more).to(torch.bfloat16)
         more = {} if bias is None else {"bias": bias}
         return product(a, b, **more, **kwargs)
