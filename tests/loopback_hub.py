@@ -15,14 +15,15 @@ REVISIONS = ("main", "v1", COMMIT)
 class Hub:
     """Serves root/models/OWNER/NAME and root/datasets/OWNER/NAME.
 
-    gated: names whose files it does not hand out. sent: how often it sent each file. resolved: how
-    often it was asked for the commit of a revision. trouble: what it does instead of answering: a
-    status to answer with, "drop" the connection, or "odd", JSON that says nothing.
+    gated: names whose files it does not hand out. token: without it nothing is found. sent: how
+    often it sent each file. resolved: how often it was asked for the commit of a revision. trouble:
+    what it does instead of answering: a status to answer with, "drop" the connection, or "odd",
+    JSON that says nothing.
     """
 
     def __init__(self, root: Path):
         self.root, self.gated, self.sent = root, set(), Counter()
-        self.resolved, self.trouble = 0, None
+        self.resolved, self.trouble, self.token = 0, None, ""
         handler = type("OfHub", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -43,6 +44,8 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if self.hub.trouble == "odd":
             return self.send(b"{}")
+        if self.hub.token not in self.headers.get("Authorization", ""):
+            return self.refuse(401, "RepoNotFound")
         if self.hub.trouble:
             return self.send(b"", self.hub.trouble)
         kind, *parts = unquote(urlsplit(self.path).path).strip("/").split("/")

@@ -141,6 +141,12 @@ def test_a_gated_model_says_where_its_terms_are(hub, tmp_path):
     assert f"is gated: accept its terms at {hub.url}/some/toy, and set HF_TOKEN" in refusal
 
 
+def test_a_private_model_needs_the_token(hub, tmp_path):
+    hub.token = "hf_secret"
+    assert "set HF_TOKEN if it is private" in ask(hub, tmp_path, model("some/toy"))
+    assert COMMIT in ask(hub, tmp_path, model("some/toy"), HF_TOKEN="hf_secret")
+
+
 def test_a_hub_that_cannot_be_reached_is_named(hub, tmp_path):
     refusal = ask(hub, tmp_path, model("some/toy"), HF_ENDPOINT="http://127.0.0.1:9")
     assert "http://127.0.0.1:9 cannot be reached: " in refusal
