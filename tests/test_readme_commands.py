@@ -285,6 +285,7 @@ BENCHMARKS = {  # the command in docs/: what makes it short
     "bench/overlap.py": "compute --steps 4 --rounds 1",
     "bench/overlap.py accuracy": "--steps 1 --rounds 1",
     "bench/peers.py": "bare-toy --rounds 1",
+    "bench/real_model.py FOLDER": "--rounds 1 --answers 2 --tokens 8",
     "bench/soak.py sync --kills 20 --steps 40": "--kills 1 --steps 4",
     "bench/soak.py async --kills 20 --steps 60": "--kills 1 --steps 5",
     "bench/tools.py accuracy": "--steps 1 --seeds 1 --warm-steps 2",
@@ -297,7 +298,7 @@ BENCHMARKS = {  # the command in docs/: what makes it short
 @pytest.mark.parametrize("command", BENCHMARKS)
 def test_benchmarks_run(command, tmp_path):
     (tmp_path / "docs").mkdir()
-    script, *words = command.split()
+    script, *words = command.replace("FOLDER", str(ROOT / "toy")).split()
     done = subprocess.run(
         [sys.executable, ROOT / script, *words, *BENCHMARKS[command].split()],
         cwd=tmp_path,

@@ -46,6 +46,7 @@ RUN_BY = {
     "bench/no_bf16.py": "test_readme_commands.py",
     "bench/overlap.py": "test_readme_commands.py",
     "bench/peers.py": "test_readme_commands.py",
+    "bench/real_model.py": "test_readme_commands.py",
     "bench/soak.py": "test_readme_commands.py",
     "bench/tools.py": "test_readme_commands.py",
     "bench/weight_sync.py": "test_readme_commands.py",
