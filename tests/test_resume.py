@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from common import process_groups
 from common.errors import BadInput
-from common.settings import InFlightSettings, RolloutSettings, RunSettings, TrainSettings
+from common.settings import RolloutSettings, RunSettings, TrainSettings
 from harness import checkpoint
 from reward import RewardSettings
 
@@ -215,11 +215,10 @@ def test_a_link_to_nowhere_in_the_place_of_runs_is_refused(monkeypatch, tmp_path
         start_main(loop_sync)
 
 
-def async_settings(prompts=16, reward="exact", **in_flight):
+def async_settings(prompts=16, reward="exact", deal="fixed"):
     return loop_async.Settings(
         run=RunSettings(name="old"),
-        rollout=RolloutSettings(prompts_per_step=prompts),
-        in_flight=InFlightSettings(**in_flight),
+        rollout=RolloutSettings(prompts_per_step=prompts, deal=deal),
         reward=RewardSettings(reward=reward),
     )
 
