@@ -198,8 +198,8 @@ def measure(folder: str, splits: list[int], microbatch_tokens: int, order: str) 
         megatron=("adam_eps=1.0",),
     )
     losses, gradients = {}, {}
+    drop_megatron()  # all trainers of a layout share its groups
     for name, (reward_changes, loss_changes) in ALGORITHMS.items():
-        drop_megatron()
         loss = LossSettings(**loss_changes)
         trainer = train_step.build_trainer(
             folder,

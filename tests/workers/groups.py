@@ -8,10 +8,11 @@ from megatron.core import parallel_state as mpu
 
 
 def drop_megatron() -> None:
-    """Forget Megatron's parallel state, and end its process groups. The default group stays.
+    """Forget Megatron's parallel state and its process groups. The default group stays.
 
-    A gloo group has a thread that wakes a hundred times a second until the group ends. Megatron
-    makes some twenty groups for each trainer, and forgets them without ending them.
+    A gloo group has threads that wake a hundred times a second for as long as anything refers to
+    it. Megatron makes some twenty groups for a layout, and a trained model is not always freed. So
+    trainers of one layout are to share its groups: with a thousand such threads nothing else runs.
     """
     if not mpu.model_parallel_is_initialized():
         return
