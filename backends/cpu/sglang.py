@@ -27,7 +27,9 @@ SERVER_ARGS = dict(
     disable_cuda_graph=True,
     disable_overlap_schedule=True,
     sleep_on_idle=True,  # else the scheduler spins on a core that a trainer needs
-    mem_fraction_static=0.1,
+    # Other processes load models while an engine starts, and SGLang counts what they take as its
+    # own weights. max_total_tokens bounds the cache; memory that it does not use is never touched.
+    mem_fraction_static=0.5,
     max_total_tokens=65536,
     max_running_requests=256,
     chunked_prefill_size=4096,
