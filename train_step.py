@@ -45,6 +45,7 @@ from backends.megatron.batches import (
 )
 from backends.megatron.layout import Layout
 from backends.megatron.logprobs import logprobs_and_entropy, mismatch
+from backends.megatron.lora import add_adapters
 from backends.megatron.not_finite import explain_not_finite
 from backends.megatron.optimizer import build_optimizer, gradient_norm, wrap_data_parallel
 from backends.megatron.routing_replay import RoutingReplay, build_replay, routed_as_the_engine
@@ -117,11 +118,13 @@ def build_trainer(
     """
     init_parallel(settings, seed=seed)
     gpt, layout, module = load_model(model_folder, settings, config, fp8=fp8)
+    if settings.lora_rank:  # then they alone are trained
+        add_adapters(gpt, settings, config, layout, seed=seed)
     if head is not None and gpt.post_process:
         gpt.output_layer = head(gpt.config)
     reference = None
     if with_reference:
-        reference = load_reference(model_folder, settings, config, fp8=fp8)
+        reference = load_reference(model_folder, settings, config, fp8=fp8, policy=module)
     ddp = wrap_data_parallel(gpt, module)
     optimizer, scheduler = build_optimizer(ddp, gpt, settings, config, steps=steps)
     return Trainer(
@@ -159,13 +162,14 @@ def run_schedule(
     output_TX: the model's output, float [T, X], on the last pipeline stage. Other stages get [].
     model: the trainer's unless given.
     """
+    replay = trainer.replay if model is None else None  # the reference chooses its own experts
     # Else Float16Module would make an FP32 copy of all logits. logprobs.py does so for few tokens.
     more = {"fp32_output": False} if trainer.settings.train_dtype == "bf16" else {}
 
     def forward_step(iterator, model):
         batch = next(iterator)
         packed = dict(packed_seq_params=batch.packed, **more, **padding_of(trainer, batch))
-        with routed_as_the_engine(trainer.replay, batch, is_training=not forward_only):
+        with routed_as_the_engine(replay, batch, is_training=not forward_only):
             output_1TX = model(batch.tokens_T[None], None, None, **packed)
         return output_1TX, lambda output_1TX: loss_function(batch, output_1TX[0])
 

@@ -39,6 +39,7 @@ from backends.delta_gather import compare, gather_changes
 from backends.huggingface.fp8 import describe
 from backends.huggingface.names import VOCABULARY, Rule, parameters_of, rule_of, split_stacked
 from backends.megatron.layout import Layout
+from backends.megatron.lora import merged
 from backends.sglang.buckets import (
     Named,
     check_all_compared,
@@ -78,6 +79,10 @@ class WeightPath:
     engine at its side."""
     sent: Sent | None = None
     """What this rank has sent, to send changes only; None with --sync full."""
+
+    def shards(self, *, quantize: bool) -> Iterator["Shard"]:
+        """Yield what is gathered. harness/export.py gathers LoRA's adapters by another path."""
+        return shards_in_model_order(self, quantize=quantize)
 
 
 def open_path(run, trainer) -> WeightPath:
@@ -286,7 +291,8 @@ def shards_in_model_order(weights: WeightPath, *, quantize: bool) -> Iterator[Sh
         tp = layout.tp(rule)
         groups = config["num_key_value_heads"] // tp
         stacked = dict(head_dim=config["head_dim"], groups=groups)
-        parts = split_stacked(parameter.detach(), len(rule.hf), **stacked)
+        weight = merged(weights.gpt, megatron_name, parameter)  # with LoRA's adapters, if any
+        parts = split_stacked(weight, len(rule.hf), **stacked)
         names_of_parts = zip(*layout.names(rule, config))
         for names, part in zip(map(list, names_of_parts), parts):
             if not quantize or names[0] not in weights.fp8:
@@ -305,7 +311,7 @@ def gather_buckets(
 ) -> Iterator[list[Named]]:
     """Yield a pipeline stage's buckets. Collective over its tensor- and expert-parallel ranks."""
     bucket, size = [], 0
-    for shard in shards_in_model_order(weights, quantize=quantize):
+    for shard in weights.shards(quantize=quantize):
         bucket.append(shard)
         is_split = shard.rule.tp_dim is not None
         copies = weights.layout.group(shard.rule).size() if is_split else len(shard.names)

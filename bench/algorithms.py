@@ -45,6 +45,7 @@ ALGORITHMS = {
     "KL to the start, low_var_kl": "--kl-coef 0.01 --kl-estimator low_var_kl",
     "KL to the start, unbiased k3": "--kl-coef 0.01 --kl-estimator unbiased_k3",
     "entropy bonus": "--entropy-coef 0.003",
+    "LoRA of rank 32": "--lora-rank 32 --lr 2e-3",
     "PPO with a critic": "examples/ppo_critic.py",
 }
 

@@ -52,7 +52,7 @@ class RunSettings:
     there is none, start afresh, and keep what lies in the run's folder beside it."""
     export: tuple[str, ...] = ("bf16",)
     """Formats in which to write the trained weights as Hugging Face folders at the end: any of
-    bf16, fp8; an empty list writes none."""
+    bf16, fp8, and lora, the adapters of --lora-rank for PEFT; an empty list writes none."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, into the run folder."""
     wandb: str = ""
@@ -212,6 +212,11 @@ class TrainSettings:
     compare: the trainer's own choice; route_mismatch counts how often the engine took others."""
     freeze_moe_router: bool = False
     """Leave the weights of a mixture of experts' routers as they are."""
+    lora_rank: int = 0
+    """Train LoRA adapters of this rank in all linear layers, and leave the model's weights as they
+    are; 0: train all weights. Adapters need about ten times the --lr."""
+    lora_alpha: float = 32.0
+    """LoRA adds its product times this number divided by --lora-rank."""
     megatron: tuple[str, ...] = ()
     """Fields of Megatron's TransformerConfig or OptimizerConfig, key=value, for memory, speed,
     rounding, Adam and the balance of experts; for instance recompute_granularity=full. See TUNABLE

@@ -137,6 +137,8 @@ def check_critic_flags(settings: Settings) -> None:
             "--advantage and --dynamic-sampling compare the answers of a group, which a critic"
             " makes unnecessary: leave them out"
         )
+    if settings.train.lora_rank:
+        yield "--lora-rank: the critic would have adapters too, at a rate for weights: leave it out"
     if settings.loss.kl_coef and settings.loss.kl_in == "reward":
         yield "--kl-in reward is not part of this example: use --kl-in loss"
 

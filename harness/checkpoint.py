@@ -2,7 +2,8 @@
 
     runs/NAME/checkpoints/step-000040/
         model/          weights, FP32 main weights, Adam state and schedule, by megatron-core's
-                        dist_checkpointing: any layout of ranks can read them
+                        dist_checkpointing: any layout of ranks can read them. With LoRA those of
+                        the adapters
         state.json      the step, where the record's files stood, and of every rank: random
                         generators, prompts taken, groups in flight
         files.json      size and CRC-32 of every file
@@ -47,14 +48,15 @@ from data.remote_reward import is_url
 from harness.checks import is_async
 from harness.run_folder import FILES, checkpoints_of, has_whole_rows, remove_parts, step_of
 
-# With other values other prompts would follow, samples of one run would have rewards of two kinds,
-# or weights would be rounded. All other settings may change.
-MUST_AGREE = (
+# With other values weights would be rounded, or have no place.
+WEIGHTS_MUST_AGREE = tuple(("train", name) for name in ("train_dtype", "lora_rank", "lora_alpha"))
+# With other values other prompts would follow, or samples of one run would have rewards of two
+# kinds. All other settings may change.
+MUST_AGREE = WEIGHTS_MUST_AGREE + (
     ("run", "seed"),
     ("rollout", "samples_per_prompt"),
     ("rollout", "deal"),
     ("reward", "reward"),
-    ("train", "train_dtype"),
     ("train", "freeze_moe_router"),  # frozen weights have no optimizer state
 )
 # With other values the groups in flight would have no place, be too old, or be sampled otherwise.
@@ -283,7 +285,7 @@ def find_latest_checkpoint(settings, loop: str, read: dict[str, str]) -> Checkpo
 
 def _evaluation_problems(newest: Checkpoint, settings, read: dict[str, str]) -> Iterator[str]:
     """Yield what keeps --eval-only from reading the weights of a checkpoint, and no more of it."""
-    yield from _other_settings(newest, settings, (("train", "train_dtype"),))
+    yield from _other_settings(newest, settings, WEIGHTS_MUST_AGREE)
     yield from _other_files(newest, {flag: x for flag, x in read.items() if flag == "--model"})
     yield from _other_experts(newest, settings)
 
@@ -328,10 +330,12 @@ def _resume_problems(newest: Checkpoint, settings, read: dict[str, str]) -> Iter
 
 def _other_settings(newest: Checkpoint, settings, agree: tuple) -> Iterator[str]:
     """Yield the settings that must agree, (stage, name) each, and do not."""
-    asked = json.loads(json.dumps(dataclasses.asdict(settings)))  # lists for tuples, as in the file
+    both = (json.loads(json.dumps(dataclasses.asdict(x))) for x in (settings, type(settings)()))
+    asked, defaults = both  # with lists for tuples, as in the file
     for stage, name in agree:
-        then = newest.state["settings"].get(stage, {}).get(name)
         now = asked.get(stage, {}).get(name)
+        default = defaults.get(stage, {}).get(name)  # of what an older version did not ask
+        then = newest.state["settings"].get(stage, {}).get(name, default)
         if name == "reward" and is_url(str(then)) and is_url(str(now)):
             continue  # a service may have another address now
         if then != now:

@@ -33,6 +33,7 @@ from common.settings import (
     parse_weights,
 )
 from harness.epochs import check_max_epochs
+from harness.lora_checks import check_lora_flags
 from harness.loss_checks import check_loss_settings
 from harness.reward_checks import TEMPERATURES, check_held_out_flags, check_reward_flags
 from harness.run_folder import name_problems, rollouts_file
@@ -68,6 +69,7 @@ def check_flags(settings) -> None:
     trained = dict(steps=settings.run.steps, ranks=trainer_ranks)
     found.collect(check_train_flags, settings.train, settings.loss, **trained)
     found.collect(check_loss_settings, settings.loss)
+    found.collect(check_lora_flags, settings)
     found.collect(check_sync_flags, settings.sync, settings.rollout)
     found.collect(check_modes, settings)
     if not settings.run.load_rollouts:  # model_checks.longest_of_dumps checks the loaded ones
@@ -108,6 +110,8 @@ def check_modes(settings) -> None:
         kind = "--eval-only" if run.eval_only else "--debug-rollout-only"
         idle = [(settings.loss, "kl_coef"), (train, "minibatches"), (train, "train_numerics")]
         idle += [(train, "freeze_moe_router"), (settings.loss, "old_logprobs")]
+        if run.debug_rollout_only or not run.resume:
+            idle += [(train, "lora_rank")]  # adapters that have learned nothing add nothing
         if run.eval_only:
             idle += [(settings.reward, "dynamic_sampling"), (train, "routing_replay")]
             idle += [(run, "max_epochs"), (rollout, "deal")]
@@ -150,8 +154,8 @@ def check_run_flags(settings: RunSettings) -> None:
     if odd := set(settings.wandb) & set(NOT_IN_PROJECTS):
         which = f"--wandb {settings.wandb!r} holds {''.join(sorted(odd))!r}"
         yield f"{which}: the name of a project may hold none of {NOT_IN_PROJECTS}"
-    if unknown := set(settings.export) - {"bf16", "fp8"}:
-        yield f"--export {' '.join(sorted(unknown))} is none of: bf16, fp8"
+    if unknown := set(settings.export) - {"bf16", "fp8", "lora"}:
+        yield f"--export {' '.join(sorted(unknown))} is none of: bf16, fp8, lora"
     for name, line in EXTRAS.items():
         if getattr(settings, name) and importlib.util.find_spec(name) is None:
             yield f"--{name} needs a package that is not installed: pip install {line}"

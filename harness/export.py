@@ -1,4 +1,4 @@
-"""Write the trained weights as Hugging Face folders.
+"""Write the trained weights as Hugging Face folders, or LoRA's adapters as PEFT's.
 
 All ranks gather the weights bucket by bucket, as in a weight update. The first rank writes them.
 """
@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 
 from backends.huggingface.folder import INDEX, HFWeights, files_to_export, is_of_mtp
 from backends.huggingface.fp8 import fp8_weights
-from backends.huggingface.names import fp8_config
+from backends.huggingface.names import Rule, fp8_config, split_stacked
+from backends.megatron.lora import adapted_linears
 from common.errors import BadInput, ExportError, read_json
-from weight_sync import WeightPath, quantize_named, trainer_buckets
+from weight_sync import Shard, WeightPath, quantize_named, trainer_buckets
 
 MAX_FILE_BYTES = 4 * 2**30  # a file is closed when it has grown beyond this
 
@@ -43,7 +44,10 @@ def export_all(weights: WeightPath, targets: dict[str, Path], *, source: str | P
     failures = []
     for dtype, target in targets.items():
         try:
-            export_hf(weights, target, source=source, dtype=dtype)
+            if dtype == "lora":
+                export_adapters(weights, target, source=source)
+            else:
+                export_hf(weights, target, source=source, dtype=dtype)
         except ExportError as error:
             failures.append(str(error))
     if failures:
@@ -91,6 +95,65 @@ def export_hf(weights: WeightPath, target: Path, *, source: str | Path, dtype: s
         kept = config["quantization_config"]["modules_to_not_convert"]
         kept += sorted({name.rpartition(".")[0] for name in untrained})
     writer.finish(config, Path(source))
+
+
+# --- LoRA ---------------------------------------------------------------------------------------
+
+
+class AdapterPath(WeightPath):
+    """The same path for the adapters alone, under the names that PEFT gives them."""
+
+    def shards(self, *, quantize: bool):
+        """Yield every adapter as a Shard; where Megatron's layers share an A, each gets a copy."""
+        config, layout = self.config, self.layout
+        for _, module, rule in adapted_linears(self.gpt, layout):
+            groups = config["num_key_value_heads"] // layout.tp(rule)
+            stacked = dict(head_dim=config["head_dim"], groups=groups)
+            parts = split_stacked(module.lora_B.detach(), len(rule.hf), **stacked)
+            for names, part in zip(zip(*layout.names(rule, config)), parts):
+                for letter, tp_dim, local in (("A", 1, module.lora_A.detach()), ("B", 0, part)):
+                    # Where each rank has experts of its own, they are gathered like parts.
+                    has_own = rule.expert is not None and layout.ep > 1
+                    dim = tp_dim if rule.tp_dim == tp_dim or has_own else None
+                    peft = [f"base_model.model.{name[:-7]}.lora_{letter}.weight" for name in names]
+                    yield Shard(peft, local, Rule((), dim, rule.expert))
+
+
+def export_adapters(weights: WeightPath, target: Path, *, source: str | Path) -> None:
+    """Write LoRA's adapters as a folder that PEFT loads beside the model source. Collective.
+
+    The first rank writes, and raises ExportError.
+    """
+    check_export_target(target, source)
+    named = {}
+    for bucket in trainer_buckets(AdapterPath(**vars(weights)), quantize=False):
+        if dist.get_rank() == 0:
+            # Copies: what Megatron stacks shares an A, and a file may not.
+            named |= {name: tensor.cpu().clone() for name, tensor in bucket}
+    if dist.get_rank() != 0:
+        return
+    rank = next(iter(named.values())).shape[0]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(source),
+        "r": rank,
+        "lora_alpha": weights.gpt.adapters.scale * rank,
+        "target_modules": sorted({name.split(".")[-3] for name in named}),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        part = target / "adapters.part"
+        save_file(named, part, metadata={"format": "pt"})
+        part.rename(target / "adapter_model.safetensors")
+        _write_json(target / "adapter_config.json", config)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"the export {target} could not be written: {error}") from error
+
+
+# --- the files ----------------------------------------------------------------------------------
 
 
 class _Writer:

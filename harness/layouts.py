@@ -144,6 +144,7 @@ def trainer_sizes(plan: Plan) -> TrainerSizes:
         microbatches=-(-update_tokens // microbatch_tokens),
         recompute=plan.recompute,
         reference=plan.reference,
+        lora_rank=train.lora_rank,
     )
     return TrainerSizes(parts, dp=dp, microbatch_tokens=microbatch_tokens)
 

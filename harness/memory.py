@@ -14,6 +14,9 @@ needs most counts.
     activations    see activation_bytes and stage_activation_bytes
     logits         see logit_bytes
 
+With --lora-rank P of gradients and optimizer is the number of the adapters' parameters. The weights
+have them on top. Without --reference the reference then needs nothing.
+
 A rank of an engine holds the weights as they are sent, and a cache of keys and values. layouts.py
 says which of all this is in memory at the same time.
 """
@@ -70,6 +73,45 @@ def layer_parameters(
         elif not name.endswith(ROUTER_BIAS):
             others += math.prod(shape) / (1 if TP_DIMS[name] is None else tp)
     return experts, others
+
+
+def layer_adapters(
+    config: dict, *, rank: int, sparse: bool, tp: int, ep: int
+) -> tuple[float, float]:
+    """Return the parameters of one layer's LoRA adapters on one rank: (of experts, all others).
+
+    A matrix [out, in] has rank (in + out) of them. Stacked matrices share what is before them. The
+    numbers are 0 where the model has no layer of the kind.
+    """
+    layers = layer_kinds(config)[sparse]
+    if not layers or not rank:
+        return 0.0, 0.0
+    shapes = layer_shapes(config, layers[0])
+    experts, others = 0.0, 0.0
+    for name, rule in LAYER_RULES.items():
+        is_adapted = name.endswith(".weight") and ".linear_" in name
+        if not is_adapted or rule.hf[0] not in shapes:
+            continue
+        rows, columns = sum(shapes[part][0] for part in rule.hf), shapes[rule.hf[0]][1]
+        is_expert = "{}" in rule.hf[0]
+        split = 1 if is_expert and ep > 1 else tp
+        # Tensor parallelism splits the one that has the dimension by which it splits the matrix.
+        parts = (rows / split, columns) if rule.tp_dim == 0 else (rows, columns / split)
+        if is_expert:
+            experts += config["num_experts"] / ep * rank * sum(parts)
+        else:
+            others += rank * sum(parts)
+    return experts, others
+
+
+def trained_parameters(config: dict, *, lora_rank: int) -> int:
+    """Return the parameters that are trained: all, or those of LoRA's adapters."""
+    if not lora_rank:
+        return parameters(config)[0]
+    whole, total = dict(rank=lora_rank, tp=1, ep=1), 0.0
+    for sparse, layers in layer_kinds(config).items():
+        total += len(layers) * sum(layer_adapters(config, sparse=sparse, **whole))
+    return int(total)
 
 
 def embedding_parameters(config: dict, *, tp: int = 1) -> int:
@@ -226,15 +268,19 @@ def trainer_bytes(
     microbatches: int,
     recompute: bool,
     reference: dict | None,
+    lora_rank: int = 0,
 ) -> dict[str, float]:
     """Return {what: bytes} on a rank of the pipeline stage that needs most.
 
     ranks: all that train. tokens: of a micro-batch on one rank. reference: config.json of a frozen
-    model that stays on the GPU too. The module's docstring has the formulas.
+    model that stays on the GPU too. lora_rank: 0 trains all weights. The module's docstring has the
+    formulas.
     """
     kinds = [sparse for sparse, layers in layer_kinds(config).items() if layers]
     load = dict(tokens=tokens, tp=tp, element_bytes=element_bytes)
     held = {sparse: layer_parameters(config, sparse=sparse, tp=tp, ep=ep) for sparse in kinds}
+    as_weights = dict(rank=lora_rank, tp=tp, ep=ep)
+    adapters = {sparse: layer_adapters(config, sparse=sparse, **as_weights) for sparse in kinds}
     frozen = {}
     if reference:
         split_as = dict(tp=tp, ep=expert_ranks(reference, ep))
@@ -247,8 +293,14 @@ def trainer_bytes(
     for stage in range(pp):
         of_stage = dict(tp=tp, pp=pp, stage=stage)
         experts, others = stage_parameters(config, held, **of_stage)
+        weights, trained, trained_others = experts + others, experts, others
+        if lora_rank:
+            layers = stage_layers(config, pp=pp, stage=stage)
+            of_layers = [adapters[is_sparse(config, layer)] for layer in layers]
+            trained, trained_others = map(sum, zip(*of_layers))
+            weights += trained + trained_others
         # P / D of the module's docstring, for experts and for the others.
-        split = experts / (ranks / (pp * ep * expert_tp)) + others / (ranks / (pp * tp))
+        split = trained / (ranks / (pp * ep * expert_tp)) + trained_others / (ranks / (pp * tp))
         activations = stage_activation_bytes(
             config,
             kept,
@@ -260,8 +312,8 @@ def trainer_bytes(
         )
         frozen_parts = stage_parameters(reference, frozen, **of_stage) if reference else ()
         sizes = {
-            "weights": element_bytes * (experts + others),
-            "gradients": 4 * (experts + others),
+            "weights": element_bytes * weights,
+            "gradients": 4 * (trained + trained_others),
             "optimizer": (12 if element_bytes == 2 else 8) * split,
             "reference": element_bytes * sum(frozen_parts),
             "activations": activations,
@@ -338,5 +390,8 @@ def engine_bytes(
 
 
 def checkpoint_bytes(parameters: int, *, train_dtype: str) -> int:
-    """Return the bytes of a checkpoint: weights, FP32 main weights, and Adam's two FP32 moments."""
+    """Return the bytes of a checkpoint: weights, FP32 main weights, and Adam's two FP32 moments.
+
+    parameters: those that are trained; the others are not in it.
+    """
     return parameters * ((2 if train_dtype == "bf16" else 4) + 12)

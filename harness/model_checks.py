@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from backends.huggingface.config import check_layout, read_config
+from backends.huggingface.config import check_layout, is_sparse, read_config
 from backends.huggingface.folder import HFWeights, check_shapes
 from backends.huggingface.fp8 import fp8_weights
 from backends.megatron.batches import padded_length
@@ -25,14 +25,26 @@ from backends.sglang.checks import server_overrides
 from backends.routed_experts import unpack
 from common.errors import ProblemList, all_problems
 from common.held_out import held_out_sets
+from common.overrides import parse_overrides
 from common.settings import RolloutSettings, RunSettings, TrainSettings, check_ranks
 from data.prompts import ENGINE_KEEPS
 from data.sample import read_dump
 from data.tokenizer import token_table
 from harness import checks
+from harness.memory import parameters, trained_parameters
 from harness.run_folder import rollouts_file
 from megatron.core.transformer import TransformerConfig
 from rollout import split_discarded
+
+# Fields of --megatron by which a layer would be computed without its adapters, or which train
+# something else than adapters.
+NOT_WITH_LORA = {
+    "moe_grouped_gemm": "each expert's layers have adapters of their own",
+    "moe_shared_expert_overlap": "it computes parts of a layer that has adapters",
+    "moe_router_load_balancing_type": "routers stay as they are",
+    "moe_aux_loss_coeff": "routers stay as they are",
+    "moe_router_bias_update_rate": "routers stay as they are",
+}
 
 
 @all_problems
@@ -225,6 +237,37 @@ def check_rounding(settings, config: dict | None) -> None:
         has_te = checks.is_plan(settings) or has_transformer_engine()
         found.collect(check_numerics, config, fp8, tp=train.tp, ep=train.ep, has_te=has_te)
     yield from found.texts
+
+
+@all_problems
+def check_lora(settings, config: dict | None) -> None:
+    """Refuse what the model does not allow. config: config.json, checked; None if it could not be.
+
+    settings: a loop's.
+    """
+    train = settings.train
+    if config is None or train.lora_rank < 1:
+        return
+    trained, whole = trained_parameters(config, lora_rank=train.lora_rank), parameters(config)[0]
+    if trained >= whole:
+        sizes = f"adapters of {trained:,} parameters beside {whole:,} weights"
+        yield f"--lora-rank {train.lora_rank} makes {sizes}: use a smaller rank, or 0"
+    given = parse_overrides(train.megatron, flag="--megatron", fields=None)
+    for name in NOT_WITH_LORA:
+        if given.get(name, 0) not in (False, 0, "none"):
+            why = NOT_WITH_LORA[name]
+            yield f"--megatron {name}={given[name]} does not go with --lora-rank: {why}"
+    if "lora" in settings.run.export and (problem := peft_problem(config)):
+        yield f"--export lora: {problem}"
+
+
+def peft_problem(config: dict) -> str:
+    """Say why PEFT could not load the adapters of a model; "" if it can. config: checked."""
+    kinds = {is_sparse(config, layer) for layer in range(config["num_hidden_layers"])}
+    if config["num_experts"] and (len(kinds) == 2 or config.get("n_shared_experts")):
+        found = "of experts and other MLPs in one model PEFT 0.21.2 loads the experts' alone"
+        return f"{found}, and says nothing: use bf16, in which they are merged"
+    return ""
 
 
 @all_problems

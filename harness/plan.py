@@ -35,7 +35,7 @@ from harness.layouts import (
     peaks,
     trainer_sizes,
 )
-from harness.memory import checkpoint_bytes, hand_off_bytes, parameters
+from harness.memory import checkpoint_bytes, hand_off_bytes, parameters, trained_parameters
 
 # What a process takes without a GPU beside its tensors: Python, torch, and megatron-core in a
 # trainer or SGLang in an engine's scheduler.
@@ -71,6 +71,8 @@ def _resident_reference(settings, config: dict) -> dict | None:
     """Return config.json of the reference that stays on the trainers' GPUs; None without one."""
     if settings.loss.kl_coef <= 0 or settings.train.offload_reference:
         return None
+    if settings.train.lora_rank and not settings.train.reference:
+        return None  # it is the model without its adapters
     return read_config(settings.train.reference) if settings.train.reference else config
 
 
@@ -160,7 +162,8 @@ def report(
     for phase, nbytes in needs.items():
         _print_row(phase, nbytes, "" if nbytes <= gpu_bytes else "does not fit")
     _print_weight_update(plan, engine, settings.plan)
-    checkpoint = checkpoint_bytes(parameters(config)[0], train_dtype=plan.train.train_dtype)
+    trained = trained_parameters(config, lora_rank=plan.train.lora_rank)
+    checkpoint = checkpoint_bytes(trained, train_dtype=plan.train.train_dtype)
     kept = f"--keep {settings.run.keep} of them, and one while it is written"
     _print_row("checkpoint", checkpoint, kept)
     if max(needs.values()) > gpu_bytes:
@@ -180,7 +183,7 @@ def _print_trainers(plan: Plan, trainer: TrainerSizes) -> None:
     recomputed = ", recomputed layer by layer" if plan.recompute else ""
     notes = {
         "weights": train.train_dtype,
-        "gradients": "fp32",
+        "gradients": f"fp32, of adapters of rank {train.lora_rank}" if train.lora_rank else "fp32",
         "optimizer": "fp32, split over ranks with the same parameters",
         "reference": "frozen",
         "activations": f"micro-batches of {trainer.microbatch_tokens} tokens{recomputed}",
@@ -341,9 +344,12 @@ def _disk_problems(settings, config: dict, disk: Path) -> Iterator[str]:
         every = run.save_every or run.steps
         written = -(-run.steps // every) if every > 0 else 0
         checkpoints = min(run.keep + 1, written)
-    one = checkpoint_bytes(parameters(config)[0], train_dtype=settings.train.train_dtype)
+    trained = trained_parameters(config, lora_rank=settings.train.lora_rank)
+    one = checkpoint_bytes(trained, train_dtype=settings.train.train_dtype)
     exports = [dtype for dtype in run.export if dtype in ("bf16", "fp8")]
     export_bytes = sum(sum(hand_off_bytes(config, dtype=dtype).values()) for dtype in exports)
+    if "lora" in run.export:
+        export_bytes += trained * (2 if settings.train.train_dtype == "bf16" else 4)
     needed, free = checkpoints * one + export_bytes, shutil.disk_usage(disk).free
     if needed > free:
         kept = f"{checkpoints} checkpoints (--keep and the one being written)"

@@ -439,7 +439,8 @@ class Record:
         names = ["metrics"]
         if self.positions()["samples"]:
             names.append("samples")
-        if any((folder / "config.json").exists() for folder in self.exports().values()):
+        whole = ("config.json", "adapter_config.json")
+        if any((folder / name).exists() for folder in self.exports().values() for name in whole):
             names.append("weights")
         *others, last = names
         return f"{', '.join(others)} and {last} are" if others else "metrics are"

@@ -190,6 +190,7 @@ def prepare(
     sizes = dict(world_size=trainer_ranks, longest=longest)
     found.collect(model_checks.check_train_settings, train, config, **sizes)
     found.collect(model_checks.check_rounding, settings, config)
+    found.collect(model_checks.check_lora, settings, config)
     if not is_plan and fetched != named:  # nothing large is fetched for a run that is refused
         found.raise_if_any()
         fetch_models(named)

@@ -115,6 +115,8 @@ LONGEST = [
     "test_checkpoint.py",
     "test_loop_async.py",
     "test_fuzz.py",
+    "test_lora.py",
+    "test_pretrained.py",
     "test_layouts.py",
     "test_loop_sync.py",
     "test_process_groups.py",

@@ -17,7 +17,7 @@ from megatron.core import dist_checkpointing
 from backends.huggingface.config import read_config
 from common import process_groups
 from common.errors import BadInput
-from common.settings import RolloutSettings, RunSettings
+from common.settings import RolloutSettings, RunSettings, TrainSettings
 from data.prompts import load_data
 from harness import checkpoint
 import loop_async
@@ -27,7 +27,7 @@ from reward import RewardSettings
 pytestmark = pytest.mark.usefixtures("more")
 
 
-def find(folder, monkeypatch, loop="sync", read=None, reward="exact", **changes):
+def find(folder, monkeypatch, loop="sync", read=None, reward="exact", train=None, **changes):
     monkeypatch.chdir(folder.parent.parent)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -36,6 +36,7 @@ def find(folder, monkeypatch, loop="sync", read=None, reward="exact", **changes)
         run=RunSettings(name=folder.name, **changes),
         rollout=RolloutSettings(samples_per_prompt=8),
         reward=RewardSettings(reward=reward),
+        train=TrainSettings(**train or {}),
     )
     return checkpoint.find_latest_checkpoint(settings(**parts), loop, read or {})
 
@@ -216,6 +217,26 @@ def lose_a_file(folder):
 
 def spoil_the_list(folder):
     (folder / "files.json").write_text("{", encoding="utf-8")
+
+
+@pytest.mark.parametrize("changes", [{}, dict(eval_only=True)])
+def test_adapters_are_read_with_their_own_rank_and_scale(stopped, monkeypatch, changes):
+    """With another scale the same adapters would be another model."""
+    with pytest.raises(BadInput, match="--lora-rank was 0 when .* and is 4: it must stay the same"):
+        find(stopped, monkeypatch, train=dict(lora_rank=4), **changes)
+    with pytest.raises(BadInput, match="--lora-alpha was 32.0 when .* and is 16.0: it must stay"):
+        find(stopped, monkeypatch, train=dict(lora_alpha=16.0), **changes)
+
+
+def test_a_setting_that_an_older_version_did_not_have_was_as_its_default(stopped, monkeypatch):
+    monkeypatch.setattr(checkpoint, "describe_damage", lambda *folder, **share: "")
+    file = stopped / "checkpoints" / "step-000006" / "state.json"
+    state = json.loads(file.read_text(encoding="utf-8"))
+    del state["settings"]["train"]["lora_rank"]
+    file.write_text(json.dumps(state), encoding="utf-8")
+    assert find(stopped, monkeypatch).step == 6
+    with pytest.raises(BadInput, match="--lora-rank was 0 when"):
+        find(stopped, monkeypatch, train=dict(lora_rank=4))
 
 
 @pytest.mark.parametrize("damage, message", [

@@ -96,6 +96,7 @@ def test_trainers_hold_what_the_plan_says(held, case):
     load = dict(
         element_bytes=element_bytes, tokens=1, microbatches=1, recompute=False, reference=None
     )
+    load["lora_rank"] = settings.lora_rank
     counted = memory.trainer_bytes(read_config(folders[which]), ranks=4, **split, **load)
     fullest = max(measured[case], key=lambda rank: sum(rank.values()))
     # DDP pads its buffers, so the figures may differ by 0.2 %.

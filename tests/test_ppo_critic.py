@@ -163,6 +163,7 @@ def test_a_batch_without_a_token_that_counts_changes_nothing(critic):
     (["--pp", "2"], "use --pp 1"),
     (["--advantage", "rloo"], "leave them out"),
     (["--kl-coef", "0.1", "--kl-in", "reward"], "use --kl-in loss"),
+    (["--lora-rank", "8"], "the critic would have adapters too"),
 ])  # fmt: skip
 def test_bad_flags_stop_before_anything_starts(monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)

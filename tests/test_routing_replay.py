@@ -157,8 +157,12 @@ def build_glm(*, head=None, with_reference=False, **settings) -> train_step.Trai
     )  # fmt: skip
 
 
-def test_the_frozen_reference_chooses_its_own_experts(fresh_megatron):
-    """It is another model. The policy takes the given ones, which are drawn at random here."""
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_the_frozen_reference_chooses_its_own_experts(fresh_megatron, lora_rank):
+    """The policy takes the given ones, which are drawn at random here.
+
+    The reference is another model, or, with LoRA, the same one without its adapters.
+    """
     random = np.random.default_rng(0)
     ids = random.integers(3, 15, (8, 9)).tolist()
     experts = random.permuted(np.tile(np.arange(8), (8, 8, 3, 1)), axis=-1)[..., :2]
@@ -169,7 +173,7 @@ def test_the_frozen_reference_chooses_its_own_experts(fresh_megatron):
     ]  # fmt: skip
     found = {}
     for mode in ("none", "rollout"):
-        trainer = build_glm(routing_replay=mode, with_reference=True)
+        trainer = build_glm(routing_replay=mode, with_reference=True, lora_rank=lora_rank)
         train_step.add_logprobs(trainer, train_step.pack(trainer, samples))
         found[mode] = [
             np.concatenate([getattr(sample, name) for sample in samples])

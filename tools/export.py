@@ -1,4 +1,4 @@
-"""Export a checkpoint as Hugging Face folders, in BF16 or block FP8, for transformers or SGLang.
+"""Export a checkpoint as Hugging Face folders: BF16 or block FP8, or LoRA's adapters for PEFT.
 
 The newest checkpoint of a run in BF16; a certain checkpoint in both formats; a model that one rank
 cannot hold:
@@ -13,7 +13,7 @@ are read, not the optimizer state.
 
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,11 +32,12 @@ class ExportSettings:
     checkpoint: str = ""
     """Folder of a checkpoint, or of a run for its newest checkpoint."""
     dtype: tuple[str, ...] = ("bf16",)
-    """Formats to write: bf16, fp8, or both."""
+    """Formats to write: any of bf16, fp8, and lora, the adapters of a run with --lora-rank."""
     out: str = ""
-    """The folders are named OUT-bf16 and OUT-fp8; empty: runs/NAME/step-000040-bf16 and so on."""
+    """The folders are named OUT-bf16 and so on; empty: runs/NAME/step-000040-bf16 and so on."""
     model: str = ""
-    """Hugging Face folder to copy config and tokenizer from; empty: the run's --model."""
+    """Hugging Face folder to copy config and tokenizer from, and with LoRA the model that the
+    adapters belong to; empty: the run's --model."""
     tp: int = 1
     """Tensor-parallel size of this command."""
     pp: int = 1
@@ -48,8 +49,8 @@ class ExportSettings:
 @all_problems
 def check_export_flags(settings: ExportSettings) -> None:
     """Refuse what cannot work, whatever the checkpoint holds."""
-    if not settings.dtype or set(settings.dtype) - {"bf16", "fp8"}:
-        yield f"--dtype {' '.join(settings.dtype)!r} must be bf16, fp8, or both"
+    if not settings.dtype or set(settings.dtype) - {"bf16", "fp8", "lora"}:
+        yield f"--dtype {' '.join(settings.dtype)!r} must be any of bf16, fp8, lora"
     if not os.path.isdir(settings.checkpoint):
         yield f"--checkpoint {settings.checkpoint!r} is not a folder: {CHECKPOINT_FIX}"
 
@@ -62,11 +63,32 @@ import torch.distributed as dist
 
 from backends.huggingface.config import read_config
 from backends.megatron import model as megatron_model
+from backends.megatron.lora import add_adapters
 from backends.megatron.state import load_weights
 from common import distributed, hub
 from harness import checkpoint, exits, export as hf_export, model_checks
 from harness.run_folder import checkpoints_of
 from weight_sync import WeightPath
+
+
+@all_problems
+def check_adapters(
+    settings: ExportSettings, train: TrainSettings, config: dict, saved, model: str
+) -> None:
+    """Refuse adapters that are not there, that PEFT cannot load, or of another model.
+
+    train: as the checkpoint saved was trained. config: config.json of the folder model, checked.
+    """
+    if not train.lora_rank:
+        if "lora" in settings.dtype:
+            yield "--dtype lora: the run trained all weights, and has no adapters: give bf16"
+        return
+    if "lora" in settings.dtype and (problem := model_checks.peft_problem(config)):
+        yield f"--dtype lora: {problem}"
+    read = saved.state["read"].get("--model")
+    if checkpoint.folder_digest(Path(model)) != read:
+        found = f"--model {model} is not the model that {saved.folder} was trained from"
+        yield f"{found}: a checkpoint of adapters needs its weights: give that folder"
 
 
 def main(settings: ExportSettings) -> None:
@@ -79,12 +101,11 @@ def main(settings: ExportSettings) -> None:
     model = settings.model or saved.state["settings"]["run"]["model"]
     model = hub.model_folder(model, flag="--model", weights=True)
     config = read_config(model)
-    train = TrainSettings(
-        train_dtype=saved.state["settings"]["train"]["train_dtype"],
-        tp=settings.tp,
-        pp=settings.pp,
-        ep=settings.ep,
-    )
+    names = {name for _, name in checkpoint.WEIGHTS_MUST_AGREE}
+    trained = saved.state["settings"]["train"].items()
+    trained = {name: value for name, value in trained if name in names}
+    train = TrainSettings(**trained, tp=settings.tp, pp=settings.pp, ep=settings.ep)
+    check_adapters(settings, train, config, saved, model)
     model_checks.check_train_settings(
         train, config, world_size=int(os.environ["WORLD_SIZE"]), longest=None
     )
@@ -101,9 +122,10 @@ def main(settings: ExportSettings) -> None:
 
     distributed.init_distributed()
     megatron_model.init_parallel(train, seed=1)
-    plain = replace(train, train_numerics="plain")  # weights are not rounded, and nothing computes
-    gpt, layout, _ = megatron_model.load_model(model, plain, config)
-    load_weights(gpt, saved.folder / "model")
+    gpt, layout, _ = megatron_model.load_model(model, train, config)
+    if train.lora_rank:
+        add_adapters(gpt, train, config, layout, seed=1)  # filled by what follows
+    load_weights(gpt, config, layout, saved.folder / "model")
     weights = WeightPath(gpt, layout, config, frozenset(), BUCKET_BYTES)
     hf_export.export_all(weights, targets, source=model)
     if dist.get_rank() == 0:

@@ -158,9 +158,11 @@ _EXPERT = re.compile(
 def parameters_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield what is converted: the parameters, and the router's correction bias.
 
-    Megatron keeps that bias as a buffer.
+    Megatron keeps that bias as a buffer. LoRA's adapters are not tensors of a Hugging Face model.
     """
-    yield from model.named_parameters()
+    for name, parameter in model.named_parameters():
+        if not name.endswith((".lora_A", ".lora_B")):
+            yield name, parameter
     for name, buffer in model.named_buffers():
         if name.endswith("router.expert_bias"):
             yield name, buffer

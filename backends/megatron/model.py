@@ -39,6 +39,7 @@ from backends.megatron.balancing import (
 from backends.megatron.fp8_numerics import round_as_engine, te_arguments
 from backends.megatron.layers import complete_local_spec
 from backends.megatron.layout import Layout
+from backends.megatron.lora import WithoutAdapters
 from common import process_groups
 from common.errors import all_problems
 from common.overrides import parse_overrides
@@ -228,7 +229,7 @@ def transformer_config(settings, config: dict) -> TransformerConfig:
         bias_dropout_fusion=use_te,
         apply_rope_fusion=use_te,
         gradient_accumulation_fusion=False,
-        moe_grouped_gemm=use_te,
+        moe_grouped_gemm=use_te and not settings.lora_rank,  # adapters need a layer an expert
         persist_layer_norm=use_te,
     )
     if settings.train_numerics == "fp8" and use_te:
@@ -315,13 +316,22 @@ def reference_settings(settings, config: dict, reference: dict):
 
 
 def load_reference(
-    model_folder: str, settings, config: dict, *, fp8: frozenset[str] | None = None
+    model_folder: str,
+    settings,
+    config: dict,
+    *,
+    policy: torch.nn.Module | None = None,
+    fp8: frozenset[str] | None = None,
 ) -> torch.nn.Module:
     """Return the frozen reference model as schedules call it: --reference, else the model folder.
 
     It is on this rank's device, or in CPU memory with --offload-reference. Its architecture may
     be another than the model's, whose checked config.json is config. fp8: as for build_gpt.
+    policy: the model that is trained, as schedules call it. With LoRA and without --reference the
+    reference is what it was, and takes no memory.
     """
+    if settings.lora_rank and not settings.reference and policy is not None:
+        return WithoutAdapters(policy)
     folder = settings.reference or model_folder
     own = read_config(folder)
     _, _, module = load_model(folder, reference_settings(settings, config, own), own, fp8=fp8)

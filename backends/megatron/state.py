@@ -14,13 +14,16 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from backends.megatron.layout import Layout
+from backends.megatron.lora import sharded_adapters
 from common.processes import signal_when_parent_ends
 
 
 def save_state(trainer, folder: Path) -> None:
     """Write weights, FP32 main weights, Adam state and schedule. Collective over the trainers.
 
-    Raises CheckpointException, among others, when they cannot be written.
+    Of a model with LoRA they are those of the adapters alone. Raises CheckpointException, among
+    others, when they cannot be written.
     """
     state = _sharded_state(trainer)
     dist_checkpointing.save(state, str(folder), validate_access_integrity=False)
@@ -37,19 +40,35 @@ def load_state(trainer, folder: Path) -> None:
         own_settings.append(own)
     state = _sharded_state(trainer, is_loading=True)
     loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
-    trainer.gpt.load_state_dict(loaded["model"])
+    _fill(trainer.gpt, loaded["model"])
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     for group, settings in zip(trainer.optimizer.param_groups, own_settings, strict=True):
         group.update(settings)
     trainer.scheduler.step(loaded["scheduler"]["num_steps"])
 
 
-def load_weights(gpt: GPTModel, folder: Path) -> None:
-    """Fill a model alone from what save_state wrote in any layout. Collective over its ranks."""
+def load_weights(gpt: GPTModel, config: dict, layout: Layout, folder: Path) -> None:
+    """Fill a model alone from what save_state wrote in any layout. Collective over its ranks.
+
+    config: config.json, checked.
+    """
     metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
-    state = {"model": gpt.sharded_state_dict(metadata=metadata)}
+    state = {"model": _sharded_model(gpt, config, layout, metadata)}
     loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
-    gpt.load_state_dict(loaded["model"])
+    _fill(gpt, loaded["model"])
+
+
+def _sharded_model(gpt: GPTModel, config: dict, layout: Layout, metadata: dict) -> dict:
+    """Return what of a model is saved: all of it, or LoRA's adapters alone."""
+    if hasattr(gpt, "adapters"):
+        return sharded_adapters(gpt, config, layout)
+    return gpt.sharded_state_dict(metadata=metadata)
+
+
+def _fill(gpt: GPTModel, loaded: dict) -> None:
+    missing, unknown = gpt.load_state_dict(loaded, strict=not hasattr(gpt, "adapters"))
+    if wrong := [name for name in [*unknown, *missing] if ".lora_" in name]:
+        raise ValueError(f"the checkpoint and this model have other adapters: {', '.join(wrong)}")
 
 
 def _sharded_state(trainer, *, is_loading: bool = False) -> dict:
@@ -61,10 +80,25 @@ def _sharded_state(trainer, *, is_loading: bool = False) -> dict:
         "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": trainer.dp_cp_group,
     }
-    model = trainer.gpt.sharded_state_dict(metadata=metadata)
+    _give_steps_to_idle_optimizers(trainer.optimizer.chained_optimizers)
+    model = _sharded_model(trainer.gpt, trainer.config, trainer.layout, metadata)
     about = dict(is_loading=is_loading, metadata=metadata)
     optimizer = trainer.optimizer.sharded_state_dict(model, **about)
     return {"model": model, "optimizer": optimizer, "scheduler": trainer.scheduler.state_dict()}
+
+
+def _give_steps_to_idle_optimizers(optimizers: list) -> None:
+    """Let an optimizer without parameters say how many steps there were.
+
+    With --ep experts have an optimizer of their own. A pipeline stage of dense layers alone has it
+    too, and nothing in it. megatron-core asks torch's Adam of each for its step, which Adam keeps
+    with the parameters. It stores what the first rank says.
+    """
+    adams = [chained.optimizer for chained in optimizers]
+    steps = [state["step"] for adam in adams for state in adam.state.values() if "step" in state]
+    for adam in adams:
+        if steps and not any(group["params"] for group in adam.param_groups):
+            adam.state["no parameter"] = {"step": steps[0].clone()}
 
 
 # --- patches of megatron-core -------------------------------------------------------------------

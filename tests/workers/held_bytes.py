@@ -34,6 +34,8 @@ CASES = {  # name: (folder, settings)
     "experts tp 2, dp 2": (1, dict(tp=2)),
     "experts tp 2, ep 4": (1, dict(tp=2, ep=4)),
     "experts ep 2, pp 2, dp 2": (1, dict(ep=2, pp=2)),
+    "dense LoRA, tp 2, dp 2": (0, dict(tp=2, lora_rank=32)),
+    "experts LoRA, ep 2, pp 2, dp 2": (1, dict(ep=2, pp=2, lora_rank=32)),
 }
 
 
