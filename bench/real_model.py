@@ -1,7 +1,7 @@
 """A pretrained model's stages beside transformers, on one core each.
 
     python examples/get_smollm2.py FOLDER
-    python bench/real_model.py FOLDER [--rounds 3] [--answers 8] [--tokens 48]
+    python bench/real_model.py FOLDER [--rounds 3] [--answers 8] [--tokens 48] [--lora-rank 32]
 
 Both sides have one thread, the same prompts and the same numbers of tokens, and alternate:
 
@@ -10,7 +10,9 @@ Both sides have one thread, the same prompts and the same numbers of tokens, and
                 --tokens and all of them; transformers pads the batch to its longest
     hand-off    send_weights, from the trainer to the engine; its share of our step
 
-The tokens are random: what they say costs nothing. The first round does not count.
+What gradients and optimizer hold is printed too. With --lora-rank our training is that of adapters,
+and transformers' still that of all weights. The tokens are random: what they say costs nothing. The
+first round does not count.
 """
 
 import argparse
@@ -73,7 +75,20 @@ def transformers_side(folder: str):
     return train, generate
 
 
-def measure(folder: str, *, rounds: int, answers: int, tokens: int, rollout_dtype: str) -> None:
+def held_bytes(trainer) -> int:
+    """Return the bytes of gradients, main weights and Adam's moments."""
+    total = sum(buffer.grad_data.nbytes for buffer in trainer.ddp.buffers)
+    for chained in trainer.optimizer.chained_optimizers:
+        for states in chained.optimizer.state.values():
+            total += states["exp_avg"].nbytes + states["exp_avg_sq"].nbytes
+        for group in chained.optimizer.param_groups:
+            total += sum(main.nbytes for main in group["params"])
+    return total
+
+
+def measure(
+    folder: str, *, rounds: int, answers: int, tokens: int, rollout_dtype: str, lora_rank: int
+) -> None:
     """Print the medians of both sides, and their ratios."""
     from common.process_groups import held_port
 
@@ -100,7 +115,8 @@ def measure(folder: str, *, rounds: int, answers: int, tokens: int, rollout_dtyp
     settings = RolloutSettings(max_response_tokens=tokens, rollout_dtype=rollout_dtype)
     fp8 = fp8_weights(config, rollout_dtype=rollout_dtype, engine_tp=1)
     how = dict(temperature=1.0, max_response_tokens=tokens, steps=rounds + 1, seed=1, fp8=fp8)
-    trainer = train_step.build_trainer(folder, TrainSettings(lr=0.0), config, **how)
+    train_settings = TrainSettings(lr=0.0, lora_rank=lora_rank)
+    trainer = train_step.build_trainer(folder, train_settings, config, **how)
     weights = weight_sync.WeightPath(trainer.gpt, trainer.layout, config, fp8, 2**28)
     train, generate = transformers_side(folder)
     rng, clock = random.Random(1), Clock()
@@ -151,6 +167,8 @@ def measure(folder: str, *, rounds: int, answers: int, tokens: int, rollout_dtyp
         print(f"{what}: {both}; ours / transformers {clock.ratio(ours, theirs)} (n {rounds})")
     parts = [clock.median(stage) for stage in ("training, ours", "ragged, ours", "hand-off")]
     print(f"hand-off: {parts[2]:.2f} s, {parts[2] / sum(parts):.1%} of the three")
+    trained = f"LoRA of rank {lora_rank}" if lora_rank else "all weights"
+    print(f"gradients and optimizer: {held_bytes(trainer) / 1e6:.0f} MB ({trained})")
 
 
 def main() -> None:
@@ -161,11 +179,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--answers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--lora-rank", type=int, default=0)
     parser.add_argument("--rollout-dtype", choices=("fp8", "bf16", "fp32"), default="bf16")
     flags = parser.parse_args()
     if min(flags.rounds, flags.answers, flags.tokens) < 1 or flags.answers < 2:
         parser.error("--rounds and --tokens must be at least 1, and --answers 2")
     sizes = dict(rounds=flags.rounds, answers=flags.answers, tokens=flags.tokens)
+    sizes["lora_rank"] = flags.lora_rank
     measure(str(Path(flags.folder).resolve()), **sizes, rollout_dtype=flags.rollout_dtype)
 
 

@@ -120,6 +120,17 @@ def step(trainer, samples, **settings) -> dict:
     return train_step.update_policy(trainer, batches, LossSettings(**settings))
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_no_token_is_multiplied_alone_with_the_vocabulary_matrix(fresh_megatron, models, lora_rank):
+    """With odd strides torch multiplies token by token, and SmolLM2's step takes minutes."""
+    trainer = built(models, lora_rank=lora_rank)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        step(trainer, [sample(i) for i in range(4)])
+    vocab = trainer.config["vocab_size"]
+    alone = [event for event in profile.events() if event.name == "aten::bmm"]
+    assert [e.input_shapes for e in alone if any(vocab in shape for shape in e.input_shapes)] == []
+
+
 EMPTY = dict(response_ids=[], rollout_logprobs=[], loss_mask=[], advantages=[])
 
 

@@ -267,6 +267,8 @@ def build_gpt(
         post_process=mpu.is_pipeline_last_stage(),
         **gpt_arguments,
     )
+    if gpt.post_process:
+        gpt.output_layer.register_forward_hook(_fold_gradient)
     layout = Layout(
         tp_group=mpu.get_tensor_model_parallel_group(),
         expert_group=mpu.get_expert_tensor_and_model_parallel_group(),
@@ -277,6 +279,18 @@ def build_gpt(
     if as_engine:
         round_as_engine(gpt, config, layout, fp8)
     return gpt, layout
+
+
+def _fold_gradient(module: torch.nn.Module, inputs: tuple, output: tuple) -> None:
+    """Give the gradient of the logits [T, 1, V] the strides of a tensor that was made so.
+
+    GPTModel transposes the logits, and so their gradient comes back as a transposed tensor. torch
+    would multiply it with the vocabulary matrix one token at a time, and read the whole matrix for
+    each (should_fold in ATen's LinearAlgebra.cpp looks at the stride of a dimension of one, too).
+    """
+    logits, _ = output
+    if logits.requires_grad:
+        logits.register_hook(lambda grad: grad.reshape(-1, grad.shape[-1]).view(grad.shape))
 
 
 def load_model(
