@@ -15,7 +15,7 @@ from test_readme_commands import commands_of
 
 pytestmark = pytest.mark.complete
 PAGE = commands_of((ROOT / "docs" / "pretrained.md").read_text(encoding="utf-8"))
-STEPS = 16
+STEPS = 12
 
 
 def command(script: str) -> list[str]:
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     script, *words = command("loop_sync.py")
     # The same rate of learning, and less of evaluation.
-    short = ["--steps", str(STEPS), "--eval-every", str(STEPS), "--eval-samples", "128"]
+    short = ["--steps", str(STEPS), "--eval-every", str(STEPS), "--eval-samples", "96"]
     short += ["--lr-schedule", "constant"]
     torchrun(ROOT / script, *words, *short, ranks=2, cwd=folder, timeout=1500)
     return folder
