@@ -3,7 +3,7 @@
 What happens to one tensor on its way, for example linear_fc1 at tensor parallelism 2:
 
     this rank's shard [gate half; up half]    BF16, where the optimizer left it
-      -> split into gate and up slices        split_stacked
+      -> split into gate and up slices        Layout.split
       -> quantize each slice where it lives   fp8_quant, if its cut falls on a multiple of 128;
                                               else it is quantized after the gather
       -> gather codes and scales              one all_gather of bytes per bucket over the
@@ -37,7 +37,7 @@ import torch.distributed as dist
 from backends.delta import CHANGES, Sent, Tally
 from backends.delta_gather import compare, gather_changes
 from backends.huggingface.fp8 import describe
-from backends.huggingface.names import VOCABULARY, Rule, parameters_of, rule_of, split_stacked
+from backends.huggingface.names import VOCABULARY, Rule, parameters_of, rule_of
 from backends.megatron.layout import Layout
 from backends.megatron.lora import merged
 from backends.sglang.buckets import (
@@ -289,10 +289,8 @@ def shards_in_model_order(weights: WeightPath, *, quantize: bool) -> Iterator[Sh
             continue  # the last pipeline stage's copy of the first stage's embedding
         rule = rule_of(megatron_name, first_layer=layout.first_layer)
         tp = layout.tp(rule)
-        groups = config["num_key_value_heads"] // tp
-        stacked = dict(head_dim=config["head_dim"], groups=groups)
         weight = merged(weights.gpt, megatron_name, parameter)  # with LoRA's adapters, if any
-        parts = split_stacked(weight, len(rule.hf), **stacked)
+        parts = layout.split(weight, rule, config)
         names_of_parts = zip(*layout.names(rule, config))
         for names, part in zip(map(list, names_of_parts), parts):
             if not quantize or names[0] not in weights.fp8:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from backends.huggingface.folder import INDEX, HFWeights, files_to_export, is_of_mtp
 from backends.huggingface.fp8 import fp8_weights
-from backends.huggingface.names import Rule, fp8_config, split_stacked
+from backends.huggingface.names import Rule, fp8_config
 from backends.megatron.lora import adapted_linears
 from common.errors import BadInput, ExportError, read_json
 from weight_sync import Shard, WeightPath, quantize_named, trainer_buckets
@@ -107,14 +107,12 @@ class AdapterPath(WeightPath):
         """Yield every adapter as a Shard; where Megatron's layers share an A, each gets a copy."""
         config, layout = self.config, self.layout
         for _, module, rule in adapted_linears(self.gpt, layout):
-            groups = config["num_key_value_heads"] // layout.tp(rule)
-            stacked = dict(head_dim=config["head_dim"], groups=groups)
-            parts = split_stacked(module.lora_B.detach(), len(rule.hf), **stacked)
+            parts = layout.split(module.lora_B.detach(), rule, config)
             for names, part in zip(zip(*layout.names(rule, config)), parts):
                 for letter, tp_dim, local in (("A", 1, module.lora_A.detach()), ("B", 0, part)):
                     # Where each rank has experts of its own, they are gathered like parts.
-                    has_own = rule.expert is not None and layout.ep > 1
-                    dim = tp_dim if rule.tp_dim == tp_dim or has_own else None
+                    is_part = rule.tp_dim == tp_dim or layout.spreads(rule)
+                    dim = tp_dim if is_part else None
                     peft = [f"base_model.model.{name[:-7]}.lora_{letter}.weight" for name in names]
                     yield Shard(peft, local, Rule((), dim, rule.expert))
 
@@ -147,6 +145,7 @@ def export_adapters(weights: WeightPath, target: Path, *, source: str | Path) ->
         target.mkdir(parents=True, exist_ok=True)
         part = target / "adapters.part"
         save_file(named, part, metadata={"format": "pt"})
+        (target / "adapter_config.json").unlink(missing_ok=True)  # of an older export
         part.rename(target / "adapter_model.safetensors")
         _write_json(target / "adapter_config.json", config)
     except (OSError, SafetensorError) as error:

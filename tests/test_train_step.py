@@ -122,7 +122,7 @@ def step(trainer, samples, **settings) -> dict:
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_no_token_is_multiplied_alone_with_the_vocabulary_matrix(fresh_megatron, models, lora_rank):
-    """With odd strides torch multiplies token by token, and SmolLM2's step takes minutes."""
+    """With odd strides and a frozen matrix torch would, and SmolLM2's step takes minutes."""
     trainer = built(models, lora_rank=lora_rank)
     with torch.profiler.profile(record_shapes=True) as profile:
         step(trainer, [sample(i) for i in range(4)])

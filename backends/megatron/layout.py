@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
-from backends.huggingface.names import Rule
+from backends.huggingface.names import Rule, split_stacked
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,19 @@ class Layout:
     def tp(self, rule: Rule) -> int:
         """Return over how many ranks tensor parallelism splits each of the rule's tensors."""
         return self.tp_group.size() if rule.expert is None else self.expert_group.size() // self.ep
+
+    def place(self, rule: Rule) -> tuple[int, int]:
+        """Return this rank's number among the expert- and among the tensor-parallel ranks."""
+        return divmod(self.group(rule).rank(), self.tp(rule))
+
+    def spreads(self, rule: Rule) -> bool:
+        """Tell whether the rule's tensors are an expert's that no other of the ranks holds."""
+        return rule.expert is not None and self.ep > 1
+
+    def split(self, stacked: torch.Tensor, rule: Rule, config: dict) -> list[torch.Tensor]:
+        """Split this rank's shard of a stacked tensor into its slices of the rule's tensors."""
+        groups = config["num_key_value_heads"] // self.tp(rule)
+        return split_stacked(stacked, len(rule.hf), head_dim=config["head_dim"], groups=groups)
 
     def names(self, rule: Rule, config: dict) -> list[list[str]]:
         """Return the rule's Hugging Face names for each expert-parallel rank; once if not experts'.

@@ -78,7 +78,7 @@ def add_adapters(
     rank, gpt.adapters = settings.lora_rank, Adapters(settings.lora_alpha / settings.lora_rank)
     for _, module, rule in adapted_linears(gpt, layout):
         tp, weight = layout.tp(rule), module.weight
-        ep_rank, tp_rank = divmod(layout.group(rule).rank(), tp)
+        ep_rank, tp_rank = layout.place(rule)
         rows, columns = weight.shape
         fan_in = columns * (tp if rule.tp_dim == 1 else 1)
         name = layout.names(rule, config)[ep_rank][0]
@@ -107,7 +107,7 @@ def _needs_gradient(module: torch.nn.Module, inputs: tuple, output: torch.Tensor
 
 def _mark(parameter: torch.nn.Parameter, rule: Rule, layout: Layout, *, is_split: bool) -> None:
     """Say by Megatron's marks over which ranks a parameter's gradient and norm are summed."""
-    is_spread = rule.expert is not None and layout.ep > 1  # each rank has experts of its own
+    is_spread = layout.spreads(rule)
     parameter.allreduce = not is_spread  # False: its data-parallel ranks are those with this expert
     parameter.tensor_model_parallel = is_split or is_spread  # False: the norm counts one rank's
     parameter.partition_dim, parameter.partition_stride = rule.tp_dim, 1
@@ -189,8 +189,7 @@ def sharded_adapters(
     """
     sharded = {}
     for megatron_name, module, rule in adapted_linears(gpt, layout):
-        tp = layout.tp(rule)
-        ep_rank, tp_rank = divmod(layout.group(rule).rank(), tp)
+        ep_rank, tp_rank = layout.place(rule)
         name = layout.names(rule, config)[ep_rank][0].removesuffix(".weight")
         copies = mpu.get_data_parallel_group(with_context_parallel=True)
         if rule.expert is not None:
@@ -200,7 +199,7 @@ def sharded_adapters(
             adapter = ShardedTensor.from_rank_offsets(
                 f"{name}.lora_{letter}",
                 getattr(module, f"lora_{letter}"),
-                *([(tp_dim, tp_rank, tp)] if is_split else []),
+                *([(tp_dim, tp_rank, layout.tp(rule))] if is_split else []),
                 replica_id=(0, 0 if is_split else tp_rank, copies.rank()),
             )
             if letter == "B" and len(rule.hf) == 2:  # a part of gate's rows above a part of up's

@@ -284,9 +284,10 @@ def build_gpt(
 def _fold_gradient(module: torch.nn.Module, inputs: tuple, output: tuple) -> None:
     """Give the gradient of the logits [T, 1, V] the strides of a tensor that was made so.
 
-    GPTModel transposes the logits, and so their gradient comes back as a transposed tensor. torch
-    would multiply it with the vocabulary matrix one token at a time, and read the whole matrix for
-    each (should_fold in ATen's LinearAlgebra.cpp looks at the stride of a dimension of one, too).
+    GPTModel transposes the logits, and so their gradient comes back as a transposed tensor. With a
+    frozen vocabulary matrix, as under LoRA, torch would multiply it one token at a time, and read
+    the whole matrix for each. should_fold in ATen's LinearAlgebra.cpp looks at the stride of a
+    dimension of one too; where the matrix needs a gradient it does not look.
     """
     logits, _ = output
     if logits.requires_grad:
@@ -366,9 +367,8 @@ def load_hf(model: torch.nn.Module, folder: str, config: dict, *, layout: Layout
         if megatron_name == "output_layer.weight" and config["tie_word_embeddings"]:
             # The last pipeline stage's copy of the first stage's embedding.
             rule = rule_of("embedding.word_embeddings.weight")
-        tp, group = layout.tp(rule), layout.group(rule)
-        ep_rank, tp_rank = divmod(group.rank(), tp)
-        kv_heads = config["num_key_value_heads"] // tp
+        ep_rank, tp_rank = layout.place(rule)
+        kv_heads = config["num_key_value_heads"] // layout.tp(rule)
         places = split_stacked(
             parameter, len(rule.hf), head_dim=config["head_dim"], groups=kv_heads
         )

@@ -1,6 +1,9 @@
-"""Megatron's process groups between two trainers of one process."""
+"""Measures many cases in one process: Megatron's groups between two layouts, and one report."""
 
 import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
@@ -21,3 +24,20 @@ def drop_megatron() -> None:
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
     gc.collect()  # trainers are circles of references, and hold groups
+
+
+def report_cases(out: Path, cases: dict[str, dict], measure: Callable[[str, str, dict], dict]):
+    """Write out/report.json: {layout: {family: [what each rank has measured]}}. Collective.
+
+    cases: {layout: {"folders": {family: model folder}, …}}. measure(layout, family, case) measures
+    one model at one layout.
+    """
+    report = {}
+    for layout, case in cases.items():
+        drop_megatron()
+        report[layout] = {}
+        for family in case["folders"]:
+            report[layout][family] = [None] * dist.get_world_size()
+            dist.all_gather_object(report[layout][family], measure(layout, family, case))
+    if dist.get_rank() == 0:
+        (out / "report.json").write_text(json.dumps(report), encoding="utf-8")

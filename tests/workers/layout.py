@@ -23,7 +23,7 @@ from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
-from groups import drop_megatron
+from groups import report_cases
 from backends import delta
 from backends.megatron.batches import pack_batch
 from backends.huggingface.config import read_config
@@ -231,18 +231,12 @@ def report_of(folder: str, splits: list[int], out: Path, microbatch_tokens: list
 def main() -> None:
     out, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
     distributed.init_distributed()
-    report = {}
-    for layout, case in cases.items():
-        drop_megatron()
-        report[layout] = {}
-        for family, folder in case["folders"].items():
-            exported = out / layout / family
-            mine = report_of(folder, case["splits"], exported, case["microbatch_tokens"])
-            reports = [None] * dist.get_world_size()
-            dist.all_gather_object(reports, mine)
-            report[layout][family] = reports
-    if dist.get_rank() == 0:
-        (out / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+    def measure(layout: str, family: str, case: dict) -> dict:
+        how = case["splits"], out / layout / family, case["microbatch_tokens"]
+        return report_of(case["folders"][family], *how)
+
+    report_cases(out, cases, measure)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
-from groups import drop_megatron
+from groups import report_cases
 from backends.huggingface.config import read_config
 from backends.huggingface.fp8 import fp8_weights
 from backends.huggingface.names import parameters_of
@@ -119,19 +119,13 @@ def report_of(
 def main() -> None:
     out, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
     distributed.init_distributed()
-    report = {}
-    for layout, case in cases.items():
-        drop_megatron()
-        report[layout] = {}
-        for family, folder in case["folders"].items():
-            checkpoint = case["checkpoint"] and Path(case["checkpoint"]) / family / "checkpoint"
-            how = case["splits"], case["megatron"]
-            mine = report_of(folder, *how, out / layout / family, checkpoint)
-            reports = [None] * dist.get_world_size()
-            dist.all_gather_object(reports, mine)
-            report[layout][family] = reports
-    if dist.get_rank() == 0:
-        (out / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+    def measure(layout: str, family: str, case: dict) -> dict:
+        checkpoint = case["checkpoint"] and Path(case["checkpoint"]) / family / "checkpoint"
+        how = case["folders"][family], case["splits"], case["megatron"]
+        return report_of(*how, out / layout / family, checkpoint)
+
+    report_cases(out, cases, measure)
 
 
 if __name__ == "__main__":
