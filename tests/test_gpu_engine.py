@@ -352,9 +352,12 @@ def test_transformer_engine_s_adam_gets_no_step_of_its_own():
 def test_a_checkpoint_gathers_optimizer_state_on_one_rank_and_not_on_every_gpu():
     asked = {}
     shards = SimpleNamespace(
-        sharded_state_dict=lambda *_, metadata, **__: asked.update(metadata), state_dict=dict
+        sharded_state_dict=lambda *_, metadata, **__: asked.update(metadata),
+        state_dict=dict,
+        chained_optimizers=[],
     )
     trainer = SimpleNamespace(gpt=shards, optimizer=shards, scheduler=shards, dp_cp_group=None)
+    trainer.config = trainer.layout = None
     state._sharded_state(trainer)
     assert asked["distrib_optim_fully_reshardable_mem_efficient"] is True
 
