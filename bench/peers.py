@@ -206,13 +206,17 @@ def summary(rows: list[dict], peak_gb: float, samples: int) -> dict[str, float]:
 
     to_goal_s is infinite where the run does not reach the goal.
     """
-    evaluated = {row["step"] for row in rows if "held_out" in row}
-    steady = [row for row in rows[3:-2] if not {row["step"] - 1, row["step"] - 2} & evaluated]
+    # The asynchronous loop writes an evaluation as a row of its own.
+    held_out = {row["step"]: row["held_out"] for row in rows if "held_out" in row}
+    rows = [row for row in rows if "step_s" in row]
+    steady = [row for row in rows[2:-2] if not {row["step"] - 1, row["step"] - 2} & held_out.keys()]
     seconds = [row["step_s"] for row in steady]
     step_s, slowest_s = statistics.mean(seconds), max(seconds)
-    reached = next((row["step"] for row in rows if row.get("held_out", 0) >= GOAL), float("inf"))
-    tokens = statistics.mean(row["tokens"] for row in rows[1:]) / samples
-    learned = dict(reached=reached, to_goal_s=reached * step_s, accuracy=rows[-1]["held_out"])
+    reached = min((step for step, x in held_out.items() if x >= GOAL), default=float("inf"))
+    area = statistics.mean(held_out.values())
+    tokens = statistics.mean(row["tokens"] for row in rows) / samples
+    learned = dict(reached=reached, to_goal_s=reached * step_s, accuracy=held_out[max(held_out)])
+    learned |= dict(area=area)
     speed = dict(step_s=step_s, slowest_s=slowest_s, rate=samples / step_s)
     return dict(**speed, tokens=tokens, peak=peak_gb, **learned)
 
@@ -232,15 +236,24 @@ def compare(workload: str, python: str, rounds: int) -> None:
             runs.append(summary(rows, peak, samples))
             figures = figures_of(runs[-1], with_goal=workload == "toy")
             print(f"{workload:7} {SIDES[side]:16} seed {seed}  {figures}", flush=True)
-    compared = {"to_goal_s": "seconds to 0.9"} if workload == "toy" else {}
-    compared |= {"rate": "samples a second", "peak": "memory"}
+    learned = dict(reached="steps to 0.9", area="mean held-out reward", to_goal_s="seconds to 0.9")
+    compared = learned if workload == "toy" else {}
+    compared |= {"step_s": "seconds a step", "rate": "samples a second", "peak": "memory in GB"}
     for key, of in compared.items():
-        means = {side: statistics.mean(run[key] for run in runs) for side, runs in results.items()}
-        ratios = ", ".join(
-            f"{SIDES[side]} / TRL {means[side] / means['trl']:.2f}" for side in ("sync", "async")
-        )
-        print(f"{workload:7} {of}, mean of {rounds} rounds: {ratios}", flush=True)
+        print(f"{workload:7} {of:20}  {compared_in(results, key)}", flush=True)
     print(flush=True)
+
+
+def compared_in(results: dict[str, list[dict]], key: str) -> str:
+    """Return mean and standard deviation of a figure for each side, and the ratios to TRL's mean."""
+    said, means = [], {}
+    for side, runs in results.items():
+        values = [run[key] for run in runs]
+        means[side] = statistics.mean(values)
+        spread = f" ± {statistics.stdev(values):.3g}" if len(values) > 1 else ""
+        said.append(f"{SIDES[side]} {means[side]:.3g}{spread}")
+    ratios = [f"{side} / TRL {means[side] / means['trl']:.2f}" for side in ("sync", "async")]
+    return f"{', '.join([*said, *ratios])}, n {len(runs)}"
 
 
 def figures_of(run: dict[str, float], *, with_goal: bool) -> str:

@@ -74,8 +74,10 @@ def test_it_is_the_switch_transformers_a_mean_over_tokens(fresh_megatron):
     router = routers(trainer)[-1]
     router.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     last = gradient(trainer)[-1]
+    (batch,) = train_step.pack(trainer, samples())
+    counts_T = ~batch.microbatches[0].is_filler_T
     weight = router.weight.detach().requires_grad_()
-    scores_TE = torch.sigmoid(seen[0].flatten(0, 1) @ weight.T)
+    scores_TE = torch.sigmoid(seen[0].flatten(0, 1)[counts_T] @ weight.T)
     scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
     chosen = torch.zeros_like(scores_TE).scatter(1, scores_TE.topk(2).indices, 1)
     share_E = chosen.mean(0) / 2

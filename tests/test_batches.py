@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from backends.megatron.batches import Batch, collate, microbatch_plan, plan_microbatches
+from backends.megatron.batches import Batch, collate
+from backends.megatron.microbatch_plan import microbatch_plan, plan_microbatches
 from common.settings import TrainSettings
 from data.sample import Sample
 
@@ -109,6 +110,36 @@ def test_context_parallel_ranks_share_the_budget_of_a_micro_batch():
     trainer = SimpleNamespace(settings=settings, dp_group=dp)
     samples = [Sample([5], response_ids=[7] * 8) for _ in range(4)]
     assert microbatch_plan(trainer, samples) == [[[0, 2], [1, 3]]]
+
+
+def plan_of(samples: list[Sample], *, dp: int, microbatch_tokens: int = 8192) -> list:
+    settings = TrainSettings(microbatch_tokens=microbatch_tokens)
+    trainer = SimpleNamespace(settings=settings, dp_group=SimpleNamespace(size=lambda: dp))
+    return microbatch_plan(trainer, samples, share_prompts=True)
+
+
+def test_samples_of_a_prompt_stay_together():
+    samples = [
+        Sample([prompt] * 5, response_ids=[7] * (1 + i)) for i in range(4) for prompt in range(8)
+    ]
+    for rank in plan_of(samples, dp=2):
+        for bin in rank:
+            assert all(bin.count(i) == 1 for i in bin)
+            prompts = [samples[i].prompt_ids[0] for i in bin]
+            assert all(prompts.count(prompt) == 4 for prompt in prompts)
+
+
+def test_samples_of_one_prompt_are_spread_over_ranks():
+    """Fewer prompts than ranks: else some would have nothing to do."""
+    samples = [Sample([5, 6], response_ids=[7]) for _ in range(16)]
+    assert [sum(map(len, rank)) for rank in plan_of(samples, dp=4)] == [4, 4, 4, 4]
+
+
+def test_samples_of_one_prompt_that_no_micro_batch_holds_are_split():
+    samples = [Sample([5] * 40, response_ids=[7] * 10) for _ in range(16)]
+    [bins] = plan_of(samples, dp=1, microbatch_tokens=100)
+    assert sorted(i for bin in bins for i in bin) == list(range(16))
+    assert [len(bin) for bin in bins] == [2] * 8
 
 
 def test_bins_of_a_rank_are_not_neighbours_by_load():

@@ -213,9 +213,11 @@ def test_masked_attention_gets_as_many_keys_as_queries(monkeypatch):
         return torch.zeros_like(q)
 
     monkeypatch.setattr(layers.F, "scaled_dot_product_attention", attention)
-    module = SimpleNamespace(cp_group=SimpleNamespace(size=lambda: 2), scale=None)
+    monkeypatch.setattr(layers, "FUSES_MASK_AND_GROUPS", False)  # as where CUDA is
+    groups = SimpleNamespace(cp=SimpleNamespace(size=lambda: 2))
+    module = layers.PackedAttention(None, 1, None, None, pg_collection=groups)
     q, kv = torch.randn(4, 6, 8), torch.randn(8, 2, 8)
-    layers.PackedAttention._attend(module, torch.tensor([8]), q, kv, kv, torch.arange(4))
+    module._attend(torch.tensor([8]), q, kv, kv, torch.arange(4))
     (q_shape, k_shape, enable_gqa) = asked[0]
     assert (q_shape[1], k_shape[1], enable_gqa) == (6, 6, False)
 

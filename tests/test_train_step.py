@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import train_step
 from backends.huggingface.config import read_config
-from backends.megatron.batches import plan_microbatches
+from backends.megatron.microbatch_plan import plan_microbatches
 from common.errors import BadInput
 from common.settings import TrainSettings
 from data.sample import Sample

@@ -26,10 +26,10 @@ import types
 # core of its own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-# oneDNN keeps a compiled BF16 kernel for each length of a packed batch, up to a thousand of them.
-# No two lengths are alike, so memory would grow by 0.3 MB a step for nothing.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
-os.environ.setdefault("LRU_CACHE_CAPACITY", "32")  # PyTorch's own cache of the same kernels
+# oneDNN keeps a compiled BF16 kernel, of up to 1 MB, for each size of a product. It would keep a
+# thousand, and most lengths of a packed batch do not come again. A toy's step has about 20.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")  # PyTorch's own cache of the same kernels
 # Megatron's jit_fuser would spend seconds in g++ at the first step and gain nothing.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 

@@ -80,6 +80,12 @@ def _has_aux_loss(config) -> bool:
     return bool(config.num_moe_experts) and config.moe_router_load_balancing_type != "none"
 
 
+def counts_tokens(config) -> bool:
+    """Tell whether routers count the tokens of each expert. config: TransformerConfig."""
+    moves_bias = config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate > 0
+    return _has_aux_loss(config) or moves_bias
+
+
 def padding_of(trainer, batch) -> dict:
     """Return GPTModel's argument that keeps filler out of what is counted; {} for a dense model.
 

@@ -1,6 +1,7 @@
-"""Samples <-> micro-batches: which samples a rank computes together, packed without padding.
+"""Samples <-> micro-batches: the samples that a rank computes together, packed without padding.
 
-Every rank holds the whole batch and makes the same plan, so ranks need not agree on anything.
+Every rank holds the whole batch and makes the same plan (microbatch_plan.py), so ranks need not
+agree on anything. A prompt of several samples is packed once, see collate.
 
 A sample is a data.sample.Sample; a trainer is a train_step.Trainer.
 
@@ -10,14 +11,16 @@ those of all samples of a batch.
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 
-from backends.megatron.layers import zigzag
+from backends.megatron.balancing import counts_tokens
+from backends.megatron.layers import PackedRotary, PackedSequences, zigzag
+from backends.megatron.microbatch_plan import microbatch_plan, padded_length
 from common.distributed import broadcast_bytes
 from losses import LossSettings, Sequences
 
@@ -41,7 +44,7 @@ class MicroBatch:
     """float32: 1 where the next token is the policy's own and counts"""
     counts_N: torch.Tensor
     """float32: tokens of each sample that count, on all context-parallel ranks"""
-    packed: PackedSeqParams
+    packed: PackedSequences
     """Bounds of the sequences; of whole ones under context parallelism"""
     experts_TLK: torch.Tensor | None = None
     """int16, on the CPU: the engine's experts in this stage's layers; -1: it reported none"""
@@ -134,13 +137,20 @@ def pack_batch(trainer, samples: list) -> Batch:
     Raises ValueError, naming index and group, if a sample is longer than a micro-batch may be.
     """
     tp, cp = trainer.settings.tp, trainer.settings.cp
-    if trainer.gpt.config.fp8:  # Transformer Engine's products take a multiple of 16 tokens
-        tp *= 16
-    plan = microbatch_plan(trainer, samples)
-    starts = np.cumsum([0, *response_lengths(samples)]).tolist()
     device = next(trainer.gpt.parameters()).device
+    # Transformer Engine's FP8 products take a multiple of 16 tokens. oneDNN makes a BF16 kernel for
+    # each number of tokens; so there are fewer, and each is simpler and smaller.
+    if trainer.gpt.config.fp8 or device.type == "cpu":
+        tp *= 16
+    # Not with Transformer Engine, and not under context parallelism.
+    rotary = getattr(trainer.gpt, "rotary_pos_emb", None)  # a fork's model may have none
+    by_position = cp == 1 and isinstance(rotary, PackedRotary)
+    # Where routers count tokens, or look the engine's experts up, every sample has all of its own.
+    share_prompts = by_position and not (trainer.replay or counts_tokens(trainer.gpt.config))
+    plan = microbatch_plan(trainer, samples, share_prompts=share_prompts)
+    starts = np.cumsum([0, *response_lengths(samples)]).tolist()
     split = dict(tp=tp, cp=cp, cp_rank=trainer.cp_group.rank(), device=device)
-    split |= dict(replay=trainer.replay)
+    split |= dict(replay=trainer.replay, by_position=by_position, share_prompts=share_prompts)
     microbatches = []
     for indices in plan[trainer.dp_group.rank()]:
         chosen, begins = [samples[i] for i in indices], [starts[i] for i in indices]
@@ -155,63 +165,38 @@ def response_lengths(samples: list) -> list[int]:
     return [len(sample.response_ids) for sample in samples]
 
 
-def microbatch_plan(trainer, samples: list) -> list[list[list[int]]]:
-    """Return plan[data-parallel rank][micro-batch] = indices of samples."""
-    cp = trainer.settings.cp
-    budget, dp = trainer.settings.microbatch_tokens * cp, trainer.dp_group.size()
-    lengths = [len(sample.prompt_ids) + len(sample.response_ids) for sample in samples]
-    lengths = [padded_length(length, cp) for length in lengths]
-    try:
-        return plan_microbatches(lengths, microbatch_tokens=budget, dp=dp)
-    except ValueError as error:
-        sample = samples[lengths.index(max(lengths))]
-        raise ValueError(f"sample {sample.index} of group {sample.group}: {error}") from None
+@dataclass
+class _Piece:
+    """A packed sequence: tokens of a sample, or filler."""
+
+    tokens: np.ndarray
+    sample: int  # its place in the micro-batch
+    responses: int  # how many tokens at the end are its response
+    prompt: "_Piece | None" = None  # what it stands behind
 
 
-def plan_microbatches(
-    lengths: list[int], *, microbatch_tokens: int, dp: int
-) -> list[list[list[int]]]:
-    """Plan the micro-batches of each data-parallel rank: plan[rank][micro-batch] = indices.
+def _pieces(samples: list, *, share_prompts: bool) -> tuple[list[_Piece], list[_Piece]]:
+    """Return the packed sequences of samples: those that begin a sample, and those behind them.
 
-    Every rank gets the same number of micro-batches, because collectives inside the model must pair
-    up. There are as few as the token budget allows. A micro-batch may be exactly full. It may be
-    empty if there are fewer samples than micro-batches.
-
-    lengths: tokens of each sample. Raises ValueError if one is above the budget.
+    A prompt of several samples is one of the first, without its last token. That token predicts
+    every sample's first response token, so each sample has it once more.
     """
-    if (longest := max(lengths, default=0)) > microbatch_tokens:
-        raise ValueError(
-            f"a sample has {longest} tokens, and a micro-batch holds at most {microbatch_tokens},"
-            " --microbatch-tokens times --cp: raise --microbatch-tokens"
-        )
-    fewest = dp * max(1, -(-sum(lengths) // (dp * microbatch_tokens)))
-    # This ends: with len(lengths) bins more, each sample has a bin of its own.
-    for n_bins in range(fewest, fewest + len(lengths) + dp, dp):
-        bins, loads = _fill_bins(lengths, n_bins)
-        if max(loads) <= microbatch_tokens:
-            break
-    # Ranks take bins in turn, the fullest first, so that they compute together for about as long.
-    by_load = sorted(range(n_bins), key=lambda i: -loads[i])
-    return [[bins[i] for i in by_load[rank::dp]] for rank in range(dp)]
-
-
-def _fill_bins(lengths: list[int], n_bins: int) -> tuple[list[list[int]], list[int]]:
-    """Return the samples of each bin, by index, and its tokens.
-
-    The longest sample goes first, each into the bin that holds least. So bins are about equally
-    full, and in a bin samples of about one length follow each other.
-    """
-    bins, loads = [[] for _ in range(n_bins)], [0] * n_bins
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        lightest = loads.index(min(loads))
-        bins[lightest].append(i)
-        loads[lightest] += lengths[i]
-    return bins, loads
-
-
-def padded_length(length: int, cp: int) -> int:
-    """Return the length of a sequence in a micro-batch: with cp > 1 a multiple of 2 cp (zigzag)."""
-    return length if cp == 1 else -(-length // (2 * cp)) * 2 * cp
+    prompts = [tuple(sample.prompt_ids) for sample in samples]
+    times, shared, first, behind = Counter(prompts), {}, [], []
+    for i, (sample, prompt) in enumerate(zip(samples, prompts)):
+        n = len(sample.response_ids)
+        tokens = np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64)
+        if not share_prompts or times[prompt] < 2 or len(prompt) < 2:
+            first.append(_Piece(tokens, i, n))
+            continue
+        if prompt not in shared:
+            shared[prompt] = _Piece(tokens[: len(prompt) - 1], i, 0)
+            first.append(shared[prompt])
+        behind.append(_Piece(tokens[len(prompt) - 1 :], i, n, shared[prompt]))
+    if behind:  # sequences of about one length side by side: PackedAttention pads few tokens
+        first.sort(key=lambda piece: -len(piece.tokens))
+        behind.sort(key=lambda piece: (-len(piece.prompt.tokens), -len(piece.tokens)))
+    return first, behind
 
 
 def collate(
@@ -223,6 +208,8 @@ def collate(
     cp_rank: int = 0,
     device: torch.device,
     replay=None,
+    by_position: bool = False,
+    share_prompts: bool = False,
 ) -> MicroBatch:
     """Concatenate prompt and response of each sample.
 
@@ -230,38 +217,57 @@ def collate(
 
         tokens 5 6 7 8    labels 6 7 8 8    mask 0 1 1 0    response_index -1 0 1 -1
 
+    Two samples that share this prompt, with responses [7, 8] and [9]:
+
+        tokens 5 | 6 7 8 | 6 9    labels 5 | 7 8 8 | 9 9    position 0 | 1 2 3 | 1 2
+
     Under context parallelism the tensors hold this rank's tokens of every sequence.
 
     starts: where each sample's response begins among the R response tokens of the batch.
-    replay: a RoutingReplay, if the engine's experts are to be at hand.
+    replay: a RoutingReplay, if the engine's experts are to be at hand. by_position: tell the model
+    where each token stands. share_prompts: needs it, and neither replay nor cp.
     """
-    sequences = [
-        np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64)
-        for sample in samples
-    ]
-    lengths = _packed_lengths(sequences, tp=tp, cp=cp)
+    first, behind = _pieces(samples, share_prompts=share_prompts)
+    lengths = [padded_length(len(piece.tokens), cp) for piece in first + behind]
+    multiple_of = tp if cp == 1 else cp * math.lcm(2, tp)
+    # A masked filler sequence brings T above 0, and to what can be split over ranks.
+    if filler := -sum(lengths) % multiple_of if lengths else multiple_of:
+        lengths.insert(len(first), filler)
+        first.append(_Piece(np.zeros(0, np.int64), len(samples), 0))
     T, ends = sum(lengths), np.cumsum(lengths)
     tokens, labels = np.zeros(T, np.int64), np.zeros(T, np.int64)
     response_index, owner = np.full(T, -1), np.full(T, len(samples))
-    mask = np.zeros(T, np.float32)
-    for i, (sample, sequence) in enumerate(zip(samples, sequences)):
-        begin = ends[i] - lengths[i]
-        end = begin + len(sequence)
-        tokens[begin:end] = sequence
-        labels[begin:end] = np.append(sequence[1:], sequence[-1])
-        owner[begin:end] = i
-        n = len(sample.response_ids)
-        response = slice(end - n - 1, end - 1)  # one to the left: the positions that predict it
-        response_index[response] = np.arange(starts[i], starts[i] + n)
-        mask[response] = sample.loss_mask
+    mask, position = np.zeros(T, np.float32), np.zeros(T, np.int64)
+    for piece, length, last in zip(first + behind, lengths, ends):
+        begin, n = last - length, piece.responses
+        end = begin + len(piece.tokens)
+        tokens[begin:end] = piece.tokens
+        labels[begin:end] = np.append(piece.tokens[1:], piece.tokens[-1:])
+        owner[begin:end] = piece.sample
+        before = len(piece.prompt.tokens) if piece.prompt else 0
+        position[begin:last] = np.arange(before, before + length)
+        if n:  # one to the left: the positions that predict it
+            response = slice(end - n - 1, end - 1)
+            at = starts[piece.sample]
+            response_index[response] = np.arange(at, at + n)
+            mask[response] = samples[piece.sample].loss_mask
     counts = [*(sum(sample.loss_mask) for sample in samples), 0]  # filler is the last sample
     bounds = torch.tensor([0, *ends], dtype=torch.int32, device=device)
-    # cuDNN keeps a plan for each maximum that Transformer Engine tells it: let there be few.
-    longest, held = -(-max(lengths) // 128) * 128, zigzag(lengths, cp, cp_rank)
+    held = zigzag(lengths, cp, cp_rank)
 
     def held_tokens(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)[held].to(device)
 
+    # cuDNN keeps a plan for each maximum that Transformer Engine tells it: let there be few.
+    longest = -(-int(position.max() + 1) // 128) * 128
+    maximum = dict(max_seqlen_q=longest, max_seqlen_kv=longest)
+    packed = PackedSequences("thd", bounds, bounds, bounds, bounds, **maximum)
+    if by_position:
+        # Megatron's rotary embedding goes by these bounds: a row of angles for each token.
+        packed.cu_seqlens_q_padded = packed.cu_seqlens_kv_padded = bounds[[0, -1]]
+        packed.position_T = held_tokens(position)
+        place = {id(piece): k for k, piece in enumerate(first)}
+        packed.prompt_of = [place[id(piece.prompt)] for piece in behind]
     experts_TLK = replay and torch.from_numpy(replay.experts_of(samples, lengths))[held]
     return MicroBatch(
         tokens_T=held_tokens(tokens),
@@ -270,22 +276,9 @@ def collate(
         sample_T=held_tokens(owner),
         mask_T=held_tokens(mask),
         counts_N=torch.tensor(counts, dtype=torch.float32, device=device),
-        packed=PackedSeqParams(
-            "thd", bounds, bounds, bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest
-        ),
+        packed=packed,
         experts_TLK=experts_TLK,
     )
-
-
-def _packed_lengths(sequences: list[np.ndarray], *, tp: int, cp: int) -> list[int]:
-    """Return the packed length of each sequence, and that of a masked filler sequence if needed.
-
-    Filler brings T above 0 and to a multiple that context and sequence parallelism can split.
-    """
-    lengths = [padded_length(len(sequence), cp) for sequence in sequences]
-    multiple_of = tp if cp == 1 else cp * math.lcm(2, tp)
-    filler = -sum(lengths) % multiple_of if lengths else multiple_of
-    return [*lengths, filler] if filler else lengths
 
 
 # --- results ------------------------------------------------------------------------------------

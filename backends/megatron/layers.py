@@ -2,19 +2,25 @@
 
 Used wherever Transformer Engine is not installed, and always on a CPU. Transformer Engine brings
 Megatron an RMSNorm that knows sequence parallelism and an attention that takes packed sequences.
-The local spec's own norm and attention refuse both; the two modules here take their place.
+The local spec's own norm and attention refuse both; modules here take their place. They can do what
+Transformer Engine's cannot: compute a prompt that several samples share once.
 
-Shape letters: B sequences, L tokens per sequence, T packed tokens of all sequences, H heads, D head
-size.
+Shape letters: B sequences, L tokens per sequence, P tokens of a shared prompt, T packed tokens of
+all sequences, H heads, D head size.
 """
 
 import itertools
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+
+# On a GPU no fused kernel takes both a mask and grouped keys; the plain one holds [B, H, L, L].
+FUSES_MASK_AND_GROUPS = not torch.cuda.is_available()
 
 if torch.cuda.is_available():
     # PyTorch would prefer cuDNN's attention on Hopper and Blackwell. It plans anew for every shape
@@ -39,6 +45,42 @@ class RMSNorm(torch.nn.Module):
         return normed.to(self.weight.dtype)
 
 
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Bounds of packed sequences, and what the local spec's modules know beyond them.
+
+    A prompt that several samples share may be packed once, without its last token. What each sample
+    has from that token on is then one of the last sequences. It sees the prompt's tokens as if they
+    stood before its own.
+    """
+
+    prompt_of: list[int] = field(default_factory=list)
+    """Of each of the last sequences: which sequence is its prompt"""
+    position_T: torch.Tensor | None = None
+    """int64: where each token stands in its sample; None: as Megatron counts"""
+
+
+class PackedRotary(torch.nn.Module):
+    """Megatron's rotary embedding at the positions that PackedSequences name.
+
+    Megatron cuts the angles of every sequence from a table, in every layer. A table with a row for
+    each token is taken as it is (_apply_rotary_pos_emb_thd in Megatron's rope_utils).
+    """
+
+    def __init__(self, stock: torch.nn.Module):
+        super().__init__()
+        self.stock = stock
+
+    def get_rotary_seq_len(self, *model_and_input) -> PackedSequences:
+        """Return the packed sequences: GPTModel gives what comes from here to forward()."""
+        return model_and_input[-1]
+
+    def forward(self, packed: PackedSequences, **more) -> torch.Tensor:
+        """Return the angles, float32 [T, 1, 1, D]; without position_T those of all positions."""
+        angles = self.stock(max(packed.max_seqlen_q, packed.max_seqlen_kv), **more)
+        return angles if packed.position_T is None else angles[packed.position_T]
+
+
 def zigzag(lengths: list[int], cp: int, rank: int) -> torch.Tensor:
     """Return which of the packed tokens a context-parallel rank holds, int64 [T / cp].
 
@@ -59,6 +101,18 @@ def _length_class(length: int) -> int:
     return max(length - 1, 31).bit_length()
 
 
+def _runs(rows, key) -> list[list]:
+    """Return runs of neighbours with equal keys."""
+    return [list(run) for _, run in itertools.groupby(rows, key)]
+
+
+def _pad(x_T, is_real_BL, dtype):
+    """Return packed rows as [B, L, ...] in this dtype, with 0 where no row is real."""
+    x_BL = x_T.new_zeros(*is_real_BL.shape, *x_T.shape[1:], dtype=dtype)
+    x_BL[is_real_BL] = x_T.to(dtype)
+    return x_BL
+
+
 class PackedAttention(torch.nn.Module):
     """Causal attention over packed sequences (PackedSeqParams, layout thd).
 
@@ -66,7 +120,8 @@ class PackedAttention(torch.nn.Module):
     sequences of about one length next to each other. Padding stands behind each sequence, where the
     causal mask hides it.
 
-    Under context parallelism a rank has its own queries and gathers all keys and values.
+    What stands behind a shared prompt attends to the prompt's keys, then to its own. Under context
+    parallelism a rank has its own queries and gathers all keys and values.
     """
 
     def __init__(
@@ -99,17 +154,24 @@ class PackedAttention(torch.nn.Module):
                 "PackedAttention takes packed sequences only: pass packed_seq_params"
             )
         lengths, cp = packed_seq_params.cu_seqlens_q.diff().tolist(), self.cp_group.size()
-        position_T = None
+        position_T, prompt_of = None, packed_seq_params.prompt_of
         if cp > 1:
             k_THD, v_THD, position_T = self._gather(lengths, k_THD, v_THD)
-        runs = [list(run) for _, run in itertools.groupby(lengths, _length_class)]
-        k_sizes = [sum(run) for run in runs]
-        q_sizes = [size // cp for size in k_sizes]
-        q_parts, k_parts, v_parts = q_THD.split(q_sizes), k_THD.split(k_sizes), v_THD.split(k_sizes)
-        position_parts = position_T.split(q_sizes) if cp > 1 else [None] * len(runs)
+        starts = list(itertools.accumulate(lengths, initial=0))
         out = []
-        for run, *tensors in zip(runs, q_parts, k_parts, v_parts, position_parts):
-            out.append(self._attend(torch.tensor(run, device=q_THD.device), *tensors))
+        whole = len(lengths) - len(prompt_of)
+        for run in _runs(range(whole), lambda i: _length_class(lengths[i])):
+            begin, end = starts[run[0]], starts[run[-1] + 1]
+            keys, queries = slice(begin, end), slice(begin // cp, end // cp)
+            lengths_B = torch.tensor([lengths[i] for i in run], device=q_THD.device)
+            position = None if position_T is None else position_T[queries]
+            out.append(self._attend(lengths_B, q_THD[queries], k_THD[keys], v_THD[keys], position))
+        behind = [(i, prompt) for i, prompt in enumerate(prompt_of, start=whole)]
+        for run in _runs(behind, lambda pair: tuple(_length_class(lengths[i]) for i in pair)):
+            own = slice(starts[run[0][0]], starts[run[-1][0] + 1])
+            rows = [(lengths[i], lengths[prompt], starts[prompt]) for i, prompt in run]
+            rows_3B = torch.tensor(rows, device=q_THD.device).T
+            out.append(self._attend_behind(rows_3B, own, q_THD, k_THD, v_THD))
         return torch.cat(out)
 
     def _gather(self, lengths: list[int], k_THD, v_THD):
@@ -138,27 +200,57 @@ class PackedAttention(torch.nn.Module):
         # and backends/cpu lets the engine attend in fp32 too.
         dtype = q_THD.dtype if q_THD.is_cuda else torch.float32
 
-        def pad(x_T, is_real_BL, dtype=dtype):
-            x_BL = x_T.new_zeros(*is_real_BL.shape, *x_T.shape[1:], dtype=dtype)
-            x_BL[is_real_BL] = x_T.to(dtype)
-            return x_BL
-
         causal = {"is_causal": True}
         if cp > 1:
-            position_BL = pad(position_T, is_query_BL, torch.int64)
+            position_BL = _pad(position_T, is_query_BL, torch.int64)
             causal = {"attn_mask": (place_L <= position_BL[:, :, None])[:, None]}
-            # No fused kernel takes both a mask and grouped keys; the plain one holds [B, H, L, L].
-            per_key = q_THD.shape[1] // k_THD.shape[1]
-            k_THD, v_THD = (x.repeat_interleave(per_key, dim=1) for x in (k_THD, v_THD))
-        out_BHLD = F.scaled_dot_product_attention(
-            pad(q_THD, is_query_BL).transpose(1, 2),
-            pad(k_THD, is_key_BL).transpose(1, 2),
-            pad(v_THD, is_key_BL).transpose(1, 2),
+        out_BLHD = self._attention(
+            _pad(q_THD, is_query_BL, dtype),
+            _pad(k_THD, is_key_BL, dtype),
+            _pad(v_THD, is_key_BL, dtype),
             **causal,
-            scale=self.scale,
-            enable_gqa=q_THD.shape[1] != k_THD.shape[1],
         )
-        return out_BHLD.transpose(1, 2)[is_query_BL].to(q_THD.dtype)
+        return out_BLHD[is_query_BL].to(q_THD.dtype)
+
+    def _attend_behind(self, rows_3B, own: slice, q_THD, k_THD, v_THD):
+        """Attend within B sequences that stand behind shared prompts; own: their packed tokens.
+
+        rows_3B: length of each sequence; length and first token of its prompt.
+        """
+        lengths_B, prompts_B, starts_B = rows_3B
+        place_P = torch.arange(int(prompts_B.max()), device=q_THD.device)
+        place_L = torch.arange(int(lengths_B.max()), device=q_THD.device)
+        is_prompt_BP, is_own_BL = place_P < prompts_B[:, None], place_L < lengths_B[:, None]
+        tokens_BP = (starts_B[:, None] + place_P).masked_fill(~is_prompt_BP, 0)
+        dtype = q_THD.dtype if q_THD.is_cuda else torch.float32  # see _attend
+
+        def with_prompt(x_THD):
+            prompt_BPHD = x_THD.index_select(0, tokens_BP.flatten()).unflatten(0, tokens_BP.shape)
+            return torch.cat([prompt_BPHD.to(dtype), _pad(x_THD[own], is_own_BL, dtype)], dim=1)
+
+        B, L, P = len(lengths_B), len(place_L), len(place_P)
+        sees_prompt = is_prompt_BP[:, None].expand(B, L, P)
+        sees_own = (place_L <= place_L[:, None]).expand(B, L, L)
+        out_BLHD = self._attention(
+            _pad(q_THD[own], is_own_BL, dtype),
+            with_prompt(k_THD),
+            with_prompt(v_THD),
+            attn_mask=torch.cat([sees_prompt, sees_own], dim=2)[:, None],
+        )
+        return out_BLHD[is_own_BL].to(q_THD.dtype)
+
+    def _attention(self, q_BLHD, k_BLHD, v_BLHD, **mask):
+        """Call PyTorch's attention; all tensors are [B, L, H, D]."""
+        if "attn_mask" in mask and not FUSES_MASK_AND_GROUPS:
+            per_key = q_BLHD.shape[2] // k_BLHD.shape[2]
+            k_BLHD, v_BLHD = (x.repeat_interleave(per_key, dim=2) for x in (k_BLHD, v_BLHD))
+        out_BHLD = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD)),
+            **mask,
+            scale=self.scale,
+            enable_gqa=q_BLHD.shape[2] != k_BLHD.shape[2],
+        )
+        return out_BHLD.transpose(1, 2)
 
 
 def add_in_fp32(training: bool, fused: bool):

@@ -37,7 +37,7 @@ from backends.megatron.balancing import (
     without_balancing,
 )
 from backends.megatron.fp8_numerics import round_as_engine, te_arguments
-from backends.megatron.layers import complete_local_spec
+from backends.megatron.layers import PackedRotary, complete_local_spec
 from backends.megatron.layout import Layout
 from backends.megatron.lora import WithoutAdapters
 from common import process_groups
@@ -267,6 +267,8 @@ def build_gpt(
         post_process=mpu.is_pipeline_last_stage(),
         **gpt_arguments,
     )
+    if not use_te:
+        gpt.rotary_pos_emb = PackedRotary(gpt.rotary_pos_emb)
     if gpt.post_process:
         gpt.output_layer.register_forward_hook(_fold_gradient)
     layout = Layout(

@@ -48,7 +48,8 @@ from transformers import AutoModelForCausalLM
 def fixed_samples(vocab: int) -> list[rollout.Sample]:
     """Return 24 ragged samples with everything that the loss looks at.
 
-    One is wholly masked, as a sample whose judge failed.
+    Every fourth has the prompt of the one before. One is wholly masked, as a sample whose judge
+    failed.
     """
     generator = torch.Generator().manual_seed(0)
     samples = []
@@ -57,6 +58,8 @@ def fixed_samples(vocab: int) -> list[rollout.Sample]:
             torch.randint(3, vocab, (n,), generator=generator).tolist()
             for n in (3 + i % 5, 1 + (7 * i) % 11)
         )
+        if i % 4 == 1:
+            prompt = samples[-1].prompt_ids
         logprobs = (-torch.rand(len(response), generator=generator) * 5).tolist()
         mask = [0 if i == 3 or (i == 5 and j == 0) else 1 for j in range(len(response))]
         samples.append(
@@ -134,11 +137,14 @@ def errors(trainer, folder: str, temperature: float) -> dict[str, float]:
             for x in (batch.tokens_T, batch.labels_T, logprobs_T, logits_TV)
         )
         logits_TV = whole(logits_TV, trainer.layout.tp_group, -1)[:, : trainer.config["vocab_size"]]
-        for ours_LV, tokens_L, labels_L, logprobs_L in zip(
-            *(x.split(lengths) for x in (logits_TV, tokens_T, labels_T, logprobs_T))
+        prompt_of, tokens = batch.packed.prompt_of, tokens_T.split(lengths)
+        prompts = [tokens_T[:0]] * (len(lengths) - len(prompt_of)) + [tokens[i] for i in prompt_of]
+        for prompt_P, ours_LV, tokens_L, labels_L, logprobs_L in zip(
+            prompts, *(x.split(lengths) for x in (logits_TV, tokens_T, labels_T, logprobs_T))
         ):
             with torch.no_grad():
-                expected_LV = reference(tokens_L[None]).logits[0]
+                ids = torch.cat([prompt_P, tokens_L])
+                expected_LV = reference(ids[None]).logits[0, len(prompt_P) :]
             expected_L = (
                 (expected_LV / temperature).log_softmax(-1).gather(1, labels_L[:, None])[:, 0]
             )
