@@ -1,9 +1,12 @@
-"""Our side of bench/peers.py: one rank of a loop, or its stages beside the bare stack.
+"""Our side of bench/peers.py: one rank of a loop, its stages beside the bare stack, or a gradient.
 
     torchrun --nproc-per-node 2 bench/our_side.py sync|async toy|ragged FLAGS OF THE LOOP
     torchrun bench/our_side.py bare toy|ragged FLAGS OF THE LOOP
+    torchrun bench/our_side.py gradients toy FLAGS OF THE LOOP
 
-bench/peers.py starts it under torchrun. With `bare`, --steps is how often each stage is timed.
+bench/peers.py starts it under torchrun. With `bare`, --steps is how often each stage is timed. With
+`gradients` it samples a step's batch, and writes samples.json and a file for each of our gradients
+into the current folder.
 """
 
 import json
@@ -45,9 +48,10 @@ def worker(what: str, workload: str, arguments: list[str]) -> None:
     if workload == "ragged":
         force_lengths()
     sys.argv = [f"{what}.py", *arguments]
-    loop = __import__("loop_sync" if what == "bare" else f"loop_{what}")
+    own = {"bare": bare_stages, "gradients": write_gradients}
+    loop = __import__("loop_sync" if what in own else f"loop_{what}")
     settings = flags.parse_or_exit(loop.Settings, checks.check_flags)
-    exits.run_main(lambda: bare_stages(settings) if what == "bare" else loop.main(settings))
+    exits.run_main(lambda: own.get(what, loop.main)(settings))
 
 
 def ask_sglang(engine, data, settings, samples: list, key: str, *, logprobs: bool) -> None:
@@ -159,6 +163,81 @@ def bare_stages(settings) -> None:
             timed("memcpy", np.copyto, target, source)
     medians = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
     print("\n" + json.dumps(medians | {"bytes": sync_bytes}), flush=True)
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+
+def hf_gradient(trainer) -> dict:
+    """Return the gradient of each weight by its Hugging Face name, of a trainer on one rank."""
+    from backends.huggingface.names import parameters_of, rule_of, split_stacked
+
+    gradient, config = {}, trainer.config
+    for name, parameter in parameters_of(trainer.gpt):
+        rule = rule_of(name, first_layer=0)
+        how = dict(head_dim=config["head_dim"], groups=config["num_key_value_heads"])
+        parts = split_stacked(parameter.main_grad, len(rule.hf), **how)
+        names = trainer.layout.names(rule, config)[0]
+        gradient |= {name: part.clone().contiguous() for name, part in zip(names, parts)}
+    return gradient
+
+
+def write_gradients(settings) -> None:
+    """Sample a batch with the engine, and write samples.json and the gradients of this batch.
+
+    bf16: as the loop computes it. fp32: weights and activations in FP32. fp32-uncorrected: without
+    the correction by the engine's log-probs, which TRL has not.
+    """
+    from dataclasses import replace
+
+    from backends.huggingface.config import read_config
+    from backends.sglang.launch import launch_engine
+    from common import distributed
+    import reward
+    import rollout
+    import train_step
+    import weight_sync
+    from data.prompts import load_data
+    from safetensors.torch import save_file
+
+    config = read_config(settings.run.model)
+    data = load_data(settings.run.model, settings.rollout, config, seed=settings.run.seed)
+    distributed.init_distributed()
+    longest = settings.rollout.max_response_tokens
+    asked = dict(steps=1, seed=1, temperature=settings.rollout.temperature)
+    asked |= dict(max_response_tokens=longest)
+    trainers = {
+        dtype: train_step.build_trainer(
+            settings.run.model, replace(settings.train, train_dtype=dtype), config, **asked
+        )
+        for dtype in ("bf16", "fp32")
+    }
+    bf16 = trainers["bf16"]
+    weights = weight_sync.WeightPath(
+        bf16.gpt, bf16.layout, config, frozenset(), settings.sync.bucket_bytes
+    )
+    run = SimpleNamespace(data=data, engine_index=0, engines=1, resumed_from=None)
+    with launch_engine(settings.run.model, settings.rollout, config, seed=1) as engine:
+        weight_sync.send_weights(weights, engine, version=0)
+        prompts = rollout.PromptStream(run, settings.rollout).take_step()
+        samples = rollout.generate(engine, prompts, data, settings.rollout)
+    reward.compute_rewards(samples, reward.Judge(reward.REWARDS["exact"]))
+    reward.add_advantages(samples, settings.reward, settings.loss, longest)
+    rows = [
+        dict(prompt_ids=s.prompt_ids, response_ids=s.response_ids, advantage=float(s.advantages[0]))
+        for s in samples
+    ]
+    Path("samples.json").write_text(json.dumps(rows), encoding="utf-8")
+    uncorrected = replace(settings.loss, correction="none")
+    for name, dtype, loss in (
+        ("bf16", "bf16", settings.loss),
+        ("fp32", "fp32", settings.loss),
+        ("fp32-uncorrected", "fp32", uncorrected),
+    ):
+        trainer = trainers[dtype]
+        (batch,) = train_step.pack(trainer, samples)
+        train_step.backward(trainer, batch, loss)
+        save_file(hf_gradient(trainer), f"{name}.safetensors")
 
 
 if __name__ == "__main__":

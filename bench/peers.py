@@ -1,10 +1,13 @@
 """The loops beside TRL's GRPOTrainer on the same two cores, and our stages beside the bare stack.
 
-    python bench/peers.py [toy] [ragged] [bare-toy] [bare-ragged] [--rounds 2] [--venv FOLDER]
+    python bench/peers.py [toy] [ragged] [gradients] [bare-toy] [bare-ragged] [--rounds 5]
+                          [--venv FOLDER]
 
-Takes about half an hour: toy 10 minutes, ragged 15, the others 5.
+Takes about an hour: toy 25 minutes, ragged 30, the others 5.
 
     toy        the toy as it is, 80 steps: seconds to 0.9 held-out reward, samples a second, memory
+    gradients  of the toy's first batch, as our engine samples it: ours and TRL's, in each number
+               format, beside TRL's in FP32
     ragged     answers of given lengths, mean 64 tokens, one in fifty has 256: samples a second,
                memory
     bare-…     our stages on one rank beside the bare engine, bare Megatron and a memcpy, on the
@@ -245,7 +248,7 @@ def compare(workload: str, python: str, rounds: int) -> None:
 
 
 def compared_in(results: dict[str, list[dict]], key: str) -> str:
-    """Return mean and standard deviation of a figure for each side, and the ratios to TRL's mean."""
+    """Return mean and standard deviation of a figure for each side, and ratios to TRL's mean."""
     said, means = [], {}
     for side, runs in results.items():
         values = [run[key] for run in runs]
@@ -261,6 +264,44 @@ def figures_of(run: dict[str, float], *, with_goal: bool) -> str:
     work = "{rate:6.1f} samples/s   step {step_s:5.2f} s, slowest {slowest_s:5.2f} s"
     size = "   {tokens:5.1f} tokens a sample   peak {peak:.2f} GB"
     return ((goal if with_goal else "") + work + size).format(**run)
+
+
+def gradients(python: str) -> None:
+    """Print how far gradients of the same samples are from TRL's in FP32: length and direction."""
+    import torch
+    from safetensors.torch import load_file
+
+    *_, settings = run_ours("sync", "toy", ["--steps", "1"])
+    ours = ["bf16", "fp32", "fp32-uncorrected"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = [*torchrun(sys.executable, 1), str(ROOT / "bench/our_side.py"), "gradients"]
+        peak_of([*command, "toy", *COMMON, "--rollout-dtype", "bf16"], folder, threads=1)
+        work = dict(settings=settings, workload="toy", samples=str(folder / "samples.json"))
+        for dtype in ("fp32", "bf16"):
+            out = str(folder / f"TRL {dtype}.safetensors")
+            how = json.dumps({**work, "dtype": dtype, "microbatches": 1})
+            peak_of([python, str(ROOT / "bench/trl_side.py"), how, out], folder, threads=1)
+        found = {
+            name: load_file(folder / f"{name}.safetensors")
+            for name in ["TRL fp32", "TRL bf16", *ours]
+        }
+    flat = {
+        name: torch.cat([one[key].flatten().double() for key in sorted(one)])
+        for name, one in found.items()
+    }
+    exact = flat.pop("TRL fp32")
+    for name, gradient in flat.items():
+        side = name if name.startswith("TRL") else f"nanoslime {name}"
+        cosine = float(torch.nn.functional.cosine_similarity(gradient, exact, dim=0))
+        ratio = float(gradient.norm() / exact.norm())
+        away = float((gradient - exact).norm() / exact.norm())
+        print(
+            f"gradients  {side:26} beside TRL fp32: length {ratio:.4f}, cosine {cosine:.6f},"
+            f" difference {away:.4f}",
+            flush=True,
+        )
+    print(flush=True)
 
 
 def bare(workload: str, rounds: int) -> None:
@@ -293,14 +334,14 @@ def bare(workload: str, rounds: int) -> None:
 def main() -> None:
     # SIGTERM must end the run in progress, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    everything = [*WORKLOADS, *(f"bare-{workload}" for workload in WORKLOADS)]
+    everything = [*WORKLOADS, "gradients", *(f"bare-{workload}" for workload in WORKLOADS)]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "what", nargs="*", metavar="|".join(everything), help="all unless some are named"
     )
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--venv", type=Path, default=Path.home() / ".cache/nanoslime/trl")
     flags = parser.parse_args()
     if unknown := set(flags.what) - set(everything):
@@ -312,7 +353,9 @@ def main() -> None:
     torch = f"torch {importlib.metadata.version('torch')}"
     print(f"{cpu}, {time.strftime('%d %B %Y')}, {load}, {torch}", flush=True)
     for what in flags.what or everything:
-        if what not in WORKLOADS:
+        if what == "gradients":
+            gradients(python_with_trl(flags.venv.absolute()))
+        elif what not in WORKLOADS:
             bare(what.removeprefix("bare-"), flags.rounds)
         else:
             compare(what, python_with_trl(flags.venv.absolute()), flags.rounds)

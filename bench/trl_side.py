@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 bench/trl_side.py '{"settings": …, "workload": "toy", "dtype":
     "bf16", "microbatches": 1}' OUT.jsonl
+    python bench/trl_side.py '{…, "samples": "samples.json"}' OUT.safetensors
 
 It runs in TRL's own virtual environment. Our side imports answer_length and parity from here, which
 both sides of the ragged workload share.
@@ -45,23 +46,16 @@ def parity(response_ids: list[int]) -> float:
     return float(sum(response_ids) % 2)
 
 
-def main(work: dict, out: Path) -> None:
-    import torch
-    from transformers import LogitsProcessor, LogitsProcessorList, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-    from datasets import Dataset
+def configuration(work: dict, folder: Path):
+    """Return TRL's GRPOConfig for our settings."""
+    from trl import GRPOConfig
 
-    sys.path.insert(0, str(ROOT))
-    from toy.task import problems
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    settings = work["settings"]
+    settings, ranks = work["settings"], int(os.environ.get("WORLD_SIZE", "1"))
     run, rollout, train, loss = (settings[part] for part in ("run", "rollout", "train", "loss"))
-    ragged, ranks = work["workload"] == "ragged", int(os.environ.get("WORLD_SIZE", "1"))
     group = rollout["samples_per_prompt"]
     samples = rollout["prompts_per_step"] * group
-    arguments = GRPOConfig(
-        output_dir=str(out.parent / "trl"),
+    return GRPOConfig(
+        output_dir=str(folder / "trl"),
         max_steps=run["steps"],
         seed=run["seed"],
         shuffle_dataset=False,
@@ -94,7 +88,58 @@ def main(work: dict, out: Path) -> None:
         disable_tqdm=True,
         model_init_kwargs={"dtype": "float32"},
     )
-    rewards = []
+
+
+def write_gradient(work: dict, out: Path) -> None:
+    """Write the gradient of TRL's loss of given samples, by the parameters' names.
+
+    work["samples"]: a JSON file with a list of {prompt_ids, response_ids, advantage}.
+    """
+    import torch
+    from datasets import Dataset
+    from safetensors.torch import save_file
+    from torch.nn.utils.rnn import pad_sequence
+    from trl import GRPOTrainer
+
+    samples = json.loads(Path(work["samples"]).read_text(encoding="utf-8"))
+    nothing = Dataset.from_list([{"prompt": "1+1="}])
+    arguments = configuration(work, out.parent)
+    trainer = GRPOTrainer(
+        work["settings"]["run"]["model"], lambda **_: [], arguments, train_dataset=nothing
+    )
+
+    def padded(rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        how = dict(batch_first=True, padding_side=side)
+        ids = pad_sequence([torch.tensor(row) for row in rows], padding_value=0, **how)
+        return ids, pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], **how)
+
+    prompt_ids, prompt_mask = padded([sample["prompt_ids"] for sample in samples], "left")
+    ids, mask = padded([sample["response_ids"] for sample in samples], "right")
+    inputs = dict(prompt_ids=prompt_ids, prompt_mask=prompt_mask, num_items_in_batch=mask.sum())
+    inputs |= dict(completion_ids=ids, completion_mask=mask)
+    inputs |= dict(advantages=torch.tensor([sample["advantage"] for sample in samples]))
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    with trainer.compute_loss_context_manager():  # autocast, with bf16
+        trainer._compute_loss(trainer.model, inputs).backward()
+    save_file({name: p.grad.contiguous() for name, p in trainer.model.named_parameters()}, out)
+
+
+def main(work: dict, out: Path) -> None:
+    import torch
+    from transformers import LogitsProcessor, LogitsProcessorList, TrainerCallback
+    from trl import GRPOTrainer
+    from datasets import Dataset
+
+    sys.path.insert(0, str(ROOT))
+    from toy.task import problems
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    settings = work["settings"]
+    run, rollout = settings["run"], settings["rollout"]
+    ragged, ranks = work["workload"] == "ragged", int(os.environ.get("WORLD_SIZE", "1"))
+    group = rollout["samples_per_prompt"]
+    arguments, rewards = configuration(work, out.parent), []
 
     def exact_match(prompts, completions, completion_ids, label, **more) -> list[float]:
         """Reward as reward.exact_match: 1 if the answer is the label and ended by itself."""
@@ -203,4 +248,5 @@ def main(work: dict, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), Path(sys.argv[2]))
+    work, out = json.loads(sys.argv[1]), Path(sys.argv[2])
+    (write_gradient if "samples" in work else main)(work, out)
