@@ -153,8 +153,8 @@ async def answer(
     """
     prompts_ids = [sample.prompt_ids for sample in samples]
     sampling = sampling_params(data, settings, samples)
-    names = request_ids(samples, cache)
-    outputs = await engine.generate(prompts_ids, sampling, request_ids=names, cache=cache)
+    how = dict(request_ids=request_ids(samples, cache), cache=cache, keep=False)  # no turn follows
+    outputs = await engine.generate(prompts_ids, sampling, **how)
     write_outputs(samples, outputs, data)
 
 

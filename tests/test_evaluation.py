@@ -32,7 +32,7 @@ class StandIn:
     def call(self, coroutine):
         return self.loop.run_until_complete(asyncio.wait_for(coroutine, 60))
 
-    async def generate(self, prompts_ids, sampling, *, request_ids, cache=""):
+    async def generate(self, prompts_ids, sampling, *, request_ids, cache="", keep=True):
         self.requests += len(prompts_ids)
         self.most, self.sampling = max(self.most, self.requests), self.sampling + sampling
         version = self.version

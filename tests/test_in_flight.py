@@ -45,7 +45,7 @@ class StandIn:
     def call(self, coroutine):
         return self.loop.run_until_complete(asyncio.wait_for(coroutine, 60))  # fail, do not hang
 
-    async def generate(self, prompts_ids, sampling, *, request_ids, cache=""):
+    async def generate(self, prompts_ids, sampling, *, request_ids, cache="", keep=True):
         group, first = int(request_ids[0].split("-")[-2]), self.version
         self.started.append(group)
         await asyncio.sleep(self.seconds(group))
@@ -334,7 +334,7 @@ def test_an_answer_that_the_engine_aborted_ends_the_run(one_rank):
     """The queue did not ask for the abort: the engine gave up, and the error says why."""
 
     class Aborting(StandIn):
-        async def generate(self, prompts_ids, sampling, *, request_ids, cache=""):
+        async def generate(self, prompts_ids, sampling, *, request_ids, cache="", keep=True):
             outputs = await super().generate(prompts_ids, sampling, request_ids=request_ids)
             for output in outputs:
                 output["meta_info"]["finish_reason"] = {"type": "abort", "message": "no memory"}

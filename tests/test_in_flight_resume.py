@@ -116,7 +116,7 @@ def test_a_checkpoint_keeps_answers_as_they_were_judged(one_rank):
         return 1 / sample.index  # the first sample of each group fails
 
     class Empty(StandIn):
-        async def generate(self, prompts_ids, sampling, *, request_ids, cache=""):
+        async def generate(self, prompts_ids, sampling, *, request_ids, cache="", keep=True):
             outputs = await super().generate(prompts_ids, sampling, request_ids=request_ids)
             meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": []}
             return [

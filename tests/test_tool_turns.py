@@ -61,7 +61,7 @@ class Replies:
     def update(self) -> None:
         self.version, self.cached = self.version + 1, []
 
-    async def generate(self, prompts_ids, sampling, *, request_ids, cache):
+    async def generate(self, prompts_ids, sampling, *, request_ids, cache, keep=True):
         self.batches.append(len(prompts_ids))
         await asyncio.sleep(0.001)
         outputs = []

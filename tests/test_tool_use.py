@@ -57,7 +57,7 @@ class Scripted:
     def call(self, coroutine):
         return asyncio.run(coroutine)
 
-    async def generate(self, prompts_ids, sampling, *, request_ids, cache):
+    async def generate(self, prompts_ids, sampling, *, request_ids, cache, keep=True):
         self.prompts.append(prompts_ids)
         self.limits.append([params["max_new_tokens"] for params in sampling])
         self.caches.append(cache)

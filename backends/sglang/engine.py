@@ -27,6 +27,7 @@ import time
 from multiprocessing import resource_tracker
 
 import torch
+from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang.srt.entrypoints import engine as sglang_engine
 from sglang.srt.managers import io_struct
 from sglang.srt.server_args import ServerArgs
@@ -179,6 +180,7 @@ class Engine(sglang_engine.Engine):
         *,
         request_ids: list[str] | None = None,
         cache: str = "",
+        keep: bool = True,
     ) -> list[dict]:
         """Return one response per prompt, in order, as SGLang's dicts.
 
@@ -186,6 +188,7 @@ class Engine(sglang_engine.Engine):
         as in a Sample; b"" unless the engine was started to report them.
 
         cache: calls share cached prefixes if they have the same cache name and weight version.
+        keep: leave the responses in the cache, for prompts that go on from them.
         """
         self._count_requests(len(prompts_ids))
         try:
@@ -202,6 +205,7 @@ class Engine(sglang_engine.Engine):
                 input_ids=prompts_ids,
                 sampling_params=sampling,
                 rid=request_ids,
+                bootstrap_host=None if keep else FAKE_BOOTSTRAP_HOST,  # skips the insertion
                 return_logprob=True,
                 return_routed_experts=self.server_args.enable_return_routed_experts,
                 stream=not REPORTS_VERSIONS,
@@ -214,9 +218,7 @@ class Engine(sglang_engine.Engine):
             output["routed_experts"] = pack_reported(reported, self.config) if reported else b""
             if REPORTS_VERSIONS:
                 spans = output["meta_info"]["weight_versions"]
-                versions = [
-                    [int(span["version"])] * (span["end"] - span["start"]) for span in spans
-                ]
+                versions = [[int(one["version"])] * (one["end"] - one["start"]) for one in spans]
                 output["weight_versions"] = sum(versions, [])
         return outputs
 
