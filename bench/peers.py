@@ -14,12 +14,11 @@ Takes about an hour: toy 25 minutes, ragged 30, the others 5.
                same requests and batches
 
 The sides are loop_sync.py on two ranks, loop_async.py on one rank that trains and one that
-generates, and TRL. TRL has a virtual environment of its own, made once, in --venv. A short
-calibration, which is printed, finds the best of each: the number format of our engines; TRL's
-layout, number format and micro-batches. A less exact format is taken only if it is 10 % faster. TRL
-gets model, prompts, batch, optimizer, schedule and
-clips from the settings.json that our run writes. trl_side.py names what it does otherwise. Rounds
-alternate between the sides. Round r has seed r.
+generates, and TRL. Our engines have BF16. TRL has a virtual environment of its own, made once, in
+--venv. A short calibration, which is printed, finds TRL's best layout, number format and
+micro-batches; a less exact format is taken only if it is 10 % faster. TRL gets model, prompts,
+batch, optimizer, schedule and clips from the settings.json that our run writes. trl_side.py names
+what it does otherwise. Rounds alternate between the sides. Round r has seed r.
 
 Seconds a step are a mean. It leaves out the first two steps, the last two, and the two after each
 evaluation, during which the asynchronous loop's engines go on. Seconds to 0.9 are that mean times
@@ -62,7 +61,8 @@ SIDES = {
     "async": "nanoslime async",
     "trl": "TRL " + PACKAGES[0].partition("==")[2],
 }
-COMMON = ["--clip-low", "0.2", "--clip-high", "0.28", "--export", "--name", "run"]
+COMMON = ["--clip-low", "0.2", "--clip-high", "0.28", "--rollout-dtype", "bf16"]
+COMMON += ["--export", "--name", "run"]
 LENGTHS = {"toy": [], "ragged": ["--max-response-tokens", "256"]}
 WORKLOADS = {
     "toy": ["--steps", "80", "--eval-every", "5"],
@@ -154,23 +154,6 @@ def python_with_trl(venv: Path) -> str:
     return str(python)
 
 
-def calibrate_ours(workload: str) -> list[str]:
-    """Return the number format for our engine, as flags.
-
-    The shortest step of short runs of the synchronous loop decides.
-    """
-    fastest, chosen = float("inf"), ""
-    steps = str(CALIBRATION_STEPS[workload])
-    for dtype in ("bf16", "fp8"):
-        more = ["--steps", steps, "--eval-samples", "2", "--rollout-dtype", dtype]
-        rows, *_ = run_ours("sync", workload, more)
-        step_s = min(row["step_s"] for row in rows[2:])
-        say_calibrated(workload, "ours", f"rollouts in {dtype}", step_s)
-        if step_s < LESS_EXACT * fastest:
-            fastest, chosen = step_s, dtype
-    return ["--rollout-dtype", chosen]
-
-
 def calibrate_trl(python: str, workload: str, settings: dict) -> dict:
     """Return TRL's fastest way for this workload, by the shortest step of short runs.
 
@@ -184,7 +167,7 @@ def calibrate_trl(python: str, workload: str, settings: dict) -> dict:
     def consider(how: dict) -> None:
         nonlocal fastest, chosen
         step_s = min(row["step_s"] for row in run_trl(python, workload, settings, how)[0][2:])
-        say_calibrated(workload, "TRL", say(how), step_s)
+        print(f"{workload:7} calibration  TRL  {say(how):48}  step {step_s:.2f} s", flush=True)
         is_less_exact = chosen and (chosen["dtype"], how["dtype"]) == ("fp32", "bf16")
         if step_s < fastest * (LESS_EXACT if is_less_exact else 1):
             fastest, chosen = step_s, how
@@ -194,10 +177,6 @@ def calibrate_trl(python: str, workload: str, settings: dict) -> dict:
             consider({"ranks": ranks, "threads": 2 // ranks, "dtype": dtype, "microbatches": 1})
     consider({**chosen, "microbatches": 4})
     return chosen
-
-
-def say_calibrated(workload: str, side: str, what: str, step_s: float) -> None:
-    print(f"{workload:7} calibration  {side:4} {what:48}  step {step_s:.2f} s", flush=True)
 
 
 def say(how: dict) -> str:
@@ -233,8 +212,8 @@ def summary(rows: list[dict], peak_gb: float, samples: int) -> dict[str, float]:
 
 def compare(workload: str, python: str, rounds: int) -> None:
     *_, settings = run_ours("sync", workload, ["--steps", "1"])
-    ours, how = calibrate_ours(workload), calibrate_trl(python, workload, settings)
-    print(f"{workload:7} ours run with {' '.join(ours)}, TRL as {say(how)}", flush=True)
+    how = calibrate_trl(python, workload, settings)
+    print(f"{workload:7} TRL as {say(how)}", flush=True)
     samples = settings["rollout"]["prompts_per_step"] * settings["rollout"]["samples_per_prompt"]
     results: dict[str, list[dict]] = {side: [] for side in SIDES}
     for seed in range(1, rounds + 1):
@@ -242,7 +221,7 @@ def compare(workload: str, python: str, rounds: int) -> None:
             if side == "trl":
                 rows, peak = run_trl(python, workload, settings, how)
             else:
-                rows, peak, settings = run_ours(side, workload, ["--seed", str(seed), *ours])
+                rows, peak, settings = run_ours(side, workload, ["--seed", str(seed)])
             runs.append(summary(rows, peak, samples))
             figures = figures_of(runs[-1], with_goal=workload == "toy")
             print(f"{workload:7} {SIDES[side]:16} seed {seed}  {figures}", flush=True)
@@ -283,7 +262,7 @@ def gradients(python: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = [*torchrun(sys.executable, 1), str(ROOT / "bench/our_side.py"), "gradients"]
-        peak_of([*command, "toy", *COMMON, "--rollout-dtype", "bf16"], folder, threads=1)
+        peak_of([*command, "toy", *COMMON], folder, threads=1)
         work = dict(settings=settings, workload="toy", samples=str(folder / "samples.json"))
         for dtype in ("fp32", "bf16"):
             out = str(folder / f"TRL {dtype}.safetensors")
