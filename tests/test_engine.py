@@ -206,22 +206,6 @@ def test_a_group_answers_its_prompt_in_order(exact):
     )
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_only_an_answer_that_goes_on_stays_in_the_cache(exact, keep):
-    """Others would fill it with what nobody asks for again; a shared prompt always stays."""
-    prompt, name = exact.data.held_out[0].prompt_ids, f"a cache, keep {keep}"
-    sampling = {"max_new_tokens": 4, "ignore_eos": True}
-
-    def ask(prompts: list[list[int]], **more) -> list[dict]:
-        return exact.engine.call(exact.engine.generate(prompts, sampling, cache=name, **more))
-
-    first, _ = ask([prompt, prompt], keep=keep)
-    (output,) = ask([prompt + first["output_ids"] + [5]])
-    # The last token sampled was never an input, so it has no keys.
-    cached = len(prompt) + (len(first["output_ids"]) - 1 if keep else 0)
-    assert output["meta_info"]["cached_tokens"] == cached
-
-
 def test_what_a_group_begins_with_is_computed_once(exact):
     prompts = [sample.prompt_ids for sample in exact.data.held_out[:3]]
     asked = [prompts[0], prompts[1], prompts[0], prompts[2], prompts[0]]

@@ -246,28 +246,47 @@ def test_sums_that_a_chat_model_asks_for(call, result):
 # --- the prefix cache of a real engine -----------------------------------------------------------
 
 
-def test_a_turn_reads_from_the_cache_what_was_said_before_it(one_rank):
+@pytest.fixture(scope="module")
+def pair(one_rank):
+    pair = Pair("fp32", "fp32")
+    yield pair
+    pair.engine.shutdown()
+
+
+def test_a_turn_reads_from_the_cache_what_was_said_before_it(pair):
     """All but the result and the last token sampled, of which the engine has no keys and values.
 
     With new weights nothing: each version has a cache of its own.
     """
-    pair = Pair("fp32", "fp32")
-    try:
-        prompt = PROMPT + CALL
+    prompt = PROMPT + CALL
 
-        async def cached(ids: list[int]) -> int:
-            sampling = {"max_new_tokens": 4, "ignore_eos": True}
-            (output,) = await pair.engine.generate([ids], sampling)
-            ids += output["output_ids"] + RESULT
-            return output["meta_info"]["cached_tokens"]
+    async def cached(ids: list[int]) -> int:
+        sampling = {"max_new_tokens": 4, "ignore_eos": True}
+        (output,) = await pair.engine.generate([ids], sampling)
+        ids += output["output_ids"] + RESULT
+        return output["meta_info"]["cached_tokens"]
 
-        said = list(prompt)
-        assert pair.engine.call(cached(said)) == 0
-        assert len(said) == len(prompt) + 8
-        assert pair.engine.call(cached(said)) == len(prompt) + 3
-        pair.sync()
-        assert pair.engine.call(cached(said)) == 0
-        before = len(said) - 8
-        assert pair.engine.call(cached(said)) == before + 8 - 4 - 1
-    finally:
-        pair.engine.shutdown()
+    said = list(prompt)
+    assert pair.engine.call(cached(said)) == 0
+    assert len(said) == len(prompt) + 8
+    assert pair.engine.call(cached(said)) == len(prompt) + 3
+    pair.sync()
+    assert pair.engine.call(cached(said)) == 0
+    before = len(said) - 8
+    assert pair.engine.call(cached(said)) == before + 8 - 4 - 1
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_only_an_answer_that_may_go_on_stays_in_the_cache(pair, keep):
+    """Others would fill it with what nobody asks for again; a shared prompt always stays."""
+
+    def ask(prompts: list[list[int]], **more) -> list[dict]:
+        sampling = {"max_new_tokens": 4, "ignore_eos": True}
+        generated = pair.engine.generate(prompts, sampling, cache=f"keep {keep}", **more)
+        return pair.engine.call(generated)
+
+    first, _ = ask([PROMPT, PROMPT], keep=keep)
+    (output,) = ask([PROMPT + first["output_ids"] + RESULT])
+    # The last token sampled was never an input, so it has no keys.
+    cached = len(PROMPT) + (len(first["output_ids"]) - 1 if keep else 0)
+    assert output["meta_info"]["cached_tokens"] == cached
