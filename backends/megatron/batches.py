@@ -19,10 +19,12 @@ import torch
 import torch.distributed as dist
 
 from backends.megatron.balancing import counts_tokens
-from backends.megatron.layers import PackedRotary, PackedSequences, zigzag
+from backends.megatron.layers import PackedRotary, PackedSequences, length_class, zigzag
 from backends.megatron.microbatch_plan import microbatch_plan, padded_length
 from common.distributed import broadcast_bytes
 from losses import LossSettings, Sequences
+
+SAVE_AT_LEAST = 0.1  # of the tokens of a prompt's samples: else they stay whole
 
 
 @dataclass
@@ -142,9 +144,9 @@ def pack_batch(trainer, samples: list) -> Batch:
     # each number of tokens; so there are fewer, and each is simpler and smaller.
     if trainer.gpt.config.fp8 or device.type == "cpu":
         tp *= 16
-    # Not with Transformer Engine, and not under context parallelism.
+    # On a GPU, with Transformer Engine or without, masks would take the place of faster kernels.
     rotary = getattr(trainer.gpt, "rotary_pos_emb", None)  # a fork's model may have none
-    by_position = cp == 1 and isinstance(rotary, PackedRotary)
+    by_position = device.type == "cpu" and cp == 1 and isinstance(rotary, PackedRotary)
     # Where routers count tokens, or look the engine's experts up, every sample has all of its own.
     share_prompts = by_position and not (trainer.replay or counts_tokens(trainer.gpt.config))
     plan = microbatch_plan(trainer, samples, share_prompts=share_prompts)
@@ -179,23 +181,28 @@ def _pieces(samples: list, *, share_prompts: bool) -> tuple[list[_Piece], list[_
     """Return the packed sequences of samples: those that begin a sample, and those behind them.
 
     A prompt of several samples is one of the first, without its last token. That token predicts
-    every sample's first response token, so each sample has it once more.
+    every sample's first response token, so each sample has it once more. Where responses are so
+    long that this saves little, samples stay whole: attention then needs no mask.
     """
     prompts = [tuple(sample.prompt_ids) for sample in samples]
-    times, shared, first, behind = Counter(prompts), {}, [], []
+    times, tokens_of = Counter(prompts), Counter()
+    for sample, prompt in zip(samples, prompts):
+        tokens_of[prompt] += len(prompt) + len(sample.response_ids)
+    shared, first, behind = {}, [], []
     for i, (sample, prompt) in enumerate(zip(samples, prompts)):
         n = len(sample.response_ids)
         tokens = np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64)
-        if not share_prompts or times[prompt] < 2 or len(prompt) < 2:
+        saved = (times[prompt] - 1) * (len(prompt) - 1)
+        if not share_prompts or saved <= SAVE_AT_LEAST * tokens_of[prompt]:
             first.append(_Piece(tokens, i, n))
             continue
         if prompt not in shared:
             shared[prompt] = _Piece(tokens[: len(prompt) - 1], i, 0)
             first.append(shared[prompt])
         behind.append(_Piece(tokens[len(prompt) - 1 :], i, n, shared[prompt]))
-    if behind:  # sequences of about one length side by side: PackedAttention pads few tokens
+    if behind:  # sequences of about one length side by side, as PackedAttention wants them
         first.sort(key=lambda piece: -len(piece.tokens))
-        behind.sort(key=lambda piece: (-len(piece.prompt.tokens), -len(piece.tokens)))
+        behind.sort(key=lambda piece: (-length_class(len(piece.prompt.tokens)), -len(piece.tokens)))
     return first, behind
 
 

@@ -96,7 +96,7 @@ def zigzag(lengths: list[int], cp: int, rank: int) -> torch.Tensor:
     return torch.cat(held)
 
 
-def _length_class(length: int) -> int:
+def length_class(length: int) -> int:
     """Return the same number for lengths that share a call: up to 32, up to 64, up to 128, ..."""
     return max(length - 1, 31).bit_length()
 
@@ -160,14 +160,14 @@ class PackedAttention(torch.nn.Module):
         starts = list(itertools.accumulate(lengths, initial=0))
         out = []
         whole = len(lengths) - len(prompt_of)
-        for run in _runs(range(whole), lambda i: _length_class(lengths[i])):
+        for run in _runs(range(whole), lambda i: length_class(lengths[i])):
             begin, end = starts[run[0]], starts[run[-1] + 1]
             keys, queries = slice(begin, end), slice(begin // cp, end // cp)
             lengths_B = torch.tensor([lengths[i] for i in run], device=q_THD.device)
             position = None if position_T is None else position_T[queries]
             out.append(self._attend(lengths_B, q_THD[queries], k_THD[keys], v_THD[keys], position))
         behind = [(i, prompt) for i, prompt in enumerate(prompt_of, start=whole)]
-        for run in _runs(behind, lambda pair: tuple(_length_class(lengths[i]) for i in pair)):
+        for run in _runs(behind, lambda pair: tuple(length_class(lengths[i]) for i in pair)):
             own = slice(starts[run[0][0]], starts[run[-1][0] + 1])
             rows = [(lengths[i], lengths[prompt], starts[prompt]) for i, prompt in run]
             rows_3B = torch.tensor(rows, device=q_THD.device).T
