@@ -46,8 +46,9 @@ def test_collate_by_hand():
     assert batch.packed.cu_seqlens_q.tolist() == [0, 4, 6, 8]
 
 
-def test_an_empty_micro_batch_is_filler_only():
-    batch = collate([], [], tp=2, device=torch.device("cpu"))
+@pytest.mark.parametrize("samples", [[], [Sample([])]], ids=["no sample", "no token"])
+def test_an_empty_micro_batch_is_filler_only(samples):
+    batch = collate(samples, [0] * len(samples), tp=2, device=torch.device("cpu"))
     assert len(batch.tokens_T) == 2
     assert batch.mask_T.sum() == 0
 

@@ -11,6 +11,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 from test_engine import Pair
 from test_tool_use import (
@@ -290,3 +291,21 @@ def test_only_an_answer_that_may_go_on_stays_in_the_cache(pair, keep):
     # The last token sampled was never an input, so it has no keys.
     cached = len(PROMPT) + (len(first["output_ids"]) - 1 if keep else 0)
     assert output["meta_info"]["cached_tokens"] == cached
+
+
+def test_a_prompt_in_chunks_that_is_not_kept(one_rank):
+    """Eight prompts are cut where a batch is full, and one has several chunks of its own."""
+    pair = Pair("fp32", "fp32", sglang=("chunked_prefill_size=64",))
+    try:
+        generator = torch.Generator().manual_seed(0)
+        sampling = {"max_new_tokens": 4, "ignore_eos": True, "temperature": 0.0}
+
+        def ask(prompts: list[list[int]], *, keep: bool) -> list[list[int]]:
+            generated = pair.engine.generate(prompts, sampling, cache=f"{keep}", keep=keep)
+            return [output["output_ids"] for output in pair.engine.call(generated)]
+
+        for prompts, tokens in ((8, 20), (1, 150), (8, 20)):
+            asked = torch.randint(3, 15, (prompts, tokens), generator=generator).tolist()
+            assert ask(asked, keep=True) == ask(asked, keep=False)
+    finally:
+        pair.engine.shutdown()

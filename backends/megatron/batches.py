@@ -238,7 +238,7 @@ def collate(
     lengths = [padded_length(len(piece.tokens), cp) for piece in first + behind]
     multiple_of = tp if cp == 1 else cp * math.lcm(2, tp)
     # A masked filler sequence brings T above 0, and to what can be split over ranks.
-    if filler := -sum(lengths) % multiple_of if lengths else multiple_of:
+    if filler := -sum(lengths) % multiple_of if sum(lengths) else multiple_of:
         lengths.insert(len(first), filler)
         first.append(_Piece(np.zeros(0, np.int64), len(samples), 0))
     T, ends = sum(lengths), np.cumsum(lengths)

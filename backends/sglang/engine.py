@@ -188,7 +188,7 @@ class Engine(sglang_engine.Engine):
         as in a Sample; b"" unless the engine was started to report them.
 
         cache: calls share cached prefixes if they have the same cache name and weight version.
-        keep: leave the responses in the cache, for prompts that go on from them.
+        keep: leave the requests in the cache, for prompts that go on from them.
         """
         self._count_requests(len(prompts_ids))
         try:
@@ -197,15 +197,15 @@ class Engine(sglang_engine.Engine):
             if shared:
                 # Compute a prompt that several requests have once: a request for no token at all
                 # comes before them and leaves it in the cache.
-                prefill = io_struct.GenerateReqInput(
-                    input_ids=shared, sampling_params={"max_new_tokens": 0}
-                )
+                none = {"max_new_tokens": 0}
+                prefill = io_struct.GenerateReqInput(input_ids=shared, sampling_params=none)
                 await self._ask(prefill, cache)
             request = io_struct.GenerateReqInput(
                 input_ids=prompts_ids,
                 sampling_params=sampling,
                 rid=request_ids,
-                bootstrap_host=None if keep else FAKE_BOOTSTRAP_HOST,  # skips the insertion
+                # So SGLang's warm-up asks not to be kept; see process._keep_chunks.
+                bootstrap_host=None if keep or not REPORTS_VERSIONS else FAKE_BOOTSTRAP_HOST,
                 return_logprob=True,
                 return_routed_experts=self.server_args.enable_return_routed_experts,
                 stream=not REPORTS_VERSIONS,

@@ -39,6 +39,7 @@ def run_scheduler(*args, **kwargs) -> None:
     listen_on_loopback()
     _import_few_models()
     _load_block_scales_of_llama()
+    _keep_chunks()
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     # As in common.distributed.init_distributed: else all requests stand still for half a second now
@@ -56,7 +57,21 @@ def _import_few_models() -> None:
     from sglang.srt import models
 
     names = {name for _, name, _ in pkgutil.iter_modules(models.__path__)}
-    os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(sorted(names - set(FAMILIES)))
+    os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(sorted(names - set(FAMILIES))))
+
+
+def _keep_chunks() -> None:
+    """Let a long prompt go on behind its first chunk where Engine.generate was told keep=False.
+
+    SGLang remembers in the prefix cache how far a prompt has been computed. Version 0.5.21 skips
+    that for such a request, computes the first chunk over and over, and runs out of memory.
+    """
+    from sglang.srt.managers.scheduler import Scheduler
+
+    def stash_chunked_request(self, req):
+        self.tree_cache.cache_unfinished_req(req, chunked=True)
+
+    Scheduler.stash_chunked_request = stash_chunked_request
 
 
 def _load_block_scales_of_llama() -> None:
