@@ -29,7 +29,7 @@ generate, load, train = Engine.generate, Engine.load, train_step.update_policy
 split_discarded, check_staleness = rollout.split_discarded, loop_async.check_staleness
 
 
-async def recorded_generate(self, prompts_ids, sampling, *, request_ids, cache=""):
+async def recorded_generate(self, prompts_ids, sampling, *, request_ids, cache="", keep=True):
     """Every fourth group writes on to the token limit, over several versions; the slow engine takes
     its time for every tenth.
     """
@@ -45,6 +45,7 @@ async def recorded_generate(self, prompts_ids, sampling, *, request_ids, cache="
         prompts_ids,
         [{**one, "ignore_eos": group % 4 == 3} for one in sampling],
         request_ids=request_ids,
+        keep=keep,
     )
     versions.append([version, self.version, [output["weight_versions"] for output in outputs]])
     return outputs
