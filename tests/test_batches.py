@@ -121,7 +121,7 @@ def plan_of(samples: list[Sample], *, dp: int, microbatch_tokens: int = 8192) ->
 
 def test_samples_of_a_prompt_stay_together():
     samples = [
-        Sample([prompt] * 5, response_ids=[7] * (1 + i)) for i in range(4) for prompt in range(8)
+        Sample([prompt] * 5, response_ids=[7] * (1 + i)) for i in range(4) for prompt in range(9)
     ]
     for rank in plan_of(samples, dp=2):
         for bin in rank:

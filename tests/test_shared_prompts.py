@@ -113,11 +113,14 @@ def ragged(n_prompts: int = 6) -> list[Sample]:
 
 
 def log_probs_and_gradient(trainer, samples: list[Sample], *, share: bool) -> tuple:
-    """Return (tokens of the micro-batch, log-probs of all responses, gradient of every weight)."""
+    """Return (tokens of the micro-batch, log-probs of all responses, gradient of every weight).
+
+    share: else samples are whole, and Megatron counts positions itself.
+    """
     stock = batches.collate
 
     def collate(*args, **more):
-        return stock(*args, **{**more, "share_prompts": share})
+        return stock(*args, **{**more, "by_position": share, "share_prompts": share})
 
     with mock.patch.object(batches, "collate", collate):
         (batch,) = train_step.pack(trainer, samples)
