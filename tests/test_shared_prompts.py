@@ -3,8 +3,8 @@
 Why: the trainer packs such a prompt once and lets each response attend to it. A mask or a position
 that is wrong by one would train on other log-probs than the engine sampled by, and the curve would
 only be a little worse. Log-probs against transformers, at every layout and family, are in
-test_layouts.py; all algorithms, with and without context parallelism, in test_splits.py.
-Not covered: Transformer Engine, which gets whole samples.
+test_layouts.py. Not covered: Transformer Engine, which gets whole samples; every algorithm, as
+none sees how its samples are packed.
 """
 
 from unittest import mock

@@ -113,8 +113,8 @@ ALGORITHMS |= not_named()
 
 
 def batch(vocab: int) -> list[rollout.Sample]:
-    """Ragged groups with everything that an algorithm looks at: a prompt for all of a group, masked
-    tokens within a response, a wholly masked one, and one whose judge failed.
+    """Ragged groups with everything that an algorithm looks at: masked tokens within a response, a
+    wholly masked one, and one whose judge failed.
     """
     generator = torch.Generator().manual_seed(0)
     samples = []
@@ -123,8 +123,6 @@ def batch(vocab: int) -> list[rollout.Sample]:
             torch.randint(3, vocab, (n,), generator=generator).tolist()
             for n in (3 + i % 5, 1 + (7 * i) % 11)
         )
-        if i % PER_GROUP:
-            prompt = samples[-1].prompt_ids
         mask = [0 if i == 3 or (i % 5 == 0 and j == 1) else 1 for j in range(len(response))]
         scored = None if i == 4 else float(torch.rand(1, generator=generator))
         samples.append(

@@ -45,11 +45,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 
-def fixed_samples(vocab: int) -> list[rollout.Sample]:
+def fixed_samples(vocab: int, *, with_shared_prompts: bool = False) -> list[rollout.Sample]:
     """Return 24 ragged samples with everything that the loss looks at.
 
-    Every fourth has the prompt of the one before. One is wholly masked, as a sample whose judge
-    failed.
+    One is wholly masked, as a sample whose judge failed. with_shared_prompts: every fourth has the
+    prompt of the one before.
     """
     generator = torch.Generator().manual_seed(0)
     samples = []
@@ -58,7 +58,7 @@ def fixed_samples(vocab: int) -> list[rollout.Sample]:
             torch.randint(3, vocab, (n,), generator=generator).tolist()
             for n in (3 + i % 5, 1 + (7 * i) % 11)
         )
-        if i % 4 == 1:
+        if with_shared_prompts and i % 4 == 1:
             prompt = samples[-1].prompt_ids
         logprobs = (-torch.rand(len(response), generator=generator) * 5).tolist()
         mask = [0 if i == 3 or (i == 5 and j == 0) else 1 for j in range(len(response))]
@@ -114,7 +114,8 @@ def errors(trainer, folder: str, temperature: float) -> dict[str, float]:
     reference = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    batch = pack_batch(trainer, fixed_samples(trainer.config["vocab_size"]))
+    samples = fixed_samples(trainer.config["vocab_size"], with_shared_prompts=True)
+    batch = pack_batch(trainer, samples)
     batches, trainer.temperature = batch.microbatches, temperature
     seen, stock = [], train_step.logprobs_and_entropy
 
