@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from backends.huggingface.config import check_layout, read_config
-from backends.sglang.checks import check_environment, server_overrides
+from backends.sglang.checks import cache_tokens, check_environment, server_overrides
 from backends.sglang.gpu import MEM_FRACTION_STATIC, check_gpus
 from common import hub
 from common.errors import BadInput, ProblemList, all_problems
@@ -408,8 +408,8 @@ def _peaks_without_gpu(plan: Plan, trainer: TrainerSizes, engine: EngineSizes) -
 
     trainer_bytes = CPU_PROCESS_BYTES + trainer.state + trainer.computing
     trainer_bytes += _kept_bytes(plan, engine)
-    cache_tokens = min(plan.longest * engine.requests, SERVER_ARGS["max_total_tokens"])
-    engine_bytes = CPU_PROCESS_BYTES + engine.weights + engine.token_bytes * cache_tokens
+    cached = min(cache_tokens(engine.requests, plan.longest), SERVER_ARGS["max_total_tokens"])
+    engine_bytes = CPU_PROCESS_BYTES + engine.weights + engine.token_bytes * cached
     if plan.colocated:
         return {"train": trainer_bytes + engine_bytes}
     return {"train": trainer_bytes, "generate": engine_bytes}

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from common.distributed import all_gather_bytes, broadcast_bytes
 from common.errors import read_json
+from common.heap import trim_heap
 from common.timeline import Clock, Span, mark_evaluation, waiting_share
 from data.sample import Sample, read_dump
 from harness import exits
@@ -243,6 +244,7 @@ class Record:
             for row, timeline in of_engine.items():
                 rows[row] = mark_evaluation(timeline.pop_spans(), *self.evaluated)
         self.spans_end = time.time()
+        trim_heap(step)
         ranks = [json.loads(row) for row in all_gather_bytes(json.dumps(rows).encode(), self.group)]
         if not self.is_writer:
             return {}

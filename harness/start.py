@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from backends.huggingface.config import read_config
@@ -18,6 +19,7 @@ from backends.huggingface.fp8 import fp8_weights
 from common import distributed, hub, process_groups
 from common.errors import ProblemList, all_problems
 from common.held_out import held_out_sets
+from common.spares import fork_spares
 from data.prompts import Data, checksum, load_data
 from data.remote_reward import check_listens, is_url
 from harness import checkpoint, checks, epochs, model_checks, plan
@@ -170,6 +172,11 @@ def prepare(
     trainer_ranks, rollout_ranks = checks.split_ranks(settings)
     is_async, is_plan = checks.is_async(settings), checks.is_plan(settings)
     split = dict(ranks=ranks, rollout_ranks=rollout_ranks)
+    rank = int(os.environ.get("RANK", 0))
+    runs_engine = not is_plan and plan.engine_index(settings, rank, **split) is not None
+    if runs_engine and not torch.cuda.is_available():
+        # Now: what follows starts threads. No engine has more ranks than the run.
+        fork_spares(min(rollout.engine_tp, ranks))
 
     found, data, inputs, resumed = ProblemList(), None, {}, None
     named, fetched = settings, found.collect(fetch_models, settings, weights=False)
@@ -207,8 +214,7 @@ def prepare(
     found.collect(plan.check_machine, settings, config, **load, longest=asked)
     if data:
         rewards = {trained_by, *(of_set.reward for of_set in held_out_sets(rollout))}
-        judges = plan.engine_index(settings, int(os.environ["RANK"]), **split) is not None
-        for url in sorted(filter(is_url, rewards)) if judges else ():
+        for url in sorted(filter(is_url, rewards)) if runs_engine else ():
             flag = "--reward" if url == trained_by else "--eval-reward"
             found.collect(check_listens, url, flag=flag)
         inputs = found.collect(checkpoint.what_was_read, settings, data)

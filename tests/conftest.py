@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -197,9 +198,8 @@ def torchrun(
 ) -> subprocess.CompletedProcess:
     """Run a script under torchrun with this interpreter; standalone picks a free port.
 
-    Output is captured as text.
-
-    A shipped script that ends well must not have printed what looks like an error.
+    Output is captured as text. A shipped script that ends well must not have printed what looks
+    like an error.
     """
     command = [
         sys.executable,
@@ -237,7 +237,8 @@ def start_main(loop, *checks) -> None:
     from harness.flags import parse_settings
 
     try:
-        loop.main(parse_settings(loop.Settings, check_flags, *checks))
+        with mock.patch("harness.start.fork_spares"):  # copies of pytest
+            loop.main(parse_settings(loop.Settings, check_flags, *checks))
     except SystemExit as end:
         if end.code:  # --plan ends with exit code 0
             raise

@@ -89,7 +89,7 @@ def test_a_16_bit_engine_is_told_no_fp8_kernel(arguments):
 
 def test_the_cache_has_room_for_what_is_asked_twice_over_and_no_more(arguments):
     assert arguments(requests=100, longest=512)["max_total_tokens"] == 2 * 100 * 512
-    assert arguments(requests=1, longest=9)["max_total_tokens"] == gpu.LEAST_CACHE
+    assert arguments(requests=1, longest=9)["max_total_tokens"] == checks.LEAST_CACHE
     assert "max_total_tokens" not in arguments()
 
 

@@ -192,6 +192,24 @@ def test_a_prompt_that_the_engine_would_refuse_is_refused_before():
         check_rollout_settings(settings, read_config(TOY), longest=512 - 6 + 2)
 
 
+@pytest.mark.parametrize("requests, longest, cached", [
+    (100, 200, 2 * 100 * 200),
+    (1, 20, 8192),  # the least
+    (256, 200, 65536),  # the most
+    (None, None, 65536),  # an engine of a script of one's own
+])  # fmt: skip
+def test_a_cpu_s_cache_holds_twice_what_is_asked_within_bounds(
+    monkeypatch, requests, longest, cached
+):
+    found = {}
+    engine = SimpleNamespace(tokenizer_manager=SimpleNamespace(max_req_input_len=10**6))
+    monkeypatch.setattr(launch, "Engine", lambda *_, **given: found.update(given) or engine)
+    monkeypatch.setattr(launch.dist, "get_rank", lambda: 0)
+    load = dict(seed=1, requests=requests, longest=longest)
+    launch.launch_engine(str(TOY), RolloutSettings(), read_config(TOY), **load)
+    assert found["max_total_tokens"] == cached
+
+
 @pytest.mark.parametrize("longest, is_cut", [(None, False), (95, False), (96, True)])
 def test_an_engine_that_found_too_little_memory_is_ended(monkeypatch, longest, is_cut):
     ended = []

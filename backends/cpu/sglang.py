@@ -28,7 +28,7 @@ SERVER_ARGS = dict(
     disable_overlap_schedule=True,
     sleep_on_idle=True,  # else the scheduler spins on a core that a trainer needs
     # Other processes load models while an engine starts, and SGLang counts what they take as its
-    # own weights. max_total_tokens bounds the cache; memory that it does not use is never touched.
+    # own weights. The cache is bounded by max_total_tokens; where the run needs fewer, by these.
     mem_fraction_static=0.5,
     max_total_tokens=65536,
     max_running_requests=256,

@@ -45,6 +45,9 @@ TUNABLE = frozenset(
     decode_log_interval gc_warning_threshold_secs crash_dump_folder
     """.split()
 )
+# Of the cache of keys and values. It holds every request at its longest, and as much again for
+# cached prefixes.
+CACHE_OF_REQUESTS, LEAST_CACHE = 2, 8192
 # Fields that something else decides. The error for such a field says what.
 _SAMPLING, _UPDATE = "--temperature and --max-response-tokens", "the weight update"
 DECIDED_BY = {
@@ -83,6 +86,14 @@ CPU_KERNELS = frozenset(
 # Choices beside those that ServerArgs names.
 CHOICES = {"log_level": ("debug", "info", "warning", "error", "critical")}
 ZERO_IS_RIGHT = ("log_requests_level", "numa_node", "gc_threshold", "torch_compile_max_bs")
+
+
+def cache_tokens(requests: int, longest: int) -> int:
+    """Return for how many tokens an engine keeps keys and values.
+
+    requests: how many it is asked for at a time, at most. longest: tokens of the longest sample.
+    """
+    return max(CACHE_OF_REQUESTS * requests * longest, LEAST_CACHE)
 
 
 @all_problems

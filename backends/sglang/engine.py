@@ -19,7 +19,6 @@ import concurrent.futures
 import contextlib
 import importlib.util
 import logging
-import multiprocessing
 import os
 import sys
 import threading
@@ -36,7 +35,7 @@ from sglang.srt.utils import MultiprocessingSerializer
 from backends.routed_experts import pack_reported
 from backends.sglang.buckets import NO_CHANGES, Named, pack, phase
 from backends.sglang.gpu import check_released, held_bytes, memory_saver_libraries
-from backends.sglang.process import died_at_start, engine_files, run_scheduler
+from backends.sglang.process import died_at_start, engine_files, run_scheduler, started_in_spares
 from common.errors import EngineDied, engine_died
 from common.processes import end_signals_blocked, kill_with_children, main_module_hidden
 from common.timeline import Timeline
@@ -108,12 +107,9 @@ class Engine(sglang_engine.Engine):
         cls._starting.files = engine_files(port_args)
         # Should this rank be killed, the tracker outlives it, and frees the shared memory.
         resource_tracker.register(f"/{cls._starting.files[-1].name}", "shared_memory")
-        before = set(multiprocessing.active_children())
-        try:
-            with end_signals_blocked(), memory_saver_libraries():
-                return super()._launch_scheduler_processes(server_args, port_args, *args, **kwargs)
-        finally:
-            cls._starting.processes = set(multiprocessing.active_children()) - before
+        spares = started_in_spares(cls._starting.processes)
+        with end_signals_blocked(), memory_saver_libraries(), spares:
+            return super()._launch_scheduler_processes(server_args, port_args, *args, **kwargs)
 
     def call(self, coroutine):
         """Run a coroutine on the engine's loop and wait for its result.

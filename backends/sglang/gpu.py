@@ -19,8 +19,6 @@ from common.settings import RolloutSettings
 # Share of the free GPU memory that an engine takes for weights and cache, unless --sglang says
 # otherwise.
 MEM_FRACTION_STATIC = 0.5
-# Of the KV cache. It holds every request at its longest, and as much again for cached prefixes.
-CACHE_OF_REQUESTS, LEAST_CACHE = 2, 8192
 BF16_CAPABILITY = 8, 0  # Ampere
 FP8_CAPABILITY = 8, 9  # Ada Lovelace. Below, SGLang repacks FP8 for Marlin: other tensors
 ALLOCATOR_VARIABLES = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
@@ -34,15 +32,11 @@ def server_args(
     *,
     colocated: bool,
     keeps_weights: bool = False,
-    requests: int | None,
-    longest: int | None,
 ) -> dict:
     """Return the ServerArgs of an engine on this rank's GPU.
 
     colocated: whether a trainer computes on the same GPU, between two rollouts. keeps_weights:
     whether released weights must come back as they were.
-    requests: how many samples the engine is asked for at a time, at most. longest: tokens of the
-    longest, prompt and response. Without them SGLang fills its whole share with its cache.
     """
     arguments = dict(
         base_gpu_id=int(os.environ["LOCAL_RANK"]),
@@ -66,9 +60,6 @@ def server_args(
         # DeepGEMM on Hopper and Blackwell: it first compiles for every length up to 16384, and on
         # Blackwell it repacks the scales.
         arguments["fp8_gemm_runner_backend"] = "triton"
-    if requests and longest:
-        # Else a colocated engine maps half of the GPU after every step, for a cache it never fills.
-        arguments["max_total_tokens"] = max(CACHE_OF_REQUESTS * requests * longest, LEAST_CACHE)
     return arguments
 
 

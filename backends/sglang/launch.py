@@ -1,6 +1,7 @@
 """Start an SGLang engine with a model's shapes: which ServerArgs it gets, and why."""
 
 import json
+import math
 import signal
 
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 
 from backends.huggingface.names import fp8_config
 from backends.sglang import gpu
-from backends.sglang.checks import server_overrides
+from backends.sglang.checks import cache_tokens, server_overrides
 from backends.sglang.engine import BUCKETS, Engine
 from common.errors import BadInput
 from common.process_groups import held_port
@@ -33,8 +34,9 @@ def launch_engine(
     """Start an engine with shapes and quantization of the model, but no weights yet.
 
     longest: prompt and response tokens of the longest possible sample. Raises BadInput if the
-    engine found no memory for so many. reports_experts: whether answers tell which experts each
-    token took. The others: see gpu.server_args.
+    engine found no memory for so many. requests: how many samples the engine is asked for at a
+    time, at most. Without the two its cache is as large as it can be. reports_experts: whether
+    answers tell which experts each token took. The others: see gpu.server_args.
     """
     arguments = dict(
         model_path=model_folder,
@@ -51,12 +53,16 @@ def launch_engine(
     )
     if torch.cuda.is_available():
         load = dict(colocated=colocated, keeps_weights=keeps_weights)
-        load |= dict(requests=requests, longest=longest)
         arguments.update(gpu.server_args(settings, **load))
     else:
         from backends.cpu.sglang import SERVER_ARGS  # here: on a cluster the folder may be gone
 
         arguments.update(SERVER_ARGS)
+    if requests and longest:
+        # SGLang takes its cache's places in turn: in time it touches all, however few are needed.
+        # On a GPU it would map half of the memory after each step.
+        most = arguments.get("max_total_tokens", math.inf)
+        arguments["max_total_tokens"] = min(cache_tokens(requests, longest), most)
     if settings.rollout_dtype == "fp8":
         split = dict(engine_tp=settings.engine_tp, engine_ep=settings.engine_ep)
         overrides = {"quantization_config": fp8_config(config, **split)}

@@ -1,12 +1,17 @@
 """The child process of an engine: what happens there before SGLang starts, and what it leaves.
 
-A rank spawns one for each tensor-parallel rank of its engine (engine.py).
+A rank starts one for each tensor-parallel rank of its engine (engine.py): on a CPU from a spare
+(common/spares.py), on a GPU by spawning.
 """
 
+import contextlib
 import gc
+import multiprocessing
 import os
 import pkgutil
 import signal
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,12 +19,14 @@ import torch
 if not torch.cuda.is_available():
     from backends.cpu import sglang as cpu_sglang
 
+from sglang.srt.entrypoints import engine as sglang_engine
 from sglang.srt.managers.load_snapshot import shm_path_for
 
 from backends.huggingface.fields import FAMILIES
 from common.errors import EngineDied
 from common.process_groups import listen_on_loopback
 from common.processes import end_with_parent, ignore_end_signals
+from common.spares import of_spare, spares
 
 
 def run_scheduler(*args, **kwargs) -> None:
@@ -47,6 +54,22 @@ def run_scheduler(*args, **kwargs) -> None:
     gc.collect()
     gc.freeze()
     run_scheduler_process(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def started_in_spares(started: set[multiprocessing.Process]) -> Iterator[None]:
+    """Let SGLang start schedulers in spare processes, as long as there are any.
+
+    Adds all processes that it has started to `started`, also if it fails.
+    """
+    before = set(multiprocessing.active_children()) - {process for process, _ in spares}
+    stock = sglang_engine.mp
+    sglang_engine.mp = types.SimpleNamespace(**{**vars(multiprocessing), "Process": of_spare})
+    try:
+        yield
+    finally:
+        sglang_engine.mp = stock
+        started |= set(multiprocessing.active_children()) - before
 
 
 def _import_few_models() -> None:
