@@ -8,7 +8,7 @@ TRIM_EVERY = 10  # steps: what is given back must be mapped again, which takes 2
 
 
 def trim_heap(step: int) -> None:
-    """Give freed memory back to the machine after every TRIM_EVERY-th step; not where a GPU is.
+    """Give freed memory back to the machine after each TRIM_EVERY-th step; not where a GPU is.
 
     torch asks the C library for aligned memory. Before glibc 2.38 that rarely fits into what has
     been freed (its bug 14581): the heap of a trainer of the toy would grow by 1 to 5 MB a step.

@@ -304,6 +304,8 @@ def listen_on_loopback() -> None:
     # Not `import torch.distributed.rendezvous`: that name is a function in the package.
     module = sys.modules["torch.distributed.rendezvous"]
     stock = module.TCPStore
+    if hasattr(stock, "listens_on_loopback"):
+        return  # a restarted rank has joined its job's store before, and so has a spare of it
 
     def store(host_name, port, *args, is_master=False, **kwargs):
         if is_master and host_name in ("127.0.0.1", "localhost"):
@@ -311,6 +313,7 @@ def listen_on_loopback() -> None:
             kwargs["master_listen_fd"] = listener.detach()
         return stock(host_name, port, *args, is_master=is_master, **kwargs)
 
+    store.listens_on_loopback = True
     module.TCPStore = store
 
 

@@ -71,7 +71,7 @@ def main_module_hidden():
 
 @contextlib.contextmanager
 def end_signals_blocked():
-    """Block END_SIGNALS in processes that are spawned inside, until they call ignore_end_signals.
+    """Block END_SIGNALS in processes that are started inside, until they call ignore_end_signals.
 
     A signal to this process is delivered afterwards; none is lost.
     """
@@ -117,7 +117,7 @@ def forgo_restarts() -> None:
 
 
 def end_with_parent() -> None:
-    """End this spawned child when its parent is gone, even if that was before this call."""
+    """End this child process when its parent is gone, even if that was before this call."""
 
     def wait_and_end():
         multiprocessing.parent_process().join()

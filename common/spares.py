@@ -8,7 +8,6 @@ memory of what its parent had imported. It cannot be forked when it is needed: a
 threads may hold locks that its copy would wait for, for ever.
 """
 
-import functools
 import gc
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ spares: list[tuple[multiprocessing.Process, Connection]] = []
 def fork_spares(n: int) -> None:
     """Fork n copies of this process that wait for work; none if it has more than one thread.
 
-    Those that wait end with this process.
+    It has more with an OMP_NUM_THREADS above 1. Those that wait end with this process.
     """
     if len(os.listdir("/proc/self/task")) > 1:
         return
@@ -51,14 +50,17 @@ def of_spare(target, args: tuple = ()) -> multiprocessing.Process:
     while spares:
         process, pipe = spares.pop(0)
         if process.is_alive():
-            process.start = functools.partial(_give_work, pipe, target, args)
-            return process
-    return multiprocessing.get_context("spawn").Process(target=target, args=args)
+            break
+    else:
+        return multiprocessing.get_context("spawn").Process(target=target, args=args)
 
+    def start():
+        del process.start  # it holds args: whoever reads a pipe among them waits for its end
+        with pipe:
+            pipe.send((dict(os.environ), target, args))
 
-def _give_work(pipe: Connection, target, args: tuple) -> None:
-    with pipe:
-        pipe.send((dict(os.environ), target, args))
+    process.start = start
+    return process
 
 
 def _wait_for_work(pipe: Connection, parents_end: Connection) -> None:

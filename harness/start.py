@@ -175,7 +175,7 @@ def prepare(
     rank = int(os.environ.get("RANK", 0))
     runs_engine = not is_plan and plan.engine_index(settings, rank, **split) is not None
     if runs_engine and not torch.cuda.is_available():
-        # Now: what follows starts threads. No engine has more ranks than the run.
+        # Now: what follows may start threads. No engine has more ranks than the run.
         fork_spares(min(rollout.engine_tp, ranks))
 
     found, data, inputs, resumed = ProblemList(), None, {}, None

@@ -310,11 +310,11 @@ class Started:
         )
 
     def engines(self) -> list[psutil.Process]:
-        """Engines that start, in the order of their ranks: what the ranks have spawned."""
+        """Engines, also those that still start, in the order of their ranks."""
         family = psutil.Process(self.process.pid).children(recursive=True)
-        started = [p for p in family if "spawn_main" in " ".join(p.cmdline())]
+        started = [p for p in family if "sglang::scheduler" in " ".join(p.cmdline())]
         self.family = list({*self.family, *family})
-        return sorted(started, key=lambda process: process.environ()["RANK"])
+        return sorted(started, key=lambda process: process.parent().environ()["RANK"])
 
     def end(self, seconds: float) -> int:
         """Exit code; fails if the run or any process of it is still there after so many seconds."""

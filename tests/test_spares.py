@@ -42,7 +42,7 @@ def printed(code: str, **environment) -> dict:
             return found
     """
     code = textwrap.dedent(before) + textwrap.dedent(code)
-    environment = {**os.environ, **environment, "OPENBLAS_NUM_THREADS": "1"}
+    environment = {**os.environ, **environment}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
@@ -95,6 +95,38 @@ def test_a_spare_that_was_killed_is_passed_over():
         print(json.dumps(ask("import os; found = os.getpid()") == second.pid))
     """)
     assert found is True
+
+
+def test_whoever_reads_what_a_dead_spare_would_have_written_sees_its_end():
+    """So SGLang notices a scheduler that dies while it starts."""
+    found = printed("""
+        fork_spares(1)
+        reader, writer = multiprocessing.Pipe(duplex=False)
+        process = of_spare(exec, ("import time; writer.send(1); time.sleep(600)",
+                                  {"writer": writer}))
+        process.start()
+        del writer
+        reader.recv()
+        process.kill()
+        try:
+            print(json.dumps(reader.poll(60) and reader.recv()))
+        except EOFError:
+            print(json.dumps("end"))
+    """)
+    assert found == "end"
+
+
+def test_a_loop_has_one_thread_when_it_could_fork():
+    """Also where no OMP_NUM_THREADS is set: numpy's OpenBLAS would start one for each core."""
+    code = "import os, loop_sync, reward, rollout, train_step, weight_sync;"
+    code += "from harness import checkpoint, evaluate, export, start;"
+    code += "print(len(os.listdir('/proc/self/task')))"
+    threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in threads}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split()[-1:] == ["1"], done.stderr
 
 
 def test_a_process_with_threads_is_not_forked():

@@ -6,6 +6,7 @@ D head size, K input features, V vocabulary, E experts of a token.
 
 import functools
 import importlib
+import itertools
 import random
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from backends.delta import as_integers
 from backends.fp8_activations import through_fp8
 from backends.sglang import in_place
+from common.heap import trim_heap
 
 # Up to this share of a layer's codes, replacing their fp32 weights is faster than making all again.
 FEW_CODES = 0.01
@@ -59,6 +61,7 @@ def patch_sglang() -> None:
     )
     _seed_each_request()
     _sleep_while_paused()
+    _trim_after_updates()
     _hold_routed_experts()
 
 
@@ -80,6 +83,19 @@ def _sleep_while_paused() -> None:
         self.idle_sleeper.maybe_sleep()  # until a message arrives
 
     Scheduler._record_scheduler_state_for_paused_engine = record_and_sleep
+
+
+def _trim_after_updates() -> None:
+    """Give freed memory back after some of the weight updates, each of which ends a pause."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    stock, updates = Scheduler.continue_generation, itertools.count(1)
+
+    def continue_and_trim(self, request):
+        trim_heap(next(updates))
+        return stock(self, request)
+
+    Scheduler.continue_generation = continue_and_trim
 
 
 def _hold_routed_experts() -> None:

@@ -21,7 +21,6 @@ from backends.delta import CHANGES, names_in
 from backends.huggingface.names import hf_shapes
 from backends.sglang.in_place import places_of, written_all
 from common.errors import EngineDied
-from common.heap import trim_heap
 
 Named = tuple[str, torch.Tensor]
 NO_CHANGES = -2  # in place of a version: --sync full
@@ -167,7 +166,6 @@ def load_bucket(model: torch.nn.Module, message: list[Named]) -> None:
     # The sender uses the memory for the next bucket when this returns, so the copies must be done.
     # For its own formats SGLang answers when they are only queued.
     _wait_for_gpu()
-    trim_heap(version)
 
 
 def _wait_for_gpu() -> None:

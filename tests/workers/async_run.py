@@ -4,7 +4,7 @@ by test_loop_async.py.
     torchrun --nproc-per-node 2 async_run.py OUT_FOLDER SLOW flags of loop_async.py …
 
 SLOW is "none", or what is slowed down: trainer, engine, sync, with commas between them. Every rank
-writes OUT_FOLDER/rank-R.json: the groups its engine started, what each step was given, and the
+writes OUT_FOLDER/rank-R.json: the groups its queue started, what each step was given, and the
 weight version of its engine at each reply.
 """
 
@@ -26,6 +26,7 @@ import train_step
 OUT, SLOW = Path(sys.argv[1]), sys.argv[2].split(",")
 started, steps, versions = [], [], []
 generate, load, train = Engine.generate, Engine.load, train_step.update_policy
+start_group = loop_async.GroupQueue._start
 split_discarded, check_staleness = rollout.split_discarded, loop_async.check_staleness
 
 
@@ -36,7 +37,6 @@ async def recorded_generate(self, prompts_ids, sampling, *, request_ids, cache="
     if cache:  # an evaluation
         return await generate(self, prompts_ids, sampling, request_ids=request_ids, cache=cache)
     group, version = int(request_ids[0].split("-")[1]), self.version
-    started.append(group)
     if "engine" in SLOW and group % 10 == 9:
         await asyncio.sleep(1.5)
         version = self.version
@@ -49,6 +49,12 @@ async def recorded_generate(self, prompts_ids, sampling, *, request_ids, cache="
     )
     versions.append([version, self.version, [output["weight_versions"] for output in outputs]])
     return outputs
+
+
+def recorded_start(self, prompt, *arguments):
+    """Note a group when it enters the queue: the last step may drop it before it is asked for."""
+    started.append(prompt.group)
+    start_group(self, prompt, *arguments)
 
 
 def slow_load(self, named, *, version, **base):
@@ -86,6 +92,7 @@ def recorded_version(samples, version, max_staleness):
 
 if __name__ == "__main__":
     Engine.generate, Engine.load = recorded_generate, slow_load
+    loop_async.GroupQueue._start = recorded_start
     train_step.update_policy, rollout.split_discarded, loop_async.check_staleness = (
         slow_train,
         recorded_step,
