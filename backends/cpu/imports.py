@@ -6,7 +6,8 @@ what it stands in for.
 
     imports.py    at import, in every process: the environment, and stand-ins for packages that
                   cannot be imported beside a CPU build of torch
-    megatron.py   patch_megatron(), in a trainer rank: the CPU answers CUDA calls
+    megatron.py   patch_megatron(), in a trainer rank and a scheduler that is a copy of one: the
+                  CPU answers CUDA calls
     sglang.py     patch_sglang(), in an engine's scheduler process: block-FP8 layers emulated, the
                   attention of a batch in one call instead of one call per request
 
