@@ -174,7 +174,9 @@ def prepare(
     split = dict(ranks=ranks, rollout_ranks=rollout_ranks)
     rank = int(os.environ.get("RANK", 0))
     runs_engine = not is_plan and plan.engine_index(settings, rank, **split) is not None
-    if runs_engine and not torch.cuda.is_available():
+    # SGLang binds a process to a NUMA node as it spawns it.
+    spawns = any(pair.startswith("numa_node=") for pair in rollout.sglang)
+    if runs_engine and not (spawns or torch.cuda.is_available()):
         # Now: what follows may start threads. No engine has more ranks than the run.
         fork_spares(min(rollout.engine_tp, ranks))
 

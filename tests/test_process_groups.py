@@ -287,6 +287,18 @@ def test_a_held_port_is_free_for_its_listener_alone():
         other.bind(("127.0.0.1", port))
 
 
+def test_a_store_listens_once_however_often_it_was_asked_to(monkeypatch, held_port):
+    """A restarted rank has asked before it forks; so its engine's process, a copy, asks again."""
+    module = sys.modules["torch.distributed.rendezvous"]
+    monkeypatch.setattr(module, "TCPStore", module.TCPStore)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    process_groups.listen_on_loopback()
+    process_groups.listen_on_loopback()
+    store = module.TCPStore("127.0.0.1", held_port, 1, is_master=True)
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+
+
 @pytest.mark.parametrize("addresses, env, is_refused", [
     (["127.0.1.1"], {}, True), (["::1"], {}, True), ([], {}, True),
     (["10.0.0.3"], {}, False), (["127.0.1.1", "10.0.0.3"], {}, False),

@@ -158,9 +158,10 @@ def test_a_signal_that_ends_a_run_leaves_its_spare_to_the_parent():
 def test_spares_without_work_end_with_their_parent(how):
     code = "import os, sys; from common import spares; spares.fork_spares(2);"
     code += f"print(*(p.pid for p, _ in spares.spares), flush=True); {how}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    pids = [int(pid) for pid in done.stdout.split()]
-    end = time.monotonic() + 60
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+    end = time.monotonic() + 20
     while any(map(psutil.pid_exists, pids)) and time.monotonic() < end:
         time.sleep(0.01)
     assert len(pids) == 2 and not any(map(psutil.pid_exists, pids))
@@ -178,6 +179,7 @@ class Forked(Exception):
     (loop_async, [], 1, 1),
     (loop_sync, ["--plan", "--plan-gpus", "8"], 0, None),
     (loop_sync, ["--load-rollouts", "folder"], 0, None),
+    (loop_sync, ["--sglang", "numa_node=[0]"], 0, None),  # SGLang binds what it spawns
     (loop_sync, ["--engine-tp", "999"], 0, 2),  # what is refused a moment later
 ])  # fmt: skip
 def test_a_rank_forks_as_many_as_its_engine_has_ranks(monkeypatch, loop, given, rank, forked):
