@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-TRIM_EVERY = 10  # steps: what is given back must be mapped again, which takes 20 ms on the toy
+TRIM_EVERY = 10  # steps: what is given back must be mapped again, which takes 40 ms on the toy
 
 
 def trim_heap(step: int) -> None:

@@ -65,7 +65,8 @@ def started_in_spares(started: set[multiprocessing.Process]) -> Iterator[None]:
     """
     before = set(multiprocessing.active_children()) - {process for process, _ in spares}
     stock = sglang_engine.mp
-    sglang_engine.mp = types.SimpleNamespace(**{**vars(multiprocessing), "Process": of_spare})
+    if spares:
+        sglang_engine.mp = types.SimpleNamespace(**{**vars(multiprocessing), "Process": of_spare})
     try:
         yield
     finally:
