@@ -11,7 +11,7 @@ def trim_heap(step: int) -> None:
     """Give freed memory back to the machine after each TRIM_EVERY-th step; not where a GPU is.
 
     torch asks the C library for aligned memory. Before glibc 2.38 that rarely fits into what has
-    been freed (its bug 14581): the heap of a trainer of the toy would grow by 1 to 5 MB a step.
+    been freed (its bug 14581): a trainer's heap would grow at every step, by megabytes on the toy.
     """
     if step % TRIM_EVERY == 0 and not torch.cuda.is_available():
         ctypes.CDLL(None).malloc_trim(0)

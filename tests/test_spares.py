@@ -21,11 +21,11 @@ from conftest import ROOT
 from harness import flags, start
 
 
-def printed(code: str, **environment) -> dict:
-    """Run code in a fresh process with one thread; return the JSON of its last line.
+def printed(code: str, **environment):
+    """Run code in a fresh process with one thread; return what its last line says in JSON.
 
-    The code may call fork_spares, of_spare, and ask(process), which starts a process that the code
-    has made with of_spare(exec, (WORK, names)) and returns what WORK assigns to `found`.
+    The code may call fork_spares, of_spare, and ask(WORK), which runs WORK, more code, in a process
+    of of_spare and returns what that assigns to `found`. ask calls `change` before the start.
     """
     before = """
         import json, multiprocessing, os, signal, sys, threading, time

@@ -52,8 +52,7 @@ def launch_engine(
         enable_return_routed_experts=reports_experts,
     )
     if torch.cuda.is_available():
-        load = dict(colocated=colocated, keeps_weights=keeps_weights)
-        arguments.update(gpu.server_args(settings, **load))
+        arguments |= gpu.server_args(settings, colocated=colocated, keeps_weights=keeps_weights)
     else:
         from backends.cpu.sglang import SERVER_ARGS  # here: on a cluster the folder may be gone
 

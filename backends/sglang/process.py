@@ -1,8 +1,8 @@
 """The child process of an engine: what happens there before SGLang starts, and what it leaves.
 
-A rank starts one for each tensor-parallel rank of its engine (engine.py). On a CPU the first are
-spares (common/spares.py): copies of the rank, with what backends/cpu has replaced for Megatron too.
-All others are spawned.
+A rank starts one for each tensor-parallel rank of its engine (engine.py). Those that it could fork
+at its start are spares (common/spares.py): copies of the rank, with what backends/cpu has replaced
+for Megatron too. All others are spawned, on a GPU every one.
 """
 
 import contextlib
